@@ -1,0 +1,173 @@
+"""The model's activations under TransformerLens' names, inside a trace: `vlm.resid_post[3]`, readable and assignable.
+
+Every accessor is indexed by layer, 0 to n_layers - 1 (or -1 for the last). Within a trace a forward pass goes by once, so
+read what you need in the order in which the model computes it: layer by layer, and in a layer `resid_pre`, `q`, `k`,
+`v`, `pattern`, `z`, `attn_out`, `resid_mid`, `mlp_out`, `resid_post`.
+"""
+
+from collections.abc import Callable
+from typing import Any, Generic, NamedTuple, TypeVar
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from mechvlm.architectures import Architecture
+
+
+T = TypeVar("T")
+
+
+class Accessor(Generic[T]):
+    """One activation of every layer: `accessor[layer]` reads it, `accessor[layer] = value` replaces it."""
+
+    def __init__(self, name: str, layers, read: Callable, write: Callable):
+        self.name, self._layers, self._read, self._write = name, layers, read, write
+
+    def __len__(self) -> int:
+        return len(self._layers)
+
+    def __getitem__(self, layer: int) -> T:
+        return self._read(self._layer(layer))
+
+    def __setitem__(self, layer: int, value: T) -> None:
+        self._write(self._layer(layer), value)
+
+    def _layer(self, layer: int):
+        n = len(self._layers)
+        if not -n <= layer < n:
+            raise IndexError(f"{self.name}[{layer}]: the decoder has layers 0 to {n - 1}.")
+        return self._layers[layer]
+
+
+class Attention(NamedTuple):
+    """What one layer's attention is computed from.
+
+    q: [batch head dest d_head] and k: [batch kv_head src d_head], after the rotary embedding; v: [batch kv_head src d_head];
+    mask: as the implementation takes it (None, boolean or additive); scale: of q.k.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    mask: Tensor | None
+    scale: float
+
+
+def attention_rows(
+    q: Tensor, k: Tensor, mask: Tensor | None, scale: float, rows: Tensor | None = None, dtype=torch.float32
+) -> Tensor:
+    """Attention weights [batch head row src] of the destinations `rows` [batch row] (default: all), from q and k.
+
+    softmax(q k^T scale + mask), in float32 as Hugging Face's eager attention does, whatever the model itself runs.
+    A mask of None is the causal one.
+    """
+    n_dest, n_src = q.shape[2], k.shape[2]
+    if rows is None:
+        rows = torch.arange(n_dest, device=q.device).expand(q.shape[0], n_dest)
+    rows = rows.to(q.device)
+    at = rows[:, None, :, None]
+    q = q.gather(2, at.expand(-1, q.shape[1], -1, q.shape[3]))
+    k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)  # grouped queries share a key
+    scores = (q @ k.transpose(-1, -2) * scale).float()
+    lowest = torch.finfo(scores.dtype).min
+    if mask is None or mask.ndim == 2:
+        dest = rows[:, None, :, None] + (n_src - n_dest)
+        allowed = torch.arange(n_src, device=q.device) <= dest
+        if mask is not None:  # flash attention is given the padding alone
+            allowed = allowed & mask[:, None, None, :n_src].bool()
+        scores = scores.masked_fill(~allowed, lowest)
+    else:
+        mask = mask[..., :n_src].expand(q.shape[0], -1, -1, -1)
+        mask = mask.gather(2, at.expand(-1, mask.shape[1], -1, n_src))
+        scores = scores.masked_fill(~mask, lowest) if mask.dtype == torch.bool else scores + mask.float()
+    return scores.softmax(-1).to(dtype)
+
+
+class PatternAccessor(Accessor[Tensor]):
+    """Attention weights [batch head dest src], recomputed from q and k: the model keeps its own implementation.
+
+    `pattern[layer]` gives all rows, `pattern[layer, rows]` those of the destinations `rows`, numbers for every example or
+    [batch row]. Assigning `pattern[layer] = weights` makes the layer write what these weights over its values give.
+    """
+
+    def __init__(self, layers, attention: Callable, write: Callable):
+        super().__init__("pattern", layers, attention, write)
+
+    def __getitem__(self, index) -> Tensor:  # type: ignore[override]
+        layer, rows = index if isinstance(index, tuple) else (index, None)
+        a = self._read(self._layer(layer))
+        if rows is not None:
+            rows = torch.as_tensor(rows, device=a.q.device)
+            rows = rows.reshape(1, -1).expand(a.q.shape[0], -1) if rows.ndim < 2 else rows
+        return attention_rows(a.q, a.k, a.mask, a.scale, rows, a.q.dtype)
+
+
+def build_accessors(layers, record: Architecture, d_head: int) -> dict[str, Accessor[Any]]:
+    """The accessors of a decoder, over the nnsight envoys of its layers."""
+
+    def attn(layer):
+        return getattr(layer, record.attention)
+
+    def proj(layer, name):
+        return getattr(attn(layer), getattr(record, f"{name}_proj"))
+
+    def heads(x):
+        return rearrange(x, "batch pos (head d_head) -> batch pos head d_head", d_head=d_head)
+
+    def flat(x):
+        return rearrange(x, "batch pos head d_head -> batch pos (head d_head)")
+
+    def attention(layer) -> Attention:
+        (_, q, k, v, mask, *_), kwargs = getattr(attn(layer).source, record.attention_call).inputs
+        return Attention(q, k, v, mask, kwargs["scaling"])
+
+    def write_resid_pre(layer, value):
+        layer.input = value
+
+    def write_resid_mid(layer, value):
+        # The norm's input is also what the MLP's output is added to: only a change in place reaches both.
+        getattr(layer, record.mid_norm).input[:] = value
+
+    def write_resid_post(layer, value):
+        layer.output = value
+
+    def write_attn_out(layer, value):
+        attn(layer).output = (value, *attn(layer).output[1:])
+
+    def write_mlp_out(layer, value):
+        getattr(layer, record.mlp).output = value
+
+    def write_z(layer, value):
+        proj(layer, "o").input = flat(value)
+
+    def write_pattern(layer, value):
+        v = attention(layer).v
+        v = v.repeat_interleave(value.shape[1] // v.shape[1], dim=1)
+        write_z(layer, rearrange(value.to(v.dtype) @ v, "batch head pos d_head -> batch pos head d_head"))
+
+    def write_proj(name):
+        def write(layer, value):
+            proj(layer, name).output = flat(value)
+
+        return write
+
+    plain = {
+        "resid_pre": (lambda x: x.input, write_resid_pre),
+        "resid_mid": (lambda x: getattr(x, record.mid_norm).input, write_resid_mid),
+        "resid_post": (lambda x: x.output, write_resid_post),
+        "attn_out": (lambda x: attn(x).output[0], write_attn_out),
+        "mlp_out": (lambda x: getattr(x, record.mlp).output, write_mlp_out),
+        "q": (lambda x: heads(proj(x, "q").output), write_proj("q")),
+        "k": (lambda x: heads(proj(x, "k").output), write_proj("k")),
+        "v": (lambda x: heads(proj(x, "v").output), write_proj("v")),
+        "z": (lambda x: heads(proj(x, "o").input), write_z),
+    }
+    found: dict[str, Accessor[Any]] = {name: Accessor(name, layers, *pair) for name, pair in plain.items()}
+    found["pattern"] = PatternAccessor(layers, attention, write_pattern)
+    found["attention"] = Accessor("attention", layers, attention, _read_only)
+    return found
+
+
+def _read_only(layer, value):
+    raise TypeError("attention is read-only: assign q, k, v or pattern.")

@@ -1,0 +1,21 @@
+"""The errors that mechvlm raises for what it was given. Each says what was asked, what is there, and what to do."""
+
+
+class ModelError(ValueError):
+    """The model cannot be loaded, or is not what its architecture record says."""
+
+
+class InputError(ValueError):
+    """An image or a prompt cannot be used."""
+
+
+class NonFiniteError(ValueError):
+    """Activations hold NaN or infinity.
+
+    Attributes:
+        examples: the rows of the batch that do.
+    """
+
+    def __init__(self, message: str, examples: tuple[int, ...]):
+        super().__init__(message)
+        self.examples = examples

@@ -1,0 +1,112 @@
+"""Opening images, and following one through its processor: resize, centre crop, patches."""
+
+from os import PathLike
+from pathlib import Path
+
+from PIL import Image, ImageOps
+
+from mechvlm.errors import InputError
+from mechvlm.tokens import PatchGrid
+
+MAX_PIXELS = 100_000_000
+"""Larger images are refused before they are decoded: 100 megapixels, 300 MB as RGB."""
+
+
+def open_image(image: Image.Image | str | PathLike) -> Image.Image:
+    """The image in RGB, turned as its EXIF data says.
+
+    Raises:
+        InputError: when the file is missing, empty, truncated or no image, or has more than `MAX_PIXELS` pixels.
+    """
+    if not isinstance(image, Image.Image):
+        path = Path(image)
+        if not path.is_file():
+            raise InputError(f"No image at {path}: " + ("it is a folder." if path.is_dir() else "there is no such file."))
+        if path.stat().st_size == 0:
+            raise InputError(f"The image {path} is empty (0 bytes). Fetch it again.")
+        try:
+            # PIL's own guard against decompression bombs sits lower and only warns; ours below refuses.
+            limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+            try:
+                with Image.open(path) as opened:
+                    return _rgb(opened, str(path))
+            finally:
+                Image.MAX_IMAGE_PIXELS = limit
+        except InputError:
+            raise
+        except Exception as error:
+            raise InputError(f"The image {path} cannot be read ({error}). Is it whole, and an image?") from error
+    return _rgb(image, "given")
+
+
+def _rgb(image: Image.Image, name: str) -> Image.Image:
+    width, height = image.size
+    if width * height > MAX_PIXELS:
+        raise InputError(
+            f"The image {name} has {width} x {height} = {width * height:,} pixels; at most {MAX_PIXELS:,} are read. "
+            "Make it smaller first: the model sees a few hundred pixels a side."
+        )
+    if width * height == 0:
+        raise InputError(f"The image {name} is {width} x {height}: it has no pixels.")
+    turned = ImageOps.exif_transpose(image)
+    if turned.mode in ("RGBA", "LA", "PA") or "transparency" in turned.info:
+        # White under transparency: `convert` alone would show whatever colour the hidden pixels happen to hold.
+        turned = turned.convert("RGBA")
+        ground = Image.new("RGBA", turned.size, "white")
+        return Image.alpha_composite(ground, turned).convert("RGB")
+    return turned.convert("RGB")
+
+
+def patch_grid(image_size: tuple[int, int], processor, pixels: tuple[int, int], patch: int) -> PatchGrid:
+    """The grid that a Hugging Face image processor's settings lay over an image of `image_size` (width, height).
+
+    Args:
+        processor: the image processor; its `do_resize`, `size`, `do_center_crop` and `crop_size` are read.
+        pixels: (height, width) of the tensor it returned for the image.
+        patch: side of the vision encoder's patches in pixels.
+
+    Raises:
+        InputError: when the settings do not lead to a tensor of this size (a processor that splits or pads images).
+    """
+    resized = _resized(image_size, processor)
+    height, width = pixels
+    if getattr(processor, "do_center_crop", False):
+        # As transformers crops: half of what is over is cut before, by floor division.
+        crop = ((resized[0] - width) // 2, (resized[1] - height) // 2)
+    else:
+        crop = (0, 0)
+        if resized != (width, height):
+            raise InputError(
+                f"{type(processor).__name__} made {width} x {height} pixels of an image of {image_size[0]} x "
+                f"{image_size[1]}, where its settings say {resized[0]} x {resized[1]}: patches cannot be placed."
+            )
+    return PatchGrid(height // patch, width // patch, patch, image_size, resized, crop)
+
+
+def check_resize(image_size: tuple[int, int], processor) -> None:
+    """Refuse an image that the processor would blow up: a 1 x 20,000 strip has few pixels until its short side is 336.
+
+    Raises:
+        InputError: when the resized image would have more than `MAX_PIXELS` pixels.
+    """
+    width, height = _resized(image_size, processor)
+    if width * height > MAX_PIXELS:
+        raise InputError(
+            f"The image is {image_size[0]} x {image_size[1]}: so narrow that this model's processor would resize it to "
+            f"{width} x {height} = {width * height:,} pixels (at most {MAX_PIXELS:,}). Crop it first."
+        )
+
+
+def _resized(image_size: tuple[int, int], processor) -> tuple[int, int]:
+    width, height = image_size
+    if not getattr(processor, "do_resize", False):
+        return image_size
+    size = dict(processor.size)
+    size = {key: value for key, value in size.items() if value is not None}
+    if "shortest_edge" in size and "longest_edge" not in size:
+        edge, short, long = size["shortest_edge"], min(image_size), max(image_size)
+        other = int(edge * long / short)
+        return (edge, other) if width <= height else (other, edge)
+    if {"height", "width"} <= set(size):
+        return size["width"], size["height"]
+    raise InputError(f"{type(processor).__name__} resizes by {size}: mechvlm knows shortest_edge, or height and width.")

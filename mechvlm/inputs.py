@@ -1,0 +1,184 @@
+"""From images and prompts to one padded batch that knows what each of its positions is."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from os import PathLike
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from mechvlm.architectures import Architecture
+from mechvlm.errors import InputError
+from mechvlm.images import check_resize, open_image, patch_grid
+from mechvlm.tokens import Modality, TokenMap
+
+ImageLike = Image.Image | str | PathLike
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """A batch for the model, with what is needed to read its activations.
+
+    Attributes:
+        encoding: what the Hugging Face model is called with; sequences are padded on the left.
+        token_maps: one `TokenMap` per example.
+        images: the original images in RGB, per example in the prompt's order.
+        prompts: the prompts as they were given.
+        texts: the prompts in the family's template, as they were tokenized.
+    """
+
+    encoding: dict[str, Tensor] = field(repr=False)
+    token_maps: tuple[TokenMap, ...] = field(repr=False)
+    images: tuple[tuple[Image.Image, ...], ...] = field(repr=False)
+    prompts: tuple[str, ...]
+    texts: tuple[str, ...] = field(repr=False)
+
+    def __len__(self) -> int:
+        return len(self.token_maps)
+
+    @property
+    def tokens(self) -> TokenMap:
+        """The TokenMap of the only example.
+
+        Raises:
+            ValueError: when there are several: take `token_maps[i]`.
+        """
+        if len(self) != 1:
+            raise ValueError(f"These inputs hold {len(self)} examples: take inputs.token_maps[i] of one of them.")
+        return self.token_maps[0]
+
+
+def build_inputs(
+    images: ImageLike | Sequence[ImageLike | Sequence[ImageLike]],
+    prompts: str | Sequence[str],
+    *,
+    record: Architecture,
+    config,
+    processor,
+) -> Inputs:
+    """One image (or a list: one per example, or one list of images per example) and its prompt, as a batch.
+
+    A single image goes with every prompt and a single prompt with every image. A prompt that already holds the image
+    token is taken as it is, template and all.
+
+    Raises:
+        InputError: for an image that cannot be read, numbers of images and prompts that do not match, a prompt that
+            holds another number of image tokens than there are images, or one that leaves no room for the image.
+    """
+    pairs = _pair(images, prompts)
+    token = processor.tokenizer.convert_ids_to_tokens(config.image_token_index)
+    encodings, texts, opened = [], [], []
+    for number, (group, prompt) in enumerate(pairs):
+        group = tuple(open_image(i) for i in group)
+        for one in group:
+            check_resize(one.size, processor.image_processor)
+        text = _text(prompt, len(group), token, record, processor, number)
+        # One example at a time and unpadded: InstructBLIP's processor would put the padding between image and text.
+        encoding = processor(images=list(group), text=[text], return_tensors="pt")
+        _check_room(encoding, prompt, record, config, number)
+        encodings.append(encoding)
+        texts.append(text)
+        opened.append(group)
+    batch = _collate(encodings, record, processor)
+    maps = tuple(
+        _token_map(batch, row, encodings[row]["pixel_values"], opened[row], record, config, processor)
+        for row in range(len(pairs))
+    )
+    return Inputs(batch, maps, tuple(opened), tuple(p for _, p in pairs), tuple(texts))
+
+
+def _pair(images, prompts) -> list[tuple[tuple[ImageLike, ...], str]]:
+    one_image = isinstance(images, Image.Image | str | PathLike)
+    groups = [images] if one_image else list(images)
+    groups = [(g,) if isinstance(g, Image.Image | str | PathLike) else tuple(g) for g in groups]
+    texts = [prompts] if isinstance(prompts, str) else list(prompts)
+    if not groups or not texts:
+        raise InputError(f"There is nothing to run: {len(groups)} images and {len(texts)} prompts were given.")
+    if len(groups) == 1:
+        groups *= len(texts)
+    if isinstance(prompts, str):
+        texts *= len(groups)
+    if len(groups) != len(texts):
+        raise InputError(
+            f"{len(groups)} images and {len(texts)} prompts were given: give one prompt for all, or one per image. "
+            "Several images in one prompt are a list within the list: [[first, second]]."
+        )
+    return list(zip(groups, texts, strict=True))
+
+
+def _text(prompt: str, n_images: int, token: str, record: Architecture, processor, number: int) -> str:
+    """The prompt in the family's template."""
+    if not n_images:
+        raise InputError(f"Example {number} has no image; a vision-language model is read with at least one.")
+    if record.images_per_prompt is not None and n_images > record.images_per_prompt:
+        raise InputError(f"Example {number} has {n_images} images; {record.hf_class} takes {record.images_per_prompt}.")
+    if token in prompt:
+        found = prompt.count(token)
+        if record.visual_tokens == "queries":
+            raise InputError(f"Leave {token} out of the prompt: {record.hf_class} puts its queries before the text.")
+        if found != n_images:
+            raise InputError(f"The prompt {prompt!r} holds {found} {token}, but example {number} has {n_images} images.")
+        return prompt
+    if getattr(processor, "chat_template", None):
+        content = [{"type": "image"}] * n_images + [{"type": "text", "text": prompt}]
+        return processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    return record.template.format(images="\n".join([token] * n_images), prompt=prompt)
+
+
+def _check_room(encoding, prompt: str, record: Architecture, config, number: int) -> None:
+    limits = {"input_ids": config.text_config.max_position_embeddings}
+    if "qformer_input_ids" in record.right_padded:
+        limits["qformer_input_ids"] = config.qformer_config.max_position_embeddings
+    for key, limit in limits.items():
+        length = encoding[key].shape[-1]
+        if length > limit:
+            visual = int((encoding["input_ids"] == config.image_token_index).sum())
+            raise InputError(
+                f"The prompt of example {number} ({prompt[:40]!r}...) leaves no room: {length} tokens in {key}, of which "
+                f"{visual if key == 'input_ids' else 0} for the image, where the model takes {limit}. Shorten it."
+            )
+    if not (encoding["input_ids"] == config.image_token_index).any():
+        raise InputError(f"The prompt of example {number} holds no image token ({config.image_token_index}).")
+
+
+def _collate(encodings: list, record: Architecture, processor) -> dict[str, Tensor]:
+    """Sequences padded to the longest, on the left but for the record's `right_padded`; images stacked."""
+    batch = {}
+    for key in encodings[0]:
+        rows = [e[key] for e in encodings]
+        if key == "pixel_values":
+            batch[key] = torch.cat(rows)
+            continue
+        right = key in record.right_padded
+        value = 0
+        if key.endswith("input_ids"):
+            tokenizer = processor.qformer_tokenizer if right else processor.tokenizer
+            value = tokenizer.pad_token_id or 0  # masked: any id will do where the tokenizer names none
+        longest = max(r.shape[-1] for r in rows)
+        pad = [(0, longest - r.shape[-1]) if right else (longest - r.shape[-1], 0) for r in rows]
+        batch[key] = torch.cat([torch.nn.functional.pad(r, p, value=value) for r, p in zip(rows, pad, strict=True)])
+    return batch
+
+
+def _token_map(batch, row, pixels, images, record, config, processor) -> TokenMap:
+    ids = batch["input_ids"][row]
+    tokenizer = processor.tokenizer
+    modality = torch.full_like(ids, Modality.TEXT)
+    modality[torch.isin(ids, torch.tensor(tokenizer.all_special_ids))] = Modality.SPECIAL
+    modality[ids == config.image_token_index] = Modality.IMAGE
+    modality[batch["attention_mask"][row] == 0] = Modality.PADDING
+    size = (int(pixels.shape[-2]), int(pixels.shape[-1]))
+    grids = tuple(
+        patch_grid(i.size, processor.image_processor, size, config.vision_config.patch_size) for i in images
+    )
+    tokens = TokenMap(
+        ids, tuple(tokenizer.convert_ids_to_tokens(ids.tolist())), modality, grids, record.visual_tokens == "patches"
+    )
+    expected = sum(g.rows * g.cols for g in grids)
+    if tokens.patches and len(tokens.image) != expected:
+        raise InputError(
+            f"The processor made {len(tokens.image)} image tokens where the grid has {expected} patches: its patch_size, "
+            "num_additional_image_tokens and vision_feature_select_strategy do not fit the model."
+        )
+    return tokens

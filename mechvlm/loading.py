@@ -1,0 +1,108 @@
+"""load(): a bundled name, a hub id, a folder or a loaded model, as a `VLM`."""
+
+from os import PathLike
+from pathlib import Path
+
+import torch
+import transformers
+from torch import nn
+from transformers import AutoConfig, AutoProcessor
+
+from mechvlm import bundled
+from mechvlm.architectures import architecture_of
+from mechvlm.checks import check_model
+from mechvlm.errors import ModelError
+from mechvlm.vlm import VLM
+
+
+def load(
+    model: str | PathLike | nn.Module,
+    processor=None,
+    *,
+    dtype: str | torch.dtype | None = None,
+    device: str | torch.device | None = None,
+    device_map: str | dict | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    check: bool = True,
+) -> VLM:
+    """A vision-language model, ready to be read.
+
+    Args:
+        model: a bundled name (`mechvlm.bundled.NAMES`), a hub id, a folder, or a loaded Hugging Face model.
+        processor: of a loaded model, required there; otherwise it is loaded from where the model is.
+        dtype: "float32", "bfloat16", ... Default: the checkpoint's own; float32 for the bundled models, which are stored
+            in float16 to be small.
+        device: where to put the model; default the CPU, or what `device_map` says.
+        device_map: as in transformers, to spread a model over devices ("auto").
+        revision: of a hub id.
+        trust_remote_code: run code that a repository brings. Off unless asked for.
+        check: hold the model to its record with one tiny forward (`mechvlm.checks.check_model`).
+
+    Raises:
+        ModelError: for an unknown model, a class without a record, weights that are not safetensors, or a model that is
+            not what its record says.
+    """
+    if isinstance(model, nn.Module):
+        if processor is None:
+            raise ModelError(f"A loaded model needs its processor: mechvlm.load(model, processor). Got {type(model).__name__}.")
+        _require_decoder_only(model.config)
+        vlm = VLM(model.eval(), processor, name=getattr(model, "name_or_path", "") or type(model).__name__)
+    else:
+        name = str(model)
+        source, is_bundled = (str(bundled.path(name)), True) if name in bundled.NAMES else (name, False)
+        dtype = _dtype(dtype, "float32" if is_bundled else "auto")
+        config = _config(source, name, revision, trust_remote_code)
+        hf_class = (getattr(config, "architectures", None) or ["(no class named in config.json)"])[0]
+        architecture_of(hf_class)
+        _require_decoder_only(config)
+        options = {"revision": revision, "trust_remote_code": trust_remote_code}
+        try:
+            hf = getattr(transformers, hf_class).from_pretrained(
+                source, dtype=dtype, device_map=device_map, use_safetensors=True, **options
+            )
+        except OSError as error:
+            raise ModelError(
+                f"The weights of {name} cannot be loaded: {error}\nmechvlm loads safetensors only; convert other formats with "
+                "`save_pretrained` on a machine that trusts them."
+            ) from error
+        processor = processor or AutoProcessor.from_pretrained(source, **options)
+        commit = getattr(hf.config, "_commit_hash", None) or revision
+        vlm = VLM(hf.eval(), processor, name=name, revision=commit)
+    if device is not None:
+        if device_map is not None:
+            raise ModelError(f"Give device ({device}) or device_map ({device_map}), not both.")
+        vlm.hf.to(device)
+    if check:
+        check_model(vlm)
+    return vlm
+
+
+def _dtype(dtype, default: str):
+    dtype = default if dtype is None else dtype
+    if dtype == "auto" or isinstance(dtype, torch.dtype):
+        return dtype
+    found = getattr(torch, dtype, None)
+    if not isinstance(found, torch.dtype):
+        raise ModelError(f"There is no dtype {dtype!r}. Choose float32, bfloat16 or float16.")
+    return found
+
+
+def _config(source: str, name: str, revision: str | None, trust_remote_code: bool):
+    if Path(source).is_dir() and not (Path(source) / "config.json").is_file():
+        raise ModelError(f"The folder {name} holds no config.json: it is no Hugging Face model folder.")
+    try:
+        return AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"There is no model {name!r}: it is neither bundled ({', '.join(bundled.NAMES)}), nor a folder here, nor a hub id "
+            f"that can be reached. The hub's client says: {str(error).splitlines()[0]}"
+        ) from error
+
+
+def _require_decoder_only(config) -> None:
+    if getattr(config, "use_decoder_only_language_model", True) is False:
+        raise ModelError(
+            f"This {type(config).__name__} has an encoder-decoder language model ({config.text_config.model_type}). mechvlm "
+            "reads decoders that hold image and text in one sequence: InstructBLIP with Vicuna, for instance."
+        )

@@ -1,0 +1,1 @@
+"""One method a file: plain tensor functions, the probe that reads for them, and its result."""

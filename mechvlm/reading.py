@@ -1,0 +1,147 @@
+"""read(): any number of probes in one forward. The only loop over layers.
+
+A probe is asked at every layer for a small tensor made of what passes by, inside the trace; nothing of the size of the
+residual stream is kept. Layers are states: 0 is what enters the decoder (the embeddings), l is what leaves its l-th
+layer, n_layers is what the final norm and the unembedding read.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+import nnsight
+import torch
+from torch import Tensor
+
+from mechvlm.accessors import Attention
+from mechvlm.errors import NonFiniteError
+from mechvlm.inputs import Inputs
+from mechvlm.probes.contextualization import Contextualization, ContextualizationResult
+from mechvlm.probes.logit_lens import LogitLens, LogitLensResult
+from mechvlm.probes.norm_attention import NormAttention, NormAttentionResult
+from mechvlm.probes.query_reading import QueryReading, QueryReadingResult
+from mechvlm.results import Result
+from mechvlm.tokens import Modality
+from mechvlm.vlm import VLM
+
+
+class State(NamedTuple):
+    """The residual stream at one layer, 0 to n_layers, as a probe is given it.
+
+    resid: [batch pos d_model], before the next layer; final_norm, unembed: the model's own, callable.
+    """
+
+    layer: int
+    resid: Tensor
+    final_norm: Callable[[Tensor], Tensor]
+    unembed: Callable[[Tensor], Tensor]
+
+
+class Attended(NamedTuple):
+    """The attention that makes state `layer` (1 to n_layers) out of the one before.
+
+    parts: what the weights are computed from; w_o: [d_model, head * d_head], the output projection's weight.
+    """
+
+    layer: int
+    parts: Attention
+    w_o: Tensor
+
+
+class Probe(Protocol):
+    """What read() asks of a probe. Write your own: see the tutorial.
+
+    `prepare` runs before the forward and turns names into positions; the three `at_` methods run inside it, on the model's
+    device, and give a dict of small tensors (or None); `result` is given those dicts, in the order of the layers.
+    """
+
+    reads: frozenset[str]
+    """Which of "states", "attention", "queries" it wants."""
+
+    def prepare(self, vlm: VLM, inputs: Inputs) -> Any: ...
+
+    def result(self, plan: Any, rows: list[dict[str, Tensor]], vlm: VLM, inputs: Inputs) -> Result: ...
+
+
+def read(vlm: VLM, inputs: Inputs, *probes) -> tuple:
+    """Run ONE forward and give each probe's result, in their order.
+
+    Raises:
+        NonFiniteError: when a state holds NaN or infinity; it names the layer and the examples.
+        ValueError: when no probe is given, or one asks for positions that are not there.
+    """
+    if not probes:
+        raise ValueError("read() was given no probe. Try mechvlm.read(vlm, inputs, mechvlm.LogitLens()).")
+    plans = [probe.prepare(vlm, inputs) for probe in probes]
+    wants = frozenset().union(*(probe.reads for probe in probes))
+    real = torch.stack([m.modality != Modality.PADDING for m in inputs.token_maps]).to(vlm.device)
+    n, layers, norm, unembed = vlm.n_layers, vlm.layers, vlm.final_norm, vlm.unembed
+    crosses = vlm.cross_attentions if "queries" in wants else []
+
+    with torch.no_grad(), vlm.trace(inputs, logits_to_keep=1):
+        rows = nnsight.save([[] for _ in probes])
+        finite = nnsight.save([])
+        for number, cross in enumerate(crosses):
+            (_, q, k, *_), options = getattr(cross.source, vlm.record.attention_call).inputs
+            for probe, plan, kept in zip(probes, plans, rows, strict=True):
+                if "queries" in probe.reads:
+                    kept.append(probe.at_queries(plan, number, q, k, options["scaling"]))
+        for layer in range(n + 1):
+            resid = vlm.resid_pre[layer] if layer < n else vlm.resid_post[n - 1]
+            finite.append(is_finite(resid, real))
+            state = State(layer, resid, norm, unembed)
+            for probe, plan, kept in zip(probes, plans, rows, strict=True):
+                if "states" in probe.reads:
+                    kept.append(probe.at_state(plan, state))
+            if layer < n and "attention" in wants:
+                w_o = getattr(getattr(layers[layer], vlm.record.attention), vlm.record.o_proj).weight
+                attended = Attended(layer + 1, vlm.attention[layer], w_o)
+                for probe, plan, kept in zip(probes, plans, rows, strict=True):
+                    if "attention" in probe.reads:
+                        kept.append(probe.at_attention(plan, attended))
+
+    _refuse_nonfinite(torch.stack([f.cpu() for f in finite]), vlm)
+    return tuple(
+        probe.result(plan, [row for row in kept if row is not None], vlm, inputs)
+        for probe, plan, kept in zip(probes, plans, rows, strict=True)
+    )
+
+
+def is_finite(resid: Tensor, real: Tensor) -> Tensor:
+    """Per example [batch]: whether all its positions but padding hold finite numbers."""
+    # One sum a position: NaN and infinity survive it, and [batch pos d_model] booleans are never made.
+    sums = resid.float().abs().amax(-1) if resid.dtype == torch.float16 else resid.sum(-1)
+    return (torch.isfinite(sums) | ~real.to(sums.device)).all(-1)
+
+
+def _refuse_nonfinite(finite: Tensor, vlm: VLM) -> None:
+    bad = tuple((~finite.all(0)).nonzero().squeeze(-1).tolist())
+    if not bad:
+        return
+    first = int((~finite[:, list(bad)]).any(1).nonzero()[0, 0])
+    where = "the embeddings that enter the decoder" if first == 0 else f"layer {first} of {vlm.n_layers}"
+    raise NonFiniteError(
+        f"Activations of {vlm.name} are NaN or infinite from {where} on, in example(s) {list(bad)} of this batch. In "
+        f"{str(vlm.dtype).removeprefix('torch.')} large activations can overflow: load with dtype='bfloat16' or 'float32'. "
+        "If they already enter the decoder so, look at the image's pixels and the vision encoder.",
+        examples=bad,
+    )
+
+
+def logit_lens(vlm: VLM, inputs: Inputs, **options) -> LogitLensResult:
+    """Top-k tokens of states through the unembedding; `options` are those of the probe `LogitLens`."""
+    return read(vlm, inputs, LogitLens(**options))[0]
+
+
+def contextualization(vlm: VLM, inputs: Inputs, **options) -> ContextualizationResult:
+    """Mean pairwise cosines by layer; `options` are those of the probe `Contextualization`."""
+    return read(vlm, inputs, Contextualization(**options))[0]
+
+
+def norm_attention(vlm: VLM, inputs: Inputs, **options) -> NormAttentionResult:
+    """Norm-based attention by layer; `options` are those of the probe `NormAttention`."""
+    return read(vlm, inputs, NormAttention(**options))[0]
+
+
+def query_reading(vlm: VLM, inputs: Inputs) -> QueryReadingResult:
+    """Where on the image each query reads: the probe `QueryReading`."""
+    return read(vlm, inputs, QueryReading())[0]

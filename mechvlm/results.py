@@ -1,0 +1,79 @@
+"""What every result shares: it is frozen, knows its units, and can be saved, tabled and drawn."""
+
+import json
+from dataclasses import dataclass, fields
+from os import PathLike
+from typing import Any, ClassVar
+
+import numpy as np
+import pandas as pd
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Result:
+    """A typed result: tensors with named axes, and the settings they were made with."""
+
+    units: ClassVar[str] = ""
+
+    def to_frame(self) -> pd.DataFrame:
+        """The result as a tidy table, one value a row."""
+        raise TypeError(f"{type(self).__name__} has no table of its own.")
+
+    def plot(self, ax=None):
+        """The result drawn with matplotlib; gives the axes."""
+        # Results know how to ask for their picture, the view knows how to draw it: imported when asked.
+        from mechvlm.view import plots
+
+        return plots.draw(self, ax)
+
+    def save(self, path: str | PathLike) -> None:
+        """Write one .safetensors file: tensors as they are, everything else as JSON in its header."""
+        tensors, rest = {}, {}
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if isinstance(value, Tensor):
+                tensors[f.name] = value.detach().cpu().contiguous().clone()
+            else:
+                rest[f.name] = value
+        header = {"mechvlm": type(self).__name__, "fields": json.dumps(rest)}
+        save_file(tensors, path, metadata=header)
+
+    @classmethod
+    def load(cls, path: str | PathLike) -> Any:
+        """Read what `save` wrote.
+
+        Raises:
+            ValueError: when the file holds another kind of result.
+        """
+        with safe_open(path, framework="pt") as file:
+            header = file.metadata() or {}
+            if header.get("mechvlm") != cls.__name__:
+                held = header.get("mechvlm", "no mechvlm result")
+                raise ValueError(f"{path} holds {held}, not {cls.__name__}: load it with the class that saved it.")
+            values = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        values |= {key: _tuples(value) for key, value in json.loads(header["fields"]).items()}
+        return cls(**values)
+
+
+def _tuples(value):
+    return tuple(_tuples(v) for v in value) if isinstance(value, list) else value
+
+
+def long_frame(values: Tensor, **axes) -> pd.DataFrame:
+    """A tensor as a table: one column per axis, in the tensor's order, and the column `value`."""
+    index = pd.MultiIndex.from_product([list(v) for v in axes.values()], names=list(axes))
+    return pd.DataFrame({"value": np.asarray(values.detach().cpu().float()).reshape(-1)}, index=index).reset_index()
+
+
+def to_cpu(x: Tensor) -> Tensor:
+    """Off the device, in float32 unless it holds whole numbers."""
+    x = x.detach().cpu()
+    return x.float() if x.is_floating_point() else x
+
+
+def stack(rows: list[Tensor]) -> Tensor:
+    return torch.stack([to_cpu(r) for r in rows])

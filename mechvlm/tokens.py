@@ -1,0 +1,202 @@
+"""Which position of a sequence is what, and where on the image a patch lies. No model here, only tensors and numbers."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from functools import cached_property
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+
+class Modality(IntEnum):
+    """What a position holds. `SPECIAL` are the tokenizer's control tokens (`<s>`), other than image and padding."""
+
+    PADDING = 0
+    SPECIAL = 1
+    TEXT = 2
+    IMAGE = 3
+
+
+@dataclass(frozen=True)
+class PatchGrid:
+    """Where the vision encoder's patches lie on the image as it was given.
+
+    The processor resizes the image and crops its centre; the patches tile that crop. A box is in pixels of the
+    ORIGINAL image, so that it can be drawn on it: (left, top, right, bottom), floats, x to the right and y down.
+
+    Attributes:
+        rows, cols: of the grid.
+        patch: side of a patch, in pixels of the crop.
+        image_size: (width, height) of the original image.
+        resized: (width, height) after the resize, before the crop.
+        crop: (left, top) of the crop in the resized image; negative where the crop is larger and was padded.
+    """
+
+    rows: int
+    cols: int
+    patch: int
+    image_size: tuple[int, int]
+    resized: tuple[int, int]
+    crop: tuple[int, int]
+
+    @property
+    def scale(self) -> tuple[float, float]:
+        """Original pixels per resized pixel, (x, y)."""
+        return self.image_size[0] / self.resized[0], self.image_size[1] / self.resized[1]
+
+    @property
+    def crop_box(self) -> tuple[float, float, float, float]:
+        """The part of the original image that the model sees, (left, top, right, bottom) in original pixels."""
+        (left, top, _, _), (_, _, right, bottom) = self.box(0, 0), self.box(self.rows - 1, self.cols - 1)
+        return left, top, right, bottom
+
+    def box(self, row: int, col: int) -> tuple[float, float, float, float]:
+        """One patch's (left, top, right, bottom) in original pixels.
+
+        Raises:
+            IndexError: for a cell outside the grid.
+        """
+        if not (0 <= row < self.rows and 0 <= col < self.cols):
+            raise IndexError(f"row {row}, col {col} is outside the grid of {self.rows} rows x {self.cols} cols.")
+        sx, sy = self.scale
+        left, top = self.crop[0] + col * self.patch, self.crop[1] + row * self.patch
+        return left * sx, top * sy, (left + self.patch) * sx, (top + self.patch) * sy
+
+    def boxes(self) -> Float[Tensor, "row col 4"]:
+        """All patches' boxes, (left, top, right, bottom) in original pixels."""
+        return torch.tensor([[self.box(r, c) for c in range(self.cols)] for r in range(self.rows)])
+
+    def covered(self, box: Sequence[float]) -> Float[Tensor, "row col"]:
+        """Share of each patch's area, 0 to 1, that lies inside a box given in original pixels."""
+        b = self.boxes()
+        width = (b[..., 2].clamp(max=box[2]) - b[..., 0].clamp(min=box[0])).clamp(min=0)
+        height = (b[..., 3].clamp(max=box[3]) - b[..., 1].clamp(min=box[1])).clamp(min=0)
+        return width * height / ((b[..., 2] - b[..., 0]) * (b[..., 3] - b[..., 1]))
+
+
+@dataclass(frozen=True)
+class TokenMap:
+    """What each position of one example's sequence is.
+
+    Positions count from the start of the padded sequence, so that they index the model's activations directly.
+
+    Attributes:
+        ids: token ids, padding included.
+        strings: the tokenizer's pieces, with the `▁` that marks the start of a word.
+        modality: one `Modality` a position.
+        grids: the vision encoder's grid, one per image.
+        patches: whether each visual token is one patch of its grid (else it is a query that reads all of them).
+    """
+
+    ids: Int[Tensor, " pos"]
+    strings: tuple[str, ...]
+    modality: Int[Tensor, " pos"]
+    grids: tuple[PatchGrid, ...]
+    patches: bool
+
+    def __len__(self) -> int:
+        return len(self.strings)
+
+    def _where(self, *kinds: Modality) -> Int[Tensor, " n"]:
+        return torch.isin(self.modality, torch.tensor(kinds)).nonzero().squeeze(-1)
+
+    @cached_property
+    def image(self) -> Int[Tensor, " n"]:
+        """Positions of the visual tokens, of all images in their order."""
+        return self._where(Modality.IMAGE)
+
+    @cached_property
+    def text(self) -> Int[Tensor, " n"]:
+        """Positions of text tokens, without special tokens."""
+        return self._where(Modality.TEXT)
+
+    @cached_property
+    def special(self) -> Int[Tensor, " n"]:
+        """Positions of control tokens such as `<s>`."""
+        return self._where(Modality.SPECIAL)
+
+    @cached_property
+    def all(self) -> Int[Tensor, " n"]:
+        """Every position that is not padding."""
+        return self._where(Modality.SPECIAL, Modality.TEXT, Modality.IMAGE)
+
+    @property
+    def last(self) -> int:
+        """The last position, where the model answers."""
+        return int(self.all[-1])
+
+    @property
+    def last_text(self) -> int:
+        """The last text token."""
+        return int(self.text[-1])
+
+    @property
+    def last_image(self) -> int:
+        """The last visual token."""
+        return int(self.image[-1])
+
+    @property
+    def images(self) -> tuple[Int[Tensor, " n"], ...]:
+        """Positions of the visual tokens, image by image."""
+        return self.image.chunk(len(self.grids))
+
+    def select(self, where: str | int | Sequence[int] | Tensor) -> Int[Tensor, " n"]:
+        """Positions by name ("image", "text", "special", "all", "last", "last_text", "last_image") or by number.
+
+        Raises:
+            ValueError: for an unknown name, a number outside the sequence or on padding, or an empty selection.
+        """
+        names = ("image", "text", "special", "all", "last", "last_text", "last_image")
+        if isinstance(where, str):
+            if where not in names:
+                raise ValueError(f"There are no positions called {where!r}. Names: {', '.join(names)}; or give numbers.")
+            found = torch.as_tensor(getattr(self, where)).reshape(-1)
+        else:
+            found = torch.as_tensor(where).reshape(-1).long()
+            bad = [int(p) for p in found if not 0 <= int(p) < len(self) or self.modality[int(p)] == Modality.PADDING]
+            if bad:
+                first = int(self.all[0])
+                raise ValueError(f"Positions {bad} are not tokens of this example, which has {first} to {len(self) - 1}.")
+        if not len(found):
+            raise ValueError(f"The selection {where!r} is empty: this example has no such position.")
+        return found
+
+    def position(self, row: int, col: int, image: int = 0) -> int:
+        """The position of one patch's visual token.
+
+        Raises:
+            ValueError: where visual tokens are queries, which have no place.
+            IndexError: for a cell outside the grid.
+        """
+        grid = self._grid(image)
+        grid.box(row, col)
+        return int(self.images[image][row * grid.cols + col])
+
+    def cell(self, position: int) -> tuple[int, int, int]:
+        """(image, row, col) of a visual token that is a patch.
+
+        Raises:
+            ValueError: where visual tokens are queries, or the position holds no visual token.
+        """
+        for image, positions in enumerate(self.images):
+            hit = (positions == position).nonzero()
+            if len(hit):
+                row, col = divmod(int(hit[0, 0]), self._grid(image).cols)
+                return image, row, col
+        raise ValueError(f"Position {position} holds no visual token; they are at {self.image.tolist()}.")
+
+    def in_box(self, box: Sequence[float], image: int = 0, covered: float = 0.5) -> Int[Tensor, " n"]:
+        """Positions of the patches of which at least the share `covered` lies in a box given in original pixels."""
+        return self.images[image][(self._grid(image).covered(box) >= covered).flatten()]
+
+    def _grid(self, image: int) -> PatchGrid:
+        if not self.patches:
+            raise ValueError(
+                "This model's visual tokens are queries: each reads the whole image and has no place on it. "
+                "mechvlm.query_reading gives the map [query, row, col] of where each one reads."
+            )
+        if not 0 <= image < len(self.grids):
+            raise IndexError(f"Image {image} was asked for; the prompt holds {len(self.grids)}.")
+        return self.grids[image]

@@ -1,0 +1,211 @@
+"""A vision-language model with uniform names: its inputs, its trace, its activations and its weights."""
+
+import warnings
+from collections.abc import Callable, Sequence
+
+import torch
+from einops import rearrange
+from jaxtyping import Float
+from nnsight import TransformersModel
+from torch import Tensor, nn
+
+from mechvlm.accessors import Accessor, Attention, PatternAccessor, build_accessors
+from mechvlm.architectures import architecture_of, part
+from mechvlm.inputs import ImageLike, Inputs, build_inputs
+
+
+class VLM:
+    """A loaded model. `mechvlm.load` makes one.
+
+    Activations, inside `with vlm.trace(inputs):`, indexed by layer, readable and assignable, named as TransformerLens does
+    (shapes in brackets): `resid_pre`, `resid_mid`, `resid_post`, `attn_out`, `mlp_out` [batch pos d_model];
+    `q`, `z` [batch pos head d_head]; `k`, `v` [batch pos kv_head d_head]; `pattern` [batch head dest src]; and `logits`
+    [batch pos d_vocab]. `q` and `k` are before the rotary embedding, as TransformerLens' hook_q and hook_k are;
+    `attention[layer]` gives what the weights are computed from, after it.
+
+    Weights, anywhere, indexed by layer: `W_Q`, `W_K`, `W_V` [head d_model d_head] (key and value heads repeated to the query
+    heads), `W_O` [head d_head d_model]; and `W_E` [d_vocab d_model], `W_U` [d_model d_vocab].
+
+    Attributes:
+        model: the nnsight model, for anything that has no name here.
+        hf: the Hugging Face model.
+        processor, tokenizer: its own.
+        record: where the family keeps its parts.
+        name, revision: what was loaded.
+        n_layers, n_heads, n_kv_heads, d_model, d_head, d_vocab: of the decoder.
+    """
+
+    resid_pre: Accessor[Tensor]
+    resid_mid: Accessor[Tensor]
+    resid_post: Accessor[Tensor]
+    attn_out: Accessor[Tensor]
+    mlp_out: Accessor[Tensor]
+    q: Accessor[Tensor]
+    k: Accessor[Tensor]
+    v: Accessor[Tensor]
+    z: Accessor[Tensor]
+    pattern: PatternAccessor
+    attention: Accessor[Attention]
+
+    def __init__(self, hf: nn.Module, processor, *, name: str, revision: str | None = None):
+        self.hf, self.processor, self.name, self.revision = hf, processor, name, revision
+        self.record = architecture_of(type(hf).__name__)
+        self.tokenizer = processor.tokenizer
+        self.config = hf.config
+        with warnings.catch_warnings():
+            # The Q-Former's modules named `output` are served under another name, which nothing here reads.
+            warnings.filterwarnings("ignore", message=".*nnsight already serves.*")
+            self.model = TransformersModel(hf, task="image-text-to-text", processor=processor)
+        text = self.config.text_config
+        self.n_layers: int = text.num_hidden_layers
+        self.n_heads: int = text.num_attention_heads
+        self.n_kv_heads: int = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+        self.d_model: int = text.hidden_size
+        self.d_head: int = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        self.d_vocab: int = part(hf, self.record.unembed).weight.shape[0]
+        for module in [*(getattr(layer, self.record.attention) for layer in self.layers), *self.cross_attentions]:
+            # nnsight rewrites a forward when its source is first asked for, which is too late once that forward runs.
+            getattr(module.source, self.record.attention_call)
+        for site, accessor in build_accessors(self.layers, self.record, self.d_head).items():
+            setattr(self, site, accessor)
+
+    def __repr__(self) -> str:
+        return (
+            f"VLM({self.name!r}, {self.record.hf_class}, n_layers={self.n_layers}, n_heads={self.n_heads}, "
+            f"d_model={self.d_model}, {str(self.dtype).removeprefix('torch.')}, {self.device})"
+        )
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs go: the device of the token embedding."""
+        return part(self.hf, self.record.embed).weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return part(self.hf, self.record.embed).weight.dtype
+
+    @property
+    def layers(self):
+        """The decoder's layers, as nnsight's envoys."""
+        return part(self.model, self.record.layers)
+
+    @property
+    def final_norm(self):
+        """The norm before the unembedding, callable on any state inside a trace."""
+        return part(self.model, self.record.norm)
+
+    @property
+    def unembed(self):
+        """The unembedding, callable on any normed state inside a trace."""
+        return part(self.model, self.record.unembed)
+
+    @property
+    def cross_attentions(self) -> list:
+        """The attentions with which the queries read the image (empty where visual tokens are patches)."""
+        if self.record.qformer_layers is None or self.record.cross_attention is None:
+            return []
+        every = self.config.qformer_config.cross_attention_frequency
+        return [part(layer, self.record.cross_attention) for layer in list(part(self.model, self.record.qformer_layers))[::every]]
+
+    def inputs(
+        self, images: ImageLike | Sequence[ImageLike | Sequence[ImageLike]], prompts: str | Sequence[str]
+    ) -> Inputs:
+        """Images and prompts as a batch, padded on the left, with a `TokenMap` per example.
+
+        Args:
+            images: one image (PIL or a path), a list with one per example, or a list of lists for several in one prompt.
+            prompts: one for all, or one per example. The family's template is put around it, unless it already holds the
+                image token.
+
+        Raises:
+            InputError: for an unreadable image, numbers that do not match, or a prompt with no room for the image.
+        """
+        return build_inputs(images, prompts, record=self.record, config=self.config, processor=self.processor)
+
+    def trace(self, inputs: Inputs, **kwargs):
+        """An ordinary nnsight trace over one forward of `inputs`; `kwargs` go to the model's forward.
+
+        `logits_to_keep=1` saves the logits of all positions but the last.
+        """
+        return self.model.trace(**self.encoding(inputs), **kwargs)
+
+    def encoding(self, inputs: Inputs) -> dict[str, Tensor]:
+        """What the Hugging Face model is called with, on its device."""
+        return {key: value.to(self.device) for key, value in inputs.encoding.items()}
+
+    @torch.no_grad()
+    def generate(self, inputs: Inputs, max_new_tokens: int = 40) -> list[str]:
+        """The model's greedy answers, without prompt and special tokens; one per example."""
+        out = self.hf.generate(
+            **self.encoding(inputs), max_new_tokens=max_new_tokens, do_sample=False, num_beams=1,
+            pad_token_id=self.tokenizer.pad_token_id,
+        )  # fmt: skip
+        new = out[:, inputs.encoding["input_ids"].shape[1] :]
+        return [text.strip() for text in self.tokenizer.batch_decode(new, skip_special_tokens=True)]
+
+    # -- activations that belong to no layer ---------------------------------------------------------------------------
+
+    @property
+    def logits(self) -> Float[Tensor, "batch pos d_vocab"]:
+        """Inside a trace: the model's logits."""
+        return self.unembed.output
+
+    @logits.setter
+    def logits(self, value: Tensor) -> None:
+        self.unembed.output = value
+
+    # -- weights -------------------------------------------------------------------------------------------------------
+
+    @property
+    def W_E(self) -> Float[Tensor, "d_vocab d_model"]:
+        return part(self.hf, self.record.embed).weight
+
+    @property
+    def W_U(self) -> Float[Tensor, "d_model d_vocab"]:
+        return part(self.hf, self.record.unembed).weight.T
+
+    @property
+    def W_Q(self) -> "Weights":
+        return Weights(self, "W_Q", lambda layer: self._in_heads(layer, "q_proj"))
+
+    @property
+    def W_K(self) -> "Weights":
+        return Weights(self, "W_K", lambda layer: self._in_heads(layer, "k_proj"))
+
+    @property
+    def W_V(self) -> "Weights":
+        return Weights(self, "W_V", lambda layer: self._in_heads(layer, "v_proj"))
+
+    @property
+    def W_O(self) -> "Weights":
+        return Weights(self, "W_O", self._out_heads)
+
+    def _projection(self, layer: int, name: str) -> Tensor:
+        block = part(self.hf, self.record.layers)[layer]
+        return getattr(getattr(block, self.record.attention), getattr(self.record, name)).weight
+
+    def _in_heads(self, layer: int, name: str) -> Tensor:
+        weight = rearrange(self._projection(layer, name), "(head d_head) d_model -> head d_model d_head", d_head=self.d_head)
+        return weight.repeat_interleave(self.n_heads // weight.shape[0], dim=0) if len(weight) < self.n_heads else weight
+
+    def _out_heads(self, layer: int) -> Tensor:
+        return rearrange(
+            self._projection(layer, "o_proj"), "d_model (head d_head) -> head d_head d_model", d_head=self.d_head
+        )
+
+
+class Weights:
+    """One weight of every layer, per head: views of the model's own parameters."""
+
+    def __init__(self, vlm: VLM, name: str, read: Callable[[int], Tensor]):
+        self._n, self._name, self._read = vlm.n_layers, name, read
+
+    def __len__(self) -> int:
+        return self._n
+
+    def __getitem__(self, layer: int) -> Float[Tensor, "head _ _"]:
+        if not -self._n <= layer < self._n:
+            raise IndexError(f"{self._name}[{layer}]: the decoder has layers 0 to {self._n - 1}.")
+        return self._read(layer)
+
+
