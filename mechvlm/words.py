@@ -16,29 +16,45 @@ import unicodedata
 from collections import Counter
 from collections.abc import Collection, Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
-if TYPE_CHECKING:
-    import pandas
+import pandas as pd
 
 # What opens a word in a piece: SentencePiece's mark, and byte-level BPE's.
 WORD_STARTS = ("▁", "Ġ")
 # Byte-level BPE writes space and newline as these letters: past the start they are no part of a word.
 WRITTEN_SPACES = {"Ġ", "Ċ"}
 
-# scikit-learn's English stop words that say what is in an image: numbers, places, things, looks, visible acts. The
-# list itself is uneven about them (it has "six" and "eight", not "seven").
-SEEN_IN_IMAGES = frozenset(
+# English words of grammar alone. Ready-made lists also hold what is seen in images: scikit-learn's "two", "fire" and
+# "front", stop-words' "man", "room" and "large".
+STOP_WORDS = frozenset(
     {
-        "one", "two", "three", "four", "five", "six", "eight", "nine", "ten", "eleven", "twelve", "fifteen",
-        "twenty", "forty", "fifty", "sixty", "hundred", "first", "third", "back", "bottom", "front", "side", "top",
-        "part", "bill", "fire", "mill", "system", "detail", "name", "amount", "interest", "empty", "full", "thick",
-        "thin", "serious", "sincere", "call", "cry", "describe", "fill", "move",
-    }
-)  # fmt: skip
-# What an apostrophe leaves of "doesn't" and "they'll". scikit-learn keeps them whole.
-CONTRACTED = frozenset(
-    {
+        # articles, determiners, quantifiers
+        "a", "an", "the", "this", "that", "these", "those", "some", "any", "no", "every", "each", "either",
+        "neither", "both", "all", "such", "another", "other", "others", "same", "own", "much", "many", "more",
+        "most", "few", "less", "least", "several", "enough",
+        # pronouns
+        "i", "me", "my", "mine", "myself", "we", "us", "our", "ours", "ourselves", "you", "your", "yours",
+        "yourself", "yourselves", "he", "him", "his", "himself", "she", "her", "hers", "herself", "it", "its",
+        "itself", "they", "them", "their", "theirs", "themselves", "who", "whom", "whose", "which", "what",
+        "someone", "something", "anyone", "anything", "everyone", "everything", "nobody", "nothing", "none",
+        # prepositions
+        "of", "to", "in", "on", "at", "by", "for", "with", "from", "into", "onto", "upon", "about", "above",
+        "across", "after", "against", "along", "among", "around", "as", "before", "behind", "below", "beneath",
+        "beside", "besides", "between", "beyond", "down", "during", "except", "inside", "like", "near", "off",
+        "out", "outside", "over", "past", "per", "since", "than", "through", "throughout", "toward", "towards",
+        "under", "until", "up", "via", "while", "within", "without",
+        # conjunctions
+        "and", "or", "but", "nor", "so", "yet", "if", "because", "although", "though", "unless", "whether",
+        # auxiliaries, and the verbs that carry no act
+        "am", "is", "are", "was", "were", "be", "been", "being", "have", "has", "had", "having", "do", "does",
+        "did", "doing", "done", "can", "could", "may", "might", "must", "shall", "should", "will", "would",
+        "cannot", "go", "get",
+        # adverbs
+        "not", "there", "here", "then", "when", "where", "why", "how", "again", "also", "almost", "already",
+        "always", "just", "even", "ever", "never", "now", "often", "only", "quite", "rather", "still", "together",
+        "too", "very", "well", "away",
+        # what an apostrophe leaves of a contraction
         "aren", "couldn", "didn", "doesn", "don", "hadn", "hasn", "haven", "isn", "ll", "shouldn", "ve", "wasn",
         "weren", "wouldn",
     }
@@ -70,20 +86,6 @@ def word_of(piece: str) -> str | None:
     return None if word is None else word.casefold()
 
 
-@lru_cache(maxsize=1)
-def english_stop_words() -> frozenset[str]:
-    """scikit-learn's English stop words, without those that say what is in an image.
-
-    Left out of the list, so counted as words: numbers ("two"), places ("front", "top"), and the things, looks and acts
-    that it happens to hold ("fire", "empty", "cry"). Added: what an apostrophe leaves of a contraction ("doesn").
-
-    Source: scikit-learn, ENGLISH_STOP_WORDS (Nothman et al. 2018 on why such lists need a look).
-    """
-    from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
-
-    return (frozenset(ENGLISH_STOP_WORDS) - SEEN_IN_IMAGES) | CONTRACTED
-
-
 def caption_words(
     captions: str | Sequence[str], *, lemmas: bool = True, stop_words: bool | Collection[str] = False, lang: str = "en"
 ) -> set[str]:
@@ -91,8 +93,9 @@ def caption_words(
 
     `lemmas=True` gives each word's lemma, by simplemma. It sees no context and errs on some: "leaves" is "leave", and
     "playing" is "playe", which "play" does not find.
-    `stop_words=False` leaves out `english_stop_words()`, by form or lemma ("goes" by "go"); True counts them; a set of
-    words leaves out those instead. May be empty: the caption "a" has no word.
+    `stop_words=False` leaves out `STOP_WORDS`, English words of grammar alone, by form or lemma ("goes" by "go");
+    numbers count. True counts every word; a set of words leaves out those instead. The result may be empty: the caption
+    "a" has no word.
 
     Raises ValueError where there is no caption, or none with any text; and for `stop_words=False` in another language
     than English, for which there is no list.
@@ -150,7 +153,7 @@ def lens_precision_recall(
     stop_words: bool | Collection[str] = False,
     non_words: bool = False,
     lang: str = "en",
-) -> pandas.DataFrame:
+) -> pd.DataFrame:
     """`precision_recall` at each layer of one example, with its control: a frame of layer, measure, control, value.
 
     `tokens` is [layer][position][k]. `other_captions` holds one entry for each of some other images, its caption or
@@ -160,8 +163,6 @@ def lens_precision_recall(
 
     Raises ValueError as `precision_recall` does.
     """
-    import pandas
-
     left_out = _left_out(stop_words, lang)
     own = _caption_counts(captions, lemmas, left_out, lang)
     others = [_caption_counts(one, lemmas, left_out, lang) for one in other_captions]
@@ -176,7 +177,7 @@ def lens_precision_recall(
             for measure in ("precision", "recall"):
                 values = [value for score in scores if not math.isnan(value := getattr(score, measure))]
                 rows.append((layer, measure, control, sum(values) / len(values) if values else math.nan))
-    return pandas.DataFrame(rows, columns=["layer", "measure", "control", "value"])
+    return pd.DataFrame(rows, columns=["layer", "measure", "control", "value"])
 
 
 # --- pieces and captions to words ---
@@ -212,7 +213,7 @@ def _left_out(stop: bool | Collection[str], lang: str) -> frozenset[str]:
         if not stop and lang != "en":
             raise ValueError(f"There is a list of stop words for lang='en' only, not for {lang!r}: pass stop_words="
                              "True to count every word, or stop_words={...}, the words to leave out.")  # fmt: skip
-        return frozenset() if stop else english_stop_words()
+        return frozenset() if stop else STOP_WORDS
     return frozenset(word.casefold() for word in stop)
 
 
