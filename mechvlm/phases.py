@@ -1,0 +1,549 @@
+"""MEASURE: the phases of a curve over layers, as alternating monotone segments. What the data do not show is not named.
+
+Wei et al. 2024 (arXiv 2411.00646) read four phases off the cosine between image and text tokens, layer by layer:
+
+    I    alignment                the curve rises, in the very early layers
+    II   intra-modal encoding     it falls, while the similarity within each modality rises
+    III  inter-modal encoding     it rises again
+    IV   output preparation       it falls in the very late layers, as everything does
+
+They read them by eye. Here the curve is fitted with rising and falling segments, their number is chosen by how well the
+curves of examples that were held out are predicted, and the boundaries get bootstrap intervals over examples.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from mechvlm.results import Result
+
+PAPER = {
+    "I alignment": "rise",
+    "II intra-modal encoding": "fall",
+    "III inter-modal encoding": "rise",
+    "IV output preparation": "fall",
+}
+# What the paper says of the similarity within the image and within the text. Of I and III it says nothing.
+PAPER_WITHIN = {"II intra-modal encoding": "rise", "IV output preparation": "fall"}
+MOVED = {"rise": "rises", "fall": "falls"}
+
+N_FOLDS = 10
+N_SELECTIONS = 100  # resamples in which the number is chosen anew: each costs N_FOLDS fits, and a share needs no more
+
+
+class SegmentFit(NamedTuple):
+    """The closest curve of alternating rising and falling segments."""
+
+    turning_layers: tuple[int, ...]  # n_segments - 1 layers; neighbouring segments share theirs
+    directions: tuple[str, ...]  # "rise" or "fall", alternating
+    fit: Float[np.ndarray, " layer"]  # the curve's units
+    error: float  # sum of squares over layers
+
+
+class Evidence(NamedTuple):
+    """How well a number of segments predicts held-out examples. Errors are squares summed over layers, per example."""
+
+    n_segments: int
+    first: str | None  # the first segment's direction; None for no segment, a flat line
+    error: float
+    standard_error: float
+    chosen: bool
+
+
+class Change(NamedTuple):
+    """The mean curve's last value in a segment less its first, with its bootstrap interval over examples."""
+
+    value: float
+    low: float
+    high: float
+
+    @property
+    def direction(self) -> str | None:
+        """Rise or fall where the interval leaves out 0, else None."""
+        return "rise" if self.low > 0 else "fall" if self.high < 0 else None
+
+
+@dataclass(frozen=True)
+class Phases(Result):
+    """What `fit_phases` found. A segment goes from a layer to a layer, and neighbours share their turning layer."""
+
+    units = "cosine similarity"
+
+    mean: Float[Tensor, " layer"]
+    fit: Float[Tensor, " layer"]
+    n_segments: int  # 0: a flat line predicts held-out examples as well
+    directions: tuple[str, ...]
+    labels: tuple[str | None, ...]
+    intervals: tuple[tuple[int, int], ...]  # first and last layer of each segment
+    boundaries: tuple[int, ...]  # the turning layers between them
+    boundary_intervals: tuple[tuple[float, float], ...]  # low and high layer of each, NaN for one example
+    changes: Mapping[str, Sequence]  # "inter", and "image" and "text" where given: a Change for each segment
+    evidence: Sequence  # an Evidence for each number of segments and first direction
+    support: float  # share of resamples with the same number and directions, 0 to 1; NaN where it cannot be told
+    shows_pattern: bool
+    explanation: str
+    n_examples: int
+    confidence: float
+
+    def __post_init__(self):
+        # Loaded from JSON, these come back without their names.
+        changes = {curve: tuple(Change(*one) for one in changes) for curve, changes in self.changes.items()}
+        object.__setattr__(self, "changes", changes)
+        object.__setattr__(self, "evidence", tuple(Evidence(*one) for one in self.evidence))
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row a segment. `low` and `high` are the interval of `last_layer`, NaN for the last segment's, which
+        ends where the curve does. `phase` and `name` are None where the paper's phase cannot be told."""
+        rows = []
+        for i, (label, direction, interval) in enumerate(
+            zip(self.labels, self.directions, self.intervals, strict=True)
+        ):
+            phase, _, name = label.partition(" ") if label else (None, None, None)
+            low_high = self.boundary_intervals[i] if i < len(self.boundaries) else (math.nan, math.nan)
+            moved = [value for changes in self.changes.values() for value in changes[i]]
+            rows.append([phase, name, direction, *interval, *low_high, *moved])
+        columns = ["phase", "name", "direction", "first_layer", "last_layer", "low", "high"]
+        for curve in self.changes:
+            prefix = "" if curve == "inter" else f"{curve}_"
+            columns += [f"{prefix}change", f"{prefix}change_low", f"{prefix}change_high"]
+        return pd.DataFrame(rows, columns=columns)
+
+
+def fit_segments(curve: Float[np.ndarray, " layer"], n_segments: int, first: str) -> SegmentFit:
+    """The least-squares curve that turns `n_segments` - 1 times, rising and falling in turn, `first` first.
+
+    min over layers 0 = t_0 <= t_1 <= ... <= t_n = L - 1 and f monotone on each t_(i-1)..t_i  of  Σ_l (curve_l - f_l)²
+
+    Exact: isotonic regression of every interval of layers, then dynamic programming over the boundaries. The runs of
+    layers that it joins share no layer; whichever side of a join fits higher (lower) is the peak (valley), and
+    neighbouring segments share that turning layer, since a phase is a stretch of steps between layers. A segment
+    that the curve does not have comes out without a step: nothing is invented to fill it.
+
+    Source: Demetriou & Powell 1991, piecewise monotone least squares.
+    Tested: equals the best of every set of boundaries, each fitted by scikit-learn's isotonic regression.
+
+    Raises ValueError for NaN, for another `first`, and for more segments than there are steps between layers.
+    """
+    curve = np.asarray(curve, dtype=np.float64)
+    if curve.ndim != 1 or len(curve) < 2 or not np.isfinite(curve).all():
+        raise ValueError(f"curve must be finite values at two layers or more, got shape {curve.shape} with "
+                         f"{int((~np.isfinite(curve)).sum())} that are not finite.")  # fmt: skip
+    if first not in MOVED:
+        raise ValueError(f"first is 'rise' or 'fall', not {first!r}.")
+    if not 1 <= n_segments <= len(curve) - 1:
+        raise ValueError(f"A curve of {len(curve)} layers has from 1 to {len(curve) - 1} segments, not {n_segments}.")
+    ends = _partitions(_interval_errors(curve[None]), n_segments, first)[-1]
+    fit, error = _fit(curve[None], ends, first)
+    turning = _turning_layers(fit, ends, first)[0]
+    return SegmentFit(tuple(map(int, turning)), _directions(n_segments, first), fit[0], float(error[0]))
+
+
+def fit_phases(
+    curves: Float[np.ndarray, "example layer"] | Float[Tensor, "example layer"],
+    *,
+    image: Float[np.ndarray, "example layer"] | Float[Tensor, "example layer"] | None = None,
+    text: Float[np.ndarray, "example layer"] | Float[Tensor, "example layer"] | None = None,
+    max_segments: int = 6,
+    n_bootstrap: int = 1000,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> Phases:
+    """The rising and falling segments that the inter-modal curves support, and which of the paper's phases they are.
+
+    `curves` holds each example's inter-modal similarity at each layer. `image` and `text` are the intra-modal ones of
+    the same examples; they corroborate and decide nothing.
+
+    Number of segments: 10-fold cross-validation over examples. `fit_segments` of the mean of the training examples is
+    held against each held-out example; the fewest segments within one standard error of the least error are chosen
+    (Breiman et al. 1984), from 0, a flat line, to `max_segments`, rising or falling first. Every curve is taken
+    without its mean over layers, which has no direction. The standard error is that of the error, not of a
+    difference: a turn counts where it stands out from how examples differ. Since it shrinks with their number, so does
+    the smallest turn that counts.
+
+    Intervals: percentiles over `n_bootstrap` resamples of the examples, of the turning layers refitted with the chosen
+    number and first direction, and of the changes between the layers found. They do not carry the uncertainty of the
+    number itself: `support` does, the share of 100 resamples that choose the same.
+
+    Labels: rise, fall, rise, fall are I to IV, and `shows_pattern` is True. Three in a row fit in one place only, and
+    are labelled: rise, fall, rise are I to III, fall, rise, fall are II to IV. One or two are too few to tell, and more
+    than four are not the paper's: labelled None. Only order and direction are judged, since the paper gives no layer
+    for "very early" and "very late".
+
+    Source: Wei et al. 2024, section on phases. Differs: the paper reads the curves by eye.
+    Tested: known boundaries are found, and covered at the nominal rate; noise gives 0 segments, a ramp 1.
+
+    One example has no spread: it gets the fewest segments that leave at most 5 % of its variance, with NaN for every
+    interval and no label. Raises ValueError for NaN, no example, fewer than 3 layers, or shapes that differ.
+    """
+    values = {"inter": _checked("curves", curves)}
+    for name, other in (("image", image), ("text", text)):
+        if other is not None:
+            values[name] = _checked(name, other)
+            if values[name].shape != values["inter"].shape:
+                raise ValueError(f"{name} must have the shape of curves, {values['inter'].shape} (example, layer), "
+                                 f"not {values[name].shape}: give the same examples and layers.")  # fmt: skip
+    if max_segments < 1 or n_bootstrap < 1 or not 0 < confidence < 1:
+        raise ValueError(f"max_segments and n_bootstrap are at least 1 and confidence between 0 and 1, got "
+                         f"{max_segments}, {n_bootstrap} and {confidence}.")  # fmt: skip
+    inter = values["inter"]
+    n_examples, n_layers = inter.shape
+    max_segments = min(max_segments, n_layers - 1)
+    rng = np.random.default_rng(seed)
+
+    evidence: tuple[Evidence, ...] = ()
+    support, resampled = math.nan, None
+    if n_examples == 1:
+        n_segments, first = _explains_most(inter[0], max_segments)
+    else:
+        n_segments, first, evidence, support = _select(inter, max_segments, min(n_bootstrap, N_SELECTIONS), rng)
+        # The mean of a resample is a weighted mean of the examples: one matrix product for all of them.
+        weights = rng.multinomial(n_examples, np.full(n_examples, 1 / n_examples), size=n_bootstrap) / n_examples
+        resampled = {name: weights @ value for name, value in values.items()}
+
+    mean = inter.mean(0)
+    directions = _directions(n_segments, first)
+    boundaries: tuple[int, ...] = ()
+    if first is None:
+        fit, edges = np.full(n_layers, mean.mean()), []
+    else:
+        boundaries, _, fit, _ = fit_segments(mean, n_segments, first)
+        edges = [0, *boundaries, n_layers - 1]
+    intervals = tuple(pairwise(edges))
+
+    boundary_intervals = ((math.nan, math.nan),) * len(boundaries)
+    tail = (1 - confidence) / 2
+    if resampled is not None and first is not None:
+        ends = _partitions(_interval_errors(resampled["inter"]), n_segments, first)[-1]
+        turning = _turning_layers(_fit(resampled["inter"], ends, first)[0], ends, first)
+        low = np.quantile(turning, tail, axis=0, method="lower")  # outwards, to whole layers
+        high = np.quantile(turning, 1 - tail, axis=0, method="higher")
+        boundary_intervals = tuple(zip(low.astype(float).tolist(), high.astype(float).tolist(), strict=True))
+    changes = {}
+    for name, value in values.items():
+        means = None if resampled is None else resampled[name]
+        changes[name] = tuple(_change(value.mean(0), means, interval, tail) for interval in intervals)
+    labels = _labels(directions) if n_examples > 1 else (None,) * n_segments
+    return Phases(
+        mean=torch.from_numpy(mean),
+        fit=torch.from_numpy(fit),
+        n_segments=n_segments,
+        directions=directions,
+        labels=labels,
+        intervals=intervals,
+        boundaries=boundaries,
+        boundary_intervals=boundary_intervals,
+        changes=changes,
+        evidence=evidence,
+        support=support,
+        shows_pattern=labels == tuple(PAPER),
+        explanation=_explain(directions, labels, intervals, changes, support, inter.shape, max_segments),
+        n_examples=n_examples,
+        confidence=confidence,
+    )
+
+
+# --- fits, of many curves at once ---
+
+
+def _isotonic(
+    values: Float[np.ndarray, "row layer"], starts: Bool[np.ndarray, "row layer"]
+) -> tuple[Float[np.ndarray, "row layer"], Float[np.ndarray, "row layer"]]:
+    """Non-decreasing least-squares fit of each run of layers, a run beginning where `starts`; and the error so far.
+
+    Pool adjacent violators, all rows a layer at a time: thousands of short fits cost a few array operations, where
+    scikit-learn's would cost a call each. Tested against it.
+    """
+    n_rows, n_layers = values.shape
+    rows = np.arange(n_rows)
+    # Each row's stack of pooled blocks.
+    mean, count = np.zeros((n_rows, n_layers)), np.zeros((n_rows, n_layers), dtype=np.int64)
+    bottom = np.zeros((n_rows, n_layers), dtype=bool)
+    top = np.full(n_rows, -1)
+    error, errors = np.zeros(n_rows), np.zeros((n_rows, n_layers))
+    for layer in range(n_layers):
+        top += 1
+        mean[rows, top], count[rows, top], bottom[rows, top] = values[:, layer], 1, starts[:, layer]
+        active = rows
+        while active.size:
+            here = top[active]
+            falls = ~bottom[active, here] & (mean[active, here - 1] > mean[active, here])
+            active, here = active[falls], here[falls]
+            n_below, n_here = count[active, here - 1], count[active, here]
+            below, above = mean[active, here - 1], mean[active, here]
+            error[active] += n_below * n_here / (n_below + n_here) * (below - above) ** 2
+            mean[active, here - 1] = (n_below * below + n_here * above) / (n_below + n_here)
+            count[active, here - 1] += n_here
+            count[active, here] = 0
+            top[active] -= 1
+        errors[:, layer] = error
+    fit = np.repeat(mean[count > 0], count[count > 0]).reshape(n_rows, n_layers)
+    return fit, errors
+
+
+def _interval_errors(curves: Float[np.ndarray, "curve layer"]) -> dict[str, Float[np.ndarray, "curve start end"]]:
+    """The error of the monotone fit from every layer to every later one, rising and falling; infinite elsewhere."""
+    n_curves, n_layers = curves.shape
+    rows = np.repeat(curves, n_layers, axis=0)
+    # Row `start` pools nothing up to its start: each layer there is a run of its own, without error.
+    starts = np.tile(np.tri(n_layers, dtype=bool), (n_curves, 1))
+    errors = {}
+    for direction, sign in (("rise", 1), ("fall", -1)):
+        error = _isotonic(sign * rows, starts)[1].reshape(n_curves, n_layers, n_layers)
+        errors[direction] = np.where(np.tri(n_layers, k=-1, dtype=bool), np.inf, error)
+    return errors
+
+
+def _partitions(
+    errors: dict[str, Float[np.ndarray, "curve start end"]], max_segments: int, first: str
+) -> list[Int[np.ndarray, "curve _"]]:
+    """For 1 to `max_segments` runs of layers, the last layer of each run in the best partition of each curve."""
+    n_curves, n_layers, _ = errors[first].shape
+    curve = np.arange(n_curves)
+    best, begins, partitions = errors[first][:, 0, :], [], []
+    for n_segments, direction in enumerate(_directions(max_segments, first), start=1):
+        if n_segments > 1:
+            # [curve, start, end]: the best that ends before this run starts, and the run.
+            total = best[:, :-1, None] + errors[direction][:, 1:, :]
+            begin = total.argmin(1)
+            begins.append(begin + 1)
+            best = np.take_along_axis(total, begin[:, None, :], 1)[:, 0]
+        ends = [np.full(n_curves, n_layers - 1)]
+        for begin in reversed(begins):
+            ends.append(begin[curve, ends[-1]] - 1)
+        partitions.append(np.stack(ends[::-1], axis=1))
+    return partitions
+
+
+def _fit(
+    curves: Float[np.ndarray, "curve layer"], ends: Int[np.ndarray, "curve segment"], first: str
+) -> tuple[Float[np.ndarray, "curve layer"], Float[np.ndarray, " curve"]]:
+    """The monotone fits of the runs that end at `ends`, and the summed error."""
+    n_curves, n_layers = curves.shape
+    starts = np.zeros((n_curves, n_layers), dtype=bool)
+    starts[:, 0] = True
+    starts[np.arange(n_curves)[:, None], ends[:, :-1] + 1] = True
+    run = starts.cumsum(1) - 1
+    sign = np.where((run % 2 == 0) == (first == "rise"), 1.0, -1.0)
+    fit, errors = _isotonic(sign * curves, starts)
+    return sign * fit, errors[:, -1]
+
+
+def _turning_layers(
+    fit: Float[np.ndarray, "curve layer"], ends: Int[np.ndarray, "curve segment"], first: str
+) -> Int[np.ndarray, "curve turn"]:
+    """Of the two layers at each join, the higher one after a rise and the lower one after a fall."""
+    before = ends[:, :-1]
+    step = np.take_along_axis(fit, before + 1, 1) - np.take_along_axis(fit, before, 1)
+    sign = np.where((np.arange(before.shape[1]) % 2 == 0) == (first == "rise"), 1, -1)
+    return before + (sign * step > 0)
+
+
+def _directions(n_segments: int, first: str | None) -> tuple[str, ...]:
+    order = ("rise", "fall") if first == "rise" else ("fall", "rise")
+    return tuple(order[i % 2] for i in range(n_segments))
+
+
+# --- how many segments ---
+
+
+def _select(
+    curves: Float[np.ndarray, "example layer"], max_segments: int, n_resamples: int, rng: np.random.Generator
+) -> tuple[int, str | None, tuple[Evidence, ...], float]:
+    """Number, first direction, evidence, and the share of resamples that choose the same."""
+    n_examples = len(curves)
+    centred = curves - curves.mean(1, keepdims=True)
+    fold = rng.permutation(n_examples) % min(N_FOLDS, n_examples)
+    counts = rng.multinomial(n_examples, np.full(n_examples, 1 / n_examples), size=n_resamples)
+    # Copies of an example stay in its fold, or they would be held out and trained on at once.
+    counts = counts[(counts @ np.eye(fold.max() + 1)[fold] > 0).sum(1) > 1]
+    counts = np.concatenate([np.ones((1, n_examples), dtype=counts.dtype), counts])
+    candidates = [(0, None)] + [(n, first) for n in range(1, max_segments + 1) for first in MOVED]
+    errors, standard_errors = _cross_validate(centred, counts, fold, candidates)
+
+    # Rounding must not decide between numbers that predict alike.
+    slack = 1e-9 * (centred**2).sum(1).mean()
+    best = errors.argmin(1)[:, None]
+    enough = errors <= np.take_along_axis(errors, best, 1) + np.take_along_axis(standard_errors, best, 1) + slack
+    numbers = np.array([n for n, _ in candidates])
+    fewest = np.where(enough, numbers, numbers.max() + 1).min(1)[:, None]
+    chosen = np.where(numbers == fewest, errors, np.inf).argmin(1)
+    n_segments, first = candidates[chosen[0]]
+    evidence = tuple(
+        Evidence(n, way, float(errors[0, i]), float(standard_errors[0, i]), bool(i == chosen[0]))
+        for i, (n, way) in enumerate(candidates)
+    )
+    support = float((chosen[1:] == chosen[0]).mean()) if len(chosen) > 1 else math.nan
+    return n_segments, first, evidence, support
+
+
+def _cross_validate(
+    curves: Float[np.ndarray, "example layer"],
+    counts: Int[np.ndarray, "resample example"],
+    fold: Int[np.ndarray, " example"],
+    candidates: Sequence[tuple[int, str | None]],
+) -> tuple[Float[np.ndarray, "resample candidate"], Float[np.ndarray, "resample candidate"]]:
+    """Held-out squared error per example, and its standard error, for each resample (how often it has each example)."""
+    n_resamples, n_examples = counts.shape
+    n_layers = curves.shape[1]
+    max_segments = candidates[-1][0]
+    squared = np.empty((n_resamples, len(candidates), n_examples))
+    for held_out in range(fold.max() + 1):
+        train = counts * (fold != held_out)
+        means = train @ curves / train.sum(1, keepdims=True)
+        interval_errors = _interval_errors(means)
+        fits = np.zeros((n_resamples, len(candidates), n_layers))  # no segment: 0, the mean of a centred curve
+        for first in MOVED:
+            for n, ends in enumerate(_partitions(interval_errors, max_segments, first), start=1):
+                fits[:, candidates.index((n, first))] = _fit(means, ends, first)[0]
+        test = curves[fold == held_out]
+        squared[:, :, fold == held_out] = (
+            (test**2).sum(1) - 2 * fits @ test.T + (fits**2).sum(-1, keepdims=True)
+        )  # fmt: skip
+    error = np.einsum("rce,re->rc", squared, counts) / n_examples
+    variance = np.einsum("rce,re->rc", (squared - error[..., None]) ** 2, counts) / (n_examples - 1)
+    return error, np.sqrt(variance / n_examples)
+
+
+def _explains_most(curve: Float[np.ndarray, " layer"], max_segments: int) -> tuple[int, str | None]:
+    """The fewest segments that leave at most 5 % of one curve's variance; the most there are where none do."""
+    spread = ((curve - curve.mean()) ** 2).sum()
+    if spread <= 1e-20 * (curve**2).sum():  # flat, but for rounding
+        return 0, None
+    for n_segments in range(1, max_segments + 1):
+        error, first = min((fit_segments(curve, n_segments, first).error, first) for first in MOVED)
+        if error <= 0.05 * spread:
+            break
+    return n_segments, first
+
+
+# --- what it means ---
+
+
+def _change(
+    mean: Float[np.ndarray, " layer"],
+    resampled: Float[np.ndarray, "resample layer"] | None,
+    interval: tuple[int, int],
+    tail: float,
+) -> Change:
+    first, last = interval
+    low = high = math.nan
+    if resampled is not None:
+        low, high = np.quantile(resampled[:, last] - resampled[:, first], [tail, 1 - tail]).tolist()
+    return Change(float(mean[last] - mean[first]), low, high)
+
+
+def _labels(directions: tuple[str, ...]) -> tuple[str | None, ...]:
+    """The paper's phases where the directions have one place in its order, and are enough of it to say so."""
+    names, order = tuple(PAPER), tuple(PAPER.values())
+    n = len(directions)
+    if n in (3, 4):
+        for start in range(len(order) - n + 1):
+            if order[start : start + n] == directions:
+                return names[start : start + n]
+    return (None,) * n
+
+
+def _explain(
+    directions: tuple[str, ...],
+    labels: tuple[str | None, ...],
+    intervals: tuple[tuple[int, int], ...],
+    changes: dict[str, tuple[Change, ...]],
+    support: float,
+    shape: tuple[int, int],
+    max_segments: int,
+) -> str:
+    """What is seen, in plain words, and why it is or is not the paper's."""
+    n, (n_examples, n_layers) = len(directions), shape
+    if n == 0:
+        return ("The inter-modal curve neither rises nor falls by more than examples differ: a flat line predicts them "
+                "as well as any segments do. None of the paper's phases shows.")  # fmt: skip
+    seen = ", then ".join(
+        f"{MOVED[direction]} over layers {first}-{last}"
+        for direction, (first, last) in zip(directions, intervals, strict=True)
+    )
+    sentences = [f"The inter-modal curve {seen}."]
+    order = ", ".join(directions)
+    if n_examples == 1:
+        sentences.append("From one example nothing tells a turn from noise, so no phase is named and no interval is "
+                         "given: both need two examples at least, and better dozens.")  # fmt: skip
+        return " ".join(sentences)
+    if n == 4 and labels[0]:
+        sentences.append("These are the directions of the paper's four phases, in its order.")
+    elif directions == ("rise", "fall", "rise"):
+        sentences.append(
+            "It goes as the paper's phases I, II and III; phase IV does not show: no fall at the end stands out."
+        )
+    elif directions == ("fall", "rise", "fall"):
+        sentences.append("The curve falls first: no rise before it stands out, so the paper's phase I does not show. "
+                         "The rest goes as phases II, III and IV.")  # fmt: skip
+    elif n == 4:
+        sentences.append("The curve falls first, where the paper's rises, and rises at the end, where the paper's "
+                         "falls: four segments, but not the paper's four phases. None is named.")  # fmt: skip
+    elif n > 4:
+        sentences.append(f"The data support {n} segments, more than the paper's four, so none is named.")
+        if (start := _paper_within(directions)) is not None:
+            sentences.append(f"Segments {start + 1} to {start + 4} alone would go in its order.")
+    elif n == 2:
+        place = ("could be phases I and II or III and IV" if directions[0] == "rise" else
+                 "could be phases II and III, or any dip")  # fmt: skip
+        sentences.append(f"That is one turn where the paper has three: {order} {place}, so neither is named.")
+    else:
+        sentences.append(f"That is no turn where the paper has three: one {order} could be either of two phases, so it "
+                         "is not named.")  # fmt: skip
+    if n == max_segments < n_layers - 1:
+        sentences.append(f"No more than {max_segments} segments were tried; the data may support more.")
+    if not math.isnan(support):
+        sentences.append(f"{support:.0%} of the resamples of the {n_examples} examples choose the same segments.")
+    sentences += _within(labels, changes)
+    return " ".join(sentences)
+
+
+def _paper_within(directions: tuple[str, ...]) -> int | None:
+    """Where the paper's four directions begin within more, if in one place only."""
+    order = tuple(PAPER.values())
+    places = [i for i in range(len(directions) - 3) if directions[i : i + 4] == order]
+    return places[0] if len(places) == 1 else None
+
+
+def _within(labels: tuple[str | None, ...], changes: dict[str, tuple[Change, ...]]) -> list[str]:
+    """Whether the similarity within each modality moved as the paper says, for each labelled phase it says it of."""
+    sentences = []
+    for i, label in enumerate(labels):
+        if label not in PAPER_WITHIN:
+            continue
+        for name in ("image", "text"):
+            if name in changes:
+                change = changes[name][i]
+                moved = {"rise": "rose", "fall": "fell", None: "did not clearly change"}[change.direction]
+                agrees = "as in the paper" if change.direction == PAPER_WITHIN[label] else "unlike the paper's"
+                by_how_much = f"{change.value:+.3f} [{change.low:+.3f}, {change.high:+.3f}]"
+                phase = label.split()[0]
+                sentences.append(
+                    f"In phase {phase} the similarity within the {name} {moved} ({by_how_much}), {agrees}."
+                )
+    return sentences
+
+
+def _checked(name: str, curves: np.ndarray | Tensor) -> Float[np.ndarray, "example layer"]:
+    if isinstance(curves, Tensor):
+        curves = curves.detach().double().cpu().numpy()
+    curves = np.asarray(curves, dtype=np.float64)
+    if curves.ndim != 2 or curves.shape[0] < 1 or curves.shape[1] < 3:
+        raise ValueError(f"{name} must be [example, layer] with at least 1 example and 3 layers, got shape "
+                         f"{curves.shape}. For one curve give curve[None].")  # fmt: skip
+    if not (finite := np.isfinite(curves)).all():
+        examples = np.flatnonzero(~finite.all(1))
+        some = ", ".join(map(str, examples[:5])) + (", ..." if len(examples) > 5 else "")
+        raise ValueError(f"{name} must be finite, but {int((~finite).sum())} values are not, in {len(examples)} "
+                         f"examples ({some}): leave those out, or see why they have no value there.")  # fmt: skip
+    return curves
