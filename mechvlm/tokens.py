@@ -68,7 +68,7 @@ class PatchGrid:
         """All patches' boxes, (left, top, right, bottom) in original pixels."""
         return torch.tensor([[self.box(r, c) for c in range(self.cols)] for r in range(self.rows)])
 
-    def covered(self, box: Sequence[float]) -> Float[Tensor, "row col"]:
+    def covered(self, box: Sequence[float | int]) -> Float[Tensor, "row col"]:
         """Share of each patch's area, 0 to 1, that lies inside a box given in original pixels."""
         b = self.boxes()
         width = (b[..., 2].clamp(max=box[2]) - b[..., 0].clamp(min=box[0])).clamp(min=0)
@@ -187,7 +187,7 @@ class TokenMap:
                 return image, row, col
         raise ValueError(f"Position {position} holds no visual token; they are at {self.image.tolist()}.")
 
-    def in_box(self, box: Sequence[float], image: int = 0, covered: float = 0.5) -> Int[Tensor, " n"]:
+    def in_box(self, box: Sequence[float | int], image: int = 0, covered: float = 0.5) -> Int[Tensor, " n"]:
         """Positions of the patches of which at least the share `covered` lies in a box given in original pixels."""
         return self.images[image][(self._grid(image).covered(box) >= covered).flatten()]
 
