@@ -14,7 +14,6 @@ from torch import Tensor
 
 from mechvlm.architectures import Architecture
 
-
 T = TypeVar("T")
 
 

@@ -19,19 +19,12 @@ def check_model(vlm: VLM) -> None:
         ModelError: naming everything that is off.
     """
     inputs = vlm.inputs(Image.new("RGB", (32, 32), "gray"), "a")
-    got: dict[str, torch.Tensor] = {}
-    with torch.no_grad(), vlm.trace(inputs):
-        got = nnsight.save({})
-        got["resid_pre"] = vlm.resid_pre[0]
-        q, k, v, mask, scale = vlm.attention[0]
-        got["pattern_v"] = attention_rows(q, k, mask, scale, dtype=v.dtype) @ v.repeat_interleave(q.shape[1] // v.shape[1], 1)
-        got["z"] = vlm.z[0]
-        got["attn_out"] = vlm.attn_out[0]
-        got["resid_mid"] = vlm.resid_mid[0].clone()
-        got["mlp_out"] = vlm.mlp_out[0]
-        got["resid_post"] = vlm.resid_post[0]
-        got["final"] = vlm.final_norm(vlm.resid_post[-1])
-        got["logits"] = vlm.logits
+    try:
+        got = _forward(vlm, inputs)
+    except Exception as error:  # whatever a wrong path leads to, deep inside a trace
+        raise ModelError(
+            f"{vlm.name} loads as {vlm.record.hf_class}, but cannot be traced by its record in mechvlm/architectures.py: {error}"
+        ) from error
     with torch.no_grad():
         out = vlm.hf(**vlm.encoding(inputs), output_hidden_states=True)
     hidden = getattr(out, "language_model_outputs", None) or out
@@ -67,3 +60,22 @@ def check_model(vlm: VLM) -> None:
             + "\n- ".join(off)
             + "\nAnalyses would be wrong. Mend the record, or pass check=False to look at the model all the same."
         )
+
+
+def _forward(vlm: VLM, inputs) -> dict[str, torch.Tensor]:
+    """Everything that layer 0 computes, and the end of the decoder, in one trace."""
+    with torch.no_grad(), vlm.trace(inputs):
+        got = nnsight.save({})
+        got["resid_pre"] = vlm.resid_pre[0]
+        q, k, v, mask, scale = vlm.attention[0]
+        got["pattern_v"] = attention_rows(q, k, mask, scale, dtype=v.dtype) @ v.repeat_interleave(
+            q.shape[1] // v.shape[1], 1
+        )
+        got["z"] = vlm.z[0]
+        got["attn_out"] = vlm.attn_out[0]
+        got["resid_mid"] = vlm.resid_mid[0].clone()
+        got["mlp_out"] = vlm.mlp_out[0]
+        got["resid_post"] = vlm.resid_post[0]
+        got["final"] = vlm.final_norm(vlm.resid_post[-1])
+        got["logits"] = vlm.logits
+    return got

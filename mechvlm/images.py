@@ -21,7 +21,9 @@ def open_image(image: Image.Image | str | PathLike) -> Image.Image:
     if not isinstance(image, Image.Image):
         path = Path(image)
         if not path.is_file():
-            raise InputError(f"No image at {path}: " + ("it is a folder." if path.is_dir() else "there is no such file."))
+            raise InputError(
+                f"No image at {path}: " + ("it is a folder." if path.is_dir() else "there is no such file.")
+            )
         if path.stat().st_size == 0:
             raise InputError(f"The image {path} is empty (0 bytes). Fetch it again.")
         try:
@@ -61,6 +63,7 @@ def patch_grid(image_size: tuple[int, int], processor, pixels: tuple[int, int], 
     """The grid that a Hugging Face image processor's settings lay over an image of `image_size` (width, height).
 
     Args:
+        image_size: (width, height) of the image before the processor.
         processor: the image processor; its `do_resize`, `size`, `do_center_crop` and `crop_size` are read.
         pixels: (height, width) of the tensor it returned for the image.
         patch: side of the vision encoder's patches in pixels.

@@ -68,18 +68,19 @@ def build_inputs(
     """
     pairs = _pair(images, prompts)
     token = processor.tokenizer.convert_ids_to_tokens(config.image_token_index)
-    encodings, texts, opened = [], [], []
+    encodings, texts = [], []
+    opened: list[tuple[Image.Image, ...]] = []
     for number, (group, prompt) in enumerate(pairs):
-        group = tuple(open_image(i) for i in group)
-        for one in group:
-            check_resize(one.size, processor.image_processor)
-        text = _text(prompt, len(group), token, record, processor, number)
+        pictures = tuple(open_image(image) for image in group)
+        for picture in pictures:
+            check_resize(picture.size, processor.image_processor)
+        text = _text(prompt, len(pictures), token, record, processor, number)
         # One example at a time and unpadded: InstructBLIP's processor would put the padding between image and text.
-        encoding = processor(images=list(group), text=[text], return_tensors="pt")
+        encoding = processor(images=list(pictures), text=[text], return_tensors="pt")
         _check_room(encoding, prompt, record, config, number)
         encodings.append(encoding)
         texts.append(text)
-        opened.append(group)
+        opened.append(pictures)
     batch = _collate(encodings, record, processor)
     maps = tuple(
         _token_map(batch, row, encodings[row]["pixel_values"], opened[row], record, config, processor)
@@ -118,7 +119,9 @@ def _text(prompt: str, n_images: int, token: str, record: Architecture, processo
         if record.visual_tokens == "queries":
             raise InputError(f"Leave {token} out of the prompt: {record.hf_class} puts its queries before the text.")
         if found != n_images:
-            raise InputError(f"The prompt {prompt!r} holds {found} {token}, but example {number} has {n_images} images.")
+            raise InputError(
+                f"The prompt {prompt!r} holds {found} {token}, but example {number} has {n_images} images."
+            )
         return prompt
     if getattr(processor, "chat_template", None):
         content = [{"type": "image"}] * n_images + [{"type": "text", "text": prompt}]
@@ -169,9 +172,7 @@ def _token_map(batch, row, pixels, images, record, config, processor) -> TokenMa
     modality[ids == config.image_token_index] = Modality.IMAGE
     modality[batch["attention_mask"][row] == 0] = Modality.PADDING
     size = (int(pixels.shape[-2]), int(pixels.shape[-1]))
-    grids = tuple(
-        patch_grid(i.size, processor.image_processor, size, config.vision_config.patch_size) for i in images
-    )
+    grids = tuple(patch_grid(i.size, processor.image_processor, size, config.vision_config.patch_size) for i in images)
     tokens = TokenMap(
         ids, tuple(tokenizer.convert_ids_to_tokens(ids.tolist())), modality, grids, record.visual_tokens == "patches"
     )

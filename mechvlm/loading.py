@@ -45,7 +45,10 @@ def load(
     """
     if isinstance(model, nn.Module):
         if processor is None:
-            raise ModelError(f"A loaded model needs its processor: mechvlm.load(model, processor). Got {type(model).__name__}.")
+            raise ModelError(
+                f"A loaded model needs its processor: mechvlm.load(model, processor). Got {type(model).__name__}."
+            )
+        architecture_of(type(model).__name__)
         _require_decoder_only(model.config)
         vlm = VLM(model.eval(), processor, name=getattr(model, "name_or_path", "") or type(model).__name__)
     else:

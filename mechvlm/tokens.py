@@ -151,14 +151,18 @@ class TokenMap:
         names = ("image", "text", "special", "all", "last", "last_text", "last_image")
         if isinstance(where, str):
             if where not in names:
-                raise ValueError(f"There are no positions called {where!r}. Names: {', '.join(names)}; or give numbers.")
+                raise ValueError(
+                    f"There are no positions called {where!r}. Names: {', '.join(names)}; or give numbers."
+                )
             found = torch.as_tensor(getattr(self, where)).reshape(-1)
         else:
             found = torch.as_tensor(where).reshape(-1).long()
             bad = [int(p) for p in found if not 0 <= int(p) < len(self) or self.modality[int(p)] == Modality.PADDING]
             if bad:
                 first = int(self.all[0])
-                raise ValueError(f"Positions {bad} are not tokens of this example, which has {first} to {len(self) - 1}.")
+                raise ValueError(
+                    f"Positions {bad} are not tokens of this example, which has {first} to {len(self) - 1}."
+                )
         if not len(found):
             raise ValueError(f"The selection {where!r} is empty: this example has no such position.")
         return found

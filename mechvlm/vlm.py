@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -48,10 +49,11 @@ class VLM:
     attention: Accessor[Attention]
 
     def __init__(self, hf: nn.Module, processor, *, name: str, revision: str | None = None):
-        self.hf, self.processor, self.name, self.revision = hf, processor, name, revision
+        self.hf: Any = hf
+        self.processor, self.name, self.revision = processor, name, revision
         self.record = architecture_of(type(hf).__name__)
         self.tokenizer = processor.tokenizer
-        self.config = hf.config
+        self.config: Any = hf.config
         with warnings.catch_warnings():
             # The Q-Former's modules named `output` are served under another name, which nothing here reads.
             warnings.filterwarnings("ignore", message=".*nnsight already serves.*")
@@ -105,7 +107,10 @@ class VLM:
         if self.record.qformer_layers is None or self.record.cross_attention is None:
             return []
         every = self.config.qformer_config.cross_attention_frequency
-        return [part(layer, self.record.cross_attention) for layer in list(part(self.model, self.record.qformer_layers))[::every]]
+        return [
+            part(layer, self.record.cross_attention)
+            for layer in list(part(self.model, self.record.qformer_layers))[::every]
+        ]
 
     def inputs(
         self, images: ImageLike | Sequence[ImageLike | Sequence[ImageLike]], prompts: str | Sequence[str]
@@ -185,8 +190,12 @@ class VLM:
         return getattr(getattr(block, self.record.attention), getattr(self.record, name)).weight
 
     def _in_heads(self, layer: int, name: str) -> Tensor:
-        weight = rearrange(self._projection(layer, name), "(head d_head) d_model -> head d_model d_head", d_head=self.d_head)
-        return weight.repeat_interleave(self.n_heads // weight.shape[0], dim=0) if len(weight) < self.n_heads else weight
+        weight = rearrange(
+            self._projection(layer, name), "(head d_head) d_model -> head d_model d_head", d_head=self.d_head
+        )
+        return (
+            weight.repeat_interleave(self.n_heads // weight.shape[0], dim=0) if len(weight) < self.n_heads else weight
+        )
 
     def _out_heads(self, layer: int) -> Tensor:
         return rearrange(
@@ -207,5 +216,3 @@ class Weights:
         if not -self._n <= layer < self._n:
             raise IndexError(f"{self._name}[{layer}]: the decoder has layers 0 to {self._n - 1}.")
         return self._read(layer)
-
-

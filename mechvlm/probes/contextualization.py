@@ -14,7 +14,9 @@ from mechvlm.tokens import Modality
 PAIRS = ("inter", "image", "text")
 
 
-def mean_unit(states: Float[Tensor, "batch pos d_model"], mask: Bool[Tensor, "batch pos"]) -> Float[Tensor, "batch d_model"]:
+def mean_unit(
+    states: Float[Tensor, "batch pos d_model"], mask: Bool[Tensor, "batch pos"]
+) -> Float[Tensor, "batch d_model"]:
     """Mean of the masked positions' unit vectors, float32: all that a mean of pairwise cosines needs of a set.
 
     (1/mn) Σ_i Σ_j cos(v_i, w_j) = (1/m Σ_i v_i/‖v_i‖) · (1/n Σ_j w_j/‖w_j‖), so eq. (1) of Wei et al. costs O((m+n) d).
@@ -95,7 +97,9 @@ def merge(results: list[ContextualizationResult]) -> ContextualizationResult:
     """
     settings = {(r.self_pairs, r.special, r.adjusted, r.model) for r in results}
     if len(settings) != 1 or results[0].adjusted:
-        raise ValueError(f"These results cannot be merged: (self_pairs, special, adjusted, model) are {sorted(settings)}.")
+        raise ValueError(
+            f"These results cannot be merged: (self_pairs, special, adjusted, model) are {sorted(settings)}."
+        )
     sums = {name: torch.stack([getattr(r, name) for r in results]).sum(0) for name in ("sum_image", "sum_text", "same")}
     curves = {pair: torch.cat([getattr(r, pair) for r in results], dim=1) for pair in PAIRS}
     n = curves["inter"].shape[1]

@@ -66,7 +66,9 @@ class LogitLensResult(Result):
         """
         mine = self.example == example
         if not mine.any():
-            raise IndexError(f"Example {example} was asked for; this result holds {sorted(set(self.example.tolist()))}.")
+            raise IndexError(
+                f"Example {example} was asked for; this result holds {sorted(set(self.example.tolist()))}."
+            )
         return self._points(mine)
 
     def at(self, positions: Int[Tensor, " n"]) -> "LogitLensResult":
@@ -126,7 +128,9 @@ class LogitLens:
 
     def prepare(self, vlm, inputs):
         if not 1 <= self.k <= vlm.d_vocab:
-            raise ValueError(f"k={self.k} tokens were asked for; choose 1 to {vlm.d_vocab}, the size of the vocabulary.")
+            raise ValueError(
+                f"k={self.k} tokens were asked for; choose 1 to {vlm.d_vocab}, the size of the vocabulary."
+            )
         layers = tuple(range(vlm.n_layers + 1)) if self.layers is None else tuple(self.layers)
         bad = [layer for layer in layers if not 0 <= layer <= vlm.n_layers]
         if bad or not layers:

@@ -76,7 +76,7 @@ class NormAttentionResult(Result):
 
     def to_frame(self) -> pd.DataFrame:
         """One row per measure ("norm", "weight": its mean over heads), layer, example, destination and source."""
-        n_layers, n_examples, _, n_src = self.norm.shape
+        _, n_examples, _, n_src = self.norm.shape
         axes = {"layer": self.layers, "example": range(n_examples), "dest": self.names, "src": range(n_src)}
         return pd.concat(
             [
@@ -110,7 +110,9 @@ class NormAttention:
         found = [[m.select([d] if isinstance(d, int) else d) for d in asked] for m in inputs.token_maps]
         sizes = {tuple(len(p) for p in rows) for rows in found}
         if len(sizes) != 1:
-            raise ValueError(f"dst={self.dst!r} means different numbers of positions in these examples: {sorted(sizes)}.")
+            raise ValueError(
+                f"dst={self.dst!r} means different numbers of positions in these examples: {sorted(sizes)}."
+            )
         names = [str(d) if n == 1 else f"{d} {i}" for d, n in zip(asked, sizes.pop(), strict=True) for i in range(n)]
         return torch.stack([torch.cat(rows) for rows in found]), tuple(names)
 

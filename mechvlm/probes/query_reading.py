@@ -60,4 +60,3 @@ class QueryReading:
 
     def result(self, plan, rows, vlm, inputs) -> QueryReadingResult:
         return QueryReadingResult(stack([row["weight"] for row in rows]), vlm.name)
-

@@ -1,0 +1,171 @@
+"""Loading: from a folder, from memory, and what is said of what cannot be loaded. And the real models' geometry."""
+
+import json
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import noise_image
+from models import instructblip, llava
+
+import mechvlm as mv
+from mechvlm import vlm as vlm_module
+from mechvlm.architectures import ARCHITECTURES, architecture_of, part
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    where = tmp_path_factory.mktemp("model")
+    hf, processor = llava()
+    hf.save_pretrained(where)
+    processor.save_pretrained(where)
+    return where
+
+
+def test_a_folder_loads_as_the_model_that_was_saved(folder):
+    vlm = mv.load(folder)
+    inputs = vlm.inputs(noise_image(0), "what is this")
+    with torch.no_grad():
+        assert torch.equal(vlm.hf(**inputs.encoding).logits, llava()[0](**inputs.encoding).logits)
+    assert (vlm.n_layers, vlm.n_heads, vlm.d_model, vlm.d_head, vlm.d_vocab) == (3, 4, 32, 8, 32064)
+    assert "LlavaForConditionalGeneration" in repr(vlm)
+
+
+def test_dtype_and_device_map(folder):
+    vlm = mv.load(folder, dtype="bfloat16", device_map="cpu")
+    assert vlm.dtype == torch.bfloat16
+    with pytest.raises(mv.ModelError, match="no dtype 'float5'"):
+        mv.load(folder, dtype="float5")
+    with pytest.raises(mv.ModelError, match="not both"):
+        mv.load(folder, device="cpu", device_map="auto")
+
+
+def test_an_unknown_model_is_told_where_was_looked():
+    with pytest.raises(mv.ModelError, match=r"no model 'no/such-model'.*bundled \(tiny-llava, tiny-instructblip\)"):
+        mv.load("no/such-model")
+
+
+def test_an_unknown_class_lists_the_known_ones(folder, tmp_path):
+    shutil.copy(folder / "config.json", tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["architectures"] = ["Qwen9VLForConditionalGeneration"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(mv.ModelError, match=r"Qwen9VL.*Known classes: Instruct.*, Llava"):
+        mv.load(tmp_path)
+    with pytest.raises(mv.ModelError, match="Known classes"):
+        architecture_of("Anything")
+    with pytest.raises(mv.ModelError, match="Linear"):
+        mv.load(torch.nn.Linear(2, 2), processor=object())
+
+
+def test_folders_that_hold_no_model(tmp_path, folder):
+    with pytest.raises(mv.ModelError, match=r"holds no config\.json"):
+        mv.load(tmp_path)
+    for name in folder.iterdir():
+        if name.suffix != ".safetensors":
+            shutil.copy(name, tmp_path)
+    torch.save(llava()[0].state_dict(), tmp_path / "pytorch_model.bin")
+    with pytest.raises(mv.ModelError, match="safetensors only"):
+        mv.load(tmp_path)
+
+
+def test_a_loaded_model_needs_its_processor():
+    with pytest.raises(mv.ModelError, match="needs its processor"):
+        mv.load(llava()[0])
+
+
+def test_encoder_decoders_are_refused():
+    hf, processor = instructblip.__wrapped__()
+    hf.config.use_decoder_only_language_model = False
+    with pytest.raises(mv.ModelError, match="encoder-decoder"):
+        mv.load(hf, processor)
+
+
+def test_the_self_check_names_what_is_off(monkeypatch):
+    """A record whose middle norm is the one before the attention: it has passed by when it is read."""
+    wrong = replace(ARCHITECTURES["LlavaForConditionalGeneration"], mid_norm="input_layernorm")
+    monkeypatch.setattr(vlm_module, "architecture_of", lambda name: wrong)
+    with pytest.raises(mv.ModelError, match=r"cannot be traced by its record.*input_layernorm"):
+        mv.load(*llava())
+
+
+def test_the_self_check_sees_another_final_norm(monkeypatch):
+    other = replace(
+        ARCHITECTURES["LlavaForConditionalGeneration"], norm="model.language_model.layers.0.input_layernorm"
+    )
+    hf, processor = llava()
+    monkeypatch.setattr(vlm_module, "architecture_of", lambda name: other)
+    with pytest.raises(mv.ModelError, match="logits = final norm"):
+        mv.load(hf, processor)
+
+
+# -- the real models' geometry, at small widths ------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def llava_576():
+    return mv.load(*llava(image=336, layers=2))
+
+
+@pytest.fixture(scope="module")
+def blip_32():
+    return mv.load(*instructblip(queries=32, layers=2, image=224))
+
+
+def test_llava_7b_geometry(llava_576):
+    tokens = llava_576.inputs(noise_image(0, (640, 480)), "What is this?").tokens
+    grid = tokens.grids[0]
+    assert (len(tokens.image), grid.rows, grid.cols, llava_576.d_vocab) == (576, 24, 24, 32064)
+    assert set(tokens.ids[tokens.image].tolist()) == {32000}
+    assert (grid.resized, grid.crop) == ((448, 336), (56, 0))
+    assert tokens.cell(tokens.position(20, 20)) == (0, 20, 20)
+    hello = llava_576.tokenizer("Hello world", add_special_tokens=False).input_ids
+    assert hello == [15043, 3186]  # LLaMA's real tokenizer
+
+
+def test_instructblip_vicuna_geometry(blip_32):
+    tokens = blip_32.inputs(noise_image(0, (640, 480)), "what is this").tokens
+    assert tokens.image.tolist() == list(range(32))
+    assert tokens.ids[32] == 1  # BOS after the queries
+    assert (tokens.grids[0].rows, tokens.grids[0].cols) == (16, 16)
+    assert tokens.grids[0].crop_box == pytest.approx((0, 0, 640, 480))  # squeezed, not cropped
+
+
+def test_parity_at_the_real_geometry(llava_576, blip_32):
+    for vlm in (llava_576, blip_32):
+        inputs = vlm.inputs(noise_image(0, (640, 480)), "what is this")
+        lens, context, norms = mv.read(vlm, inputs, mv.LogitLens(k=1), mv.Contextualization(), mv.NormAttention())
+        with torch.no_grad():
+            out = vlm.hf(**vlm.encoding(inputs), output_hidden_states=True)
+        hidden = (getattr(out, "language_model_outputs", None) or out).hidden_states
+        image, text = inputs.tokens.image, inputs.tokens.text
+        torch.testing.assert_close(lens.probs[2, :, 0], out.logits[0, image].softmax(-1).amax(-1), rtol=0, atol=1e-6)
+        v, w = (torch.nn.functional.normalize(hidden[1][0, x], dim=-1) for x in (image, text))
+        torch.testing.assert_close(context.inter[1, 0], (v @ w.T).mean(), rtol=0, atol=1e-5)
+        assert norms.weight.sum(-1).allclose(torch.tensor(1.0), atol=1e-4)
+
+
+@pytest.mark.parametrize("family", [llava, instructblip])
+def test_bfloat16(family):
+    """Half precision runs, and reads what float32 reads up to its rounding."""
+    hf, processor = family.__wrapped__()
+    full = mv.load(family()[0], processor)
+    half = mv.load(hf.to(torch.bfloat16), processor)
+    probes = mv.LogitLens(k=1), mv.Contextualization(), mv.NormAttention()
+    (lens, context, norms), (_, c, n) = (
+        mv.read(x, x.inputs(noise_image(0), "what is this"), *probes) for x in (half, full)
+    )
+    assert lens.probs.dtype == torch.float32
+    torch.testing.assert_close(context.inter, c.inter, rtol=0, atol=2e-2)
+    torch.testing.assert_close(norms.norm, n.norm, rtol=0.1, atol=0.05 * float(n.norm.max()))
+    inputs = half.inputs(noise_image(0), "what is this")
+    with torch.no_grad():
+        logits = half.hf(**half.encoding(inputs)).logits[0]
+    last = mv.logit_lens(half, inputs, k=1, positions="all", layers=[3])
+    assert torch.equal(last.tokens[0, :, 0], logits.argmax(-1))
+
+
+def test_layers_of_the_real_models_are_read_from_the_config():
+    hf, processor = llava(layers=5)
+    assert mv.load(hf, processor).n_layers == len(part(hf, "model.language_model.layers")) == 5
