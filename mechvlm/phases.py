@@ -130,7 +130,7 @@ def fit_segments(curve: Float[np.ndarray, " layer"], n_segments: int, first: str
     that the curve does not have comes out without a step: nothing is invented to fill it.
 
     Source: Demetriou & Powell 1991, piecewise monotone least squares.
-    Tested: equals the best of every set of boundaries, each fitted by scikit-learn's isotonic regression.
+    Tested: equals the best of every set of boundaries, each run fitted by scipy's isotonic regression.
 
     Raises ValueError for NaN, for another `first`, and for more segments than there are steps between layers.
     """
@@ -179,7 +179,7 @@ def fit_phases(
     than four are not the paper's: labelled None. Only order and direction are judged, since the paper gives no layer
     for "very early" and "very late".
 
-    Source: Wei et al. 2024, section on phases. Differs: the paper reads the curves by eye.
+    Source: Wei et al. 2024 (arXiv 2411.00646). Differs: the paper reads the curves by eye.
     Tested: known boundaries are found, and covered at the nominal rate; noise gives 0 segments, a ramp 1.
 
     One example has no spread: it gets the fewest segments that leave at most 5 % of its variance, with NaN for every
@@ -261,7 +261,7 @@ def _isotonic(
     """Non-decreasing least-squares fit of each run of layers, a run beginning where `starts`; and the error so far.
 
     Pool adjacent violators, all rows a layer at a time: thousands of short fits cost a few array operations, where
-    scikit-learn's would cost a call each. Tested against it.
+    scipy's would cost a call each. Tested against it.
     """
     n_rows, n_layers = values.shape
     rows = np.arange(n_rows)

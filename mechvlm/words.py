@@ -133,7 +133,7 @@ def precision_recall(
     position that holds one. 0/0 is NaN, never 0: precision where no word was decoded, recall where the captions
     have no word.
 
-    Source: the logit-lens evaluation of Wei et al. 2024 (arXiv 2411.00646). What differs is named by the options.
+    After the logit-lens verbalization of Wei et al. 2024 (arXiv 2411.00646). Which words count is for the options.
     Tested: equals the sums written out over positions and words.
 
     Raises ValueError for another `by`, for captions without text, and where `decoded` is not nested.

@@ -253,6 +253,12 @@ def test_one_example_gets_a_fit_but_no_interval_and_no_name():
     assert fit_phases(np.full((1, 5), 0.3)).n_segments == 0
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_rounding_does_not_decide_between_numbers_that_predict_alike(seed):
+    offsets = np.random.default_rng(seed).normal(size=(12, 1))
+    assert fit_phases(piecewise(TURNS) + offsets, n_bootstrap=10).boundaries == (3, 8, 14)
+
+
 def test_two_examples_and_three_layers_are_enough():
     found = fit_phases(np.array([[0.1, 0.5, 0.1], [0.1, 0.52, 0.11]]), n_bootstrap=50)
     assert found.directions == ("rise", "fall")
