@@ -1,0 +1,97 @@
+"""A folder of images with a `captions.jsonl`: one line of JSON for each image.
+
+    {"image": "kitchen.jpg", "captions": ["a kitchen", "pots on a stove"]}
+    {"image": "more/dog.png", "caption": "a dog asleep", "id": "dog-1"}
+
+`image` is relative to the folder. `id` is optional, and is the image's path where it is not given.
+"""
+
+import json
+from os import PathLike
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple
+
+from mechvlm.datasets.example import Example
+from mechvlm.errors import InputError
+
+CAPTIONS = "captions.jsonl"
+
+
+class SetAside(NamedTuple):
+    """An example that cannot be used, and why."""
+
+    id: str
+    reason: str
+
+
+def read_folder(folder: str | PathLike) -> tuple[list[Example], list[SetAside]]:
+    """The usable examples of a folder in the order of its `captions.jsonl`, and those set aside with their reasons.
+
+    Images are not opened here, only looked for: `mechvlm.images.open_image` says what is wrong with one when it is
+    read.
+
+    Raises:
+        InputError: where nothing can be used: no such folder, no `captions.jsonl`, or not one usable line in it.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise InputError(
+            f"{folder} is {'a file' if folder.exists() else 'not there'}; folder:DIR needs a folder of images with a "
+            f"{CAPTIONS} in it."
+        )
+    listing = folder / CAPTIONS
+    try:
+        lines = listing.read_text(encoding="utf-8-sig").splitlines()
+    except FileNotFoundError:
+        raise InputError(
+            f'{folder} holds no {CAPTIONS}. Write one line for each image: {{"image": "a.jpg", "captions": ["..."]}}'
+        ) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{listing} cannot be read ({error}). It should be a text file in UTF-8.") from error
+    examples: dict[str, Example] = {}
+    aside = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        name = f"{CAPTIONS} line {number}"
+        try:
+            example = _example(folder, line)
+            if example.id in examples:
+                name = example.id
+                raise InputError(f"line {number} of {CAPTIONS} uses this id again: the first line with it is kept")
+            examples[example.id] = example
+        except InputError as error:
+            aside.append(SetAside(name, str(error)))
+    if not examples:
+        why = f"{len(aside)} lines, none usable; {aside[0].id}: {aside[0].reason}" if aside else "it is empty"
+        raise InputError(f"{listing} names no usable example ({why}).")
+    return list(examples.values()), aside
+
+
+def _example(folder: Path, line: str) -> Example:
+    try:
+        entry: Any = json.loads(line)
+    except ValueError as error:
+        raise InputError(f"not JSON ({error})") from None
+    if not isinstance(entry, dict) or not isinstance(entry.get("image"), str) or not entry["image"]:
+        raise InputError('no "image", the name of a file in the folder')
+    image = entry["image"]
+    # A listing from elsewhere must not make a report show pictures from the rest of the disk.
+    if PurePosixPath(image).is_absolute() or ".." in PurePosixPath(image).parts or "\\" in image or "\0" in image:
+        raise InputError(f"the image {image!r} lies outside the folder")
+    captions = entry.get("captions", entry.get("caption"))
+    captions = [captions] if isinstance(captions, str) else captions
+    if not isinstance(captions, list) or not all(isinstance(c, str) for c in captions):
+        raise InputError(f'the image {image!r} has no "captions", a list of strings')
+    captions = tuple(_storable(c).strip() for c in captions if c.strip())
+    if not captions:
+        raise InputError(f"every caption of the image {image!r} is empty")
+    path = folder / image
+    if not path.is_file():
+        raise InputError(f"no image at {path}: {'it is a folder' if path.is_dir() else 'there is no such file'}")
+    return Example(_storable(str(entry.get("id") or image)), path, captions)
+
+
+def _storable(text: str) -> str:
+    """JSON can spell half a surrogate pair, which no table can store."""
+    return text.encode("utf-8", "replace").decode()

@@ -1,0 +1,123 @@
+"""report.html: one page with everything in it. It asks the network for nothing, and runs no script."""
+
+import base64
+import io
+from pathlib import Path
+
+import pandas as pd
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from PIL import Image
+
+from mechvlm import bundled
+from mechvlm.study.runner import Study
+from mechvlm.study.summary import course, summary
+
+TITLES = {
+    "phases": "The four-phase diagram",
+    "lens": "Words on visual tokens",
+    "contextualization": "Contextualization",
+    "norm_attention": "Norm-based attention",
+}
+MOST_SKIPPED = 50
+"""Rows of skipped.csv that the page lists; the file has them all."""
+
+
+def render(study: Study, record: dict, captions: dict[str, str], figures: Path) -> str:
+    """The page, of a study, what run.json says of it, and the figures' captions and files (SVG).
+
+    Whatever came from outside (ids, captions, answers, names of models and files) is escaped.
+    """
+    environment = Environment(
+        loader=PackageLoader("mechvlm.study", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
+        lstrip_blocks=True,
+    )  # fmt: skip
+    environment.filters["number"] = number
+    rows = summary(study).to_dict("records")
+    return environment.get_template("report.html.j2").render(
+        study=study,
+        record=record,
+        rows=rows,
+        figures=[
+            {"name": name, "title": title, "caption": captions[name], "source": _svg(figures / f"{name}.svg")}
+            for name, title in TITLES.items()
+        ],
+        phases=[_phases(study, model) for model in study.models],
+        gallery=_gallery(study),
+        skipped=study.skipped.head(MOST_SKIPPED).to_dict("records"),
+        settings=_flat(record["settings"]),
+        notes={model: note for model in study.models if (note := training_note(model))},
+    )
+
+
+def number(value, digits: int = 2) -> str:
+    """A number to so many digits after the point, and a dash for none."""
+    if value is None or pd.isna(value):
+        return "–"
+    return f"{value:.{digits}f}" if isinstance(value, float) else str(value)
+
+
+def training_note(model: str) -> str:
+    """What a bundled model's card says on whether a loss was put on visual positions: its section "Visual positions".
+
+    The lens reads what a model was taught to write. Empty for models that are not bundled.
+    """
+    card = bundled.path(model) / "README.md" if model in bundled.NAMES else None
+    if card is None or not card.is_file():
+        return ""
+    _, _, after = card.read_text(encoding="utf-8").partition("## Visual positions\n")
+    return after.split("\n#")[0].strip()
+
+
+def _phases(study: Study, model: str) -> dict:
+    found = study.phases[model]
+    if found is None:
+        return {"model": model, "course": course(found), "shows_pattern": False, "explanation": "", "rows": []}
+    return {
+        "model": model, "course": course(found), "shows_pattern": found.shows_pattern, "explanation": found.explanation,
+        "rows": found.to_frame().to_dict("records"),
+    }  # fmt: skip
+
+
+def _gallery(study: Study) -> list[dict]:
+    shown = []
+    for example, image in study.gallery:
+        models = []
+        for model in study.models:
+            answer = study.tables["answers"].query("model == @model and example == @example.id")["answer"]
+            if answer.empty:
+                continue
+            words = study.tables["words"].query("model == @model and example == @example.id")
+            by_layer = {layer: part["word"].tolist() for layer, part in words.groupby("layer")}
+            n = study.models[model]["n_layers"]
+            layers = sorted({0, n // 2, n})
+            models.append(
+                {
+                    "model": model,
+                    "answer": answer.iloc[0],
+                    "words": [(layer, by_layer.get(layer, [])) for layer in layers],
+                }
+            )
+        shown.append({"id": example.id, "captions": example.captions, "image": _png(image), "models": models})
+    return shown
+
+
+def _flat(settings: dict, prefix: str = "") -> list[tuple[str, str]]:
+    rows = []
+    for key, value in settings.items():
+        if isinstance(value, dict):
+            rows += _flat(value, f"{prefix}{key}: " if prefix or key != "measures" else "")
+        else:
+            shown = ", ".join(map(str, value)) if isinstance(value, list | tuple) else value
+            rows.append((prefix + key, "default" if shown is None else str(shown)))
+    return rows
+
+
+def _svg(path: Path) -> str:
+    # As an image and not as markup: its ids cannot meet those of another figure, and nothing in it can run or load.
+    return "data:image/svg+xml;base64," + base64.b64encode(path.read_bytes()).decode()
+
+
+def _png(image: Image.Image) -> str:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()

@@ -1,0 +1,248 @@
+"""One look for every figure, and `draw(result)` for every result. matplotlib's object interface: no window, no state.
+
+Colors are Okabe and Ito's, which differ for the color-blind; lines differ by their dashes and markers too, so that a
+figure survives a grey printer.
+"""
+
+from collections.abc import Sequence
+from contextlib import contextmanager
+from functools import singledispatch
+from typing import NamedTuple
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from mechvlm.phases import Phases
+from mechvlm.probes.contextualization import ContextualizationResult
+from mechvlm.probes.logit_lens import LogitLensResult
+from mechvlm.probes.norm_attention import NormAttentionResult
+from mechvlm.probes.query_reading import QueryReadingResult
+
+LAYER = "layer (0 = embeddings)"
+STYLE = {
+    "font.family": "DejaVu Sans", "font.size": 9, "axes.titlesize": 9.5, "axes.titleweight": "bold",
+    "axes.titlelocation": "left", "axes.labelsize": 9, "axes.spines.top": False, "axes.spines.right": False,
+    "axes.linewidth": 0.8, "axes.edgecolor": "#444444", "axes.grid": True, "axes.axisbelow": True,
+    "grid.color": "#e4e4e4", "grid.linewidth": 0.6, "xtick.labelsize": 8, "ytick.labelsize": 8, "legend.fontsize": 8,
+    "legend.frameon": False, "legend.handlelength": 3, "lines.linewidth": 1.8, "lines.markersize": 4.5,
+    "figure.dpi": 100, "savefig.dpi": 200, "savefig.facecolor": "white", "figure.facecolor": "white",
+    "svg.hashsalt": "mechvlm", "svg.fonttype": "path",
+}  # fmt: skip
+
+
+class Line(NamedTuple):
+    """How one kind of curve looks, everywhere."""
+
+    label: str
+    color: str
+    dash: str | tuple
+    marker: str
+
+
+LINES = {
+    "inter": Line("image – text", "#0072B2", "-", "o"),
+    "image": Line("within image", "#D55E00", "--", "s"),
+    "text": Line("within text", "#009E73", "-.", "^"),
+    "own": Line("image tokens, own captions", "#0072B2", "-", "o"),
+    "other": Line("image tokens, another image's captions", "#E69F00", "--", "s"),
+    "prompt": Line("text tokens, own captions", "#666666", ":", "^"),
+}
+PHASES = {"I": "#DCE9F5", "II": "#FBE6D4", "III": "#DDF0E6", "IV": "#EFE3F3"}
+HEAT = "magma_r"
+
+
+@contextmanager
+def style():
+    """Figures made and drawn within have this package's look; nothing outside changes."""
+    with mpl.rc_context(STYLE):
+        yield
+
+
+def axes(ax: Axes | None, width: float = 6.0, height: float = 3.6) -> Axes:
+    """The given axes, or those of a new figure (inches)."""
+    return Figure((width, height), layout="constrained").add_subplot() if ax is None else ax
+
+
+@singledispatch
+def draw(result, ax: Axes | None = None) -> Axes:
+    """A result drawn with matplotlib, on `ax` or a new figure; gives the axes.
+
+    Raises:
+        TypeError: for something that has no picture.
+    """
+    known = ", ".join(sorted(kind.__name__ for kind in draw.registry if kind is not object))
+    raise TypeError(f"There is no plot of a {type(result).__name__}. Drawn are: {known}.")
+
+
+def curve(ax: Axes, x: Sequence[int], values: np.ndarray, line: Line, band: bool = True, thin: bool = False) -> None:
+    """Mean over examples of `values` [example, x], and the band that holds the middle 80 % of them. NaN is left out."""
+    seen = ~np.isnan(values).all(0)
+    x, values = np.asarray(x)[seen], values[:, seen]
+    if band and len(values) > 1 and values.size:
+        low, high = np.nanpercentile(values, [10, 90], axis=0)
+        ax.fill_between(x, low, high, color=line.color, alpha=0.13, linewidth=0)
+    ax.plot(
+        x, np.nanmean(values, axis=0) if values.size else [], color=line.color, linestyle=line.dash, marker=line.marker,
+        label=line.label, linewidth=1.1 if thin else None, markersize=(2.5 if thin else 4.5) if len(x) < 20 else 0,
+        markevery=1,
+    )  # fmt: skip
+
+
+def layer_axis(ax: Axes, n_layers: int) -> None:
+    """Layers 0 (embeddings) to n_layers along x."""
+    ax.set_xlim(-0.25, n_layers + 0.25)
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=min(n_layers, 12)))
+    ax.set_xlabel(LAYER)
+
+
+@draw.register
+def _(result: ContextualizationResult, ax: Axes | None = None) -> Axes:
+    with style():
+        ax = axes(ax)
+        n = result.inter.shape[0] - 1
+        for pair in ("inter", "image", "text"):
+            curve(ax, range(n + 1), getattr(result, pair).numpy().T, LINES[pair])
+        layer_axis(ax, n)
+        ax.set_ylabel("mean cosine" + (" less baseline" if result.adjusted else ""))
+        ax.set_title(f"Contextualization, {result.model}")
+        ax.legend()
+    return ax
+
+
+@draw.register
+def _(result: LogitLensResult, ax: Axes | None = None) -> Axes:
+    """Top token of each position at each layer, on the color of its probability; at most 48 positions are labelled."""
+    with style():
+        n_layers, n_points, _ = result.tokens.shape
+        ax = axes(ax, width=min(2 + 0.5 * n_points, 24), height=1.6 + 0.28 * n_layers)
+        top = result.probs[:, :, 0].numpy()
+        mesh = ax.imshow(top, origin="lower", aspect="auto", cmap="Blues", vmin=0, vmax=1)
+        if n_points <= 48:
+            for row, points in enumerate(result.pieces()):
+                for col, pieces in enumerate(points):
+                    light = top[row, col] > 0.6
+                    ax.text(
+                        col, row, text(pieces[0], 8), ha="center", va="center", fontsize=6,
+                        color="white" if light else "#222222",
+                    )  # fmt: skip
+        ax.set_yticks(range(n_layers), [str(layer) for layer in result.layers])
+        _position_ticks(ax, result.position.tolist())
+        ax.set_ylabel(LAYER)
+        ax.set_xlabel("position")
+        ax.set_title(f"Logit lens: likeliest token, {result.model}")
+        ax.grid(False)
+        ax.figure.colorbar(mesh, ax=ax, label="probability", pad=0.01)
+    return ax
+
+
+@draw.register
+def _(result: NormAttentionResult, ax: Axes | None = None) -> Axes:
+    """The first destination's sources by layer, mean over examples."""
+    with style():
+        n_layers, _, _, n_src = result.norm.shape
+        ax = axes(ax, width=8, height=1.6 + 0.22 * n_layers)
+        mesh = heatmap(ax, result.norm[:, :, 0].mean(1).numpy(), list(result.layers))
+        _position_ticks(ax, list(range(n_src)))
+        ax.set_xlabel("source position")
+        ax.set_title(f"Norm-based attention of {result.names[0]}, {result.model}")
+        ax.figure.colorbar(mesh, ax=ax, label="norm written (residual-stream units)", pad=0.01)
+    return ax
+
+
+@draw.register
+def _(result: QueryReadingResult, ax: Axes | None = None) -> Axes:
+    """Where each query of the first example reads: small maps in one tiling, in the order of the queries."""
+    with style():
+        maps = result.map[0].numpy()
+        n, rows, cols = maps.shape
+        across = int(np.ceil(np.sqrt(n)))
+        down = int(np.ceil(n / across))
+        tiled = np.full((down * (rows + 1) - 1, across * (cols + 1) - 1), np.nan)
+        for i, one in enumerate(maps):
+            top, left = (i // across) * (rows + 1), (i % across) * (cols + 1)
+            tiled[top : top + rows, left : left + cols] = one
+        ax = axes(ax, width=6, height=5.2)
+        mesh = ax.imshow(tiled, cmap=HEAT, vmin=0, interpolation="nearest")
+        for i in range(n):
+            ax.text(
+                (i % across) * (cols + 1) - 0.4, (i // across) * (rows + 1) - 0.4, str(i), fontsize=6, va="top",
+                color="#0072B2", weight="bold",
+            )  # fmt: skip
+        ax.set_xticks([])
+        ax.set_yticks([])
+        ax.grid(False)
+        ax.set_title(f"Where each query reads, example 0, {result.model}")
+        ax.figure.colorbar(mesh, ax=ax, label="attention weight (mean over layers and heads)", pad=0.02)
+    return ax
+
+
+@draw.register
+def _(result: Phases, ax: Axes | None = None) -> Axes:
+    with style():
+        ax = axes(ax)
+        n = len(result.mean) - 1
+        shade(ax, result)
+        line = LINES["inter"]
+        marker = line.marker if n < 20 else ""
+        ax.plot(range(n + 1), result.mean.numpy(), color=line.color, marker=marker, label="mean", zorder=3)
+        ax.plot(range(n + 1), result.fit.numpy(), color="#222222", linestyle="--", linewidth=1, label="fitted segments")
+        layer_axis(ax, n)
+        ax.set_ylabel("image – text similarity (mean cosine)")
+        ax.legend(loc="lower right")
+    return ax
+
+
+def shade(ax: Axes, found: Phases, names: bool = True, heads: bool = True) -> None:
+    """The segments as ground, their phases above them where the data show which, boundaries with their intervals."""
+    for i, ((first, last), label, direction) in enumerate(
+        zip(found.intervals, found.labels, found.directions, strict=True)
+    ):
+        color = PHASES[label.split()[0]] if label else ("#F4F4F4", "#EBEBEB")[i % 2]
+        ax.axvspan(first, last, color=color, linewidth=0, zorder=0)
+        if not heads:
+            continue
+        head = label.split()[0] if label else {"rise": "↗", "fall": "↘"}[direction]
+        ax.annotate(
+            head, ((first + last) / 2, 1), xycoords=ax.get_xaxis_transform(), xytext=(0, -3), ha="center", va="top",
+            textcoords="offset points", fontsize=11 if label else 9, weight="bold", color="#333333",
+        )  # fmt: skip
+        if label and names:
+            words = label.split(maxsplit=1)[1].replace(" ", "\n").replace("-", "-\u200b")
+            ax.annotate(
+                words, ((first + last) / 2, 1), xycoords=ax.get_xaxis_transform(), xytext=(0, -18), ha="center",
+                va="top", textcoords="offset points", fontsize=6.5, color="#444444", linespacing=1.05,
+            )  # fmt: skip
+    for at, (low, high) in zip(found.boundaries, found.boundary_intervals, strict=True):
+        ax.axvline(at, color="#333333", linewidth=0.8, linestyle=(0, (2, 2)), zorder=1)
+        if heads and not np.isnan(low):
+            ax.errorbar(
+                [at], [0.025], xerr=[[at - low], [high - at]], transform=ax.get_xaxis_transform(), color="#333333",
+                marker="|", markersize=6, capsize=3, linewidth=1.4, zorder=4,
+            )  # fmt: skip
+
+
+def heatmap(ax: Axes, values: np.ndarray, layers: Sequence[int], **limits):
+    """[layer, position] with the first layer at the bottom; NaN is left white. Gives the mesh, for a color bar."""
+    mesh = ax.imshow(values, origin="lower", aspect="auto", cmap=HEAT, interpolation="nearest", **limits)
+    step = max(1, len(layers) // 8)
+    ax.set_yticks(range(0, len(layers), step), [str(layer) for layer in layers[::step]])
+    ax.set_ylabel("layer")
+    ax.grid(False)
+    for spine in ax.spines.values():
+        spine.set_visible(True)
+    return mesh
+
+
+def text(piece: str, most: int) -> str:
+    """A token as matplotlib can draw it: no mathematics, no control characters, and short."""
+    shown = "".join(c if c.isprintable() else "·" for c in piece.replace("▁", " ").strip() or "·")
+    # A dollar sign opens mathematics.
+    return (shown if len(shown) <= most else shown[: most - 1] + "…").replace("$", r"\$")
+
+
+def _position_ticks(ax: Axes, positions: list[int]) -> None:
+    step = max(1, len(positions) // 16)
+    ax.set_xticks(range(0, len(positions), step), [str(p) for p in positions[::step]])
