@@ -151,8 +151,10 @@ def norm_figure(norms: pd.DataFrame) -> tuple[Figure, str]:
             n = int(mine["n"].iloc[0])
             for ax, measure in ((left, "norm"), (right, "weight")):
                 values = mine.pivot(index="layer", columns="src", values=measure)
-                mesh = heatmap(ax, values.to_numpy(), values.index.tolist(), vmin=0)
-                _sources(ax, mine.drop_duplicates("src"))
+                sources = mine.drop_duplicates("src").sort_values("src")
+                edges = _edges(sources["modality"].tolist())
+                mesh = heatmap(ax, values.to_numpy(), values.index.tolist(), edges, vmin=0)
+                _sources(ax, sources, edges)
                 bar = figure.colorbar(mesh, ax=ax, pad=0.012, aspect=12)
                 bar.set_label("norm written" if measure == "norm" else "raw weight", fontsize=8)
                 bar.outline.set_visible(False)
@@ -162,7 +164,8 @@ def norm_figure(norms: pd.DataFrame) -> tuple[Figure, str]:
         "Norm-based attention (Kobayashi et al. 2020) of the last text token and of the last image token to the tokens "
         "before them, layer by layer, mean over examples: the norm of what each source writes, heads summed first, in "
         "units of the residual stream. Right, the raw attention weights, mean over heads. The strip under each map says "
-        "which sources are image (blue), text (green) and special tokens (grey). Each map has its own color scale."
+        "which sources are image (blue, drawn narrower), text (green) and special tokens (grey). Each map has its own "
+        "color scale."
     )
 
 
@@ -205,38 +208,34 @@ def _legend(figure: Figure, *axes: Axes) -> None:
     figure.legend(*zip(*handles, strict=True), loc="outside lower center", ncols=5)
 
 
-def _sources(ax: Axes, sources: pd.DataFrame) -> None:
-    """A strip under the map for the kinds of source, and each token's name where there is room for it."""
+def _edges(kinds: list[str]) -> np.ndarray:
+    """Borders of the columns: visual tokens narrow, so that they take half the width at most and text can be read."""
+    visual = np.array([kind == "image" for kind in kinds])
+    others = max(int((~visual).sum()), 8)
+    return np.concatenate([[0], np.where(visual, min(1.0, others / max(visual.sum(), 1)), 1.0).cumsum()])
+
+
+def _sources(ax: Axes, sources: pd.DataFrame, edges: np.ndarray) -> None:
+    """A strip under the map for the kinds of source, and each text token's name where there is room for it."""
     kinds, pieces = sources["modality"].tolist(), sources["piece"].tolist()
-    for first, last, kind in _runs(kinds):
-        ax.axvspan(
-            first - 0.5,
-            last + 0.5,
-            ymin=-0.07,
-            ymax=-0.02,
-            clip_on=False,
-            color=SOURCE.get(kind, "#888888"),
-            linewidth=0,
-        )
-        if first:
-            ax.axvline(first - 0.5, color="#555555", linewidth=0.6)
     ticks, labels = [], []
-    wide = len(kinds) > 110
+    room = sum(kind != "image" for kind in kinds) <= 48
     for first, last, kind in _runs(kinds):
-        if kind == "image":
-            ticks.append((first + last) / 2)
-            labels.append(f"{last - first + 1} image tokens")
-        elif not wide:
-            ticks += range(first, last + 1)
-            labels += [text(pieces[i], 10) for i in range(first, last + 1)]
-        elif last - first > 4:
-            ticks.append((first + last) / 2)
-            labels.append(f"{last - first + 1} {kind}")
-    ax.set_xticks(ticks, labels, fontsize=6)
-    for tick, label in zip(ax.get_xticklabels(), labels, strict=True):
-        if "image tokens" not in label:
-            tick.set(rotation=90)
-    ax.tick_params(axis="x", length=0, pad=6)
+        left, right = edges[first], edges[last + 1]
+        ax.axvspan(left, right, ymin=-0.08, ymax=-0.025, clip_on=False, color=SOURCE.get(kind, "#888888"), linewidth=0)
+        if first:
+            ax.axvline(left, color="#555555", linewidth=0.6)
+        if kind == "image" or not room:
+            ticks.append((left + right) / 2)
+            labels.append(f"{last - first + 1} {kind}" if kind != "image" else f"{last - first + 1} image tokens")
+        else:
+            ticks += ((edges[first : last + 1] + edges[first + 1 : last + 2]) / 2).tolist()
+            labels += [text(piece, 10) for piece in pieces[first : last + 1]]
+    ax.set_xticks(ticks, labels, fontsize=6.5)
+    for tick in ax.get_xticklabels():
+        if not tick.get_text().endswith("image tokens"):
+            tick.set_rotation(90)
+    ax.tick_params(axis="x", length=0, pad=9)
 
 
 def _runs(kinds: list[str]) -> Iterator[tuple[int, int, str]]:

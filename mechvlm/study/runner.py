@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import torch
 from PIL import Image
 
 from mechvlm import bundled
@@ -101,7 +102,10 @@ def run(
         raise InputError(f"Give one or more models, each once; got {names}.")
     if batch_size < 1:
         raise InputError(f"A batch of {batch_size} examples was asked for; at least 1 is needed.")
-    folder = None if out is None else _new_folder(Path(out))
+    _check_device(device)
+    folder = None if out is None else Path(out)
+    if folder is not None:
+        _check_folder(folder)
     data = dataset if isinstance(dataset, Dataset) else load_dataset(dataset, n, seed)
     settings = {
         "models": names, "dataset": data.name, "prompt": prompt, "n": len(data), "seed": seed, "device": device,
@@ -137,7 +141,6 @@ def run(
         dataset={"name": data.name, "n": len(data), "fingerprint": data.fingerprint},
         gallery=list(gallery.values()),
         seconds=round(time.perf_counter() - started, 2),
-        out=folder,
     )
     if folder is not None:
         # Only here, so that a study without a folder needs neither matplotlib nor jinja2.
@@ -240,17 +243,28 @@ def _thumbnail(example: Example) -> Image.Image:
     return image
 
 
-def _new_folder(out: Path) -> Path:
-    """The folder, made and shown to be writable now: not after an hour's work."""
+def _check_device(device: str | None) -> None:
+    try:
+        # Puts something there: a device can have a name and still be missing.
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(
+            f"The device {device!r} cannot be used ({reason}). Try cpu, or cuda where there is one."
+        ) from error
+
+
+def _check_folder(out: Path) -> None:
+    """The folder can be made and written to: known now, and not after an hour's work. Nothing of the trial stays."""
     try:
         if out.is_dir() and any(out.iterdir()):
-            raise InputError(
-                f"The folder {out} is not empty; a study goes to a new or an empty one. Give another --out."
-            )
+            raise InputError(f"The folder {out} is not empty; a study goes to a new or an empty one. Give another --out.")
+        missing = [folder for folder in (out, *out.parents) if not folder.exists()]
         out.mkdir(parents=True, exist_ok=True)
         probe = out / ".writable"
         probe.touch()
         probe.unlink()
+        for folder in missing:
+            folder.rmdir()
     except OSError as error:
         raise InputError(f"Nothing can be written to {out} ({error.strerror}). Give another --out.") from error
-    return out

@@ -57,7 +57,7 @@ def write(study: Study, out: Path, progress: Progress, started: float) -> Study:
     """
     try:
         progress("tables", 0, 0)
-        (out / "data").mkdir()
+        (out / "data").mkdir(parents=True)
         for name, table in study.tables.items():
             table.to_parquet(out / "data" / f"{name}.parquet", index=False)
         study.skipped.to_csv(out / "skipped.csv", index=False)

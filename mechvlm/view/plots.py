@@ -13,7 +13,6 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
 from mechvlm.phases import Phases
 from mechvlm.probes.contextualization import ContextualizationResult
@@ -94,7 +93,7 @@ def curve(ax: Axes, x: Sequence[int], values: np.ndarray, line: Line, band: bool
 def layer_axis(ax: Axes, n_layers: int) -> None:
     """Layers 0 (embeddings) to n_layers along x."""
     ax.set_xlim(-0.25, n_layers + 0.25)
-    ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=min(n_layers, 12)))
+    ax.set_xticks(range(0, n_layers + 1, -(-(n_layers + 1) // 14)))
     ax.set_xlabel(LAYER)
 
 
@@ -224,10 +223,16 @@ def shade(ax: Axes, found: Phases, names: bool = True, heads: bool = True) -> No
             )  # fmt: skip
 
 
-def heatmap(ax: Axes, values: np.ndarray, layers: Sequence[int], **limits):
-    """[layer, position] with the first layer at the bottom; NaN is left white. Gives the mesh, for a color bar."""
-    mesh = ax.imshow(values, origin="lower", aspect="auto", cmap=HEAT, interpolation="nearest", **limits)
-    step = max(1, len(layers) // 8)
+def heatmap(ax: Axes, values: np.ndarray, layers: Sequence[int], edges: Sequence[float] | None = None, **limits):
+    """[layer, position] with the first layer at the bottom; NaN is left white. Gives the mesh, for a color bar.
+
+    `edges` are the positions' borders along x, one more than there are positions; by default each is 1 wide.
+    """
+    edges = np.arange(values.shape[1] + 1) - 0.5 if edges is None else edges
+    rows = np.arange(len(layers) + 1) - 0.5
+    # As pixels, in vector files too: half a million small rectangles would stall a browser.
+    mesh = ax.pcolormesh(edges, rows, values, cmap=HEAT, rasterized=True, **limits)
+    step = -(-len(layers) // 9)
     ax.set_yticks(range(0, len(layers), step), [str(layer) for layer in layers[::step]])
     ax.set_ylabel("layer")
     ax.grid(False)

@@ -1,0 +1,222 @@
+"""The command `mechvlm`. Nothing heavy is imported before a command needs it: --help takes no torch."""
+
+import argparse
+import itertools
+import sys
+from collections.abc import Callable, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+OUT = "mechvlm-study"
+
+STUDY = """Run the study of Wei et al. 2024, "A Study on Multi-modal Interaction in Vision Large Language Models":
+the words that visual tokens decode to, contextualization and norm-based attention by layer, and the phases of their
+interaction. With no arguments: both bundled models on 200 generated scenes, in about a minute. Writes a folder with
+report.html, figures/, data/, skipped.csv and run.json."""
+
+
+def parser() -> argparse.ArgumentParser:
+    """All commands and options. Defaults that only a library knows are filled in by it."""
+    top = argparse.ArgumentParser(prog="mechvlm", description="Look inside vision-language models.")
+    top.add_argument("--version", action="store_true", help="show the version and stop")
+    commands = top.add_subparsers(dest="command", metavar="COMMAND")
+    study = commands.add_parser("study", help="run the four-phase study and write a report", description=STUDY)
+    add = study.add_argument
+    add(
+        "--model", action="append", metavar="NAME",
+        help="a bundled name, a hub id or a folder; repeat it for several (default: all bundled)",
+    )  # fmt: skip
+    add(
+        "--dataset",
+        default="scenes",
+        metavar="NAME",
+        help="scenes, or folder:DIR with a captions.jsonl (default: scenes)",
+    )
+    add("--prompt", metavar="TEXT", help='asked of every image (default: "Describe the scene.")')
+    add("--n", type=int, metavar="N", help="examples to draw (default: 200 scenes, or all of a folder)")
+    add("--seed", type=int, default=0, metavar="N", help="of the draw and of the bootstraps (default: 0)")
+    add("--device", metavar="NAME", help="cpu, cuda, cuda:1, mps (default: cpu)")
+    add("--dtype", metavar="NAME", help="float32, bfloat16, float16 (default: the checkpoint's; float32 if bundled)")
+    add("--batch-size", type=int, default=16, metavar="N", help="examples a forward; changes no result (default: 16)")
+    add(
+        "--out", metavar="DIR",
+        help=f"a new or empty folder (default: {OUT}, or {OUT}-2, ... where that exists)",
+    )  # fmt: skip
+    commands.add_parser(
+        "models", help="list the bundled models and the known classes",
+        description="List the models that ship with the package, and the Hugging Face classes that it can read.",
+    )  # fmt: skip
+    return top
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; gives the exit code: 0, 1 for what cannot be used or done, 2 for usage, 130 for Ctrl-C."""
+    arguments = parser().parse_args(argv)
+    if arguments.version:
+        print(f"mechvlm {_version()}")
+        return 0
+    if arguments.command is None:
+        parser().print_help()
+        return 2
+    command: Callable[[argparse.Namespace], None] = {"study": _study, "models": _models}[arguments.command]
+    try:
+        command(arguments)
+    except KeyboardInterrupt:
+        _say("Stopped.")
+        return 130
+    except BrokenPipeError:
+        # The reader (head, less) has gone: nothing to say, and nobody to say it to.
+        sys.stderr.close()
+        return 1
+    except Exception as error:
+        if not _expected(error):
+            raise
+        _say(f"Error: {error}")
+        return 1
+    return 0
+
+
+def _expected(error: Exception) -> bool:
+    """Whether an error is about what the user gave or the machine lacks, so that its message says all."""
+    from mechvlm.errors import InputError, ModelError, NonFiniteError
+
+    if isinstance(error, InputError | ModelError | NonFiniteError):
+        return True
+    if type(error).__name__ == "OutOfMemoryError":
+        error.args = (
+            "The device has not enough memory. Try a smaller --batch-size, --dtype bfloat16, or --device cpu.",
+        )
+        return True
+    return False
+
+
+def _say(message: str) -> None:
+    # Plain, not rich: a path or a token in brackets must not be taken for markup, nor a long one be wrapped.
+    print(message, file=sys.stderr)
+
+
+def _study(arguments: argparse.Namespace) -> None:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    quiet = Console(stderr=True)
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=quiet) as bars:
+        task = bars.add_task("starting", total=None)
+        # Importing torch and nnsight is half of a short run: the bar is there before.
+        _quiet_libraries()
+        from mechvlm import bundled
+        from mechvlm.study import run
+        from mechvlm.study.runner import PROMPT
+
+        seen = "starting"
+
+        def progress(stage: str, done: int, total: int) -> None:
+            nonlocal task, seen
+            if stage != seen:
+                bars.update(task, total=1, completed=1)
+                task, seen = bars.add_task(stage, total=total or None), stage
+            bars.update(task, completed=done, total=total or None)
+
+        study = run(
+            arguments.model or bundled.NAMES,
+            arguments.dataset,
+            prompt=PROMPT if arguments.prompt is None else arguments.prompt,
+            n=arguments.n,
+            seed=arguments.seed,
+            device=arguments.device,
+            dtype=arguments.dtype,
+            batch_size=arguments.batch_size,
+            out=arguments.out or _free(OUT),
+            progress=progress,
+        )
+        bars.update(task, total=1, completed=1)
+    _summarise(study)
+
+
+def _summarise(study) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    from mechvlm.study.report import number
+    from mechvlm.study.summary import summary
+
+    table = Table(
+        title="Words on visual tokens, inter-modal cosine and phases", box=box.SIMPLE_HEAD, title_justify="left"
+    )
+    for name in ("model", "layers", "n"):
+        table.add_column(name, justify="left" if name == "model" else "right", overflow="fold")
+    for name in (
+        "precision\nbest (layer)",
+        "at 0",
+        "other\ncaptions",
+        "recall\nbest (layer)",
+        "at 0",
+        "other\ncaptions",
+    ):
+        table.add_column(name, justify="right")
+    for name in ("cosine\nlow (layer)", "\nhigh (layer)", "phases", "s"):
+        table.add_column(name, justify="left" if name == "phases" else "right")
+    for row in summary(study).to_dict("records"):
+        cells = [row["model"], row["layers"], row["n"]]
+        for measure, layer in (("precision", "best_layer"), ("recall", "recall_layer")):
+            cells += [f"{number(row[measure])} ({number(row[layer], 0)})"]
+            cells += [number(row[f"{measure}_0"]), number(row[f"{measure}_other"])]
+        cells += [f"{row[end]:.2f} ({row[f'{end}_layer']})" for end in ("lowest", "highest")]
+        cells += [row["phases"], f"{row['seconds']:.0f}"]
+        table.add_row(*(escape(str(cell)) for cell in cells))
+    # A table that is piped is not cut to 80 columns.
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    console.print(table)
+    if len(study.skipped):
+        print(f"{len(study.skipped)} set aside; reasons in {study.out / 'skipped.csv'}")
+    print(f"{study.seconds:.0f} s. Open {study.out / 'report.html'}")
+
+
+def _free(name: str) -> str:
+    """The name, or with a number after it: a study is never written over another."""
+    names = itertools.chain([name], (f"{name}-{i}" for i in itertools.count(2)))
+    return next(n for n in names if not Path(n).exists() or (Path(n).is_dir() and not any(Path(n).iterdir())))
+
+
+def _models(arguments: argparse.Namespace) -> None:
+    from mechvlm import bundled
+    from mechvlm.architectures import ARCHITECTURES
+
+    print("Bundled models:")
+    for name in bundled.NAMES:
+        size = sum(f.stat().st_size for f in bundled.path(name).rglob("*") if f.is_file()) / 1e6
+        print(f"  {name:<20} {f'{size:.1f} MB' if size else 'not in this installation'}")
+    print("Hugging Face classes that can be read (hub ids and folders):")
+    for hf_class in ARCHITECTURES:
+        print(f"  {hf_class}")
+
+
+def _quiet_libraries() -> None:
+    """Progress is ours; a library's warnings on what is handled here would tear the bars."""
+    import logging
+    import os
+    import warnings
+
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    warnings.filterwarnings("ignore", message=".*requires torchvision.*")
+    logging.getLogger("matplotlib").setLevel(logging.WARNING)
+    # Its retries; what came of them is in the error.
+    logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+
+
+def _version() -> str:
+    try:
+        return version("mechvlm")
+    except PackageNotFoundError:
+        return "(not installed)"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
