@@ -96,9 +96,10 @@ def test_contextualization_and_norms_equal_single_reads(study, examples, llava_v
         weights.append(norm.weight[:, 0].mean(1))
     table = study.tables["norm_attention"].query("model == @name")
     assert (table["n"] == len(examples)).all()
-    for i, (dest, at) in enumerate((("last_text", inputs.tokens.last_text), ("last_image", inputs.tokens.last_image))):
+    for i, dest in enumerate(("last_text", "last_image")):
+        at = getattr(inputs.tokens, dest)
         for column, values in (("norm", norms), ("weight", weights)):
-            found = table.query("dest == @dest").pivot(index="layer", columns="src", values=column)
+            found = table[table["dest"] == dest].pivot(index="layer", columns="src", values=column)
             assert list(found.index) == list(range(1, vlm.n_layers + 1))
             mean = torch.stack(values).mean(0)[:, i]
             assert not mean[:, at + 1 :].any(), "something after the destination was attended"
@@ -151,7 +152,9 @@ def with_bad(tmp_path_factory):
     bad = ["empty.png", "text.png", "cut.jpg", "vast.png", "gone.png"]
     names = [bad[0], good[0], bad[1], bad[2], good[1], good[2], bad[3], bad[4], good[3]]
     lines = [{"image": n, "captions": [f"the picture {n} of a dog"]} for n in names]
-    return write_folder(folder, lines, good), write_folder(folder.parent / "g", [x for x in lines if x["image"] in good], good)
+    return write_folder(folder, lines, good), write_folder(
+        folder.parent / "g", [x for x in lines if x["image"] in good], good
+    )
 
 
 def in_order(spec):
@@ -223,7 +226,9 @@ def test_a_prompt_without_room_or_text_is_said_once(llava_vlm, blip_vlm):
 
 def test_the_folder_is_whole_and_reads_back(study):
     names = {str(p.relative_to(study.out)) for p in study.out.rglob("*") if p.is_file()}
-    drawn = {f"figures/{n}.{s}" for n in ("phases", "lens", "contextualization", "norm_attention") for s in ("png", "svg")}
+    drawn = {
+        f"figures/{n}.{s}" for n in ("phases", "lens", "contextualization", "norm_attention") for s in ("png", "svg")
+    }
     assert names == {"report.html", "run.json", "skipped.csv"} | drawn | {f"data/{n}.parquet" for n in study.tables}
     for name, table in store.read_tables(study.out).items():
         pd.testing.assert_frame_equal(table, study.tables[name], check_dtype=False)
@@ -258,7 +263,7 @@ def test_figures_show_something(study):
         pixels = mpl_image.imread(study.out / "figures" / f"{name}.png")[..., :3]
         assert min(pixels.shape[:2]) > 500
         assert 0.03 < (pixels.min(-1) < 0.97).mean() < 0.97, f"{name} is blank or full"
-        assert len(np.unique((pixels * 255).astype(np.uint8).reshape(-1, 3), axis=0)) > 50
+        assert len(np.unique((pixels[::5, ::5] * 255).astype(np.uint8).reshape(-1, 3), axis=0)) > 30
         assert (study.out / "figures" / f"{name}.svg").read_text().startswith("<?xml")
 
 
@@ -268,7 +273,11 @@ def test_figures_can_be_drawn_from_the_files_alone(study):
     drawn = draw_all(store.read_tables(study.out), study.phases)
     lens, caption = drawn["lens"]
     labels = [t.get_text() for t in lens.legends[0].get_texts()]
-    assert labels == ["image tokens, own captions", "image tokens, another image's captions", "text tokens, own captions"]
+    assert labels == [
+        "image tokens, own captions",
+        "image tokens, another image's captions",
+        "text tokens, own captions",
+    ]
     assert "template included" in caption
     mean = study.tables["lens"].query(
         "model == @LLAVA and tokens == 'image' and captions == 'own' and measure == 'recall'"

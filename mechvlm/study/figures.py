@@ -1,5 +1,6 @@
 """The four figures, from the tables alone: `redraw` makes them again without a model."""
 
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -31,7 +32,9 @@ def draw_all(tables: dict[str, pd.DataFrame], found: dict[str, Phases | None]) -
 def save_all(figures: dict[str, tuple[Figure, str]], folder: Path) -> None:
     """Each figure as PNG (200 dpi) and SVG."""
     folder.mkdir(exist_ok=True)
-    with style():
+    with style(), warnings.catch_warnings():
+        # A token of a script that the font lacks shows as a box.
+        warnings.filterwarnings("ignore", message="Glyph .* missing")
         for name, (figure, _) in figures.items():
             figure.savefig(folder / f"{name}.png")
             # No date, so that the same study gives the same file.

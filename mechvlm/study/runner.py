@@ -258,7 +258,9 @@ def _check_folder(out: Path) -> None:
     """The folder can be made and written to: known now, and not after an hour's work. Nothing of the trial stays."""
     try:
         if out.is_dir() and any(out.iterdir()):
-            raise InputError(f"The folder {out} is not empty; a study goes to a new or an empty one. Give another --out.")
+            raise InputError(
+                f"The folder {out} is not empty; a study goes to a new or an empty one. Give another --out."
+            )
         missing = [folder for folder in (out, *out.parents) if not folder.exists()]
         out.mkdir(parents=True, exist_ok=True)
         probe = out / ".writable"

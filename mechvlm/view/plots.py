@@ -60,7 +60,7 @@ def style():
         yield
 
 
-def axes(ax: Axes | None, width: float = 6.0, height: float = 3.6) -> Axes:
+def axes(ax: Axes | None, width: float | int = 6, height: float | int = 3.6) -> Axes:
     """The given axes, or those of a new figure (inches)."""
     return Figure((width, height), layout="constrained").add_subplot() if ax is None else ax
 
@@ -223,7 +223,7 @@ def shade(ax: Axes, found: Phases, names: bool = True, heads: bool = True) -> No
             )  # fmt: skip
 
 
-def heatmap(ax: Axes, values: np.ndarray, layers: Sequence[int], edges: Sequence[float] | None = None, **limits):
+def heatmap(ax: Axes, values: np.ndarray, layers: Sequence[int], edges: np.ndarray | None = None, **limits):
     """[layer, position] with the first layer at the bottom; NaN is left white. Gives the mesh, for a color bar.
 
     `edges` are the positions' borders along x, one more than there are positions; by default each is 1 wide.
