@@ -8,6 +8,8 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from matplotlib.transforms import ScaledTranslation, blended_transform_factory
 
 from mechvlm.phases import Phases
 from mechvlm.view.plots import LINES, curve, heatmap, layer_axis, shade, style, text
@@ -223,9 +225,15 @@ def _sources(ax: Axes, sources: pd.DataFrame, edges: np.ndarray) -> None:
     kinds, pieces = sources["modality"].tolist(), sources["piece"].tolist()
     ticks, labels = [], []
     room = sum(kind != "image" for kind in kinds) <= 48
+    # Inches below the map, whatever its height.
+    below = ax.figure.dpi_scale_trans + ScaledTranslation(0, 0, ax.transAxes)
+    strip = blended_transform_factory(ax.transData, below)
     for first, last, kind in _runs(kinds):
         left, right = edges[first], edges[last + 1]
-        ax.axvspan(left, right, ymin=-0.08, ymax=-0.025, clip_on=False, color=SOURCE.get(kind, "#888888"), linewidth=0)
+        color = SOURCE.get(kind, "#888888")
+        ax.add_patch(
+            Rectangle((left, -0.09), right - left, 0.06, transform=strip, clip_on=False, color=color, linewidth=0)
+        )
         if first:
             ax.axvline(left, color="#555555", linewidth=0.6)
         if kind == "image" or not room:

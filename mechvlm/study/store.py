@@ -4,7 +4,7 @@
     figures/*.png, *.svg    the four figures
     data/*.parquet          the tables below
     skipped.csv             what was set aside: model, example, reason
-    run.json                models and revisions, versions, seed, the data's fingerprint, every setting, the findings
+    run.json                models and revisions, versions, seed, the data's fingerprint, every setting, findings, captions
 
 Tables, one value a row; `example` is the data set's id, layers count from 0 (embeddings):
 
@@ -67,7 +67,7 @@ def write(study: Study, out: Path, progress: Progress, started: float) -> Study:
         progress("report", 0, 0)
         study = dataclasses.replace(study, seconds=round(time.perf_counter() - started, 2), out=out)
         record = describe(study)
-        captions = {name: caption for name, (_, caption) in drawn.items()}
+        captions = record["figures"] = {name: caption for name, (_, caption) in drawn.items()}
         (out / "report.html").write_text(report.render(study, record, captions, out / "figures"), encoding="utf-8")
         # Last: a folder with a run.json is a whole one.
         (out / "run.json").write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -208,7 +208,7 @@ def shade(ax: Axes, found: Phases, names: bool = True, heads: bool = True) -> No
             head, ((first + last) / 2, 1), xycoords=ax.get_xaxis_transform(), xytext=(0, -3), ha="center", va="top",
             textcoords="offset points", fontsize=11 if label else 9, weight="bold", color="#333333",
         )  # fmt: skip
-        if label and names:
+        if label and names and last - first > 0.1 * len(found.mean):
             words = label.split(maxsplit=1)[1].replace(" ", "\n").replace("-", "-\u200b")
             ax.annotate(
                 words, ((first + last) / 2, 1), xycoords=ax.get_xaxis_transform(), xytext=(0, -18), ha="center",
