@@ -8,7 +8,7 @@ import torch
 from einops import rearrange
 from jaxtyping import Float
 from nnsight import TransformersModel
-from torch import Tensor, nn
+from torch import Tensor
 
 from mechvlm.accessors import Accessor, Attention, PatternAccessor, build_accessors
 from mechvlm.architectures import architecture_of, part
@@ -48,12 +48,12 @@ class VLM:
     pattern: PatternAccessor
     attention: Accessor[Attention]
 
-    def __init__(self, hf: nn.Module, processor, *, name: str, revision: str | None = None):
-        self.hf: Any = hf
+    def __init__(self, hf: Any, processor, *, name: str, revision: str | None = None):
+        self.hf = hf
         self.processor, self.name, self.revision = processor, name, revision
         self.record = architecture_of(type(hf).__name__)
         self.tokenizer = processor.tokenizer
-        self.config: Any = hf.config
+        self.config = hf.config
         with warnings.catch_warnings():
             # The Q-Former's modules named `output` are served under another name, which nothing here reads.
             warnings.filterwarnings("ignore", message=".*nnsight already serves.*")
