@@ -57,7 +57,11 @@ def test_fingerprint_covers(good, tmp_path, change):
 
 def test_accepts_one_caption_ids_subfolders_blank_lines_and_byte_order_marks(tmp_path):
     (tmp_path / "d" / "more").mkdir(parents=True)
-    lines = ['\ufeff{"image": "a.png", "caption": "one"}', "", {"image": "more/b.png", "captions": ["x", " "], "id": "b"}]
+    lines = [
+        '\ufeff{"image": "a.png", "caption": "one"}',
+        "",
+        {"image": "more/b.png", "captions": ["x", " "], "id": "b"},
+    ]
     data = load_dataset(write_folder(tmp_path / "d", lines, ["a.png", "more/b.png"]))
     assert {(e.id, e.captions) for e in data.examples} == {("a.png", ("one",)), ("b", ("x",))}
     assert data.set_aside == ()

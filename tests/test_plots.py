@@ -41,8 +41,18 @@ def test_curves_are_the_means_with_their_bands():
     (line,) = ax.lines
     assert line.get_xydata().tolist() == [[0, 2], [1, 2]], "NaN is left out, and a layer of NaN altogether"
     (band,) = ax.collections
-    assert band.get_datalim(ax.transData).ymin == pytest.approx(np.percentile([0, 2, 4], 10))
-    assert band.get_datalim(ax.transData).ymax == pytest.approx(np.percentile([0, 2, 4], 90))
+    spread = np.std([0, 2, 4])
+    assert band.get_datalim(ax.transData).intervaly == pytest.approx([2 - spread, 2 + spread])
+
+
+def test_bands_of_shares_end_at_0_and_1_and_hold_the_mean():
+    ax = Figure().add_subplot()
+    values = np.zeros((20, 3))
+    values[0, 1], values[:, 2] = 1, 1
+    curve(ax, range(3), values, LINES["own"], limits=(0.0, 1.0))
+    low, high = ax.collections[0].get_datalim(ax.transData).intervaly
+    assert (low, high) == (0, 1)
+    assert ax.lines[0].get_ydata().tolist() == [0, 0.05, 1]
 
 
 def test_curves_of_nothing_and_of_one():

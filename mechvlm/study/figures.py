@@ -15,7 +15,7 @@ from mechvlm.phases import Phases
 from mechvlm.view.plots import LINES, curve, heatmap, layer_axis, shade, style, text
 
 NAMES = ("phases", "lens", "contextualization", "norm_attention")
-BAND = "Lines are means over examples, bands hold the middle 80 % of them."
+BAND = "Lines are means over examples, bands their standard deviation to either side."
 DESTINATIONS = {"last_text": "last text token", "last_image": "last image token"}
 DOTTED = (0, (1, 1.5))
 SOURCE = {"image": "#0072B2", "text": "#009E73", "special": "#888888"}
@@ -102,7 +102,7 @@ def lens_figure(scores: pd.DataFrame) -> tuple[Figure, str]:
                 for (tokens, captions), line in kinds.items():
                     rows = part[(part["tokens"] == tokens) & (part["captions"] == captions)]
                     if len(rows):
-                        curve(ax, range(n + 1), _matrix(rows), LINES[line])
+                        curve(ax, range(n + 1), _matrix(rows), LINES[line], limits=(0.0, 1.0))
                 ax.set_ylim(-0.03, 1.03)
             layer_axis(column[1], n)
             column[0].set_title(f"{short(model, models)}  (n = {mine['example'].nunique()})")

@@ -76,17 +76,30 @@ def draw(result, ax: Axes | None = None) -> Axes:
     raise TypeError(f"There is no plot of a {type(result).__name__}. Drawn are: {known}.")
 
 
-def curve(ax: Axes, x: Sequence[int], values: np.ndarray, line: Line, band: bool = True, thin: bool = False) -> None:
-    """Mean over examples of `values` [example, x], and the band that holds the middle 80 % of them. NaN is left out."""
+def curve(
+    ax: Axes,
+    x: Sequence[int],
+    values: np.ndarray,
+    line: Line,
+    *,
+    limits: tuple[float, float] = (-np.inf, np.inf),
+    thin: bool = False,
+) -> None:
+    """Mean over examples of `values` [example, x], within a band of their standard deviation to either side.
+
+    NaN is left out. The band ends at `limits`, past which no value can lie.
+    """
     seen = ~np.isnan(values).all(0)
     x, values = np.asarray(x)[seen], values[:, seen]
-    if band and len(values) > 1 and values.size:
-        low, high = np.nanpercentile(values, [10, 90], axis=0)
+    mean = np.nanmean(values, axis=0) if values.size else []
+    if len(values) > 1 and values.size:
+        # Not percentiles: of shares that are mostly 0 the mean can lie outside of them.
+        spread = np.nanstd(values, axis=0)
+        low, high = np.clip([mean - spread, mean + spread], *limits)
         ax.fill_between(x, low, high, color=line.color, alpha=0.13, linewidth=0)
     ax.plot(
-        x, np.nanmean(values, axis=0) if values.size else [], color=line.color, linestyle=line.dash, marker=line.marker,
-        label=line.label, linewidth=1.1 if thin else None, markersize=(2.5 if thin else 4.5) if len(x) < 20 else 0,
-        markevery=1,
+        x, mean, color=line.color, linestyle=line.dash, marker=line.marker, label=line.label,
+        linewidth=1.1 if thin else None, markersize=(2.5 if thin else 4.5) if len(x) < 20 else 0,
     )  # fmt: skip
 
 
