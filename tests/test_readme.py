@@ -1,0 +1,39 @@
+"""The README's example runs as it stands, and its file tree is the package's."""
+
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def test_the_example_runs():
+    (code,) = re.findall(r"```python\n(.*?)```", README, re.S)
+    # nnsight reads a trace's source from its file.
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "example.py"
+        file.write_text(code)
+        names: dict = {}
+        exec(compile(code, str(file), "exec"), names)
+    vlm, inputs = names["vlm"], names["inputs"]
+    assert names["resid"].shape == (1, len(inputs.tokens), vlm.d_model)
+    assert names["weights"].shape == (1, vlm.n_heads, 1, len(inputs.tokens))
+    assert names["lens"].tokens.shape == (vlm.n_layers + 1, len(inputs.tokens.image), 5)
+
+
+def test_the_file_tree_is_the_packages():
+    tree = README.split("```\nmechvlm/\n")[1].split("```")[0]
+    listed = set(re.findall(r"^  (\S+)", tree, re.M))
+    there = {
+        p.name + ("/" if p.is_dir() else "")
+        for p in (ROOT / "mechvlm").iterdir()
+        if p.name not in ("__pycache__", "py.typed")
+    }
+    assert listed == there
+
+
+def test_every_figure_and_link_is_there():
+    for path in re.findall(r"\]\((?!http)([^)]+)\)", README):
+        assert (ROOT / path).exists(), path
