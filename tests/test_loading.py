@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import noise_image
 from models import instructblip, llava
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import mechvlm as mv
 from mechvlm import vlm as vlm_module
@@ -144,6 +145,36 @@ def test_parity_at_the_real_geometry(llava_576, blip_32):
         v, w = (torch.nn.functional.normalize(hidden[1][0, x], dim=-1) for x in (image, text))
         torch.testing.assert_close(context.inter[1, 0], (v @ w.T).mean(), rtol=0, atol=1e-5)
         assert norms.weight.sum(-1).allclose(torch.tensor(1.0), atol=1e-4)
+
+
+class Largest(TorchDispatchMode):
+    """The number of entries of the largest tensor that any operation makes (views own none)."""
+
+    entries = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(tensor, torch.Tensor):
+                self.entries = max(self.entries, tensor.untyped_storage().nbytes() // tensor.element_size())
+        return out
+
+
+def test_nothing_larger_than_one_layer_needs_exists(llava_576):
+    """No tensor of layers x vocabulary for the lens, of positions squared x width for norm-based attention."""
+    inputs = llava_576.inputs(noise_image(0, (640, 480)), "what is this")
+    n = len(inputs.tokens)
+    with Largest() as lens:
+        mv.logit_lens(llava_576, inputs, k=1)
+    assert lens.entries == 576 * 32064  # one layer's logits, of the visual tokens alone
+    with Largest() as norms:
+        mv.norm_attention(llava_576, inputs, dst="all pairs")
+    weights = max(p.numel() for p in llava_576.hf.parameters())
+    assert norms.entries <= max(2 * llava_576.n_heads * n * n, weights)  # what is asked for: two layers of it, stacked
+    assert norms.entries < n * n * llava_576.d_model
+    with Largest() as context:
+        mv.contextualization(llava_576, inputs)
+    assert context.entries <= max(n * llava_576.d_model * 4, weights)
 
 
 @pytest.mark.parametrize("family", [llava, instructblip])
