@@ -367,3 +367,16 @@ def test_the_same_model_twice(llava_vlm):
         run([llava_vlm, llava_vlm], n=2)
     with pytest.raises(InputError, match="one or more"):
         run([], n=2)
+
+
+def test_the_report_says_whether_a_loss_was_put_on_visual_positions(tmp_path, monkeypatch):
+    from mechvlm import bundled
+    from mechvlm.study.report import training_note
+
+    monkeypatch.setattr(bundled, "path", lambda name: tmp_path)
+    assert training_note("tiny-llava") == "", "no card"
+    (tmp_path / "README.md").write_text(
+        "# Loss\n\n| loss | visual tokens |\n\n**No** loss was put\non `visual positions`.\n"
+    )
+    assert training_note("tiny-llava") == "No loss was put on visual positions."
+    assert training_note("org/model") == ""

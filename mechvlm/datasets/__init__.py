@@ -55,8 +55,9 @@ def load_dataset(spec: str, n: int | None = None, seed: int = 0) -> Dataset:
     if n is not None and n < 1:
         raise InputError(f"{n} examples were asked for; at least 1 is needed.")
     kind, _, rest = spec.partition(":")
+    aside: list[SetAside] = []
     if spec == "scenes":
-        examples, aside = tuple(scenes(SCENES if n is None else n, seed)), []
+        examples = tuple(scenes(SCENES if n is None else n, seed))
     elif kind == "folder" and rest:
         usable, aside = read_folder(rest)
         count = len(usable) if n is None else min(n, len(usable))

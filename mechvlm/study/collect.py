@@ -43,7 +43,7 @@ class LensRows:
 
     def frame(self) -> pd.DataFrame:
         """model, example, tokens, captions, measure, layer, value; call once, after the last example."""
-        if self.waiting is not None and self.waiting[0] is not self.first:
+        if self.waiting is not None and self.first is not None and self.waiting[0] is not self.first:
             self._against(self.waiting, self.first)
         return pd.concat(self.frames, ignore_index=True)
 
@@ -71,6 +71,7 @@ class ContextRows:
 
     def frames(self) -> tuple[pd.DataFrame, pd.DataFrame]:
         """(model, example, pair, layer, value) and the baseline (model, pair, layer, value)."""
+        assert self.merged is not None, "no example was added"
         curves = self.merged.to_frame()
         curves["example"] = np.asarray(self.ids, dtype=object)[curves["example"]]
         n_layers = self.merged.baseline.shape[1]

@@ -226,7 +226,7 @@ def _sources(ax: Axes, sources: pd.DataFrame, edges: np.ndarray) -> None:
     ticks, labels = [], []
     room = sum(kind != "image" for kind in kinds) <= 48
     # Inches below the map, whatever its height.
-    below = ax.figure.dpi_scale_trans + ScaledTranslation(0, 0, ax.transAxes)
+    below = ax.figure.dpi_scale_trans + ScaledTranslation(0, 0, ax.transAxes)  # type: ignore[arg-type]
     strip = blended_transform_factory(ax.transData, below)
     for first, last, kind in _runs(kinds):
         left, right = edges[first], edges[last + 1]

@@ -2,6 +2,7 @@
 
 import base64
 import io
+import re
 from pathlib import Path
 
 import pandas as pd
@@ -57,15 +58,19 @@ def number(value, digits: int = 2) -> str:
 
 
 def training_note(model: str) -> str:
-    """What a bundled model's card says on whether a loss was put on visual positions: its section "Visual positions".
+    """What a bundled model's card says on whether a loss was put on visual positions: the lens reads what was taught.
 
-    The lens reads what a model was taught to write. Empty for models that are not bundled.
+    It is the card's first paragraph that speaks of both. Empty for models that are not bundled, or do not say.
     """
     card = bundled.path(model) / "README.md" if model in bundled.NAMES else None
     if card is None or not card.is_file():
         return ""
-    _, _, after = card.read_text(encoding="utf-8").partition("## Visual positions\n")
-    return after.split("\n#")[0].strip()
+    paragraphs = (" ".join(p.split()) for p in card.read_text(encoding="utf-8").split("\n\n"))
+    found = (p for p in paragraphs if re.search(r"\bloss\b", p) and re.search(r"\bvisual (position|token)", p))
+    # Read as text: the marks of emphasis would only be in the way.
+    return next(
+        (re.sub(r"[*`]+", "", p) for p in found if not p.startswith(("#", "|"))), ""
+    )
 
 
 def _phases(study: Study, model: str) -> dict:

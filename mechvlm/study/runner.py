@@ -112,7 +112,10 @@ def run(
         "dtype": dtype, "batch_size": batch_size, "out": None if out is None else str(out),
     }  # fmt: skip
 
-    parts, about, found, gallery = [], {}, {}, {}
+    parts: list[dict[str, pd.DataFrame]] = []
+    about: dict[str, dict[str, Any]] = {}
+    found: dict[str, Phases | None] = {}
+    gallery: dict[str, tuple[Example, Image.Image]] = {}
     skipped = [{"model": "", "example": one.id, "reason": one.reason} for one in data.set_aside]
     for name, model in zip(names, models, strict=True):
         clock = time.perf_counter()
