@@ -97,9 +97,17 @@ def _config(source: str, name: str, revision: str | None, trust_remote_code: boo
     try:
         return AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        if "custom code" in reason:
+            raise ModelError(
+                f"{name} brings code of its own, which is not run unless asked for. Look at it, and pass "
+                f"trust_remote_code=True if you trust it. ({reason})"
+            ) from error
+        if Path(source).is_dir():
+            raise ModelError(f"The config.json of {name} cannot be used: {reason}") from error
         raise ModelError(
             f"There is no model {name!r}: it is neither bundled ({', '.join(bundled.NAMES)}), nor a folder here, nor a hub id "
-            f"that can be reached. The hub's client says: {str(error).splitlines()[0]}"
+            f"that can be reached. The hub's client says: {reason}"
         ) from error
 
 

@@ -71,6 +71,17 @@ def test_folders_that_hold_no_model(tmp_path, folder):
         mv.load(tmp_path)
 
 
+def test_code_in_a_repository_does_not_run(folder, tmp_path):
+    shutil.copy(folder / "config.json", tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config |= {"model_type": "mine", "auto_map": {"AutoConfig": "mine.Config", "AutoModel": "mine.Model"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "mine.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').write('')")
+    with pytest.raises(mv.ModelError, match="trust_remote_code"):
+        mv.load(tmp_path)
+    assert not (tmp_path / "ran").exists()
+
+
 def test_a_loaded_model_needs_its_processor():
     with pytest.raises(mv.ModelError, match="needs its processor"):
         mv.load(llava()[0])
@@ -177,12 +188,13 @@ def test_nothing_larger_than_one_layer_needs_exists(llava_576):
     assert context.entries <= max(n * llava_576.d_model * 4, weights)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("family", [llava, instructblip])
-def test_bfloat16(family):
+def test_half_precision(family, dtype):
     """Half precision runs, and reads what float32 reads up to its rounding."""
     hf, processor = family.__wrapped__()
     full = mv.load(family()[0], processor)
-    half = mv.load(hf.to(torch.bfloat16), processor)
+    half = mv.load(hf.to(dtype), processor)
     probes = mv.LogitLens(k=1), mv.Contextualization(), mv.NormAttention()
     (lens, context, norms), (_, c, n) = (
         mv.read(x, x.inputs(noise_image(0), "what is this"), *probes) for x in (half, full)

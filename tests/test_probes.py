@@ -270,6 +270,17 @@ def test_query_reading_equals_the_qformers_cross_attentions(blip_vlm):
     assert (got.map.sum((-1, -2)) < 1).all()  # the rest is on the class token
 
 
+def test_query_reading_comes_with_the_rest_in_one_forward(blip_vlm):
+    inputs = blip_vlm.inputs(noise_image(0), "what is this")
+    calls = []
+    handle = blip_vlm.hf.qformer.register_forward_hook(lambda *_: calls.append(1))
+    lens, reading = mv.read(blip_vlm, inputs, mv.LogitLens(k=1), mv.QueryReading())
+    handle.remove()
+    assert len(calls) == 1
+    assert torch.equal(reading.map, mv.query_reading(blip_vlm, inputs).map)
+    assert torch.equal(lens.tokens, mv.logit_lens(blip_vlm, inputs, k=1).tokens)
+
+
 def test_patches_have_no_query_reading(llava_vlm):
     with pytest.raises(ValueError, match="no queries"):
         mv.query_reading(llava_vlm, llava_vlm.inputs(noise_image(0), "a"))
