@@ -380,3 +380,13 @@ def test_the_report_says_whether_a_loss_was_put_on_visual_positions(tmp_path, mo
     )
     assert training_note("tiny-llava") == "No loss was put on visual positions."
     assert training_note("org/model") == ""
+
+
+def test_a_small_model_runs_on_one_thread_and_leaves_the_number_as_it_was(llava_vlm):
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        assert run([llava_vlm], "scenes", n=2).models[LLAVA]["threads"] == 1
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)

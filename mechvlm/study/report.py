@@ -68,9 +68,7 @@ def training_note(model: str) -> str:
     paragraphs = (" ".join(p.split()) for p in card.read_text(encoding="utf-8").split("\n\n"))
     found = (p for p in paragraphs if re.search(r"\bloss\b", p) and re.search(r"\bvisual (position|token)", p))
     # Read as text: the marks of emphasis would only be in the way.
-    return next(
-        (re.sub(r"[*`]+", "", p) for p in found if not p.startswith(("#", "|"))), ""
-    )
+    return next((re.sub(r"[*`]+", "", p) for p in found if not p.startswith(("#", "|"))), "")
 
 
 def _phases(study: Study, model: str) -> dict:

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,8 @@ PROMPT = "Describe the scene."
 GALLERY = 6
 """Examples that the report shows."""
 THUMBNAIL = 256
+SMALL = 20_000_000
+"""Parameters below which a model runs on one thread."""
 
 Progress = Callable[[str, int, int], None]
 
@@ -42,7 +45,7 @@ class Study:
         phases: by model. None for a model of fewer than 3 states, which has no curve to segment.
         skipped: model, example, reason: what was set aside ("" for model: before any model saw it).
         settings: everything that was asked for, after defaults.
-        models: by name: class, revision, dtype, device, layers, examples read, seconds.
+        models: by name: class, revision, dtype, device, layers, examples read, threads, seconds.
         dataset: the examples' name, number and fingerprint.
         gallery: a few examples, with a small picture each.
         seconds: of the whole run, files included.
@@ -121,7 +124,8 @@ def run(
         clock = time.perf_counter()
         progress(f"{name}: loading", 0, 0)
         vlm = model if isinstance(model, VLM) else load(model, device=device, dtype=dtype)
-        tables, aside, shown = _measure(vlm, name, data, prompt, batch_size, progress)
+        with _threads_for(vlm) as threads:
+            tables, aside, shown = _measure(vlm, name, data, prompt, batch_size, progress)
         progress(f"{name}: phases", 0, 0)
         found[name] = _phases(tables["contextualization"], seed)
         tables["phases"] = _phase_table(name, found[name])
@@ -132,7 +136,7 @@ def run(
         about[name] = {
             "class": vlm.record.hf_class, "revision": vlm.revision, "dtype": str(vlm.dtype).removeprefix("torch."),
             "device": str(vlm.device), "n_layers": vlm.n_layers, "n_examples": len(data) - len(aside),
-            "seconds": round(time.perf_counter() - clock, 2),
+            "threads": threads, "seconds": round(time.perf_counter() - clock, 2),
         }  # fmt: skip
         del vlm
     study = Study(
@@ -244,6 +248,22 @@ def _thumbnail(example: Example) -> Image.Image:
     image = open_image(example.image)
     image.thumbnail((THUMBNAIL, THUMBNAIL))
     return image
+
+
+@contextmanager
+def _threads_for(vlm: VLM) -> Iterator[int]:
+    """One thread for a small model on the CPU; gives the number in use, and sets it back afterwards.
+
+    Its products are so small that threads gain nothing, and where another process runs too they wait for each other at
+    every one of them: on two busy cores the bundled models took seven times as long.
+    """
+    before = torch.get_num_threads()
+    small = sum(p.numel() for p in vlm.hf.parameters()) < SMALL and vlm.device.type == "cpu"
+    torch.set_num_threads(1 if small else before)
+    try:
+        yield torch.get_num_threads()
+    finally:
+        torch.set_num_threads(before)
 
 
 def _check_device(device: str | None) -> None:

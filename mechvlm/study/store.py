@@ -147,7 +147,6 @@ def _versions() -> dict[str, str]:
             found[package] = version(package)
         except PackageNotFoundError:
             found[package] = "not installed"
-    found["threads"] = str(torch.get_num_threads())
     if torch.cuda.is_available():
         found["gpu"] = torch.cuda.get_device_name()
     return found
