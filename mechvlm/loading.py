@@ -1,5 +1,6 @@
 """load(): a bundled name, a hub id, a folder or a loaded model, as a `VLM`."""
 
+import difflib
 from os import PathLike
 from pathlib import Path
 
@@ -55,11 +56,8 @@ def load(
         name = str(model)
         source, is_bundled = (str(bundled.path(name)), True) if name in bundled.NAMES else (name, False)
         dtype = _dtype(dtype, "float32" if is_bundled else "auto")
-        config = _config(source, name, revision, trust_remote_code)
-        hf_class = (getattr(config, "architectures", None) or ["(no class named in config.json)"])[0]
-        architecture_of(hf_class)
-        _require_decoder_only(config)
         options = {"revision": revision, "trust_remote_code": trust_remote_code}
+        hf_class = class_of(name, **options)
         try:
             hf = getattr(transformers, hf_class).from_pretrained(
                 source, dtype=dtype, device_map=device_map, use_safetensors=True, **options
@@ -69,7 +67,13 @@ def load(
                 f"The weights of {name} cannot be loaded: {error}\nmechvlm loads safetensors only; convert other formats with "
                 "`save_pretrained` on a machine that trusts them."
             ) from error
-        processor = processor or AutoProcessor.from_pretrained(source, **options)
+        try:
+            processor = processor or AutoProcessor.from_pretrained(source, **options)
+        except (OSError, ValueError) as error:
+            raise ModelError(
+                f"{name} comes without a usable processor ({str(error).splitlines()[0]}). Save one beside the weights with "
+                "`processor.save_pretrained`, or pass it: mechvlm.load(model, processor)."
+            ) from error
         commit = getattr(hf.config, "_commit_hash", None) or revision
         vlm = VLM(hf.eval(), processor, name=name, revision=commit)
     if device is not None:
@@ -79,6 +83,20 @@ def load(
     if check:
         check_model(vlm)
     return vlm
+
+
+def class_of(name: str, revision: str | None = None, trust_remote_code: bool = False) -> str:
+    """The Hugging Face class of a bundled name, a hub id or a folder; loads no weights.
+
+    Raises:
+        ModelError: where there is no such model, or it is of no class that mechvlm can read.
+    """
+    source = str(bundled.path(name)) if name in bundled.NAMES else name
+    config = _config(source, name, revision, trust_remote_code)
+    hf_class = (getattr(config, "architectures", None) or ["(no class named in config.json)"])[0]
+    architecture_of(hf_class)
+    _require_decoder_only(config)
+    return hf_class
 
 
 def _dtype(dtype, default: str):
@@ -94,6 +112,13 @@ def _dtype(dtype, default: str):
 def _config(source: str, name: str, revision: str | None, trust_remote_code: bool):
     if Path(source).is_dir() and not (Path(source) / "config.json").is_file():
         raise ModelError(f"The folder {name} holds no config.json: it is no Hugging Face model folder.")
+    if not Path(source).exists() and "/" not in name:
+        # Hub ids have an owner: the hub need not be asked, which takes long where it cannot be reached.
+        near = difflib.get_close_matches(name, bundled.NAMES, n=1)
+        raise ModelError(
+            f"There is no model {name!r}: it is neither bundled ({', '.join(bundled.NAMES)}) nor a folder here, and a hub id "
+            "reads owner/name." + (f" Did you mean {near[0]}?" if near else "")
+        )
     try:
         return AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:

@@ -47,6 +47,18 @@ def test_an_unknown_model_is_told_where_was_looked():
         mv.load("no/such-model")
 
 
+def test_a_slip_of_the_pen_is_told_the_name():
+    with pytest.raises(mv.ModelError, match=r"owner/name\. Did you mean tiny-llava\?"):
+        mv.load("tinyllava")
+
+
+def test_a_folder_without_a_processor(folder, tmp_path):
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(folder / name, tmp_path)
+    with pytest.raises(mv.ModelError, match="without a usable processor"):
+        mv.load(tmp_path)
+
+
 def test_an_unknown_class_lists_the_known_ones(folder, tmp_path):
     shutil.copy(folder / "config.json", tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from jaxtyping import TypeCheckError
 from scipy.optimize import isotonic_regression
 
-from mechvlm.phases import Phases, _interval_errors, fit_phases, fit_segments
+from mechvlm.phases import Phases, fit_phases
+from mechvlm.segments import fit_segments, interval_errors
 
 FOUR = ("I alignment", "II intra-modal encoding", "III inter-modal encoding", "IV output preparation")
 ORDER = {"rise": ("rise", "fall") * 6, "fall": ("fall", "rise") * 6}
@@ -80,7 +81,7 @@ def test_a_segment_that_is_not_there_has_no_step():
 
 def test_every_interval_equals_isotonic_regression():
     curve = np.random.default_rng(1).normal(size=9)
-    for direction, errors in _interval_errors(curve[None]).items():
+    for direction, errors in interval_errors(curve[None]).items():
         for start in range(9):
             for end in range(start, 9):
                 expected = monotone_error(curve[start : end + 1], direction)

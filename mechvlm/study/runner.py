@@ -15,7 +15,7 @@ from mechvlm import bundled
 from mechvlm.datasets import Dataset, Example, load_dataset
 from mechvlm.errors import InputError, NonFiniteError
 from mechvlm.images import open_image
-from mechvlm.loading import load
+from mechvlm.loading import class_of, load
 from mechvlm.phases import Phases, fit_phases
 from mechvlm.probes.contextualization import Contextualization
 from mechvlm.probes.logit_lens import LogitLens
@@ -105,6 +105,9 @@ def run(
         raise InputError(f"Give one or more models, each once; got {names}.")
     if batch_size < 1:
         raise InputError(f"A batch of {batch_size} examples was asked for; at least 1 is needed.")
+    for model in models:
+        if isinstance(model, str):
+            class_of(model)  # before the first model runs, not after it
     _check_device(device)
     folder = None if out is None else Path(out)
     if folder is not None:
