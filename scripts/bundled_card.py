@@ -1,0 +1,198 @@
+"""The model cards of the bundled models: tables of what was measured, and two figures."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+
+ABOUT = {
+    "tiny-llava": """# tiny-llava
+
+A small `LlavaForConditionalGeneration`, trained from scratch on generated scenes (colored shapes on a plain
+ground), so that tools for looking inside vision-language models can be tried, tested and taught without a download.
+It knows nothing but these scenes.
+
+CLIP vision tower (3 layers, width 128, patch 12 of 96 x 96: 64 visual tokens), two-layer projector, Llama decoder
+(8 layers, 4 heads, width 128, untied embeddings), byte-fallback BPE of 508 tokens.
+""",
+    "tiny-instructblip": """# tiny-instructblip
+
+A small `InstructBlipForConditionalGeneration`, trained from scratch on generated scenes (colored shapes on a plain
+ground), so that tools for looking inside vision-language models can be tried, tested and taught without a download.
+It knows nothing but these scenes.
+
+Vision transformer (3 layers, width 128, patch 12 of 96 x 96), Q-Former (4 layers, 16 queries, cross-attention in
+each; it reads the prompt too), Llama decoder (8 layers, 4 heads, width 128, untied embeddings), byte-fallback BPE
+of 508 tokens.
+""",
+}
+
+TRAINING = {
+    "tiny-llava": """\
+1. The decoder on **text alone**: documents that write a scene as an 8 x 8 grid of words (color, shape and ground
+   words, each with a code for its row and column added), then captions, questions and answers about it. Next-word
+   loss, at the words of the grid too.
+2. The vision tower on each patch's color, shape, ground, row and column. Frozen from then on.
+3. The decoder and the projector together, on scenes. **The loss is on text positions alone: never on a visual
+   position.** One batch in eight is text alone, as in 1.
+
+About half an hour on two shared CPU cores: 400 steps of stage 1 (a schedule of 1200, cut short), 1600 of stage 2 (batches
+of 64), 2600 of stage 3 (batches of 32 scenes, each with a caption and six or so questions). Stage 3 was resumed twice:
+the answers weigh three times as much since step 600, and relations are drawn more often since step 1200, which is how
+the script trains from the start (it has not been run in one piece yet). Another run gives other weights, therefore.
+
+What the lens reads on visual tokens was never taught on images. But the text of stage 1 resembles an
+image more than ordinary text does: its grids of words stand where visual tokens will, and the next word was learned
+there. Read the lens figures with that in mind.
+""",
+    "tiny-instructblip": """\
+1. The decoder on **text alone**: documents that write a scene as an 8 x 8 grid of words, then captions, questions
+   and answers about it.
+2. The vision tower on each patch's color, shape, ground, row and column. Frozen from then on.
+3. Q-Former, projection and decoder together, on scenes. **The loss is on the answer's tokens alone: never on a
+   query's position.**
+
+About half an hour on two shared CPU cores: 400 steps of stage 1 (a schedule of 1200, cut short), 1600 of stage 2 (for a
+CLIP tower, whose weights start this one) and 600 more (of 800), 2200 of stage 3 (batches of 24 scenes x 5 prompts). Stage
+3 was resumed twice: the answers weigh three times as much since step 400, and captions and relations are drawn more often
+since step 1400, which is how the script trains from the start (it has not been run in one piece yet). Another run gives
+other weights, therefore.
+""",
+}
+
+
+def pct(r: dict, chance: float | None = None) -> str:
+    if math.isnan(r["value"]):
+        return "| - | - | 0 | - |"
+    return f"| {100 * r['value']:.1f} % | {100 * r['se']:.1f} | {r['n']} | {'-' if chance is None else f'{100 * chance:.1f} %'} |"
+
+
+def write_card(name: str, folder: Path, found: dict, args) -> None:
+    head = "| | value | s.e. | n | chance |\n|---|---|---|---|---|\n"
+    size = sum(p.stat().st_size for p in folder.iterdir() if p.is_file())
+    c, q = found["captions"], found["questions"]
+    out = [ABOUT[name], f"{found['parameters']:,} parameters, stored in float16; the folder is {size / 1e6:.1f} MB.\n"]
+    out.append("## Training\n\n" + TRAINING[name] + "\nReproduce: `python scripts/train_bundled.py`.\n")
+    out.append(
+        f"## What it does\n\nOn {args.scenes} held-out scenes of one to three objects: their combinations of ground and colored "
+        "shapes were never trained on, in any arrangement. Greedy decoding, weights as shipped, computed in float32. s.e. in "
+        'percentage points. Written by `python scripts/evaluate_bundled.py`.\n\n**Captions** ("Describe the scene."): every '
+        "object named with its own color and shape, nothing else.\n"
+    )
+    both = [c[k] for k in (1, 2) if k in c]
+    n = sum(r["n"] for r in both)
+    p = sum(r["value"] * r["n"] for r in both) / n
+    rows = [f"| {k} object{'s' * (k > 1)} {pct(c[k])}" for k in (1, 2, 3) if k in c]
+    rows.append(f"| 1 and 2 objects {pct({'n': n, 'value': p, 'se': math.sqrt(p * (1 - p) / n)})}")
+    rows.append(f"| ground named {pct(c['ground'], 0.25)}")
+    out.append(head + "\n".join(rows) + "\n")
+    main = [q[k] for k in ("color", "shape", "count") if k in q]
+    n = sum(r["n"] for r in main)
+    p = sum(r["value"] * r["n"] for r in main) / n
+    rows = [
+        f"| {k} {pct(q[k], q[k]['chance'])}"
+        for k in ("color", "shape", "count", "exists", "where", "relation")
+        if k in q
+    ]
+    rows.insert(3, f"| color, shape and count {pct({'n': n, 'value': p, 'se': math.sqrt(p * (1 - p) / n)})}")
+    out.append(
+        "**One-word answers**, by kind of question. Chance is always giving the commonest answer.\n\n"
+        + head
+        + "\n".join(rows)
+        + "\n"
+    )
+    rows = []
+    for kind in ("attribute", "relation"):
+        for k, chance in (("text", 0.25), ("image", 0.25), ("group", 1 / 6)):
+            rows.append(f"| {kind} swap, {k} score {pct(found[kind][k], chance)}")
+    out.append(
+        "**Swap pairs** (as Winoground: two scenes, two captions of the same words, scored by log-probability). Attribute: "
+        '"a red circle and a blue square", "a blue circle and a red square". Relation: "a red circle left of a blue square", '
+        '"a blue square left of a red circle".\n\n' + head + "\n".join(rows) + "\n"
+    )
+    out.append(lens_text(name, found["lens"]))
+    if "attention" in found:
+        out.append(attention_text(found["attention"]))
+    out.append("## Limits\n\n" + limits(found))
+    (folder / "README.md").write_text("\n".join(out))
+
+
+def lens_text(name: str, lens: dict) -> str:
+    what = "visual tokens" if name == "tiny-llava" else "query tokens"
+    rows = [
+        "| layer | precision | recall | precision by token | recall by token | without grounds | another scene's captions |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for i in range(len(lens["other"])):
+        cells = [lens[by][m][i] for by in ("word", "token") for m in ("precision", "recall")]
+        cells += [lens["objects"][i], lens["other"][i]]
+        rows.append(f"| {i} | " + " | ".join(f"{x['value']:.3f} ± {x['se']:.3f}" for x in cells) + " |")
+    return (
+        f"## The logit lens on the {what}\n\nTop-1 token of each of the {what}, through the final norm and the "
+        "unembedding, against the scene's captions; stop words and non-words left out (`mechvlm.precision_recall`), each "
+        "word counted once unless it says by token. Layer 0 is what enters the decoder. Mean over "
+        f"{lens['other'][0]['n']} held-out scenes ± s.e.; a scene in which no word is decoded has no precision. The last "
+        "columns are precision by word, with the words of the grounds left out, and against another scene's captions, "
+        "which is what words of the scenes' kind reach by chance.\n\n"
+        + "\n".join(rows) + "\n\n![precision and recall by layer](lens.png)\n"
+    )  # fmt: skip
+
+
+def attention_text(found: dict) -> str:
+    rows = ["| layer | own patches / mean patch | s.e. | n |", "|---|---|---|---|"]
+    rows += [f"| {i + 1} | {r['value']:.2f} | {r['se']:.2f} | {r['n']} |" for i, r in enumerate(found["ratio"])]
+    return (
+        "## Norm-based attention of a color word\n\nFrom the position that names a color, the norm of what each patch writes "
+        "there (`mechvlm.NormAttention`): mean over the patches of the object so named (at least half in its box) over the "
+        "mean of all 64. 1 is uniform.\n\n" + "\n".join(rows) + "\n\n![norm-based attention](norm-attention.png)\n"
+    )
+
+
+def limits(found: dict) -> str:
+    group, relation = found["relation"]["group"], found["questions"].get("relation")
+    text = "It has seen nothing but these scenes: photographs, other words and longer prompts are beyond it. "
+    score = f"{100 * group['value']:.0f} % (chance 17 %)"
+    if group["value"] < 1 / 3:
+        text += f"It has **not** learned left, right, above and below in captions: its relation-swap group score is {score}. "
+    elif group["value"] < 0.8:
+        text += f"Left, right, above and below are learned in part only: the relation-swap group score is {score}. "
+    if relation and relation["value"] < 0.9:
+        share, chance = 100 * relation["value"], 100 * relation["chance"]
+        text += f"Its answers about relations are right {share:.0f} % of the time (chance {chance:.0f} %). "
+    return text.strip() + "\n"
+
+
+def draw_lens(lens: dict, path: Path) -> None:
+    figure, axes = plt.subplots(1, 2, figsize=(8, 3), sharey=True)
+    for axis, by in zip(axes, ("word", "token"), strict=True):
+        for m in ("precision", "recall"):
+            axis.plot([x["value"] for x in lens[by][m]], marker="o", label=m)
+        axis.set(title=f"by {by}", xlabel="layer", ylim=(0, 1.02))
+        axis.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=80)
+    plt.close(figure)
+
+
+def draw_attention(found: dict, path: Path) -> None:
+    image, name, patches = found["drawn"]
+    best = int(np.argmax([r["value"] for r in found["ratio"]]))
+    grid = patches[best].reshape(8, 8).numpy()
+    figure, axes = plt.subplots(1, 2, figsize=(6.4, 3.4))
+    axes[0].imshow(image)
+    axes[0].set_title("the scene", fontsize=9)
+    axes[1].imshow(image, alpha=0.35)
+    shown = axes[1].imshow(grid, extent=(0, image.width, image.height, 0), cmap="magma", alpha=0.75)
+    axes[1].set_title(f"naming the color of the {name.split()[1]}\n({name}), layer {best + 1}", fontsize=9)
+    figure.colorbar(shown, ax=axes[1], fraction=0.046, label="norm written")
+    for axis in axes:
+        axis.axis("off")
+    figure.tight_layout()
+    figure.savefig(path, dpi=80)
+    plt.close(figure)

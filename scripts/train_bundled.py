@@ -1,0 +1,376 @@
+"""Trains the bundled models from scratch: `python scripts/train_bundled.py` (seeded, resumable, CPU or GPU).
+
+Four stages, each kept in `--work` and picked up where it stopped:
+
+1. `decoder`: a small Llama, on text alone. A document is a scene written as an 8 x 8 grid of words, then captions,
+   questions and answers about it; every next word counts. Each word of the grid carries a code for its row and column.
+2. `towers`: a CLIP vision tower, on each patch's color, shape, ground, row and column; its weights then start
+   InstructBLIP's tower.
+3. `llava`: the decoder reads the frozen tower through the projector. The loss is on text alone: never on a visual position.
+4. `instructblip`: the same decoder reads it through a Q-Former. The loss is on text alone.
+
+`decoder` and `towers` do not need each other, nor do `llava` and `instructblip`: `--stage` lets two of them run side by side.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import math
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from bundled_data import Corpus, Scenes, pack, single
+from bundled_models import GRID, WIDTH, build, decoder_config, fourier_positions, processor, start_from_clip, write
+from torch import nn
+from transformers import LlamaForCausalLM
+
+CELLS = GRID * GRID
+MANY = (1, 2, 2, 3)  # relations are clearest between two objects
+HERE = Path(__file__).resolve().parent.parent / "mechvlm" / "bundled"
+
+
+# ---- one loop for every stage ----
+def fit(name, module, batch, args, steps, lr, slow=(), watch=None, stop=None):
+    """AdamW with a cosine schedule on float32 weights; forward and backward run on a bfloat16 copy of them.
+
+    Batch `i` depends on (seed, i) alone, so a resumed run sees what an uninterrupted one would.
+    """
+    path = args.work / f"{name}.pt"
+    module.to(args.device)
+    named = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for n, p in named if any(s in n for s in slow)], "scale": 0.3},
+        {"params": [p for n, p in named if not any(s in n for s in slow)], "scale": 1.0},
+    ]
+    optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=(0.9, 0.98), weight_decay=0.05)
+    start = 0
+    if path.exists():
+        saved = torch.load(path, map_location=args.device)
+        module.load_state_dict(saved["model"])
+        if saved["step"] < steps:
+            optimizer.load_state_dict(saved["optimizer"])
+        start = saved["step"]
+    half = copy.deepcopy(module).to(torch.bfloat16)
+    halves = dict(half.named_parameters())
+    run = torch.compile(half, dynamic=False) if args.compile else half
+    clock, losses = time.time(), []
+    for step in range(start, min(steps, stop or steps)):
+        rate = lr * min(1, (step + 1) / 100) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
+        for g in optimizer.param_groups:
+            g["lr"] = rate * g["scale"]
+        loss = run(**batch(np.random.default_rng((args.seed, step)), step))
+        half.zero_grad(set_to_none=True)
+        loss.backward()
+        for n, p in named:
+            q = halves[n]
+            p.grad = None if q.grad is None else q.grad.float()
+        nn.utils.clip_grad_norm_([p for _, p in named], 1.0)
+        optimizer.step()
+        with torch.no_grad():
+            torch._foreach_copy_([halves[n] for n, _ in named], [p.detach() for _, p in named])
+        losses.append(loss.detach())
+        if (step + 1) % 50 == 0 or step == start + 2:
+            mean = torch.stack(losses).mean().item()
+            print(
+                f"{name} {step + 1}/{steps} loss {mean:.4f} {(time.time() - clock) / len(losses):.3f} s/step",
+                flush=True,
+            )
+            clock, losses = time.time(), []
+        if (step + 1) % 200 == 0 or step + 1 == steps:
+            part = path.with_suffix(".part")
+            torch.save({"model": module.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}, part)
+            part.replace(path)
+            if watch:
+                with torch.no_grad():
+                    print(f"{name} {step + 1} {watch(half)}", flush=True)
+            clock = time.time()
+    return module
+
+
+# ---- stages 1 and 3: a decoder over 64 cells ----
+class Reader(nn.Module):
+    """A decoder that reads a scene of 64 cells, then text. The cells are words, or patches through the projector."""
+
+    def __init__(self, lm, projector=None):
+        super().__init__()
+        self.lm, self.projector = lm, projector
+        self.row = nn.Parameter(torch.randn(GRID, 1, WIDTH) * 0.05)
+        self.col = nn.Parameter(torch.randn(1, GRID, WIDTH) * 0.05)
+
+    def states(self, ids, mask, positions, cells=None, features=None, both=None, **keep):
+        embed = self.lm.model.embed_tokens
+        if features is not None:
+            image = self.projector(features)
+        else:
+            # Where `both` is 1 a cell is the sum of its two words, as a patch shows color and shape at once.
+            words = embed(cells)
+            image = words[:, 0] + both[:, None, None] * words[:, 1] + (self.row + self.col).reshape(1, CELLS, WIDTH)
+        x = embed(ids)
+        x = torch.cat([x[:, :4], image.to(x.dtype), x[:, 4:]], 1)
+        allow = torch.zeros_like(mask, dtype=x.dtype).masked_fill(~mask, -1e4)
+        return self.lm.model(
+            inputs_embeds=x, attention_mask=allow[:, None], position_ids=positions, use_cache=False, **keep
+        )
+
+    def forward(self, ids, mask, positions, targets, weights, cells=None, features=None, both=None):
+        h = self.states(ids, mask, positions, cells, features, both).last_hidden_state
+        logits = self.lm.lm_head(h).float()
+        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
+        return (loss * weights.flatten()).sum() / weights.sum()
+
+
+def decoder(args):
+    torch.manual_seed(args.seed)
+    vocab = len(processor("tiny-llava").tokenizer)
+    data = Corpus(Scenes("train", args.scenes))
+    module = Reader(LlamaForCausalLM(decoder_config(vocab)))
+    module.lm.set_attn_implementation("eager")
+
+    def batch(rng, step):
+        return pack(data, rng, args.batch or 32, args.device, text=True)
+
+    val = Corpus(Scenes("val", 128))
+    return fit(
+        "decoder",
+        module,
+        batch,
+        args,
+        args.steps or 1200,
+        2e-3,
+        watch=lambda m: accuracy(m, val, args, text=True),
+        stop=400,
+    )
+
+
+def accuracy(module, data, args, text, features=None):
+    """Share of answer tokens that are right under teacher forcing, by kind."""
+    hit, n = {}, {}
+    for i in range(2):
+        b, kinds = pack(
+            data, np.random.default_rng(i), 64, args.device, text=text, features=features, fixed=64 * i, kinds=True
+        )
+        h = module.states(**{k: v for k, v in b.items() if k not in ("targets", "weights")}).last_hidden_state
+        right = (module.lm.lm_head(h).argmax(-1) == b["targets"]).cpu().numpy()
+        weight = b["weights"].cpu().numpy()
+        for kind in set(kinds.flatten()) - {""}:
+            at = (kinds == kind) & (weight >= 1)
+            hit[kind] = hit.get(kind, 0) + int(right[at].sum())
+            n[kind] = n.get(kind, 0) + int(at.sum())
+    return " ".join(f"{k} {hit[k] / max(n[k], 1):.3f}" for k in sorted(n))
+
+
+# ---- stage 2: the vision towers ----
+class Tower(nn.Module):
+    """A vision tower with a linear head for each thing a patch shows."""
+
+    def __init__(self, vision, clip: bool):
+        super().__init__()
+        self.vision, self.clip = vision, clip
+        self.heads = nn.ModuleList([nn.Linear(WIDTH, n) for n in (9, 9, 4, GRID, GRID)])
+
+    def features(self, pixels):
+        return self.vision(pixel_values=pixels).last_hidden_state
+
+    def forward(self, pixels, labels):
+        x = self.features(pixels)[:, 1:]
+        losses = [F.cross_entropy(h(x).float().flatten(0, 1), labels[:, i].flatten()) for i, h in enumerate(self.heads)]
+        return losses[0] + 2 * losses[1] + 0.3 * losses[2] + 0.3 * (losses[3] + losses[4])
+
+
+def towers(args):
+    torch.manual_seed(args.seed)
+    dense, plain, val = Scenes("train", 8000, counts=(4, 5, 6, 7)), Scenes("train", 4000), Scenes("val", 128)
+    sets = [
+        (torch.cat([d.pixels(), p.pixels()]), torch.cat([d.labels(), p.labels()]))
+        for d, p in [(dense, plain), (val, val)]
+    ]
+    rows = torch.arange(CELLS)
+
+    def labelled(at, pixels, labels):
+        place = torch.stack([rows // GRID, rows % GRID])[None].expand(len(at), -1, -1)
+        return {
+            "pixels": pixels[at].to(args.device, torch.bfloat16),
+            "labels": torch.cat([labels[at], place], 1).to(args.device),
+        }
+
+    def batch(rng, step):
+        return labelled(torch.from_numpy(rng.integers(0, len(sets[0][0]), 64)), *sets[0])
+
+    def watch(m):
+        b = labelled(torch.arange(128), *sets[1])
+        x = m.features(b["pixels"])[:, 1:]
+        shown = b["labels"][:, 0] > 0
+        out = []
+        for i, h in enumerate(m.heads):
+            right = h(x).argmax(-1) == b["labels"][:, i]
+            out.append(f"{right[shown].float().mean():.3f}" if i < 2 else f"{right.float().mean():.3f}")
+        return "color, shape, ground, row, column of patches: " + " ".join(out)
+
+    clip = Tower(build("tiny-llava").model.vision_tower, True)
+    emb = clip.vision.embeddings if hasattr(clip.vision, "embeddings") else clip.vision.vision_model.embeddings
+    emb.position_embedding.weight.data[1:] = fourier_positions()
+    fit("tower-clip", clip, batch, args, args.steps or 1600, 2e-3, watch=watch)
+    clip.float().cpu()
+    blip = Tower(build("tiny-instructblip").vision_model, False)
+    start_from_clip(blip.vision, getattr(clip.vision, "vision_model", clip.vision), sets[0][0][:256])
+    blip.heads.load_state_dict(clip.heads.state_dict())
+    fit("tower-blip", blip, batch, args, (args.steps or 1600) // 2, 1e-3, watch=watch, stop=600)
+
+
+def load(args, name, module):
+    module.load_state_dict(torch.load(args.work / f"{name}.pt", map_location="cpu")["model"])
+    return module
+
+
+@torch.no_grad()
+def cached(tower, scenes, args):
+    """The frozen tower's output, [scene, 65, width] bfloat16."""
+    tower.eval().to(args.device)
+    return torch.cat([tower.features(p.float().to(args.device)).bfloat16() for p in scenes.pixels().split(256)])
+
+
+# ---- stage 3 ----
+def llava(args):
+    torch.manual_seed(args.seed + 1)
+    full = build("tiny-llava")
+    tower = load(args, "tower-clip", Tower(full.model.vision_tower, True))
+    train, val = Scenes("train", args.scenes, counts=MANY), Scenes("val", 128)
+    vocab = len(processor("tiny-llava").tokenizer)
+    start = load(args, "decoder", Reader(LlamaForCausalLM(decoder_config(vocab))))
+    start.lm.set_attn_implementation("eager")
+    module = Reader(start.lm, full.model.multi_modal_projector)
+    module.row, module.col = start.row, start.col
+    features, seen = cached(tower, train, args)[:, 1:], cached(tower, val, args)[:, 1:]
+    with torch.no_grad():  # patches enter as large as words do
+        size = start.lm.model.embed_tokens.weight.std() * 2
+        last = module.projector.linear_2
+        last.weight.mul_(size / module.projector(features[:64].float().to("cpu")).std())
+    data, held = Corpus(train), Corpus(val)
+
+    def batch(rng, step):
+        if step % 8 == 7:  # some text alone, so that the language is kept
+            return pack(data, rng, args.batch or 32, args.device, text=True)
+        return pack(data, rng, args.batch or 32, args.device, features=features)
+
+    def watch(m):
+        return accuracy(m, held, args, False, seen) + " | lens " + lens(m, held, args, seen)
+
+    fit("llava", module, batch, args, args.steps or 2600, 1e-3, watch=watch)
+    module.float().cpu()
+    full.model.language_model.load_state_dict(module.lm.model.state_dict())
+    full.lm_head.load_state_dict(module.lm.lm_head.state_dict())
+    full.model.multi_modal_projector.load_state_dict(module.projector.state_dict())
+    write(full, "tiny-llava", args.out / "tiny-llava")
+
+
+def lens(module, data, args, features):
+    """Unique-word precision of the logit lens on visual positions, by layer."""
+    b = pack(data, np.random.default_rng(0), 64, args.device, features=features, fixed=0)
+    keep = {k: v for k, v in b.items() if k not in ("targets", "weights")}
+    states = module.states(**keep, output_hidden_states=True).hidden_states
+    out = []
+    for i, h in enumerate(states):
+        h = h[:, 4 : 4 + CELLS]
+        top = module.lm.lm_head(h if i == len(states) - 1 else module.lm.model.norm(h)).argmax(-1)
+        found = total = 0
+        for j in range(64):
+            words = {data.words[t] for t in top[j].tolist()} - data.stop
+            found += len(words & data.truth[j])
+            total += len(words)
+        out.append(f"{found / max(total, 1):.2f}")
+    return " ".join(out)
+
+
+# ---- stage 4 ----
+class Blip(nn.Module):
+    """The Q-Former, its projection and a decoder."""
+
+    def __init__(self, full, lm):
+        super().__init__()
+        self.query_tokens, self.qformer, self.projection, self.lm = (
+            full.query_tokens,
+            full.qformer,
+            full.language_projection,
+            lm,
+        )
+
+    def logits(self, ids, features, q_ids, q_mask):
+        n = len(ids)
+        query = self.query_tokens.expand(n, -1, -1)
+        allow = torch.cat([torch.ones(n, query.shape[1], dtype=q_mask.dtype, device=q_mask.device), q_mask], 1)
+        out = self.qformer(input_ids=q_ids, attention_mask=allow, query_embeds=query, encoder_hidden_states=features)
+        image = self.projection(out.last_hidden_state[:, : query.shape[1]])
+        x = torch.cat([image, self.lm.model.embed_tokens(ids)], 1)
+        t = x.shape[1]
+        causal = torch.full((t, t), -1e4, device=x.device, dtype=x.dtype).triu(1)[None, None].expand(n, -1, -1, -1)
+        h = self.lm.model(inputs_embeds=x, attention_mask=causal, use_cache=False).last_hidden_state
+        return self.lm.lm_head(h[:, query.shape[1] :])
+
+    def forward(self, ids, features, q_ids, q_mask, targets, weights):
+        loss = F.cross_entropy(
+            self.logits(ids, features, q_ids, q_mask).float().flatten(0, 1), targets.flatten(), reduction="none"
+        )
+        return (loss * weights.flatten()).sum() / weights.sum()
+
+
+def instructblip(args):
+    torch.manual_seed(args.seed + 2)
+    full = build("tiny-instructblip")
+    tower = load(args, "tower-blip", Tower(full.vision_model, False))
+    train, val = Scenes("train", args.scenes, counts=MANY), Scenes("val", 128)
+    vocab = len(processor("tiny-llava").tokenizer)
+    lm = load(args, "decoder", Reader(LlamaForCausalLM(decoder_config(vocab)))).lm
+    lm.set_attn_implementation("eager")
+    module = Blip(full, lm)
+    features, seen = cached(tower, train, args), cached(tower, val, args)
+    data, held = Corpus(train), Corpus(val)
+
+    def batch(rng, step):
+        return single(data, rng, args.batch or 24, 5, args.device, features)
+
+    def watch(m):
+        b, kinds = single(held, np.random.default_rng(0), 128, 5, args.device, seen, kinds=True)
+        targets, weights = b.pop("targets"), b.pop("weights")
+        right = ((m.logits(**b).argmax(-1) == targets) & (weights >= 1)).cpu()
+        out = []
+        for kind in sorted(set(kinds)):
+            at = torch.tensor([k == kind for k in kinds])
+            out.append(f"{kind} {right[at].sum() / (weights[at] >= 1).sum():.3f}")
+        return " ".join(out)
+
+    fit("instructblip", module, batch, args, args.steps or 2200, 1e-3, watch=watch)
+    module.float().cpu()
+    full.language_model.load_state_dict(module.lm.state_dict())
+    write(full, "tiny-instructblip", args.out / "tiny-instructblip")
+
+
+STAGES = {"decoder": decoder, "towers": towers, "llava": llava, "instructblip": instructblip}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--stage", choices=[*STAGES, "all"], default="all")
+    parser.add_argument("--work", type=Path, default=Path("build/bundled"), help="where checkpoints are kept")
+    parser.add_argument("--out", type=Path, default=HERE)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=int, default=0, help="of the stage; 0 takes the stage's own")
+    parser.add_argument("--batch", type=int, default=0, help="scenes a step; 0 takes the stage's own, 32 or 24")
+    parser.add_argument("--scenes", type=int, default=12000)
+    parser.add_argument("--threads", type=int, default=0)
+    parser.add_argument("--no-compile", dest="compile", action="store_false")
+    args = parser.parse_args()
+    args.work.mkdir(parents=True, exist_ok=True)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    for name, stage in STAGES.items():
+        if args.stage in (name, "all"):
+            stage(args)
+
+
+if __name__ == "__main__":
+    main()
