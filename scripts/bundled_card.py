@@ -145,12 +145,18 @@ def lens_text(name: str, lens: dict) -> str:
 
 
 def attention_text(found: dict) -> str:
-    rows = ["| layer | own patches / mean patch | s.e. | n |", "|---|---|---|---|"]
-    rows += [f"| {i + 1} | {r['value']:.2f} | {r['se']:.2f} | {r['n']} |" for i, r in enumerate(found["ratio"])]
+    rows = ["| layer | own patches | n | several objects: own | the others' | n |", "|---|---|---|---|---|---|"]
+    for i, rs in enumerate(zip(found["ratio"], found["several"], found["other"], strict=True)):
+        own, several, other = (f"{r['value']:.2f} ± {r['se']:.2f}" for r in rs)
+        rows.append(f"| {i + 1} | {own} | {rs[0]['n']} | {several} | {other} | {rs[2]['n']} |")
     return (
         "## Norm-based attention of a color word\n\nFrom the position that names a color, the norm of what each patch writes "
         "there (`mechvlm.NormAttention`): mean over the patches of the object so named (at least half in its box) over the "
-        "mean of all 64. 1 is uniform.\n\n" + "\n".join(rows) + "\n\n![norm-based attention](norm-attention.png)\n"
+        "mean of all 64. 1 is uniform. ± s.e. Beside it, in scenes of several objects, the same and that of the other "
+        "objects: a layer that "
+        "writes both alike has found objects, not yet the one that is named. Drawn is the layer with the largest difference.\n\n"
+        + "\n".join(rows)
+        + "\n\n![norm-based attention](norm-attention.png)\n"
     )
 
 
@@ -182,7 +188,7 @@ def draw_lens(lens: dict, path: Path) -> None:
 
 def draw_attention(found: dict, path: Path) -> None:
     image, name, patches = found["drawn"]
-    best = int(np.argmax([r["value"] for r in found["ratio"]]))
+    best = int(np.argmax([r["value"] - o["value"] for r, o in zip(found["several"], found["other"], strict=True)]))
     grid = patches[best].reshape(8, 8).numpy()
     figure, axes = plt.subplots(1, 2, figsize=(6.4, 3.4))
     axes[0].imshow(image)

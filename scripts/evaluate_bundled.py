@@ -168,7 +168,8 @@ def attention(vlm, scenes, images) -> dict:
 
     The caption has been begun with its article; the object is the one whose color comes out on top there.
     """
-    ratios, drawn = [[] for _ in range(vlm.n_layers)], None
+    ratios, several, others = ([[] for _ in range(vlm.n_layers)] for _ in range(3))
+    drawn = None
     vocabulary = {c: vlm.tokenizer.convert_tokens_to_ids("▁" + c) for c in COLORS}
     for scene, image in zip(scenes, images, strict=True):
         if len({o.color for o in scene.objects}) < len(scene.objects):
@@ -180,13 +181,20 @@ def attention(vlm, scenes, images) -> dict:
         if not own:
             continue
         tokens = inputs.tokens
-        mine = tokens.grids[0].covered(own[0].box()).flatten() >= 0.5
+        covered = {o.name: tokens.grids[0].covered(o.box()).flatten() >= 0.5 for o in scene.objects}
+        mine = covered.pop(own[0].name)
         patches = norms.norm[:, 0, 0][:, tokens.select("image")]
         for layer in range(vlm.n_layers):
-            ratios[layer].append((patches[layer, mine].mean() / patches[layer].mean()).item())
+            mean_patch = patches[layer].mean()
+            ratios[layer].append((patches[layer, mine].mean() / mean_patch).item())
+            if covered:
+                theirs = torch.stack(list(covered.values())).any(0)
+                several[layer].append(ratios[layer][-1])
+                others[layer].append((patches[layer, theirs].mean() / mean_patch).item())
         if drawn is None and len(scene.objects) > 1:
             drawn = image, own[0].name, patches
-    return {"ratio": [mean(v) for v in ratios], "drawn": drawn}
+    out = {"ratio": ratios, "several": several, "other": others}
+    return {k: [mean(v) for v in layers] for k, layers in out.items()} | {"drawn": drawn}
 
 
 def main():
