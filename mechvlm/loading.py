@@ -57,7 +57,7 @@ def load(
         source, is_bundled = (str(bundled.path(name)), True) if name in bundled.NAMES else (name, False)
         dtype = _dtype(dtype, "float32" if is_bundled else "auto")
         options = {"revision": revision, "trust_remote_code": trust_remote_code}
-        hf_class = class_of(name, **options)
+        hf_class = class_of(name, revision, trust_remote_code)
         try:
             hf = getattr(transformers, hf_class).from_pretrained(
                 source, dtype=dtype, device_map=device_map, use_safetensors=True, **options

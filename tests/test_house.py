@@ -73,7 +73,8 @@ def run(code: str) -> str:
 
 def test_import_is_light():
     """Neither `import mechvlm` nor its command line's help loads torch; loading a model never loads TransformerLens."""
-    code = "import sys, mechvlm, mechvlm.cli; print(sorted({'torch', 'nnsight', 'transformers', 'matplotlib'} & set(sys.modules)))"
+    heavy = {"torch", "nnsight", "transformers", "matplotlib"}
+    code = f"import sys, mechvlm, mechvlm.cli; print(sorted({heavy} & set(sys.modules)))"
     assert run(code) == "[]"
     code = "import sys, mechvlm as mv; mv.load, mv.read; print('transformer_lens' in sys.modules)"
     assert run(code) == "False"
