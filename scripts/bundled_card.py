@@ -118,7 +118,7 @@ def write_card(name: str, folder: Path, found: dict, args) -> None:
     )
     out.append(lens_text(name, found["lens"]))
     if "attention" in found:
-        out.append(attention_text(found["attention"]))
+        out.append(attention_text(found["attention"], found["attention while describing"]))
     out.append("## Limits\n\n" + limits(found))
     (folder / "README.md").write_text("\n".join(out))
 
@@ -144,20 +144,24 @@ def lens_text(name: str, lens: dict) -> str:
     )  # fmt: skip
 
 
-def attention_text(found: dict) -> str:
-    rows = ["| layer | own patches | n | several objects: own | the others' | n |", "|---|---|---|---|---|---|"]
-    for i, rs in enumerate(zip(found["ratio"], found["several"], found["other"], strict=True)):
-        own, several, other = (f"{r['value']:.2f} ± {r['se']:.2f}" for r in rs)
-        rows.append(f"| {i + 1} | {own} | {rs[0]['n']} | {several} | {other} | {rs[2]['n']} |")
+def attention_text(asked: dict, described: dict) -> str:
     return (
         "## Norm-based attention of a color word\n\nFrom the position that names a color, the norm of what each patch writes "
         "there (`mechvlm.NormAttention`): mean over the patches of the object so named (at least half in its box) over the "
         "mean of all 64. 1 is uniform. ± s.e. Beside it, in scenes of several objects, the same and that of the other "
-        "objects: a layer that "
-        "writes both alike has found objects, not yet the one that is named. Drawn is the layer with the largest difference.\n\n"
-        + "\n".join(rows)
-        + "\n\n![norm-based attention](norm-attention.png)\n"
+        "objects: a layer that writes both alike has found objects, not yet the one that is named.\n\n"
+        'The color is the answer to "What color is the ...?", of every object. Drawn is the layer with the largest '
+        "difference.\n\n" + attention_table(asked) + "\n\n![norm-based attention](norm-attention.png)\n\n"
+        'The color is the next word of a caption begun with "a":\n\n' + attention_table(described) + "\n"
     )
+
+
+def attention_table(found: dict) -> str:
+    rows = ["| layer | own patches | n | several objects: own | the others' | n |", "|---|---|---|---|---|---|"]
+    for i, rs in enumerate(zip(found["ratio"], found["several"], found["other"], strict=True)):
+        own, several, other = (f"{r['value']:.2f} ± {r['se']:.2f}" for r in rs)
+        rows.append(f"| {i + 1} | {own} | {rs[0]['n']} | {several} | {other} | {rs[2]['n']} |")
+    return "\n".join(rows)
 
 
 def limits(found: dict) -> str:

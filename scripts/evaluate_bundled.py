@@ -163,38 +163,37 @@ def mean(values) -> dict:
     return {"n": len(t), "value": t.mean().item() if len(t) else math.nan, "se": se}
 
 
-def attention(vlm, scenes, images) -> dict:
+def attention(vlm, scenes, images, asked: bool) -> dict:
     """Norm-based attention from the position that names a color, on the named object's patches over the mean patch.
 
-    The caption has been begun with its article; the object is the one whose color comes out on top there.
+    `asked`: the color is the answer to a question about one object ("What color is the heart?"). Else a caption has been
+    begun with its article, and the object is the one whose color comes out on top.
     """
-    ratios, several, others = ([[] for _ in range(vlm.n_layers)] for _ in range(3))
+    own, several, others = ([[] for _ in range(vlm.n_layers)] for _ in range(3))
     drawn = None
-    vocabulary = {c: vlm.tokenizer.convert_tokens_to_ids("▁" + c) for c in COLORS}
     for scene, image in zip(scenes, images, strict=True):
-        if len({o.color for o in scene.objects}) < len(scene.objects):
-            continue
-        inputs = vlm.inputs(image, prompt("tiny-llava", CAPTION) + " a")
-        norms, top = mv.read(vlm, inputs, mv.NormAttention(dst="last"), mv.LogitLens(k=1, positions="last"))
-        word = next((c for c, i in vocabulary.items() if i == top.tokens[-1, 0, 0]), None)
-        own = [o for o in scene.objects if o.color == word]
-        if not own:
-            continue
-        tokens = inputs.tokens
-        covered = {o.name: tokens.grids[0].covered(o.box()).flatten() >= 0.5 for o in scene.objects}
-        mine = covered.pop(own[0].name)
-        patches = norms.norm[:, 0, 0][:, tokens.select("image")]
-        for layer in range(vlm.n_layers):
-            mean_patch = patches[layer].mean()
-            ratios[layer].append((patches[layer, mine].mean() / mean_patch).item())
-            if covered:
-                theirs = torch.stack(list(covered.values())).any(0)
-                several[layer].append(ratios[layer][-1])
-                others[layer].append((patches[layer, theirs].mean() / mean_patch).item())
-        if drawn is None and len(scene.objects) > 1:
-            drawn = image, own[0].name, patches
-    out = {"ratio": ratios, "several": several, "other": others}
-    return {k: [mean(v) for v in layers] for k, layers in out.items()} | {"drawn": drawn}
+        unique = len({o.color for o in scene.objects}) == len({o.shape for o in scene.objects}) == len(scene.objects)
+        for named_object in scene.objects if asked and unique else scene.objects[:1] if unique else ():
+            text = f"What color is the {named_object.shape}?" if asked else prompt("tiny-llava", CAPTION) + " a"
+            inputs = vlm.inputs(image, text)
+            norms, top = mv.read(vlm, inputs, mv.NormAttention(dst="last"), mv.LogitLens(k=1, positions="last"))
+            color = top.pieces()[-1][0][0].strip("▁")
+            target = next((o for o in scene.objects if o.color == color), None)
+            if target is None or (asked and target is not named_object):
+                continue
+            tokens = inputs.tokens
+            covered = {o.name: tokens.grids[0].covered(o.box()).flatten() >= 0.5 for o in scene.objects}
+            mine = covered.pop(target.name)
+            patches = norms.norm[:, 0, 0][:, tokens.image]
+            for layer, written in enumerate(patches / patches.mean(-1, keepdim=True)):
+                own[layer].append(written[mine].mean().item())
+                if covered:
+                    several[layer].append(own[layer][-1])
+                    others[layer].append(written[torch.stack(list(covered.values())).any(0)].mean().item())
+            if drawn is None and covered:
+                drawn = image, target.name, patches
+    found = {"ratio": own, "several": several, "other": others}
+    return {k: [mean(v) for v in layers] for k, layers in found.items()} | {"drawn": drawn}
 
 
 def main():
@@ -220,7 +219,8 @@ def main():
         found["lens"] = lens(vlm, name, scenes[:200], images[:200])
         draw_lens(found["lens"], folder / "lens.png")
         if name == "tiny-llava":
-            found["attention"] = attention(vlm, scenes[:200], images[:200])
+            found["attention"] = attention(vlm, scenes[:200], images[:200], asked=True)
+            found["attention while describing"] = attention(vlm, scenes[:200], images[:200], asked=False)
             draw_attention(found["attention"], folder / "norm-attention.png")
         write_card(name, folder, found, args)
         print((folder / "README.md").read_text(), flush=True)

@@ -376,10 +376,19 @@ def test_the_report_says_whether_a_loss_was_put_on_visual_positions(tmp_path, mo
     monkeypatch.setattr(bundled, "path", lambda name: tmp_path)
     assert training_note("tiny-llava") == "", "no card"
     (tmp_path / "README.md").write_text(
-        "# Loss\n\n| loss | visual tokens |\n\n**No** loss was put\non `visual positions`.\n"
+        "# Model\n\nIts loss is on nothing.\n\n## Training\n\nLong.\n\n**The loss is on text\nalone.**\n\n"
+        "What the lens reads\nwas not taught.\n\n## What it does\n\nThe loss is on another page.\n"
     )
-    assert training_note("tiny-llava") == "No loss was put on visual positions."
+    assert training_note("tiny-llava") == "The loss is on text alone. What the lens reads was not taught."
     assert training_note("org/model") == ""
+
+
+def test_both_cards_are_quoted():
+    from mechvlm.study.report import training_note
+
+    assert "never on a visual position" in training_note("tiny-llava")
+    assert "lens reads" in training_note("tiny-llava")
+    assert "never on a query's position" in training_note("tiny-instructblip")
 
 
 def test_a_small_model_runs_on_one_thread_and_leaves_the_number_as_it_was(llava_vlm):

@@ -58,17 +58,17 @@ def number(value, digits: int = 2) -> str:
 
 
 def training_note(model: str) -> str:
-    """What a bundled model's card says on whether a loss was put on visual positions: the lens reads what was taught.
+    """What a bundled model's card says of its loss on visual positions, and of the lens: it reads what was taught.
 
-    It is the card's first paragraph that speaks of both. Empty for models that are not bundled, or do not say.
+    The paragraphs of the card's section "Training" that speak of either. Empty for models that are not bundled.
     """
     card = bundled.path(model) / "README.md" if model in bundled.NAMES else None
     if card is None or not card.is_file():
         return ""
-    paragraphs = (" ".join(p.split()) for p in card.read_text(encoding="utf-8").split("\n\n"))
-    found = (p for p in paragraphs if re.search(r"\bloss\b", p) and re.search(r"\bvisual (position|token)", p))
+    _, _, training = card.read_text(encoding="utf-8").partition("## Training\n")
+    paragraphs = (" ".join(p.split()) for p in training.partition("\n## ")[0].split("\n\n"))
     # Read as text: the marks of emphasis would only be in the way.
-    return next((re.sub(r"[*`]+", "", p) for p in found if not p.startswith(("#", "|"))), "")
+    return " ".join(re.sub(r"[*`]+", "", p) for p in paragraphs if re.search(r"\bloss is on\b|\blens reads\b", p))
 
 
 def _phases(study: Study, model: str) -> dict:
