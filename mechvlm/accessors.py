@@ -3,6 +3,9 @@
 Every accessor is indexed by layer, 0 to n_layers - 1 (or -1 for the last). Within a trace a forward pass goes by once, so
 read what you need in the order in which the model computes it: layer by layer, and in a layer `resid_pre`, `q`, `k`,
 `v`, `pattern`, `z`, `attn_out`, `resid_mid`, `mlp_out`, `resid_post`.
+
+`resid_mid` is replaced in place, since two things read it: what you read of it before changes too. For the clean state save
+`vlm.resid_mid[l].clone()`, and for a gradient through it read `vlm.resid_mid[l] * 1`.
 """
 
 from collections.abc import Callable
@@ -87,7 +90,8 @@ class PatternAccessor(Accessor[Tensor]):
     """Attention weights [batch head dest src], recomputed from q and k: the model keeps its own implementation.
 
     `pattern[layer]` gives all rows, `pattern[layer, rows]` those of the destinations `rows`, numbers for every example or
-    [batch row]. Assigning `pattern[layer] = weights` makes the layer write what these weights over its values give.
+    [batch row]. Rows of padding mean nothing. Assigning `pattern[layer] = weights` makes the layer write what these
+    weights over its values give.
     """
 
     def __init__(self, layers, attention: Callable, write: Callable):
@@ -99,6 +103,12 @@ class PatternAccessor(Accessor[Tensor]):
         if rows is not None:
             rows = torch.as_tensor(rows, device=a.q.device)
             rows = rows.reshape(1, -1).expand(a.q.shape[0], -1) if rows.ndim < 2 else rows
+            n = a.q.shape[2]
+            if not ((rows >= -n) & (rows < n)).all():
+                raise IndexError(
+                    f"pattern[{layer}, rows]: rows {rows.tolist()} were asked for; there are 0 to {n - 1}."
+                )
+            rows = rows % n
         return attention_rows(a.q, a.k, a.mask, a.scale, rows, a.q.dtype)
 
 

@@ -18,7 +18,10 @@ def check_model(vlm: VLM) -> None:
     Raises:
         ModelError: naming everything that is off.
     """
-    inputs = vlm.inputs(Image.new("RGB", (32, 32), "gray"), "a")
+    try:
+        inputs = vlm.inputs(Image.new("RGB", (32, 32), "gray"), "a")
+    except Exception as error:  # a processor of another model, or with settings missing
+        raise ModelError(f"The processor of {vlm.name} does not fit it: {error}") from error
     try:
         got = _forward(vlm, inputs)
     except Exception as error:  # whatever a wrong path leads to, deep inside a trace
@@ -54,6 +57,11 @@ def check_model(vlm: VLM) -> None:
         error = float((a.float() - b.float()).abs().max() / b.float().abs().max().clamp(min=1e-6))
         if not error <= TOLERANCE.get(a.dtype, 1e-3):
             off.append(f"{claim}: off by {error:.2g} of the largest entry")
+    if not all(a.isfinite().all() for pair in claims.values() for a in pair):
+        raise ModelError(
+            f"{vlm.name} computes NaN or infinity for a plain gray image in {str(vlm.dtype).removeprefix('torch.')}: its "
+            "weights are damaged, or overflow in this dtype (try bfloat16 or float32)."
+        )
     if off:
         raise ModelError(
             f"{vlm.name} loads as {vlm.record.hf_class}, but is not what its record in mechvlm/architectures.py says:\n- "

@@ -3,6 +3,7 @@
 from os import PathLike
 from pathlib import Path
 
+import numpy as np
 from PIL import Image, ImageOps
 
 from mechvlm.errors import InputError
@@ -38,7 +39,10 @@ def open_image(image: Image.Image | str | PathLike) -> Image.Image:
             raise
         except Exception as error:
             raise InputError(f"The image {path} cannot be read ({error}). Is it whole, and an image?") from error
-    return _rgb(image, "given")
+    try:
+        return _rgb(image, "given")
+    except OSError as error:  # opened lazily, and truncated
+        raise InputError(f"The image given cannot be read ({error}). Is its file whole?") from error
 
 
 def _rgb(image: Image.Image, name: str) -> Image.Image:
@@ -51,6 +55,14 @@ def _rgb(image: Image.Image, name: str) -> Image.Image:
     if width * height == 0:
         raise InputError(f"The image {name} is {width} x {height}: it has no pixels.")
     turned = ImageOps.exif_transpose(image)
+    if turned.mode.startswith("I;16"):
+        # `convert` would clip at 255 instead of scaling: nearly everything would be white.
+        turned = Image.fromarray((np.asarray(turned) >> 8).astype(np.uint8))
+    elif turned.mode in ("I", "F"):
+        raise InputError(
+            f"The image {name} has mode {turned.mode}, whose range of values is unknown. Scale it to 0..255 and convert it to "
+            "mode L or RGB first."
+        )
     if turned.mode in ("RGBA", "LA", "PA") or "transparency" in turned.info:
         # White under transparency: `convert` alone would show whatever colour the hidden pixels happen to hold.
         turned = turned.convert("RGBA")

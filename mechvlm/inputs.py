@@ -90,6 +90,7 @@ def build_inputs(
 
 
 def _pair(images, prompts) -> list[tuple[tuple[ImageLike, ...], str]]:
+    _check_kinds(images, prompts)
     one_image = isinstance(images, Image.Image | str | PathLike)
     groups = [images] if one_image else list(images)
     groups = [(g,) if isinstance(g, Image.Image | str | PathLike) else tuple(g) for g in groups]
@@ -106,6 +107,21 @@ def _pair(images, prompts) -> list[tuple[tuple[ImageLike, ...], str]]:
             "Several images in one prompt are a list within the list: [[first, second]]."
         )
     return list(zip(groups, texts, strict=True))
+
+
+def _check_kinds(images, prompts) -> None:
+    for group in images if isinstance(images, list | tuple) else [images]:
+        for image in group if isinstance(group, list | tuple) else [group]:
+            if not isinstance(image, Image.Image | str | PathLike):
+                raise InputError(
+                    f"An image is a PIL image or the path of one, not {type(image).__name__}; of an array of 0..255, make one "
+                    "with PIL.Image.fromarray(array)."
+                )
+            if isinstance(image, str) and "://" in image:
+                raise InputError(f"The image {image!r} is an address: fetch it first, and give the file.")
+    for prompt in prompts if isinstance(prompts, list | tuple) else [prompts]:
+        if not isinstance(prompt, str):
+            raise InputError(f"A prompt is a string, not {type(prompt).__name__}.")
 
 
 def _text(prompt: str, n_images: int, token: str, record: Architecture, processor, number: int) -> str:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoProcessor
 
@@ -50,39 +51,78 @@ def load(
                 f"A loaded model needs its processor: mechvlm.load(model, processor). Got {type(model).__name__}."
             )
         architecture_of(type(model).__name__)
+        options = {"dtype": dtype, "device_map": device_map, "revision": revision}
+        if given := ", ".join(option for option, value in options.items() if value is not None):
+            raise ModelError(
+                f"The model is loaded already: give {given} to its `from_pretrained`, not to mechvlm.load."
+            )
         _require_decoder_only(model.config)
+        _require_parts(processor)
         vlm = VLM(model.eval(), processor, name=getattr(model, "name_or_path", "") or type(model).__name__)
     else:
         name = str(model)
         source, is_bundled = (str(bundled.path(name)), True) if name in bundled.NAMES else (name, False)
         dtype = _dtype(dtype, "float32" if is_bundled else "auto")
-        options = {"revision": revision, "trust_remote_code": trust_remote_code}
+        source_options = {"revision": revision, "trust_remote_code": trust_remote_code}
         hf_class = class_of(name, revision, trust_remote_code)
+        hf = _weights(source, name, hf_class, dtype=dtype, device_map=device_map, **source_options)
         try:
-            hf = getattr(transformers, hf_class).from_pretrained(
-                source, dtype=dtype, device_map=device_map, use_safetensors=True, **options
-            )
-        except OSError as error:
-            raise ModelError(
-                f"The weights of {name} cannot be loaded: {error}\nmechvlm loads safetensors only; convert other formats with "
-                "`save_pretrained` on a machine that trusts them."
-            ) from error
-        try:
-            processor = processor or AutoProcessor.from_pretrained(source, **options)
+            processor = processor or AutoProcessor.from_pretrained(source, **source_options)
         except (OSError, ValueError) as error:
             raise ModelError(
                 f"{name} comes without a usable processor ({str(error).splitlines()[0]}). Save one beside the weights with "
                 "`processor.save_pretrained`, or pass it: mechvlm.load(model, processor)."
             ) from error
+        _require_parts(processor)
         commit = getattr(hf.config, "_commit_hash", None) or revision
         vlm = VLM(hf.eval(), processor, name=name, revision=commit)
     if device is not None:
         if device_map is not None:
             raise ModelError(f"Give device ({device}) or device_map ({device_map}), not both.")
-        vlm.hf.to(device)
+        try:
+            vlm.hf.to(device)
+        except (AssertionError, RuntimeError) as error:
+            reason = str(error).splitlines()[0]
+            raise ModelError(f"{vlm.name} cannot be put on the device {str(device)!r}: {reason}") from error
     if check:
         check_model(vlm)
     return vlm
+
+
+def _weights(source: str, name: str, hf_class: str, **options) -> nn.Module:
+    """The model with all its weights: none missing, none of another shape, none unpickled."""
+    try:
+        hf, info = getattr(transformers, hf_class).from_pretrained(
+            source, use_safetensors=True, output_loading_info=True, **options
+        )
+    except torch.OutOfMemoryError:
+        raise
+    except OSError as error:
+        raise ModelError(
+            f"The weights of {name} cannot be loaded: {error}\nmechvlm loads safetensors only; convert other formats with "
+            "`save_pretrained` on a machine that trusts them."
+        ) from error
+    except (RuntimeError, SafetensorError) as error:
+        reason = str(error).splitlines()[0]
+        raise ModelError(
+            f"The weights of {name} are damaged, or are not those of its config.json: {reason}. Fetch both again."
+        ) from error
+    if missing := sorted(info["missing_keys"]):
+        # transformers would fill them with random numbers, and say so in a log.
+        raise ModelError(
+            f"The checkpoint of {name} lacks {len(missing)} tensors ({', '.join(missing[:3])}, ...): they would be random. "
+            "Fetch it again, or mend its config.json."
+        )
+    return hf
+
+
+def _require_parts(processor) -> None:
+    lacking = [part for part in ("tokenizer", "image_processor") if getattr(processor, part, None) is None]
+    if lacking:
+        raise ModelError(
+            f"A {type(processor).__name__} was given as the processor; it has no {' and no '.join(lacking)}. Give what "
+            "AutoProcessor.from_pretrained returns for the model."
+        )
 
 
 def class_of(name: str, revision: str | None = None, trust_remote_code: bool = False) -> str:

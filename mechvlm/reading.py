@@ -71,6 +71,11 @@ def read(vlm: VLM, inputs: Inputs, *probes) -> tuple:
     """
     if not probes:
         raise ValueError("read() was given no probe. Try mechvlm.read(vlm, inputs, mechvlm.LogitLens()).")
+    strange = [type(probe).__name__ for probe in probes if not hasattr(probe, "prepare")]
+    if strange:
+        raise ValueError(
+            f"read() takes probes one by one, mechvlm.read(vlm, inputs, mechvlm.LogitLens(), ...); got {strange}."
+        )
     plans = [probe.prepare(vlm, inputs) for probe in probes]
     wants = frozenset().union(*(probe.reads for probe in probes))
     real = torch.stack([m.modality != Modality.PADDING for m in inputs.token_maps]).to(vlm.device)
@@ -119,10 +124,14 @@ def _refuse_nonfinite(finite: Tensor, vlm: VLM) -> None:
         return
     first = int((~finite[:, list(bad)]).any(1).nonzero()[0, 0])
     where = "the embeddings that enter the decoder" if first == 0 else f"layer {first} of {vlm.n_layers}"
+    if vlm.dtype == torch.float16:
+        why = "In float16 large activations overflow: load with dtype='bfloat16' or 'float32'."
+    elif first == 0:
+        why = "They already enter the decoder so: look at the image's pixels and the vision encoder's weights."
+    else:
+        why = "The weights of that layer, or what was assigned to it, may hold NaN."
     raise NonFiniteError(
-        f"Activations of {vlm.name} are NaN or infinite from {where} on, in example(s) {list(bad)} of this batch. In "
-        f"{str(vlm.dtype).removeprefix('torch.')} large activations can overflow: load with dtype='bfloat16' or 'float32'. "
-        "If they already enter the decoder so, look at the image's pixels and the vision encoder.",
+        f"Activations of {vlm.name} are NaN or infinite from {where} on, in example(s) {list(bad)} of this batch. {why}",
         examples=bad,
     )
 

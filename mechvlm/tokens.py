@@ -148,15 +148,20 @@ class TokenMap:
         Raises:
             ValueError: for an unknown name, a number outside the sequence or on padding, or an empty selection.
         """
-        names = ("image", "text", "special", "all", "last", "last_text", "last_image")
+        groups = ("image", "text", "special", "all")
+        lasts = {"last": "all", "last_text": "text", "last_image": "image"}
         if isinstance(where, str):
-            if where not in names:
-                raise ValueError(
-                    f"There are no positions called {where!r}. Names: {', '.join(names)}; or give numbers."
-                )
-            found = torch.as_tensor(getattr(self, where)).reshape(-1)
+            if where not in groups and where not in lasts:
+                names = ", ".join((*groups, *lasts))
+                raise ValueError(f"There are no positions called {where!r}. Names: {names}; or give numbers.")
+            found = getattr(self, lasts[where])[-1:] if where in lasts else getattr(self, where)
         else:
-            found = torch.as_tensor(where).reshape(-1).long()
+            found = torch.as_tensor(where)
+            if found.dtype == torch.bool or (found.is_floating_point() and found.numel()):
+                raise ValueError(
+                    f"Positions are whole numbers, not {found.dtype}; of a mask, give mask.nonzero()[:, 0]."
+                )
+            found = found.reshape(-1).long()
             bad = [int(p) for p in found if not 0 <= int(p) < len(self) or self.modality[int(p)] == Modality.PADDING]
             if bad:
                 first = int(self.all[0])
@@ -165,7 +170,7 @@ class TokenMap:
                 )
         if not len(found):
             raise ValueError(f"The selection {where!r} is empty: this example has no such position.")
-        return found
+        return found.clone()  # the map's own tensors are cached
 
     def position(self, row: int, col: int, image: int = 0) -> int:
         """The position of one patch's visual token.

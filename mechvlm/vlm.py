@@ -22,7 +22,8 @@ class VLM:
     (shapes in brackets): `resid_pre`, `resid_mid`, `resid_post`, `attn_out`, `mlp_out` [batch pos d_model];
     `q`, `z` [batch pos head d_head]; `k`, `v` [batch pos kv_head d_head]; `pattern` [batch head dest src]; and `logits`
     [batch pos d_vocab]. `q` and `k` are before the rotary embedding, as TransformerLens' hook_q and hook_k are;
-    `attention[layer]` gives what the weights are computed from, after it.
+    `attention[layer]` gives what the weights are computed from, after it. `resid_mid` is replaced in place (see
+    `mechvlm.accessors`).
 
     Weights, anywhere, indexed by layer: `W_Q`, `W_K`, `W_V` [head d_model d_head] (key and value heads repeated to the query
     heads), `W_O` [head d_head d_model]; and `W_E` [d_vocab d_model], `W_U` [d_model d_vocab].

@@ -86,7 +86,7 @@ def test_pattern_equals_eager_attention(vlm, batch):
 def test_pattern_rows_are_rows_of_the_pattern(vlm, batch):
     last = [m.last for m in batch.token_maps]
     with torch.no_grad(), vlm.trace(batch):
-        some = nnsight.save(vlm.pattern[1, [last[0], last[0] - 2]])
+        some = nnsight.save(vlm.pattern[1, [-1, last[0] - 2]])
         each = nnsight.save(vlm.pattern[2, torch.tensor([[p] for p in last])])
     full = read_all(vlm, batch)
     torch.testing.assert_close(some, full["pattern", 1][:, :, [last[0], last[0] - 2]], rtol=0, atol=1e-6)
@@ -175,6 +175,33 @@ def test_a_pattern_of_one_source_writes_its_value(vlm, one):
         z = nnsight.save(vlm.z[0])
     expected = v[:, :1].repeat_interleave(vlm.n_heads // vlm.n_kv_heads, 2).expand_as(z)
     torch.testing.assert_close(z, expected, rtol=0, atol=1e-6)
+
+
+def test_resid_mid_is_replaced_in_place_and_a_clone_is_not(vlm, one):
+    with torch.no_grad(), vlm.trace(one):
+        clean = nnsight.save(vlm.resid_mid[1].clone())
+        vlm.resid_mid[1] = clean * 2
+        changed = nnsight.save(vlm.resid_mid[1])
+    assert torch.equal(changed, clean * 2)
+
+
+def test_gradients_pass_through_an_assignment(vlm, one):
+    """d logit / d state: of a state read as `resid_mid * 1`, the same as autograd's finite difference."""
+    with vlm.trace(one):
+        state = vlm.resid_mid[1] * 1
+        nnsight.save(state)
+        vlm.resid_mid[1] = state
+        logit = nnsight.save(vlm.logits[0, -1, 5])
+    (grad,) = torch.autograd.grad(logit, state)
+    assert grad.abs().sum() > 0
+    direction = torch.randn(state.shape, generator=torch.Generator().manual_seed(0))
+    moved = []
+    for sign in (1, -1):
+        with torch.no_grad(), vlm.trace(one):
+            vlm.resid_mid[1] = state.detach() + sign * 1e-2 * direction
+            moved.append(nnsight.save(vlm.logits[0, -1, 5]))
+    slope = (moved[0] - moved[1]) / 2e-2
+    torch.testing.assert_close((grad * direction).sum(), slope, rtol=2e-2, atol=1e-4)
 
 
 def test_layers_out_of_range_are_named(vlm, one):

@@ -10,6 +10,7 @@ from PIL import Image
 import mechvlm as mv
 from mechvlm import images as images_module
 from mechvlm.images import open_image
+from mechvlm.inputs import _check_kinds
 
 
 def test_llava_prompt_by_hand(llava_vlm):
@@ -121,12 +122,30 @@ def test_patches_in_a_box(llava_vlm):
 
 @pytest.mark.parametrize(
     ("where", "message"),
-    [("picture", "no positions called 'picture'"), ([99], r"\[99\] are not tokens"), ([], "empty")],
+    [
+        ("picture", "no positions called 'picture'"),
+        ([99], r"\[99\] are not tokens"),
+        ([], "empty"),
+        (torch.ones(20, dtype=torch.bool), "whole numbers"),
+        (torch.tensor([5.7]), "whole numbers"),
+    ],
 )
 def test_bad_positions(llava_vlm, where, message):
     tokens = llava_vlm.inputs(noise_image(0), "a").tokens
     with pytest.raises(ValueError, match=message):
         tokens.select(where)
+
+
+def test_positions_given_away_are_copies(llava_vlm):
+    tokens = llava_vlm.inputs(noise_image(0), "a").tokens
+    positions = tokens.select("image")
+    positions += 1
+    assert tokens.last_image == 20
+
+
+def test_an_empty_prompt_has_no_last_text_token(blip_vlm):
+    with pytest.raises(ValueError, match="'last_text' is empty"):
+        blip_vlm.inputs(noise_image(0), "").tokens.select("last_text")
 
 
 def test_padding_is_no_position(vlm, batch):
@@ -154,6 +173,29 @@ def test_bad_images(tmp_path, llava_vlm, monkeypatch):
     monkeypatch.setattr(images_module, "MAX_PIXELS", 89_999)
     with pytest.raises(mv.InputError, match="300 x 300 = 90,000 pixels; at most 89,999"):
         llava_vlm.inputs(tmp_path / "whole.png", "a")
+
+
+def test_what_is_no_image_and_no_prompt(llava_vlm, tmp_path):
+    for image, message in [
+        (np.zeros((4, 4, 3), np.uint8), "not ndarray.*fromarray"), (None, "not NoneType"),
+        ("https://example.org/a.jpg", "fetch it first"),
+    ]:  # fmt: skip
+        with pytest.raises(mv.InputError, match=message):
+            _check_kinds(image, "a")  # the types of public functions are checked before this under pytest
+    with pytest.raises(mv.InputError, match="A prompt is a string, not NoneType"):
+        _check_kinds(noise_image(0), [None])
+    noise_image(0, (300, 300)).save(tmp_path / "cut.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "cut.png").read_bytes()[:2000])
+    with pytest.raises(mv.InputError, match="cannot be read"):
+        llava_vlm.inputs(Image.open(tmp_path / "cut.png"), "a")
+
+
+def test_sixteen_bits_are_scaled_and_not_clipped():
+    ramp = Image.fromarray(np.linspace(0, 65535, 256).astype(np.uint16)[None].repeat(4, 0))
+    seen = np.asarray(open_image(ramp))[0, :, 0]
+    assert np.abs(seen.astype(int) - np.arange(256)).max() <= 1
+    with pytest.raises(mv.InputError, match="mode F, whose range"):
+        open_image(Image.fromarray(np.zeros((4, 4), np.float32)))
 
 
 def test_a_huge_image_is_refused_before_it_is_decoded(tmp_path):

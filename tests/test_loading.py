@@ -94,6 +94,54 @@ def test_code_in_a_repository_does_not_run(folder, tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
+def test_incomplete_and_damaged_checkpoints(folder, tmp_path):
+    """transformers fills what is missing with random numbers, and says so in a log: here it is an error."""
+    from safetensors.torch import load_file, save_file
+
+    for file in folder.iterdir():
+        shutil.copy(file, tmp_path)
+    whole = load_file(tmp_path / "model.safetensors")
+    lacking = {k: v for k, v in whole.items() if "multi_modal_projector" not in k}
+    save_file(lacking, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(mv.ModelError, match=r"lacks 4 tensors \(.*multi_modal_projector.*would be random"):
+        mv.load(tmp_path)
+    (head,) = (k for k in whole if k.endswith("lm_head.weight"))
+    other = {**whole, head: torch.zeros(7, 32)}
+    save_file(other, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(mv.ModelError, match=r"damaged, or are not those of its config\.json"):
+        mv.load(tmp_path)
+    data = (folder / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(data[: len(data) // 2])
+    with pytest.raises(mv.ModelError, match="damaged"):
+        mv.load(tmp_path)
+
+
+def test_what_a_loaded_model_cannot_be_given():
+    hf, processor = llava()
+    with pytest.raises(mv.ModelError, match=r"loaded already: give dtype, revision to its"):
+        mv.load(hf, processor, dtype="bfloat16", revision="main")
+    with pytest.raises(mv.ModelError, match="no image_processor"):
+        mv.load(hf, processor.tokenizer)
+    if not torch.cuda.is_available():
+        with pytest.raises(mv.ModelError, match="cannot be put on the device 'cuda'"):
+            mv.load(hf, processor, device="cuda")
+
+
+def test_a_processor_that_does_not_fit():
+    hf, processor = llava.__wrapped__()
+    processor.patch_size = None
+    with pytest.raises(mv.ModelError, match="processor of LlavaForConditionalGeneration does not fit"):
+        mv.load(hf, processor)
+
+
+def test_damaged_weights_are_not_blamed_on_the_record():
+    hf, processor = llava.__wrapped__()
+    with torch.no_grad():
+        part(hf, "model.language_model.layers")[1].mlp.down_proj.weight[0, 0] = float("nan")
+    with pytest.raises(mv.ModelError, match=r"computes NaN or infinity.*in float32: its weights are damaged"):
+        mv.load(hf, processor)
+
+
 def test_a_loaded_model_needs_its_processor():
     with pytest.raises(mv.ModelError, match="needs its processor"):
         mv.load(llava()[0])

@@ -232,6 +232,8 @@ def test_destinations_by_name_and_number(vlm, one):
     by_name = mv.norm_attention(vlm, one, dst="last")
     by_number = mv.norm_attention(vlm, one, dst=one.tokens.last)
     assert torch.equal(by_name.norm, by_number.norm)
+    with pytest.raises(ValueError, match="dst is empty"):
+        mv.norm_attention(vlm, one, dst=())
     with pytest.raises(ValueError, match="nowhere"):
         mv.norm_attention(vlm, one, dst="nowhere")
 
@@ -316,6 +318,21 @@ def test_what_leaves_the_trace_is_reduced(vlm, batch):
 def test_read_wants_a_probe(vlm, one):
     with pytest.raises(ValueError, match="no probe"):
         mv.read(vlm, one)
+    with pytest.raises(ValueError, match=r"one by one.*\['list'\]"):
+        mv.read(vlm, one, [mv.LogitLens()])
+
+
+def test_all_pairs_of_a_padded_batch_have_nothing_at_padding(vlm, batch):
+    got = mv.norm_attention(vlm, batch, dst="all pairs")
+    for row, tokens in enumerate(batch.token_maps):
+        padding = tokens.modality == mv.Modality.PADDING
+        assert got.norm[:, row, padding].abs().sum() == 0
+        assert got.weight[:, row, :, :, padding].abs().sum() == 0
+        future = torch.ones(len(tokens), len(tokens)).triu(1).bool()
+        assert got.norm[:, row][:, future].abs().sum() == 0
+        alone = mv.norm_attention(vlm, vlm.inputs(batch.images[row][0], batch.prompts[row]), dst="all pairs")
+        real = tokens.all
+        torch.testing.assert_close(got.norm[:, row][:, real][..., real], alone.norm[:, 0], rtol=1e-3, atol=1e-6)
 
 
 def test_nan_is_named_with_its_layer_and_example():

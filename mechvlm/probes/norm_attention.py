@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import ClassVar
 
 import pandas as pd
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from mechvlm.accessors import attention_rows
 from mechvlm.results import Result, long_frame, stack
+from mechvlm.tokens import Modality
 
 CHUNK = 2**26
 """Numbers that the transformed values f may take up at once (256 MB in float32): sources are worked off in chunks."""
@@ -57,7 +59,7 @@ class NormAttentionResult(Result):
     Attributes:
         norm: ‖Σ_h α_h f_h(x_src)‖, the heads' vectors summed first (residual-stream units).
         norm_head: ‖α_h f_h(x_src)‖ = α_h ‖f_h(x_src)‖ per head.
-        weight: α_h, the raw attention weights (0 to 1, each row sums to 1).
+        weight: α_h, the raw attention weights (0 to 1, each row of a token sums to 1).
         layers: 1 to n_layers.
         dest: the destination positions, per example; with all pairs, every position.
         names: what the destinations are called.
@@ -104,22 +106,28 @@ class NormAttention:
 
     def prepare(self, vlm, inputs):
         length = len(inputs.token_maps[0])
-        if self.dst == "all pairs":
-            return torch.arange(length).expand(len(inputs), -1), tuple(str(p) for p in range(length))
-        asked = [self.dst] if isinstance(self.dst, str | int) else list(self.dst)
-        found = [[m.select([d] if isinstance(d, int) else d) for d in asked] for m in inputs.token_maps]
+        if isinstance(self.dst, str) and self.dst == "all pairs":
+            real = torch.stack([m.modality != Modality.PADDING for m in inputs.token_maps])
+            return torch.arange(length).expand(len(inputs), -1), tuple(str(p) for p in range(length)), real
+        asked = [self.dst] if isinstance(self.dst, str | Integral) else list(self.dst)
+        if not asked:
+            raise ValueError("dst is empty: name at least one destination, such as 'last'.")
+        asked = [d if isinstance(d, str) else int(d) for d in asked]
+        found = [[m.select(d if isinstance(d, str) else [d]) for d in asked] for m in inputs.token_maps]
         sizes = {tuple(len(p) for p in rows) for rows in found}
         if len(sizes) != 1:
             raise ValueError(
                 f"dst={self.dst!r} means different numbers of positions in these examples: {sorted(sizes)}."
             )
         names = [str(d) if n == 1 else f"{d} {i}" for d, n in zip(asked, sizes.pop(), strict=True) for i in range(n)]
-        return torch.stack([torch.cat(rows) for rows in found]), tuple(names)
+        return torch.stack([torch.cat(rows) for rows in found]), tuple(names), None
 
     def at_attention(self, plan, attended):
-        dest, _ = plan
+        dest, _, real = plan
         q, k, v, mask, scale = attended.parts
         alpha = attention_rows(q, k, mask, scale, dest)
+        if real is not None:  # a destination of padding attends to anything
+            alpha = alpha * real.to(alpha.device)[:, None, :, None]
         per_source = len(v) * q.shape[1] * attended.w_o.shape[0]
         # Columns of the result depend on one source each, so that sources can be worked off in chunks.
         norms, heads = [], []
@@ -133,7 +141,7 @@ class NormAttention:
         return {"norm": torch.cat(norms, -1), "norm_head": torch.cat(heads, -1), "weight": alpha}
 
     def result(self, plan, rows, vlm, inputs) -> NormAttentionResult:
-        dest, names = plan
+        dest, names, _ = plan
         parts = {name: stack([row[name] for row in rows]) for name in ("norm", "norm_head", "weight")}
         return NormAttentionResult(
             **parts, layers=tuple(range(1, vlm.n_layers + 1)), dest=dest, names=names, model=vlm.name
