@@ -11,7 +11,7 @@ OUT = "mechvlm-study"
 
 STUDY = """Run the study of Wei et al. 2024, "A Study on Multi-modal Interaction in Vision Large Language Models":
 the words that visual tokens decode to, contextualization and norm-based attention by layer, and the phases of their
-interaction. With no arguments: both bundled models on 200 generated scenes, in about a minute. Writes a folder with
+interaction. With no arguments: both bundled models on 200 generated scenes, in well under a minute. Writes a folder with
 report.html, figures/, data/, skipped.csv and run.json."""
 
 

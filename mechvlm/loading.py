@@ -45,6 +45,8 @@ def load(
         ModelError: for an unknown model, a class without a record, weights that are not safetensors, or a model that is
             not what its record says.
     """
+    if isinstance(model, VLM):
+        raise ModelError(f"{model.name} is loaded already, as a VLM.")
     if isinstance(model, nn.Module):
         if processor is None:
             raise ModelError(

@@ -25,6 +25,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from mechvlm.probes.contextualization import ContextualizationResult
 from mechvlm.results import Result
 from mechvlm.segments import (
     MOVED,
@@ -73,7 +74,7 @@ class Change(NamedTuple):
         return "rise" if self.low > 0 else "fall" if self.high < 0 else None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Phases(Result):
     """What `fit_phases` found. A segment goes from a layer to a layer, and neighbours share their turning layer."""
 
@@ -120,7 +121,7 @@ class Phases(Result):
 
 
 def fit_phases(
-    curves: Float[np.ndarray, "example layer"] | Float[Tensor, "example layer"],
+    curves: ContextualizationResult | Float[np.ndarray, "example layer"] | Float[Tensor, "example layer"],
     *,
     image: Float[np.ndarray, "example layer"] | Float[Tensor, "example layer"] | None = None,
     text: Float[np.ndarray, "example layer"] | Float[Tensor, "example layer"] | None = None,
@@ -131,8 +132,8 @@ def fit_phases(
 ) -> Phases:
     """The rising and falling segments that the inter-modal curves support, and which of the paper's phases they are.
 
-    `curves` holds each example's inter-modal similarity at each layer. `image` and `text` are the intra-modal ones of
-    the same examples; they corroborate and decide nothing.
+    `curves` is a `ContextualizationResult`, or holds each example's inter-modal similarity at each layer, [example layer];
+    `image` and `text` are then the intra-modal ones of the same examples; they corroborate and decide nothing.
 
     Number of segments: 10-fold cross-validation over examples. `fit_segments` of the mean of the training examples is
     held against each held-out example; the fewest segments within one standard error of the least error are chosen
@@ -156,6 +157,10 @@ def fit_phases(
     One example has no spread: it gets the fewest segments that leave at most 5 % of its variance, with NaN for every
     interval and no label. Raises ValueError for NaN, no example, fewer than 3 layers, or shapes that differ.
     """
+    if isinstance(curves, ContextualizationResult):
+        # Its own tensors are [layer example].
+        result = curves
+        curves, image, text = result.inter.T, result.image.T, result.text.T
     values = {"inter": _checked("curves", curves)}
     for name, other in (("image", image), ("text", text)):
         if other is not None:

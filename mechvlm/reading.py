@@ -71,6 +71,8 @@ def read(vlm: VLM, inputs: Inputs, *probes) -> tuple:
     """
     if not probes:
         raise ValueError("read() was given no probe. Try mechvlm.read(vlm, inputs, mechvlm.LogitLens()).")
+    if not isinstance(inputs, Inputs):
+        raise ValueError(f"read() takes what vlm.inputs(image, prompt) gives, not {type(inputs).__name__}.")
     strange = [type(probe).__name__ for probe in probes if not hasattr(probe, "prepare")]
     if strange:
         raise ValueError(

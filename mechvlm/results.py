@@ -3,6 +3,7 @@
 import json
 from dataclasses import dataclass, fields
 from os import PathLike
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -19,6 +20,17 @@ class Result:
 
     units: ClassVar[str] = ""
 
+    def __repr__(self) -> str:
+        """The shapes of its tensors, and its short settings: never the numbers."""
+        shown = []
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if isinstance(value, Tensor):
+                shown.append(f"{f.name}: {list(value.shape)}")
+            elif isinstance(value, str | int | float) or (isinstance(value, tuple) and len(value) < 5):
+                shown.append(f"{f.name}={value!r}")
+        return f"{type(self).__name__}({', '.join(shown)})"
+
     def to_frame(self) -> pd.DataFrame:
         """The result as a tidy table, one value a row."""
         raise TypeError(f"{type(self).__name__} has no table of its own.")
@@ -31,7 +43,11 @@ class Result:
         return plots.draw(self, ax)
 
     def save(self, path: str | PathLike) -> None:
-        """Write one .safetensors file: tensors as they are, everything else as JSON in its header."""
+        """Write one .safetensors file: tensors as they are, everything else as JSON in its header.
+
+        Raises:
+            FileNotFoundError: when the folder is not there.
+        """
         tensors, rest = {}, {}
         for f in fields(self):
             value = getattr(self, f.name)
@@ -39,6 +55,8 @@ class Result:
                 tensors[f.name] = value.detach().cpu().contiguous().clone()
             else:
                 rest[f.name] = value
+        if not Path(path).parent.is_dir():
+            raise FileNotFoundError(f"Nothing can be saved as {path}: the folder {Path(path).parent} is not there.")
         header = {"mechvlm": type(self).__name__, "fields": json.dumps(rest)}
         save_file(tensors, path, metadata=header)
 

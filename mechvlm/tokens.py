@@ -76,7 +76,7 @@ class PatchGrid:
         return width * height / ((b[..., 2] - b[..., 0]) * (b[..., 3] - b[..., 1]))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class TokenMap:
     """What each position of one example's sequence is.
 
@@ -98,6 +98,10 @@ class TokenMap:
 
     def __len__(self) -> int:
         return len(self.strings)
+
+    def __repr__(self) -> str:
+        counts = ", ".join(f"{int((self.modality == kind).sum())} {kind.name.lower()}" for kind in Modality)
+        return f"TokenMap({len(self)} positions: {counts})"
 
     def _where(self, *kinds: Modality) -> Int[Tensor, " n"]:
         return torch.isin(self.modality, torch.tensor(kinds)).nonzero().squeeze(-1)

@@ -81,6 +81,9 @@ BAD_LINES = [
     ({"image": "../a.png", "captions": ["x"]}, "outside the folder"),
     ({"image": "/etc/passwd", "captions": ["x"]}, "outside the folder"),
     ({"image": "a.png", "captions": ["x"], "id": "ok"}, "uses this id again"),
+    ({"image": "x" * 300 + ".png", "captions": ["long"]}, "no file can have the name"),
+    ({"image": "nul\0.png", "captions": ["nul"]}, "there is no such file"),
+    ("[" * 100_000, "not JSON"),
 ]
 
 

@@ -308,3 +308,22 @@ def test_wrong_shapes_are_refused():
 def test_bad_fits_are_named(curve, n_segments, first, message):
     with pytest.raises(ValueError, match=message):
         fit_segments(curve, n_segments, first)
+
+
+def test_a_contextualization_result_is_taken_as_it_is():
+    """Its tensors are [layer example], the plain argument's axes are [example layer]."""
+    from mechvlm.probes.contextualization import ContextualizationResult
+
+    rng = np.random.default_rng(3)
+    base = np.array([0.0, 0.3, 0.1, 0.5, 0.2])
+    inter, image, text = (base + 0.02 * rng.standard_normal((9, 5)) for _ in range(3))
+    nothing = torch.zeros(5, 4)
+    result = ContextualizationResult(
+        *(torch.tensor(x.T, dtype=torch.float32) for x in (inter, image, text)), torch.zeros(3, 5), True, False, False,
+        "a model", nothing, nothing, torch.zeros(3, 5),
+    )  # fmt: skip
+    got = fit_phases(result, n_bootstrap=50)
+    want = fit_phases(np.float32(inter), image=np.float32(image), text=np.float32(text), n_bootstrap=50)
+    assert (got.n_examples, len(got.mean)) == (9, 5)
+    assert got.explanation == want.explanation
+    assert got.boundaries == want.boundaries == (1, 2, 3)

@@ -365,6 +365,19 @@ def test_results_survive_a_file(vlm, batch, tmp_path):
         mv.LogitLensResult.load(tmp_path / "result.safetensors")
 
 
+def test_a_result_shows_its_shapes_and_no_numbers(vlm, batch):
+    for result in mv.read(vlm, batch, mv.LogitLens(k=2), mv.Contextualization(), mv.NormAttention()):
+        assert len(repr(result)) < 400
+        assert repr(result).startswith(type(result).__name__)
+    assert "image" in repr(batch.token_maps[0])
+    assert len(repr(batch.token_maps[0])) < 120
+
+
+def test_saving_nowhere_names_the_folder(vlm, one, tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere is not there"):
+        mv.contextualization(vlm, one).save(tmp_path / "nowhere" / "x.safetensors")
+
+
 def test_tables_hold_the_tensors(vlm, batch):
     _, context, norms = mv.read(vlm, batch, mv.LogitLens(k=1), mv.Contextualization(), mv.NormAttention())
     frame = context.to_frame().set_index(["pair", "layer", "example"]).value

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -229,7 +230,9 @@ def test_the_folder_is_whole_and_reads_back(study):
     drawn = {
         f"figures/{n}.{s}" for n in ("phases", "lens", "contextualization", "norm_attention") for s in ("png", "svg")
     }
-    assert names == {"report.html", "run.json", "skipped.csv"} | drawn | {f"data/{n}.parquet" for n in study.tables}
+    assert names == {"report.html", "run.json", "skipped.csv", "data/README.txt"} | drawn | {
+        f"data/{n}.parquet" for n in study.tables
+    }
     for name, table in store.read_tables(study.out).items():
         pd.testing.assert_frame_equal(table, study.tables[name], check_dtype=False)
     with pytest.raises(InputError, match="no study's folder"):
@@ -367,6 +370,18 @@ def test_the_same_model_twice(llava_vlm):
         run([llava_vlm, llava_vlm], n=2)
     with pytest.raises(InputError, match="one or more"):
         run([], n=2)
+    with pytest.raises(InputError, match="seed -1"):
+        run([llava_vlm], n=2, seed=-1)
+
+
+def test_captions_without_a_word_are_set_aside(llava_vlm):
+    """Their precision would be 0 whatever is decoded, and their recall nothing at all."""
+    data = load_dataset("scenes", 3)
+    examples = (*data.examples, replace(data.examples[0], id="wordless", captions=("the of", "a")))
+    study = run([llava_vlm], replace(data, examples=examples))
+    assert study.skipped.example.tolist() == ["wordless"]
+    assert "no word that counts" in study.skipped.reason[0]
+    assert "wordless" not in set(study.tables["contextualization"].example)
 
 
 def test_a_small_model_runs_on_one_thread_and_leaves_the_number_as_it_was(llava_vlm):

@@ -58,7 +58,10 @@ def read_folder(folder: str | PathLike) -> tuple[list[Example], list[SetAside]]:
             example = _example(folder, line)
             if example.id in examples:
                 name = example.id
-                raise InputError(f"line {number} of {CAPTIONS} uses this id again: the first line with it is kept")
+                raise InputError(
+                    f"line {number} of {CAPTIONS} uses this id again: the first line with it is kept. Write all captions of "
+                    "an image in one line"
+                )
             examples[example.id] = example
         except InputError as error:
             aside.append(SetAside(name, str(error)))
@@ -71,13 +74,13 @@ def read_folder(folder: str | PathLike) -> tuple[list[Example], list[SetAside]]:
 def _example(folder: Path, line: str) -> Example:
     try:
         entry: Any = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"not JSON ({error})") from None
     if not isinstance(entry, dict) or not isinstance(entry.get("image"), str) or not entry["image"]:
         raise InputError('no "image", the name of a file in the folder')
     image = entry["image"]
     # A listing from elsewhere must not make a report show pictures from the rest of the disk.
-    if PurePosixPath(image).is_absolute() or ".." in PurePosixPath(image).parts or "\\" in image or "\0" in image:
+    if PurePosixPath(image).is_absolute() or ".." in PurePosixPath(image).parts or "\\" in image:
         raise InputError(f"the image {image!r} lies outside the folder")
     captions = entry.get("captions", entry.get("caption"))
     captions = [captions] if isinstance(captions, str) else captions
@@ -87,7 +90,11 @@ def _example(folder: Path, line: str) -> Example:
     if not captions:
         raise InputError(f"every caption of the image {image!r} is empty")
     path = folder / image
-    if not path.is_file():
+    try:
+        there = path.is_file()
+    except OSError as error:  # a name too long
+        raise InputError(f"no file can have the name {image[:40]!r}... ({error})") from None
+    if not there:
         raise InputError(f"no image at {path}: {'it is a folder' if path.is_dir() else 'there is no such file'}")
     return Example(_storable(str(entry.get("id") or image)), path, captions)
 

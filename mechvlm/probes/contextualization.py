@@ -35,7 +35,7 @@ def without_self(mean: Float[Tensor, "*axes"], n: Float[Tensor, "*#axes"]) -> Fl
     return torch.where(n > 1, (n * mean - 1) / (n - 1).clamp(min=1), torch.nan)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ContextualizationResult(Result):
     """Mean pairwise cosines by layer, -1 to 1.
 

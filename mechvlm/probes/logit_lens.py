@@ -31,7 +31,7 @@ def top_tokens(
     return torch.cat(tokens), torch.cat(probs)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class LogitLensResult(Result):
     """Top-k tokens of chosen positions at chosen layers.
 

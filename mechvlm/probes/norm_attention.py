@@ -49,7 +49,7 @@ def norm_attention_sum(
     return rearrange(((a @ gram) * a).sum(-1).clamp(min=0).sqrt(), "batch src dest -> batch dest src")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class NormAttentionResult(Result):
     """What each source token wrote to chosen destinations, layer by layer; beside it the raw weights.
 

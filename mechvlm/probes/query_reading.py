@@ -10,7 +10,7 @@ from torch import Tensor
 from mechvlm.results import Result, long_frame, stack
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class QueryReadingResult(Result):
     """The cross-attention weights of the queries over the image's patches.
 

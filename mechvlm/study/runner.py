@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from mechvlm import bundled
-from mechvlm.datasets import Dataset, Example, load_dataset
+from mechvlm.datasets import Dataset, Example, SetAside, fingerprint, load_dataset
 from mechvlm.errors import InputError, NonFiniteError
 from mechvlm.images import open_image
 from mechvlm.loading import class_of, load
@@ -24,6 +24,7 @@ from mechvlm.reading import read
 from mechvlm.study.collect import ContextRows, LensRows, NormRows, frequent_words
 from mechvlm.tokens import TokenMap
 from mechvlm.vlm import VLM
+from mechvlm.words import caption_words
 
 PROMPT = "Describe the scene."
 GALLERY = 6
@@ -105,6 +106,8 @@ def run(
         raise InputError(f"Give one or more models, each once; got {names}.")
     if batch_size < 1:
         raise InputError(f"A batch of {batch_size} examples was asked for; at least 1 is needed.")
+    if seed < 0:
+        raise InputError(f"The seed {seed} was given; seeds are 0 or more.")
     for model in models:
         if isinstance(model, str):
             class_of(model)  # before the first model runs, not after it
@@ -112,7 +115,7 @@ def run(
     folder = None if out is None else Path(out)
     if folder is not None:
         _check_folder(folder)
-    data = dataset if isinstance(dataset, Dataset) else load_dataset(dataset, n, seed)
+    data = _worded(dataset if isinstance(dataset, Dataset) else load_dataset(dataset, n, seed))
     settings = {
         "models": names, "dataset": data.name, "prompt": prompt, "n": len(data), "seed": seed, "device": device,
         "dtype": dtype, "batch_size": batch_size, "out": None if out is None else str(out),
@@ -221,6 +224,20 @@ def _reads(vlm: VLM, batch: list[Example], prompt: str, probes: tuple, aside: li
         yield from _reads(vlm, batch[half:], prompt, probes, aside)
     else:
         yield batch, inputs.token_maps, results
+
+
+def _worded(data: Dataset) -> Dataset:
+    """Without the examples whose captions hold no word to look for: their precision would be 0 whatever is decoded."""
+    aside = [e for e in data.examples if not caption_words(e.captions)]
+    if not aside:
+        return data
+    kept = tuple(e for e in data.examples if e not in aside)
+    reason = "its captions hold no word that counts (two letters or more, no stop word)"
+    if not kept:
+        raise InputError(
+            f"None of the {len(aside)} examples of {data.name} can be used. The first, {aside[0].id}: {reason}"
+        )
+    return Dataset(data.name, kept, (*data.set_aside, *(SetAside(e.id, reason) for e in aside)), fingerprint(kept))
 
 
 def _check_prompt(vlm: VLM, prompt: str) -> None:

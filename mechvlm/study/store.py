@@ -2,7 +2,7 @@
 
     report.html             one page that works offline
     figures/*.png, *.svg    the four figures
-    data/*.parquet          the tables below
+    data/*.parquet          the tables below; data/README.txt says what is in them
     skipped.csv             what was set aside: model, example, reason
     run.json                models and revisions, versions, seed, the data's fingerprint, every setting, findings, captions
 
@@ -60,6 +60,7 @@ def write(study: Study, out: Path, progress: Progress, started: float) -> Study:
         (out / "data").mkdir(parents=True)
         for name, table in study.tables.items():
             table.to_parquet(out / "data" / f"{name}.parquet", index=False)
+        (out / "data" / "README.txt").write_text(__doc__ or "", encoding="utf-8")
         study.skipped.to_csv(out / "skipped.csv", index=False)
         progress("figures", 0, 0)
         drawn = figures.draw_all(study.tables, study.phases)

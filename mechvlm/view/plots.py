@@ -126,25 +126,26 @@ def _(result: ContextualizationResult, ax: Axes | None = None) -> Axes:
 
 @draw.register
 def _(result: LogitLensResult, ax: Axes | None = None) -> Axes:
-    """Top token of each position at each layer, on the color of its probability; at most 48 positions are labelled."""
+    """Top token of each position at each layer, on the color of its probability; without words over 80 positions."""
     with style():
         n_layers, n_points, _ = result.tokens.shape
         ax = axes(ax, width=min(2 + 0.5 * n_points, 24), height=1.6 + 0.28 * n_layers)
         top = result.probs[:, :, 0].numpy()
         mesh = ax.imshow(top, origin="lower", aspect="auto", cmap="Blues", vmin=0, vmax=1)
-        if n_points <= 48:
+        if n_points <= 80:
             for row, points in enumerate(result.pieces()):
                 for col, pieces in enumerate(points):
                     light = top[row, col] > 0.6
                     ax.text(
-                        col, row, text(pieces[0], 8), ha="center", va="center", fontsize=6,
+                        col, row, text(pieces[0], 8 if n_points <= 48 else 6), ha="center", va="center", fontsize=6,
                         color="white" if light else "#222222",
                     )  # fmt: skip
         ax.set_yticks(range(n_layers), [str(layer) for layer in result.layers])
         _position_ticks(ax, result.position.tolist())
         ax.set_ylabel(LAYER)
         ax.set_xlabel("position")
-        ax.set_title(f"Logit lens: likeliest token, {result.model}")
+        dropped = "" if n_points <= 80 else f" (words left out: {n_points} positions)"
+        ax.set_title(f"Logit lens: likeliest token, {result.model}{dropped}")
         ax.grid(False)
         ax.figure.colorbar(mesh, ax=ax, label="probability", pad=0.01)
     return ax
