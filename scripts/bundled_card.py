@@ -43,9 +43,8 @@ TRAINING = {
    position.** One batch in eight is text alone, as in 1.
 
 About half an hour on two shared CPU cores: 400 steps of stage 1 (a schedule of 1200, cut short), 1600 of stage 2 (batches
-of 64), 2600 of stage 3 (batches of 32 scenes, each with a caption and six or so questions). Stage 3 was resumed twice:
-the answers weigh three times as much since step 600, and relations are drawn more often since step 1200, which is how
-the script trains from the start (it has not been run in one piece yet). Another run gives other weights, therefore.
+of 64), 4000 of stage 3 (batches of 32 scenes, each with a caption and six or so questions): a cosine schedule over 2600,
+then a warm restart in one over 4000. The script as it stands does the same from the start.
 
 What the lens reads on visual tokens was never taught on images. But the text of stage 1 resembles an
 image more than ordinary text does: its grids of words stand where visual tokens will, and the next word was learned

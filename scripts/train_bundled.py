@@ -259,7 +259,8 @@ def llava(args):
     def watch(m):
         return accuracy(m, held, args, False, seen) + " | lens " + lens(m, held, args, seen)
 
-    fit("llava", module, batch, args, args.steps or 2600, 1e-3, watch=watch)
+    for steps in [args.steps] if args.steps else (2600, 4000):  # the second begins where the first ends: a warm restart
+        fit("llava", module, batch, args, steps, 1e-3, watch=watch)
     module.float().cpu()
     full.model.language_model.load_state_dict(module.lm.model.state_dict())
     full.lm_head.load_state_dict(module.lm.lm_head.state_dict())

@@ -7,16 +7,14 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 
 
-def test_the_example_runs():
+def test_the_example_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # it saves a figure
     (code,) = re.findall(r"```python\n(.*?)```", README, re.S)
-    # nnsight reads a trace's source from its file.
-    import tempfile
-
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "example.py"
-        file.write_text(code)
-        names: dict = {}
-        exec(compile(code, str(file), "exec"), names)
+    file = tmp_path / "example.py"  # nnsight reads a trace's source from its file
+    file.write_text(code)
+    names: dict = {}
+    exec(compile(code, str(file), "exec"), names)
+    assert (tmp_path / "lens.png").stat().st_size > 10_000
     vlm, inputs = names["vlm"], names["inputs"]
     assert names["resid"].shape == (1, len(inputs.tokens), vlm.d_model)
     assert names["weights"].shape == (1, vlm.n_heads, 1, len(inputs.tokens))
