@@ -48,7 +48,7 @@ class Attended(NamedTuple):
 
 
 class Probe(Protocol):
-    """What read() asks of a probe. Write your own: see the tutorial.
+    """What read() asks of a probe. Write your own: `Contextualization` is the shortest to start from.
 
     `prepare` runs before the forward and turns names into positions; the three `at_` methods run inside it, on the model's
     device, and give a dict of small tensors (or None); `result` is given those dicts, in the order of the layers.
