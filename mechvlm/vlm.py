@@ -205,7 +205,7 @@ class VLM:
 
 
 class Weights:
-    """One weight of every layer, per head: views of the model's own parameters, but for grouped keys and values, which are repeated."""
+    """One weight of every layer, per head: views of the model's own parameters (grouped keys and values are repeated)."""
 
     def __init__(self, vlm: VLM, name: str, read: Callable[[int], Tensor]):
         self._n, self._name, self._read = vlm.n_layers, name, read
