@@ -37,6 +37,31 @@ class Inputs:
     def __len__(self) -> int:
         return len(self.token_maps)
 
+    def __getitem__(self, example: int) -> "Inputs":
+        """One example alone, without its padding.
+
+        Raises:
+            IndexError: for an example that is not there.
+        """
+        if not -len(self) <= example < len(self):
+            raise IndexError(f"Example {example} was asked for; these inputs hold 0 to {len(self) - 1}.")
+        row = example % len(self)
+        # Several images of one prompt lie one after the other in pixel_values.
+        first = sum(len(group) for group in self.images[:row])
+        encoding = {}
+        for key, value in self.encoding.items():
+            if key == "pixel_values":
+                encoding[key] = value[first : first + len(self.images[row])]
+            else:
+                mask = "qformer_attention_mask" if key.startswith("qformer") else "attention_mask"
+                encoding[key] = value[row : row + 1, self.encoding[mask][row].bool()]
+        old, keep = self.token_maps[row], self.encoding["attention_mask"][row].bool()
+        strings = tuple(s for s, k in zip(old.strings, keep.tolist(), strict=True) if k)
+        tokens = TokenMap(old.ids[keep], strings, old.modality[keep], old.grids, old.patches)
+        return Inputs(
+            encoding, (tokens,), self.images[row : row + 1], self.prompts[row : row + 1], self.texts[row : row + 1]
+        )
+
     @property
     def tokens(self) -> TokenMap:
         """The TokenMap of the only example.

@@ -1,9 +1,11 @@
 """Which position of a sequence is what, and where on the image a patch lies. No model here, only tensors and numbers."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import cached_property
+from itertools import accumulate
 
 import torch
 from jaxtyping import Float, Int
@@ -17,6 +19,11 @@ class Modality(IntEnum):
     SPECIAL = 1
     TEXT = 2
     IMAGE = 3
+
+
+def readable(piece: str) -> str:
+    """A tokenizer's piece as it reads in a text: spaces and line breaks for their marks."""
+    return piece.replace("▁", " ").replace("Ġ", " ").replace("Ċ", "\n").replace("<0x0A>", "\n")
 
 
 @dataclass(frozen=True)
@@ -126,6 +133,15 @@ class TokenMap:
         """Every position that is not padding."""
         return self._where(Modality.SPECIAL, Modality.TEXT, Modality.IMAGE)
 
+    @cached_property
+    def question(self) -> Int[Tensor, " n"]:
+        """Positions of all that is neither image nor the last position: the prompt, its template and its control tokens.
+
+        `image`, `question` and `last` are every position once.
+        """
+        words = self._where(Modality.SPECIAL, Modality.TEXT)
+        return words[words != self.last]
+
     @property
     def last(self) -> int:
         """The last position, where the model answers."""
@@ -147,12 +163,12 @@ class TokenMap:
         return self.image.chunk(len(self.grids))
 
     def select(self, where: str | int | Sequence[int] | Tensor) -> Int[Tensor, " n"]:
-        """Positions by name ("image", "text", "special", "all", "last", "last_text", "last_image") or by number.
+        """Positions by name ("image", "text", "question", "special", "all", "last", "last_text", "last_image") or by number.
 
         Raises:
             ValueError: for an unknown name, a number outside the sequence or on padding, or an empty selection.
         """
-        groups = ("image", "text", "special", "all")
+        groups = ("image", "text", "question", "special", "all")
         lasts = {"last": "all", "last_text": "text", "last_image": "image"}
         if isinstance(where, str):
             if where not in groups and where not in lasts:
@@ -200,9 +216,43 @@ class TokenMap:
                 return image, row, col
         raise ValueError(f"Position {position} holds no visual token; they are at {self.image.tolist()}.")
 
-    def in_box(self, box: Sequence[float | int], image: int = 0, covered: float = 0.5) -> Int[Tensor, " n"]:
-        """Positions of the patches of which at least the share `covered` lies in a box given in original pixels."""
-        return self.images[image][(self._grid(image).covered(box) >= covered).flatten()]
+    def pos_in_box(
+        self, box: Sequence[float | int], image: int = 0, covered: float = 0.5, margin: int = 0
+    ) -> Int[Tensor, " n"]:
+        """Positions of the patches of which at least the share `covered` lies in a box given in original pixels.
+
+        With `margin`, their neighbours too, up to so many patches away (diagonals as well).
+
+        Raises:
+            ValueError: where visual tokens are queries, which have no place.
+            IndexError: for an image that is not there.
+        """
+        inside = (self._grid(image).covered(box) >= covered).float()[None]
+        grown = torch.nn.functional.max_pool2d(inside, 2 * margin + 1, stride=1, padding=margin)
+        return self.images[image][grown.flatten() > 0]
+
+    def pos_of(self, word: str) -> Int[Tensor, " n"]:
+        """Positions of the tokens that spell a word or a phrase, wherever it stands in the text (whole words, this case).
+
+        Raises:
+            ValueError: when the text does not hold it; the message quotes the text.
+        """
+        # Pieces as they read, with a character that no word holds for everything that is not text.
+        is_text = (self.modality == Modality.TEXT).tolist()
+        pieces = [readable(s) if t else "\0" for s, t in zip(self.strings, is_text, strict=True)]
+        ends = list(accumulate(len(piece) for piece in pieces))
+        text = "".join(pieces)
+        spans = (
+            [m.span() for m in re.finditer(rf"(?<!\w){re.escape(word.strip())}(?!\w)", text)] if word.strip() else []
+        )
+        if not spans:
+            raise ValueError(f"The text holds no {word!r}. It reads: {text.replace(chr(0), '').strip()!r}.")
+        found = [
+            i
+            for i, (piece, end) in enumerate(zip(pieces, ends, strict=True))
+            if is_text[i] and any(a < end and end - len(piece.lstrip()) < b for a, b in spans)
+        ]
+        return torch.tensor(found)
 
     def _grid(self, image: int) -> PatchGrid:
         if not self.patches:

@@ -10,7 +10,19 @@ import mechvlm
 ROOT = Path(mechvlm.__file__).parent
 
 # Each room, and the rooms it may import from; a room knows what stands above it in the flow, and no more.
-LOAD = {"errors", "architectures", "tokens", "images", "inputs", "accessors", "vlm", "checks", "bundled", "loading"}
+LOAD = {
+    "answers",
+    "errors",
+    "architectures",
+    "tokens",
+    "images",
+    "inputs",
+    "accessors",
+    "vlm",
+    "checks",
+    "bundled",
+    "loading",
+}
 MEASURE = {"results", "probes", "words", "segments", "phases"}
 ALLOWED = {
     **{room: LOAD for room in LOAD},

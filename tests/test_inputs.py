@@ -114,10 +114,10 @@ def test_boxes_by_hand():
 
 def test_patches_in_a_box(llava_vlm):
     tokens = llava_vlm.inputs(Image.new("RGB", (56, 56)), "a").tokens
-    inside = tokens.in_box((14, 14, 42, 28))
+    inside = tokens.pos_in_box((14, 14, 42, 28))
     assert inside.tolist() == [tokens.position(1, 1), tokens.position(1, 2)]
-    assert tokens.in_box((14, 14, 28, 20)).tolist() == []  # 6 of 14 rows: less than half
-    assert tokens.in_box((14, 14, 28, 20), covered=0.4).tolist() == [tokens.position(1, 1)]
+    assert tokens.pos_in_box((14, 14, 28, 20)).tolist() == []  # 6 of 14 rows: less than half
+    assert tokens.pos_in_box((14, 14, 28, 20), covered=0.4).tolist() == [tokens.position(1, 1)]
 
 
 @pytest.mark.parametrize(
@@ -226,3 +226,56 @@ def test_nothing_to_run(llava_vlm):
         llava_vlm.inputs([], "a")
     with pytest.raises(mv.InputError, match="has no image"):
         llava_vlm.inputs([[]], "a")
+
+
+def test_one_example_of_a_batch_is_what_it_is_alone(vlm):
+    """Without its padding, an example of a batch is the encoding and the map that it has alone."""
+    images, prompts = [noise_image(i) for i in range(3)], ["what is this", "describe the scene . a what is this", "a"]
+    several = vlm.inputs(images, prompts)
+    for i in range(3):
+        alone, taken = vlm.inputs(images[i], prompts[i]), several[i]
+        assert list(taken.encoding) == list(alone.encoding)
+        assert all(torch.equal(taken.encoding[key], alone.encoding[key]) for key in alone.encoding)
+        for name in ("ids", "modality", "image", "question"):
+            assert torch.equal(getattr(taken.tokens, name), getattr(alone.tokens, name))
+        assert (taken.tokens.strings, taken.prompts, taken.texts) == (alone.tokens.strings, alone.prompts, alone.texts)
+        assert torch.equal(several[i - 3].tokens.ids, alone.tokens.ids)
+    with pytest.raises(IndexError, match="Example 3 was asked for; these inputs hold 0 to 2"):
+        several[3]
+
+
+def test_several_images_of_one_prompt_stay_with_it(llava_vlm):
+    inputs = llava_vlm.inputs([[noise_image(0)], [noise_image(1), noise_image(2)], [noise_image(3)]], "what is this")
+    alone = llava_vlm.inputs([[noise_image(1), noise_image(2)]], "what is this")
+    assert torch.equal(inputs[1].encoding["pixel_values"], alone.encoding["pixel_values"])
+    assert len(inputs[1].images[0]) == 2
+    assert len(inputs[1].tokens.images) == 2
+
+
+def test_the_question_is_all_but_the_image_and_the_last_position(vlm, batch):
+    for tokens in batch.token_maps:
+        every = torch.cat([tokens.image, tokens.question, torch.tensor([tokens.last])]).sort().values
+        assert torch.equal(every, tokens.all)
+
+
+def test_positions_of_a_word(vlm):
+    tokens = vlm.inputs(noise_image(0), "what is this thing ? is this it").tokens
+
+    def read(word):
+        return [tokens.strings[i].strip("▁") for i in tokens.pos_of(word)]
+
+    assert read("is") == ["is", "is"]  # and not the end of "this"
+    assert "".join(read("this thing")) == "thisthing"
+    assert [tokens.strings[i] for i in tokens.pos_of("is this it")] == ["▁is", "▁this", "▁it"]
+    with pytest.raises(ValueError, match=r"The text holds no 'his'. It reads: .*what is this thing"):
+        tokens.pos_of("his")
+    with pytest.raises(ValueError, match="The text holds no ''"):
+        tokens.pos_of("")
+
+
+def test_positions_of_a_box_with_its_neighbours(llava_vlm):
+    tokens = llava_vlm.inputs(noise_image(0, (56, 56)), "a").tokens  # 4 x 4 patches of 14 pixels
+    assert tokens.pos_in_box((14, 14, 28, 28)).tolist() == [tokens.position(1, 1)]
+    grown = {tokens.position(r, c) for r in range(3) for c in range(3)}
+    assert set(tokens.pos_in_box((14, 14, 28, 28), margin=1).tolist()) == grown
+    assert tokens.pos_in_box((0, 0, 14, 14), margin=3).tolist() == tokens.image.tolist()

@@ -1,0 +1,37 @@
+"""The token that an answer begins with is the one that the model itself would have to write."""
+
+import pytest
+import torch
+
+import mechvlm as mv
+from mechvlm.answers import answer_tokens
+from mechvlm.datasets.scenes import scenes
+
+
+@pytest.mark.parametrize("name", ["tiny-llava", "tiny-instructblip"])
+def test_the_token_is_the_one_that_the_model_answers_with(name):
+    vlm = mv.load(name)
+    image = next(scenes(1)).image
+    inputs = vlm.inputs(image, "What color is the circle?")
+    word = vlm.generate(inputs)[0]
+    with torch.no_grad():
+        best = vlm.hf(**vlm.encoding(inputs)).logits[0, -1].argmax()
+    assert answer_tokens(vlm, inputs, word).tolist() == [int(best)]
+    assert answer_tokens(vlm, inputs, int(best)).tolist() == [int(best)]
+
+
+def test_one_answer_for_all_or_one_each(batch, vlm):
+    one = answer_tokens(vlm, batch, "red")
+    each = answer_tokens(vlm, batch, ["red", "a cat", 7])
+    assert vlm.tokenizer.convert_ids_to_tokens(one.tolist()) == ["▁red"] * 3
+    assert vlm.tokenizer.convert_ids_to_tokens(each[:2].tolist()) == ["▁red", "▁a"]
+    assert each[2] == 7
+
+
+def test_bad_answers_are_refused(batch, vlm):
+    with pytest.raises(mv.InputError, match="2 answers were given for 3 examples"):
+        answer_tokens(vlm, batch, ["a", "b"])
+    with pytest.raises(mv.InputError, match="not ''"):
+        answer_tokens(vlm, batch, ["a", "", "b"])
+    with pytest.raises(mv.InputError, match="99999999 is no token id: the vocabulary has 0 to 32063"):
+        answer_tokens(vlm, batch, 99999999)
