@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mechvlm.errors import InputError, ModelError, NonFiniteError
     from mechvlm.inputs import Inputs
+    from mechvlm.interventions import ablate, knock_out, patch, steer
     from mechvlm.loading import load
     from mechvlm.phases import fit_phases
     from mechvlm.probes.contextualization import Contextualization, ContextualizationResult
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "errors": ("InputError", "ModelError", "NonFiniteError"),
     "inputs": ("Inputs",),
+    "interventions": ("ablate", "knock_out", "patch", "steer"),
     "loading": ("load",),
     "phases": ("fit_phases",),
     "probes.contextualization": ("Contextualization", "ContextualizationResult"),
@@ -35,10 +37,10 @@ _HOMES = {
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
-    "VLM", "Contextualization", "ContextualizationResult", "InputError", "Inputs", "LogitLens", "LogitLensResult", "Modality",
-    "ModelError", "NonFiniteError", "NormAttention", "NormAttentionResult", "PatchGrid", "QueryReading", "QueryReadingResult",
-    "TokenMap", "contextualization", "fit_phases", "load", "logit_lens", "norm_attention", "precision_recall", "query_reading",
-    "read",
+    "VLM", "Contextualization", "ContextualizationResult", "InputError", "Inputs", "LogitLens", "LogitLensResult",
+    "Modality", "ModelError", "NonFiniteError", "NormAttention", "NormAttentionResult", "PatchGrid", "QueryReading",
+    "QueryReadingResult", "TokenMap", "ablate", "contextualization", "fit_phases", "knock_out", "load", "logit_lens",
+    "norm_attention", "patch", "precision_recall", "query_reading", "read", "steer",
 ]  # fmt: skip
 
 

@@ -1,7 +1,6 @@
 """Which token an answer begins with: what the causal experiments measure the probability of."""
 
 from collections.abc import Sequence
-from numbers import Integral
 
 import torch
 from jaxtyping import Int
@@ -15,21 +14,20 @@ from mechvlm.vlm import VLM
 def answer_tokens(vlm: VLM, inputs: Inputs, answers: str | int | Sequence[str | int]) -> Int[Tensor, " example"]:
     """Token ids of the answers' FIRST tokens, as the tokenizer writes them after each example's prompt.
 
-    Args:
-        answers: a word (or a token id) for all examples, or one per example. Of several tokens the first one counts.
+    `answers` is a word (or a token id) for all examples, or one per example. Of several tokens the first one counts.
 
     Raises:
         InputError: for another number of answers than examples, an empty answer, an id outside the vocabulary, or a word
             whose first token the tokenizer joins with the prompt.
     """
-    given = [answers] * len(inputs) if isinstance(answers, str | Integral) else list(answers)
+    given = [answers] * len(inputs) if isinstance(answers, str | int) else list(answers)
     if len(given) != len(inputs):
         raise InputError(f"{len(given)} answers were given for {len(inputs)} examples: give one for all, or one each.")
     return torch.tensor([_first(vlm, text, answer) for text, answer in zip(inputs.texts, given, strict=True)])
 
 
 def _first(vlm: VLM, text: str, answer: str | int) -> int:
-    if isinstance(answer, Integral):
+    if isinstance(answer, int):
         if not 0 <= answer < vlm.d_vocab:
             raise InputError(f"The answer {answer} is no token id: the vocabulary has 0 to {vlm.d_vocab - 1}.")
         return int(answer)

@@ -1,0 +1,343 @@
+"""Changing what passes by: `knock_out`, `ablate`, `patch` and `steer`, inside any `with vlm.trace(inputs):`.
+
+Positions count from the start of the (padded) sequence, as a `TokenMap` gives them: `tokens.image`, `tokens.question`,
+`tokens.last`, `tokens.pos_in_box(box)`, `tokens.pos_of(word)`. One selection goes for every example; a list with one selection
+per example (or None: leave this one as it is) gives each row of a batch an intervention of its own. Heads are given likewise.
+
+A forward goes by once. Several interventions, and reading between them, follow its order: layer by layer.
+
+    for layer in range(3, 6):
+        mv.steer(vlm, direction, tokens.image, layer)
+        seen.append(vlm.mlp_out[layer])
+        ...
+
+Layers are the decoder's, 0 to n_layers - 1, as in `vlm.resid_post[layer]`.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mechvlm.vlm import VLM
+
+SITES = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "z")
+"""What of a layer can be changed, in the order of its forward (z is [batch pos head d_head])."""
+Selection = Any
+"""An int, a sequence or tensor of ints, or a list with one of these (or None) per example."""
+
+
+def knock_out(
+    vlm: VLM, src: Selection, dst: Selection, layers: int | Iterable[int], heads: Selection | None = None
+) -> None:
+    """Attention knockout: at `layers`, the positions `dst` cannot attend to the positions `src`.
+
+    Their scores are masked before the softmax, so that the weights are exactly 0 and those of the other sources sum to 1
+    (Geva et al. 2023). The model keeps its attention implementation, SDPA or eager; its mask is replaced.
+
+    `src` are read from, `dst` read; `heads` are all by default.
+
+    Raises:
+        ValueError: for an empty selection, for a knockout without effect (no source stands before a destination, padding,
+            or all is blocked already), and for one that leaves a destination nothing to attend to. Also under attention
+            implementations that take no mask (flash, flex).
+        IndexError: for a layer, head or position that is not there.
+    """
+    kind = vlm.config.text_config._attn_implementation
+    if kind not in ("eager", "sdpa"):
+        raise ValueError(
+            f"knock_out needs an attention that takes a mask, sdpa or eager; {vlm.name} runs {kind}. "
+            "Set vlm.hf.set_attn_implementation('sdpa')."
+        )
+    for layer in _layers(vlm, layers, "knock_out"):
+        site = getattr(getattr(vlm.layers[layer], vlm.record.attention).source, vlm.record.attention_call)
+        (module, q, k, v, mask, *rest), options = site.inputs
+        site.inputs = ((module, q, k, v, _masked(q, k, mask, src, dst, heads), *rest), options)
+
+
+def _masked(q: Tensor, k: Tensor, mask: Tensor | None, src, dst, heads) -> Tensor:
+    """The additive mask with these edges out of it: [batch 1 dest src], or [batch head dest src] where heads are given."""
+    (batch, n_heads, n_dest, _), n_src = q.shape, k.shape[2]
+    offset = n_src - n_dest  # where a cache holds the first positions, only later ones are destinations
+    lowest = torch.finfo(q.dtype).min
+    if mask is None:
+        later = torch.ones(n_dest, n_src, dtype=torch.bool, device=q.device).triu(offset + 1)
+        new = torch.zeros(batch, 1, n_dest, n_src, dtype=q.dtype, device=q.device).masked_fill_(later, lowest)
+    else:
+        new = mask[..., :n_src].expand(batch, -1, -1, -1)
+        new = (
+            torch.zeros_like(new, dtype=q.dtype).masked_fill_(~new, lowest) if new.dtype == torch.bool else new.clone()
+        )
+    sources, dests = _rows(src, batch, n_src, "src"), _rows(dst, batch, n_src, "dst")
+    if heads is not None:
+        in_row = _rows(heads, batch, n_heads, "heads")
+        new = new.expand(-1, n_heads, -1, -1).clone() if new.shape[1] == 1 else new
+    for row in range(batch):
+        s, d = sources[row], dests[row]
+        h = list(range(new.shape[1])) if heads is None else in_row[row]
+        if not (s and d and h):
+            continue
+        where = f"knock_out of example {row}: src {_short(s)}, dst {_short(d)}"
+        if min(d) < offset:
+            raise ValueError(f"{where}: this forward computes positions {offset} to {n_src - 1} only.")
+        at = torch.tensor(h)[:, None, None], torch.tensor(d)[:, None] - offset, torch.tensor(s)
+        # Without a mask all that stands before is open, and nothing has to be fetched from the device to know it.
+        if min(s) > max(d) or (mask is not None and not (new[row][at] > lowest / 2).any()):
+            raise ValueError(
+                f"{where} has no effect: a position attends to itself and those before it, without padding and what was "
+                "knocked out already, and none of these sources is among them."
+            )
+        new[row][at] = lowest
+        left = (new[row][at[0], at[1]] > lowest / 2).any(-1).all() if mask is not None else not _covers(s, d)
+        if not left:
+            raise ValueError(
+                f"{where} leaves a destination nothing to attend to: leave it one source, itself for example."
+            )
+    if not any(s and d for s, d in zip(sources, dests, strict=True)):
+        raise ValueError("knock_out: no example has both a source and a destination.")
+    return new
+
+
+def _covers(src: list[int], dst: list[int]) -> bool:
+    """Whether a destination loses every position up to itself."""
+    blocked, first = set(src), 0
+    while first in blocked:
+        first += 1
+    return min(dst) < first
+
+
+def ablate(
+    vlm: VLM,
+    pos: Selection,
+    layers: int | Iterable[int],
+    how: str = "zero",
+    source: Tensor | None = None,
+    at: str = "resid_pre",
+    heads: Selection | None = None,
+    seed: int = 0,
+) -> None:
+    """Replace what `pos` hold at `layers` by nothing, by an average, or by what other examples hold there.
+
+    Args:
+        vlm: within its trace.
+        pos: positions.
+        layers: one or several.
+        how: "zero"; "mean", the average of `source`; or "resample", entries of `source` drawn with `seed`.
+        source: [n ...] states of the site, to average or draw from, such as the visual tokens of many images. By default
+            what the OTHER examples of the batch hold at their `pos` (for "resample" the same number of them in order, of one
+            other example, where it has as many).
+        at: a site of the layer; `resid_pre` is what enters it, so that layer 0 takes the embeddings.
+        heads: at="z" only: of these heads.
+        seed: of the draws.
+
+    Raises:
+        ValueError: for an empty selection, an unknown `how` or site, no example to average or draw from, or a source of
+            the wrong shape.
+        IndexError: for a layer, head or position that is not there.
+    """
+    if how not in ("zero", "mean", "resample"):
+        raise ValueError(f"ablate knows how='zero', 'mean' and 'resample', not {how!r}.")
+    generator = torch.Generator().manual_seed(seed)
+    for layer in _layers(vlm, layers, "ablate"):
+        old = _site(vlm, at)[layer]
+        rows = _rows(pos, len(old), old.shape[1], "pos")
+        new = old.clone()
+        for row, positions in enumerate(rows):
+            if not positions:
+                continue
+            if how == "zero":
+                value = torch.zeros_like(old[row, positions])
+            else:
+                pool = _pool(old, rows, row, source, how, generator)
+                value = pool.mean(0, keepdim=True) if how == "mean" else _drawn(pool, len(positions), generator)
+            new[row, positions] = _of_heads(old, value.to(old), row, positions, heads, at)
+        _site(vlm, at)[layer] = new
+
+
+def _pool(old: Tensor, rows: list[list[int]], row: int, source, how: str, generator) -> Tensor:
+    """[n ...] states to average or to draw from in one row."""
+    if source is not None:
+        if source.shape[1:] != old.shape[2:] or not len(source):
+            raise ValueError(
+                f"ablate: source is {list(source.shape)}; expected [n, {', '.join(map(str, old.shape[2:]))}]."
+            )
+        return source
+    others = [other for other in range(len(rows)) if other != row and rows[other]]
+    if not others:
+        raise ValueError(
+            f"ablate(how={how!r}) takes the other examples of the batch, and here is none with such positions: "
+            "give `source`, states [n ...] of other images."
+        )
+    if how == "resample":  # one other example, as it is
+        others = [others[int(torch.randint(len(others), (), generator=generator))]]
+    return torch.cat([old[other, rows[other]] for other in others])
+
+
+def _drawn(pool: Tensor, n: int, generator: torch.Generator) -> Tensor:
+    return pool if len(pool) == n else pool[torch.randint(len(pool), (n,), generator=generator).to(pool.device)]
+
+
+def patch(
+    vlm: VLM,
+    activations: Tensor | Mapping[Any, Tensor] | Sequence[Tensor],
+    pos: Selection,
+    layers: int | Iterable[int],
+    at: str = "resid_post",
+    heads: Selection | None = None,
+) -> None:
+    """Activation patching: at `layers`, `pos` hold what they held in another forward.
+
+    Args:
+        vlm: within its trace.
+        activations: of one layer, a tensor as the accessor gives it, [batch pos ...] of the same length, of which `pos` are
+            taken; or only the states to put in, [batch n ...] for n positions. A batch of 1 goes to every row. Of several
+            layers, such tensors by layer: a list over all layers, or a mapping from layers or from TransformerLens' hook names.
+        pos: positions.
+        layers: one or several.
+        at: a site of the layer.
+        heads: at="z" only: of these heads.
+
+    Raises:
+        ValueError: for activations of the wrong shape or missing layers, an empty selection or an unknown site.
+        IndexError: for a layer, head or position that is not there.
+    """
+    layers = _layers(vlm, layers, "patch")
+    if isinstance(activations, Tensor) and len(layers) > 1:
+        raise ValueError(f"patch: one tensor was given for the layers {layers}: give a list or a mapping by layer.")
+    for layer in layers:
+        old = _site(vlm, at)[layer]
+        rows = _rows(pos, len(old), old.shape[1], "pos")
+        given = activations if isinstance(activations, Tensor) else _of_layer(activations, layer, at)
+        counts = sorted({len(positions) for positions in rows if positions})
+        fits = given.ndim == old.ndim and given.shape[0] in (1, len(old)) and given.shape[2:] == old.shape[2:]
+        if not fits or (given.shape[1] != old.shape[1] and counts != [given.shape[1]]):
+            wanted = f"[{len(old)} or 1, {old.shape[1]} or {counts}, {', '.join(map(str, old.shape[2:]))}]"
+            raise ValueError(
+                f"patch: the activations are {list(given.shape)}; {at} of layer {layer} takes {wanted}: (batch, all positions "
+                "or those patched, ...)."
+            )
+        new = old.clone()
+        for row, positions in enumerate(rows):
+            if positions:
+                value = given[row if len(given) > 1 else 0].to(old)
+                value = value[positions] if given.shape[1] == old.shape[1] else value
+                new[row, positions] = _of_heads(old, value, row, positions, heads, at)
+        _site(vlm, at)[layer] = new
+
+
+def _of_layer(activations, layer: int, at: str) -> Tensor:
+    if not isinstance(activations, Mapping):
+        if not 0 <= layer < len(activations):
+            raise ValueError(
+                f"patch: layer {layer} was asked for; the activations are a list of {len(activations)} layers."
+            )
+        return activations[layer]
+    name = f"blocks.{layer}.attn.hook_z" if at == "z" else f"blocks.{layer}.hook_{at}"
+    for key in (layer, name):
+        if key in activations:
+            return activations[key]
+    raise ValueError(f"patch: the activations hold neither {layer} nor {name!r}, but {_short(list(activations))}.")
+
+
+def steer(
+    vlm: VLM,
+    direction: Tensor,
+    pos: Selection,
+    layers: int | Iterable[int],
+    scale: float | int = 1.0,
+    at: str = "resid_post",
+) -> None:
+    """Activation steering: at `layers`, add scale * direction to what `pos` hold.
+
+    `direction` is one vector, [d_model] (at="z": [head d_head]), or one per example, [batch d_model].
+
+    Raises:
+        ValueError: for a direction of the wrong shape, an empty selection or an unknown site.
+        IndexError: for a layer or position that is not there.
+    """
+    for layer in _layers(vlm, layers, "steer"):
+        old = _site(vlm, at)[layer]
+        if direction.shape not in (old.shape[2:], (len(old), *old.shape[2:])):
+            width = ", ".join(map(str, old.shape[2:]))
+            raise ValueError(
+                f"steer: the direction is {list(direction.shape)}; {at} takes [{width}] or [{len(old)}, {width}]."
+            )
+        step = (scale * direction).to(old)
+        new = old.clone()
+        for row, positions in enumerate(_rows(pos, len(old), old.shape[1], "pos")):
+            new[row, positions] = old[row, positions] + (step[row] if direction.ndim == old.ndim - 1 else step)
+        _site(vlm, at)[layer] = new
+
+
+# -- what was asked, made plain ----------------------------------------------------------------------------------------
+
+
+def _site(vlm: VLM, at: str):
+    if at not in SITES:
+        raise ValueError(f"There is no site {at!r} to change. Sites: {', '.join(SITES)}.")
+    return getattr(vlm, at)
+
+
+def _layers(vlm: VLM, layers: int | Iterable[int], what: str) -> list[int]:
+    """In the order of the forward, each once."""
+    asked = [layers] if isinstance(layers, int) else [int(layer) for layer in layers]
+    if not asked:
+        raise ValueError(f"{what}: no layer was given; the decoder has 0 to {vlm.n_layers - 1}.")
+    bad = [layer for layer in asked if not -vlm.n_layers <= layer < vlm.n_layers]
+    if bad:
+        raise IndexError(f"{what}: layers {bad} were asked for; the decoder has 0 to {vlm.n_layers - 1}.")
+    return sorted({layer % vlm.n_layers for layer in asked})
+
+
+def _rows(asked: Selection, batch: int, n: int, what: str) -> list[list[int]]:
+    """A selection as numbers 0 to n - 1, per example of the batch."""
+    if isinstance(asked, list | tuple) and any(_is_several(entry) for entry in asked):
+        if len(asked) != batch:
+            raise ValueError(
+                f"{what}: {len(asked)} selections were given for a batch of {batch}: give one per example."
+            )
+        rows = [[] if entry is None else _numbers(entry, n, what) for entry in asked]
+    elif isinstance(asked, Tensor) and asked.ndim == 2:
+        return _rows(list(asked), batch, n, what)
+    else:
+        rows = [_numbers(asked, n, what)] * batch
+    if not any(rows):
+        raise ValueError(f"{what} is empty: select at least one.")
+    return rows
+
+
+def _is_several(entry) -> bool:
+    return entry is None or isinstance(entry, list | tuple | range) or (isinstance(entry, Tensor) and entry.ndim > 0)
+
+
+def _numbers(asked, n: int, what: str) -> list[int]:
+    if isinstance(asked, str):
+        raise ValueError(f"{what}={asked!r}: give numbers, such as inputs.tokens.select({asked!r}).")
+    found = torch.as_tensor(list(asked) if isinstance(asked, range) else asked)
+    if found.numel() and (found.dtype == torch.bool or found.is_floating_point() or found.ndim > 1):
+        raise ValueError(
+            f"{what} takes whole numbers, not {found.dtype} {list(found.shape)}; of a mask, give mask.nonzero()[:, 0]."
+        )
+    numbers = [int(i) for i in found.reshape(-1)]
+    bad = [i for i in numbers if not -n <= i < n]
+    if bad:
+        raise IndexError(f"{what}: {_short(bad)} was asked for; there are 0 to {n - 1}.")
+    return list(dict.fromkeys(i % n for i in numbers))
+
+
+def _of_heads(old: Tensor, value: Tensor, row: int, positions: list[int], heads, at: str) -> Tensor:
+    """`value` in the heads asked for, and what was there in the others."""
+    if heads is None:
+        return value
+    if at != "z":
+        raise ValueError(f"heads={heads!r} were given at {at!r}: only at='z' are there heads.")
+    chosen = torch.zeros(old.shape[2], 1, dtype=torch.bool, device=old.device)
+    chosen[_rows(heads, len(old), old.shape[2], "heads")[row]] = True
+    return torch.where(chosen, value, old[row, positions])
+
+
+def _short(items: list) -> str:
+    return (
+        str(items) if len(items) < 9 else f"[{', '.join(repr(i) for i in items[:4])}, ... {items[-1]!r}] ({len(items)})"
+    )
