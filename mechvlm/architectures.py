@@ -16,7 +16,8 @@ class Architecture:
 
     Attributes:
         hf_class: name of the class in `transformers`.
-        embed, layers, norm, unembed: token embedding, decoder layers, final norm and unembedding.
+        embed, decoder, layers, norm, unembed: token embedding, the decoder without its unembedding, its layers, final norm
+            and unembedding.
         visual_tokens: what an image becomes in the decoder. "patches": one token a patch, in reading order;
             "queries": learned queries that read the whole image.
         template: the prompt where the processor brings no chat template. `{images}` stands for the image tokens
@@ -28,6 +29,7 @@ class Architecture:
 
     hf_class: str
     embed: str
+    decoder: str
     layers: str
     norm: str
     unembed: str
@@ -55,6 +57,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         Architecture(
             hf_class="LlavaForConditionalGeneration",
             embed="model.language_model.embed_tokens",
+            decoder="model.language_model",
             layers="model.language_model.layers",
             norm="model.language_model.norm",
             unembed="lm_head",
@@ -64,6 +67,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         Architecture(
             hf_class="InstructBlipForConditionalGeneration",
             embed="language_model.model.embed_tokens",
+            decoder="language_model.model",
             layers="language_model.model.layers",
             norm="language_model.model.norm",
             unembed="language_model.lm_head",

@@ -3,11 +3,11 @@
 import nnsight
 import pytest
 import torch
+from conftest import noise_image
+from models import llava
 
 import mechvlm as mv
 from mechvlm.interventions import SITES, ablate, knock_out, patch, steer
-from conftest import noise_image
-from models import llava
 
 LOWEST = torch.finfo(torch.float32).min
 
@@ -350,18 +350,23 @@ def test_interventions_are_made_in_the_model_s_own_precision():
 @pytest.mark.parametrize(
     ("change", "error", "says"),
     [
-        (lambda v: patch(v, torch.zeros(1, 3, 7), 2, 1), ValueError, r"activations are \[1, 3, 7\]; resid_post of layer 1 takes \[1 or 1, \d+ or \[1\], 32\]"),
+        (lambda v: patch(v, torch.zeros(1, 3, 7), 2, 1), ValueError,
+         r"activations are \[1, 3, 7\]; resid_post of layer 1 takes \[1 or 1, \d+ or \[1\], 32\]"),
         (lambda v: patch(v, torch.zeros(1, 3, 32), [2, 3], 1), ValueError, r"activations are \[1, 3, 32\]"),
         (lambda v: patch(v, torch.zeros(1, 1, 32), 2, [1, 2]), ValueError, r"one tensor was given for the layers \[1, 2\]"),
-        (lambda v: patch(v, {0: torch.zeros(1, 1, 32)}, 2, 1), ValueError, r"neither 1 nor 'blocks.1.hook_resid_post', but \[0\]"),
-        (lambda v: patch(v, [torch.zeros(1, 1, 32)], 2, 1), ValueError, "layer 1 was asked for; the activations are a list of 1 layers"),
-        (lambda v: patch(v, torch.zeros(1, 1, 32), 2, 1, at="nowhere"), ValueError, "no site 'nowhere' to change. Sites: resid_pre"),
+        (lambda v: patch(v, {0: torch.zeros(1, 1, 32)}, 2, 1), ValueError,
+         r"neither 1 nor 'blocks.1.hook_resid_post', but \[0\]"),
+        (lambda v: patch(v, [torch.zeros(1, 1, 32)], 2, 1), ValueError,
+         "layer 1 was asked for; the activations are a list of 1 layers"),
+        (lambda v: patch(v, torch.zeros(1, 1, 32), 2, 1, at="nowhere"), ValueError,
+         "no site 'nowhere' to change. Sites: resid_pre"),
         (lambda v: patch(v, torch.zeros(1, 1, 32), 2, 1, heads=[0]), ValueError, "only at='z' are there heads"),
         (lambda v: steer(v, torch.zeros(7), 2, 1), ValueError, r"direction is \[7\]; resid_post takes \[32\] or \[1, 32\]"),
         (lambda v: steer(v, torch.zeros(32), 999, 1), IndexError, r"pos: \[999\] was asked for"),
         (lambda v: ablate(v, 2, 1, how="nothing"), ValueError, "knows how='zero', 'mean' and 'resample', not 'nothing'"),
         (lambda v: ablate(v, 2, 1, how="mean"), ValueError, "takes the other examples of the batch"),
-        (lambda v: ablate(v, 2, 1, how="mean", source=torch.zeros(4, 3)), ValueError, r"source is \[4, 3\]; expected \[n, 32\]"),
+        (lambda v: ablate(v, 2, 1, how="mean", source=torch.zeros(4, 3)), ValueError,
+         r"source is \[4, 3\]; expected \[n, 32\]"),
         (lambda v: ablate(v, 2, 5), IndexError, r"layers \[5\] were asked for; the decoder has 0 to 2"),
         (lambda v: ablate(v, [], 1), ValueError, "pos is empty"),
     ],
