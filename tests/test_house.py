@@ -23,10 +23,11 @@ LOAD = {
     "bundled",
     "loading",
 }
-MEASURE = {"results", "probes", "words", "segments", "phases"}
+MEASURE = {"results", "probes", "words", "segments", "phases", "intervals"}
 ALLOWED = {
     **{room: LOAD for room in LOAD},
     "datasets": {"errors", "images", "datasets"},
+    "progress": set(),
     # Measures see tensors, never a model: of LOAD they know positions and the attention's formula.
     **{room: MEASURE | {"tokens", "accessors"} for room in MEASURE},
     "reading": LOAD | MEASURE,
