@@ -5,6 +5,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mechvlm.errors import InputError, ModelError, NonFiniteError
+    from mechvlm.experiments.causal_trace import causal_trace
+    from mechvlm.experiments.information_flow import information_flow
+    from mechvlm.experiments.object_ablation import object_ablation
+    from mechvlm.experiments.results import CausalTraceResult, InformationFlowResult, ObjectAblationResult
     from mechvlm.inputs import Inputs
     from mechvlm.interventions import ablate, knock_out, patch, steer
     from mechvlm.loading import load
@@ -21,6 +25,10 @@ if TYPE_CHECKING:
 # Where each public name lives. They are imported when they are first used: `mechvlm --help` needs no torch.
 _HOMES = {
     "errors": ("InputError", "ModelError", "NonFiniteError"),
+    "experiments.causal_trace": ("causal_trace",),
+    "experiments.information_flow": ("information_flow",),
+    "experiments.object_ablation": ("object_ablation",),
+    "experiments.results": ("CausalTraceResult", "InformationFlowResult", "ObjectAblationResult"),
     "inputs": ("Inputs",),
     "interventions": ("ablate", "knock_out", "patch", "steer"),
     "loading": ("load",),
@@ -37,10 +45,11 @@ _HOMES = {
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
-    "VLM", "Contextualization", "ContextualizationResult", "InputError", "Inputs", "LogitLens", "LogitLensResult",
-    "Modality", "ModelError", "NonFiniteError", "NormAttention", "NormAttentionResult", "PatchGrid", "QueryReading",
-    "QueryReadingResult", "TokenMap", "ablate", "contextualization", "fit_phases", "knock_out", "load", "logit_lens",
-    "norm_attention", "patch", "precision_recall", "query_reading", "read", "steer",
+    "VLM", "CausalTraceResult", "Contextualization", "ContextualizationResult", "InformationFlowResult", "InputError",
+    "Inputs", "LogitLens", "LogitLensResult", "Modality", "ModelError", "NonFiniteError", "NormAttention",
+    "NormAttentionResult", "ObjectAblationResult", "PatchGrid", "QueryReading", "QueryReadingResult", "TokenMap",
+    "ablate", "causal_trace", "contextualization", "fit_phases", "information_flow", "knock_out", "load", "logit_lens",
+    "norm_attention", "object_ablation", "patch", "precision_recall", "query_reading", "read", "steer",
 ]  # fmt: skip
 
 

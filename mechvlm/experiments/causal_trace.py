@@ -1,0 +1,139 @@
+"""Causal tracing: corrupt the image or the words, restore a few clean states, and see how much of the answer comes back."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from jaxtyping import Float
+from PIL import Image
+from torch import Tensor
+
+from mechvlm.errors import InputError
+from mechvlm.experiments.examples import Answers, Example, Examples, positions
+from mechvlm.experiments.rerun import Edit, Run, run, sweep, windows
+from mechvlm.experiments.results import CausalTraceResult
+from mechvlm.inputs import Inputs
+from mechvlm.interventions import patch
+from mechvlm.progress import track
+from mechvlm.tokens import Modality
+from mechvlm.vlm import VLM
+
+CORRUPTIONS = ("noise", "image", "blank", "words")
+SITES = ("resid_pre", "attn_out", "mlp_out")
+GROUPS = ("image", "question", "last")
+NOISE = 3.0
+"""Standard deviations of the embeddings, as in Meng et al. 2022."""
+
+
+def causal_trace(
+    vlm: VLM,
+    inputs: Inputs | Sequence[Inputs],
+    answers: Answers = None,
+    corrupt: str = "noise",
+    window: int = 1,
+    at: str = "resid_pre",
+    groups: Sequence[str] | Sequence[Mapping[str, Sequence[int] | Tensor]] = GROUPS,
+    seed: int = 0,
+) -> CausalTraceResult:
+    """The answer's probability in a corrupted forward in which a group's states are restored, layer by layer.
+
+    p_restored - p_corrupt, the indirect effect (Meng et al. 2022, "Locating and Editing Factual Associations in GPT"; for
+    vision-language models Basu et al. 2024, "Understanding Information Storage and Transfer in Multi-modal LLMs").
+
+    Args:
+        vlm: the model.
+        inputs: any number of examples, as one batch or several. Each is run alone, its windows batched.
+        answers: a word or token id for all examples, or one each; by default the model's own first token.
+        corrupt: "noise" on the visual tokens' embeddings and "words" the same on the text tokens' (Gaussian, 3 standard
+            deviations of those embeddings); "blank" a grey image; "image" that of the next example.
+        window: how many layers around each layer are restored together.
+        at: what is restored: "resid_pre" (the residual stream where it enters the layer), "attn_out" or "mlp_out".
+        groups: names of `TokenMap.select` ("question + last" joins two), or for each example a mapping from the groups' names
+            to positions of that example alone, without padding; the names are the same for all.
+        seed: of the noise.
+
+    InstructBLIP's queries read the words in the Q-Former too; "words" corrupts them in the decoder alone.
+
+    Raises:
+        InputError: for answers or groups that do not fit the examples, or another image that gives another number of
+            tokens.
+        ValueError: for an unknown corruption, site or group.
+    """
+    for value, known, what in ((corrupt, CORRUPTIONS, "corruption"), (at, SITES, "site to restore")):
+        if value not in known:
+            raise ValueError(f"There is no {what} {value!r}. Known: {', '.join(known)}.")
+    spans = windows(vlm.n_layers, window)
+    examples = Examples(vlm, inputs, answers)
+    named = _named(groups, len(examples))
+    p, p_corrupt, p_restored, tokens = [], [], [], []
+    for example in track(examples, "causal trace"):
+        clean = run(vlm, example.inputs, keep=at)
+        token = example.token(clean.logits)
+        broken = run(vlm, _corrupted(vlm, example, examples, clean, corrupt, seed))
+        where = [_group(example, given) for given in named[example.number].values()]
+
+        def change(layer: int, rows: list[Edit], where=where, clean=clean) -> None:
+            first = rows[0].pos
+            pos = [[i - first for i in where[edit.key[0]]] if layer in edit.layers else None for edit in rows]
+            if any(pos):
+                patch(vlm, clean.kept[layer][:, first:], pos, layer, at=at)
+
+        edits = [Edit((g, span), span, min(pos)) for g, pos in enumerate(where) for span in dict.fromkeys(spans)]
+        logits = sweep(vlm, broken, edits, change)
+        p.append(clean.p(token))
+        p_corrupt.append(broken.p(token))
+        p_restored.append([[float(logits[g, span].softmax(-1)[token]) for g in range(len(where))] for span in spans])
+        tokens.append(token)
+    first = 0 if at == "resid_pre" else 1
+    return CausalTraceResult(
+        p=torch.tensor(p), p_corrupt=torch.tensor(p_corrupt), p_restored=torch.tensor(p_restored).permute(1, 2, 0),
+        groups=tuple(named[0]), layers=tuple(range(first, vlm.n_layers + first)),
+        windows=tuple((span.start, span.stop) for span in spans), at=at, corrupt=corrupt,
+        answers=tuple(vlm.tokenizer.convert_ids_to_tokens(tokens)), model=vlm.name,
+    )  # fmt: skip
+
+
+def _named(groups, n: int) -> list[Mapping]:
+    """For each example the groups' names, and which positions they are: by name again, or by number."""
+    if not len(groups):
+        raise ValueError(f"No group of positions was given; by default they are {', '.join(GROUPS)}.")
+    if all(isinstance(group, str) for group in groups):
+        return [{group: group for group in groups}] * n
+    if len(groups) != n or any(not isinstance(g, Mapping) or list(g) != list(groups[0]) for g in groups):
+        raise InputError(f"Groups are names, or one mapping per example ({n}) with the same names in each.")
+    return list(groups)
+
+
+def _group(example: Example, given) -> list[int]:
+    tokens = example.inputs.tokens
+    return (positions(tokens, given) if isinstance(given, str) else tokens.select(given)).tolist()
+
+
+def _corrupted(
+    vlm: VLM, example: Example, examples: Examples, clean: Run, corrupt: str, seed: int
+) -> Inputs | Float[Tensor, "1 pos d_model"]:
+    """What the corrupted forward starts from."""
+    inputs, tokens = example.inputs, example.inputs.tokens
+    if corrupt in ("noise", "words"):
+        words = tokens.question[tokens.modality[tokens.question] == Modality.TEXT]
+        pos = tokens.image if corrupt == "noise" else words
+        if not len(pos):
+            raise InputError(f"Example {example.number} has no words before its last position to corrupt.")
+        embeddings = clean.resid[0].clone()
+        old = embeddings[:, pos].float()
+        noise = torch.randn(old.shape, generator=torch.Generator().manual_seed(seed + example.number)).to(old.device)
+        embeddings[:, pos] = (old + NOISE * old.std() * noise).to(embeddings)
+        return embeddings
+    images = inputs.images[0]
+    if corrupt == "blank":
+        others = [Image.new("RGB", image.size, (127, 127, 127)) for image in images]
+    elif len(examples) < 2:
+        raise InputError("corrupt='image' takes the image of the next example: give at least two examples.")
+    else:
+        others = list(examples[(example.number + 1) % len(examples)].inputs.images[0])
+    other = vlm.inputs([others], inputs.prompts[0])
+    if not torch.equal(other.tokens.ids, tokens.ids):
+        raise InputError(
+            f"Example {example.number} with another image has {len(other.tokens)} tokens instead of {len(tokens)}: "
+            "its states cannot be restored position by position. Give images of one size."
+        )
+    return other
