@@ -31,7 +31,7 @@ class Example(NamedTuple):
 class Examples(Sequence[Example]):
     """The examples of one or several batches, in their order."""
 
-    def __init__(self, vlm: VLM, inputs: Inputs | Sequence[Inputs], answers: Answers = None):
+    def __init__(self, vlm: VLM, inputs: Inputs | Sequence, answers: Answers = None):
         batches = [inputs] if isinstance(inputs, Inputs) else list(inputs)
         strange = [type(b).__name__ for b in batches if not isinstance(b, Inputs)]
         if strange or not batches:

@@ -1,0 +1,349 @@
+"""Experiments against one whole forward per intervention, against what is known by construction, and their refusals."""
+
+import nnsight
+import pytest
+import torch
+from conftest import noise_image
+from models import instructblip, llava
+from PIL import Image
+
+import mechvlm as mv
+from mechvlm.answers import answer_tokens
+from mechvlm.experiments import rerun
+from mechvlm.experiments.examples import Examples
+from mechvlm.experiments.information_flow import FLOWS
+from mechvlm.experiments.rerun import Edit, run, sweep, windows
+
+BUILD = {
+    "llava": lambda: llava(layers=5),
+    "llava-gqa-bias": lambda: llava(kv_heads=2, bias=True, layers=5),
+    "instructblip": lambda: instructblip(layers=5),
+}
+
+
+@pytest.fixture(scope="module", params=list(BUILD))
+def deep(request):
+    """Models of five layers."""
+    return mv.load(*BUILD[request.param]())
+
+
+@pytest.fixture(scope="module")
+def three(deep):
+    """Examples of different lengths, so that two are padded."""
+    return deep.inputs(
+        [noise_image(i) for i in range(3)], ["what is this", "describe the scene . a what is this", "a this"]
+    )
+
+
+ANSWERS = ["this", "scene", 1234]
+
+
+def p_of(vlm, inputs, token, change):
+    """The naive way: a whole forward of one example alone, with interventions."""
+    with torch.no_grad(), vlm.trace(inputs):
+        change()
+        logits = nnsight.save(vlm.logits)
+    return float(logits[0, -1].float().softmax(-1)[token])
+
+
+def tokens_of(vlm, inputs):
+    return [int(answer_tokens(vlm, inputs[i], a)) for i, a in enumerate(ANSWERS)]
+
+
+def close(got, want):
+    # Probabilities of a random model over 32064 words are around 3e-5: held to five digits.
+    torch.testing.assert_close(got, torch.as_tensor(want, dtype=got.dtype), rtol=2e-5, atol=1e-12)
+
+
+# -- the engine --------------------------------------------------------------------------------------------------------
+
+
+def test_windows_lie_around_each_layer():
+    assert windows(5, 1) == [range(i, i + 1) for i in range(5)]
+    assert windows(5, 3) == [range(0, 2), range(0, 3), range(1, 4), range(2, 5), range(3, 5)]
+    assert windows(4, 2) == [range(0, 2), range(1, 3), range(2, 4), range(3, 4)]
+    assert windows(3, 99) == [range(3)] * 3
+    with pytest.raises(ValueError, match="A window of 0 layers"):
+        windows(3, 0)
+
+
+def test_a_run_is_the_model_s_own_forward(deep, three):
+    one = three[1]
+    clean = run(deep, one, keep="mlp_out")
+    with torch.no_grad():
+        out = deep.hf(**deep.encoding(one), output_hidden_states=True)
+    torch.testing.assert_close(clean.logits, out.logits[0, -1])
+    torch.testing.assert_close(run(deep, clean.resid[0]).logits, out.logits[0, -1])
+    assert [x.shape for x in clean.kept] == [x.shape for x in clean.resid]
+
+
+@pytest.mark.parametrize("size", [1, 7, 512])
+def test_a_sweep_equals_whole_forwards(deep, three, monkeypatch, size):
+    """Skipped layers, kept prefixes and rows that share a forward change no result."""
+    monkeypatch.setattr(rerun, "TOKENS", size)
+    one = three[1]
+    tokens = one.tokens
+    direction = torch.randn(deep.d_model, generator=torch.Generator().manual_seed(0))
+    places = (int(tokens.image[0]), tokens.last - 2, tokens.last)
+    edits = [Edit((pos, start), range(start, min(5, start + 2)), pos) for pos in places for start in range(5)]
+    clean = run(deep, one)
+
+    def change(layer, rows):
+        pos = [[0] if layer in edit.layers else None for edit in rows]
+        if any(pos):
+            mv.steer(deep, direction, pos, layer, at="mlp_out")
+
+    got = sweep(deep, clean, edits, change)
+    for edit in edits:
+        with torch.no_grad(), deep.trace(one, logits_to_keep=1):
+            mv.steer(deep, direction, edit.pos, edit.layers, at="mlp_out")
+            want = nnsight.save(deep.logits)
+        torch.testing.assert_close(got[edit.key], want[0, -1], rtol=1e-5, atol=2e-6)
+        if edit.layers.start < 4 or edit.pos == tokens.last:  # at the last layer nobody reads another position
+            assert (got[edit.key] - clean.logits).abs().max() > 1e-3
+
+
+def test_a_sweep_computes_no_layer_and_no_position_twice(llava_vlm, monkeypatch):
+    """What the decoder's layers are called with: only layers from the first, only positions from the first."""
+    inputs = llava_vlm.inputs(noise_image(0), "what is this")
+    clean = run(llava_vlm, inputs)
+    seen = []
+    layers = llava_vlm.hf.model.language_model.layers
+    handles = [
+        layer.mlp.register_forward_hook(lambda _, args, out, i=i: seen.append((i, *args[0].shape[:2])))
+        for i, layer in enumerate(layers)
+    ]
+    try:
+        edits = [Edit((i,), range(1, 2), inputs.tokens.last - 3) for i in range(2)]
+        sweep(llava_vlm, clean, edits, lambda layer, rows: None)
+    finally:
+        for handle in handles:
+            handle.remove()
+    assert seen == [(1, 2, 4), (2, 2, 4)]
+
+
+# -- information flow --------------------------------------------------------------------------------------------------
+
+
+def test_information_flow_equals_a_whole_forward_per_window(deep, three):
+    flows = (*FLOWS, "image -> question + last")
+    result = mv.information_flow(deep, three, ANSWERS, window=2, flows=flows)
+    for i, token in enumerate(tokens_of(deep, three)):
+        one, t = three[i], three[i].tokens
+        after = [p for p in t.question.tolist() if p > t.last_image]
+        edges = [
+            (t.image, after),
+            (t.image, t.last),
+            (t.question, t.last),
+            (t.last, t.last),
+            (t.image, [*after, t.last]),
+        ]
+        close(result.p[i], p_of(deep, one, token, lambda: None))
+        for f, (src, dst) in enumerate(edges):
+            for layer, (start, stop) in enumerate(result.windows):
+
+                def change(src=src, dst=dst, start=start, stop=stop):
+                    mv.knock_out(deep, src, dst, range(start, stop))
+
+                close(result.p_knocked[f, layer, i], p_of(deep, one, token, change))
+    torch.testing.assert_close(result.change, 100 * (result.p_knocked / result.p - 1), rtol=1e-3, atol=1e-3)
+    assert result.windows == ((0, 2), (1, 3), (2, 4), (3, 5), (4, 5))
+    assert result.answers[:2] == ("▁this", "▁scene")
+    frame = result.to_frame()
+    row = frame[(frame.flow == "image -> last") & (frame.layer == 3) & (frame.example == 2)].iloc[0]
+    assert row.p_knocked == pytest.approx(float(result.p_knocked[1, 3, 2]))
+    assert row.p == pytest.approx(float(result.p[2]))
+    assert row.change == pytest.approx(float(result.change[1, 3, 2]))
+
+
+def test_without_an_answer_the_model_s_own_is_followed(deep, three):
+    result = mv.information_flow(deep, [three[0], three[2]], window=9, flows=["image -> last"])
+    with torch.no_grad():
+        for i, row in enumerate((0, 2)):
+            logits = deep.hf(**deep.encoding(three[row])).logits[0, -1]
+            assert result.answers[i] == deep.tokenizer.convert_ids_to_tokens(int(logits.argmax()))
+            close(result.p[i], float(logits.softmax(-1).max()))
+
+
+def test_without_the_image_all_images_answer_alike(deep):
+    """Known by construction: what is left is the text's prior."""
+    images = [noise_image(i) for i in range(3)]
+    inputs = deep.inputs(images, "what is this")
+    # All the words stand after the image, or read nothing of it: the queries read the words in the Q-Former alone.
+    result = mv.information_flow(deep, inputs, "this", window=99, flows=["image -> question + last"])
+    assert result.p.std() / result.p.mean() > 1e-3
+    close(result.p_knocked[0, :, 1:], result.p_knocked[0, :, :1].expand(-1, 2))
+
+
+# -- causal trace ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("at", ["resid_pre", "attn_out", "mlp_out"])
+def test_a_causal_trace_equals_a_whole_forward_per_window(deep, three, at):
+    result = mv.causal_trace(deep, three, ANSWERS, corrupt="noise", window=2, at=at, seed=3)
+    for i, token in enumerate(tokens_of(deep, three)):
+        one, t = three[i], three[i].tokens
+        clean = run(deep, one, keep=at)
+        old = clean.resid[0][:, t.image]
+        noise = torch.randn(old.shape, generator=torch.Generator().manual_seed(3 + i))
+        broken = old + 3 * old.std() * noise
+        close(
+            result.p_corrupt[i],
+            p_of(deep, one, token, lambda v=broken, t=t: mv.patch(deep, v, t.image, 0, "resid_pre")),
+        )
+        for g, pos in enumerate((t.image, t.question, t.last)):
+            for w, (start, stop) in enumerate(result.windows):
+
+                def change(t=t, pos=pos, broken=broken, clean=clean, start=start, stop=stop):
+                    mv.patch(deep, broken, t.image, 0, at="resid_pre")
+                    for layer in range(start, stop):
+                        mv.patch(deep, clean.kept[layer], pos, layer, at=at)
+
+                close(result.p_restored[w, g, i], p_of(deep, one, token, change))
+    assert result.layers == (tuple(range(5)) if at == "resid_pre" else tuple(range(1, 6)))
+    close(result.total_effect, result.p - result.p_corrupt)
+
+
+@pytest.mark.parametrize("corrupt", ["noise", "image", "blank", "words"])
+def test_what_a_trace_must_bring_back(deep, three, corrupt):
+    result = mv.causal_trace(
+        deep, three, ANSWERS, corrupt=corrupt, groups=("image", "question", "last", "image + question + last")
+    )
+    assert not torch.allclose(result.p_corrupt, result.p, rtol=1e-3)
+    close(result.p_restored[:, 3], result.p.expand(5, -1))  # all positions of any layer
+    first = result.p_restored[0]
+    if corrupt == "words":
+        close(first[1], result.p)
+        close(first[0], result.p_corrupt)
+    else:
+        close(first[0], result.p)
+        close(first[1:3], result.p_corrupt.expand(2, -1))
+
+
+def test_corrupted_images_are_those_that_were_meant(deep, three):
+    def p(image, i):
+        alone = deep.inputs(image, three.prompts[i])
+        return p_of(deep, alone, tokens_of(deep, three)[i], lambda: None)
+
+    blank = mv.causal_trace(deep, three, ANSWERS, corrupt="blank", groups=["last"])
+    close(blank.p_corrupt, [p(Image.new("RGB", (80, 60), (127, 127, 127)), i) for i in range(3)])
+    other = mv.causal_trace(deep, three, ANSWERS, corrupt="image", groups=["last"])
+    close(other.p_corrupt, [p(noise_image((i + 1) % 3), i) for i in range(3)])
+
+
+def test_groups_of_an_example_s_own(deep, three):
+    """By number, in the positions that the example has alone."""
+    own = [{"first": three[i].tokens.image[:1], "word": three[i].tokens.pos_of("this")} for i in range(3)]
+    result = mv.causal_trace(deep, three, ANSWERS, groups=own)
+    assert result.groups == ("first", "word")
+    by_name = mv.causal_trace(deep, three, ANSWERS, groups=["last"])
+    close(result.p, by_name.p)
+    close(result.p_corrupt, by_name.p_corrupt)
+    close(result.p_restored[0, 1], result.p_corrupt)  # the words were not corrupted
+
+
+# -- object ablation ---------------------------------------------------------------------------------------------------
+
+
+def test_object_ablation_equals_whole_forwards(deep, three):
+    boxes = [(5, 5, 30, 25), (40, 20, 70, 55), (10, 10, 12, 12)]
+    result = mv.object_ablation(deep, three, boxes, ANSWERS, margins=(0, 1), draws=2)
+    states = []
+    for i in range(3):
+        clean = run(deep, three[i])
+        states.append(clean.resid[0][0, three[i].tokens.image])
+    mean = torch.cat(states).mean(0)
+    for i, token in enumerate(tokens_of(deep, three)):
+        one, t = three[i], three[i].tokens
+        if t.patches:
+            patches = t.grids[0].covered(boxes[i]) >= min(0.5, float(t.grids[0].covered(boxes[i]).max()))
+            own = t.image[patches.flatten()]
+            assert int(result.n_tokens[0, i]) == len(own)
+        else:
+            share = mv.query_reading(deep, one).map[0] * (t.grids[0].covered(boxes[i]) >= 0.5)
+            own = t.image[share.sum((1, 2)).argmax()][None]
+            if i == 2:
+                continue  # half a patch
+        change = lambda own=own: mv.patch(deep, mean.expand(1, len(own), -1), own, 0, at="resid_pre")  # noqa: E731
+        close(result.p_ablated[0, 0, i], p_of(deep, one, token, change))
+        outside = torch.tensor([p for p in t.image.tolist() if p not in own.tolist()])
+        norms = states[i].norm(dim=-1)[torch.isin(t.image, outside)]
+        highest = outside[norms.argsort(descending=True)[: len(own)]]
+        change = lambda own=highest: mv.patch(deep, mean.expand(1, len(own), -1), own, 0, at="resid_pre")  # noqa: E731
+        close(result.p_ablated[2, 0, i], p_of(deep, one, token, change))
+    again = mv.object_ablation(deep, three, boxes, ANSWERS, margins=(0, 1), draws=2)
+    assert torch.equal(again.p_ablated.nan_to_num(-1), result.p_ablated.nan_to_num(-1))
+    other = mv.object_ablation(deep, three, boxes, ANSWERS, margins=(0, 1), draws=2, seed=9)
+    assert not torch.equal(other.p_ablated[1].nan_to_num(-1), result.p_ablated[1].nan_to_num(-1))
+
+
+def test_an_object_without_as_many_others_is_compared_with_nothing(llava_vlm):
+    inputs = llava_vlm.inputs(noise_image(0, (56, 56)), "what is this")
+    result = mv.object_ablation(llava_vlm, inputs, [(0, 0, 56, 42)], "this", margins=(0,))
+    assert result.n_tokens.tolist() == [[12]]  # of 16
+    assert torch.isnan(result.p_ablated[1:]).all()
+    assert not torch.isnan(result.p_ablated[0]).any()
+
+
+# -- results and refusals ----------------------------------------------------------------------------------------------
+
+
+def test_results_are_saved_and_loaded(deep, three, tmp_path):
+    for result in (
+        mv.information_flow(deep, three[0], window=1),
+        mv.causal_trace(deep, three[0]),
+        mv.object_ablation(deep, three[0], [(5, 5, 30, 25)], "this"),
+    ):
+        result.save(tmp_path / "r.safetensors")
+        back = type(result).load(tmp_path / "r.safetensors")
+        assert back.to_frame().equals(result.to_frame())
+        assert back.units == result.units
+        assert len(repr(back)) < 600
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "says"),
+    [
+        (lambda v, x: mv.information_flow(v, x, ["a", "b"]), mv.InputError, "2 answers were given for 3 examples"),
+        (lambda v, x: mv.information_flow(v, [], "a"), mv.InputError, "got nothing"),
+        (lambda v, x: Examples(v, ["x"], "a"), mv.InputError, r"got \['str'\]"),
+        (lambda v, x: mv.information_flow(v, x, flows=["image"]), ValueError, "A flow reads 'source -> destination'"),
+        (lambda v, x: mv.information_flow(v, x, flows=[]), ValueError, "A flow reads"),
+        (lambda v, x: mv.information_flow(v, x, flows=["image -> sky"]), ValueError, "no positions called 'sky'"),
+        (
+            lambda v, x: mv.information_flow(v, x, flows=["last -> image"]),
+            mv.InputError,
+            "Example 0 has no flow 'last -> image'",
+        ),
+        (lambda v, x: mv.information_flow(v, x, window=0), ValueError, "A window of 0 layers"),
+        (
+            lambda v, x: mv.causal_trace(v, x, corrupt="rain"),
+            ValueError,
+            "no corruption 'rain'. Known: noise, image, blank, words",
+        ),
+        (lambda v, x: mv.causal_trace(v, x, at="z"), ValueError, "no site to restore 'z'. Known: resid_pre"),
+        (lambda v, x: mv.causal_trace(v, x, groups=[]), ValueError, "No group of positions was given"),
+        (lambda v, x: mv.causal_trace(v, x, groups=[{"a": [1]}]), mv.InputError, r"one mapping per example \(3\)"),
+        (lambda v, x: mv.causal_trace(v, x[0], corrupt="image"), mv.InputError, "give at least two examples"),
+        (
+            lambda v, x: mv.object_ablation(v, x, [(0, 0, 9, 9)], "a"),
+            mv.InputError,
+            "1 boxes were given for 3 examples",
+        ),
+        (
+            lambda v, x: mv.object_ablation(v, x, [(0, 0, 9)] * 3, "a"),
+            mv.InputError,
+            r"give \(left, top, right, bottom\)",
+        ),
+        (
+            lambda v, x: mv.object_ablation(v, x, [(500, 0, 900, 9)] * 3, "a"),
+            mv.InputError,
+            "is not on the image as the model sees",
+        ),
+        (lambda v, x: mv.object_ablation(v, x, [(0, 0, 9, 9)] * 3, None), mv.InputError, "needs the right answers"),
+        (lambda v, x: mv.object_ablation(v, x, [(0, 0, 9, 9)] * 3, "a", margins=()), ValueError, "At least one margin"),
+    ],
+)
+def test_bad_experiments_are_refused(deep, three, call, error, says):
+    with pytest.raises(error, match=says):
+        call(deep, three)
