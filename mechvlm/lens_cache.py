@@ -89,8 +89,6 @@ def hook_readers(vlm: VLM) -> dict[str, Callable[[], Tensor]]:
 
 def run_with_cache(vlm: VLM, inputs: Inputs, names: Names = None) -> tuple[Tensor, Cache]:
     """Logits and a `Cache` of the names asked for, by one forward; see `VLM.run_with_cache`."""
-    if not isinstance(inputs, Inputs):
-        raise ValueError(f"run_with_cache takes what vlm.inputs(image, prompt) gives, not {type(inputs).__name__}.")
     readers = hook_readers(vlm)
     wanted = _wanted(names, readers, vlm)
     with torch.no_grad(), vlm.trace(inputs):
@@ -104,7 +102,9 @@ def run_with_cache(vlm: VLM, inputs: Inputs, names: Names = None) -> tuple[Tenso
 
 def _wanted(names: Names, readers: Mapping[str, Any], vlm: VLM) -> set[str]:
     last = vlm.n_layers - 1
-    there = f"hook_embed, ln_final.hook_scale, and for l = 0 to {last} " + ", ".join(f"blocks.l.{h}" for h in BLOCK_HOOKS)
+    there = f"hook_embed, ln_final.hook_scale, and for l = 0 to {last} " + ", ".join(
+        f"blocks.l.{h}" for h in BLOCK_HOOKS
+    )
     if names is None:
         return set(readers)
     wanted = {n for n in readers if names(n)} if callable(names) else {names} if isinstance(names, str) else set(names)
