@@ -108,7 +108,7 @@ def _wanted(names: Names, readers: Mapping[str, Any], vlm: VLM) -> set[str]:
     if names is None:
         return set(readers)
     wanted = {n for n in readers if names(n)} if callable(names) else {names} if isinstance(names, str) else set(names)
-    if unknown := sorted(wanted - readers.keys()):
+    if unknown := sorted(wanted - readers.keys(), key=str):
         raise ValueError(f"There is no activation named {', '.join(map(repr, unknown))}. There are: {there}.")
     if not wanted:
         raise ValueError(f"No name was asked for, or the filter takes none of them. There are: {there}.")

@@ -149,8 +149,9 @@ class VLM:
             encoding = vlm.encoding(inputs)
             logits, cache = bridge.run_with_cache(encoding.pop("input_ids"), **encoding)
 
-        Its modules are its own: nothing done with its hooks reaches this VLM, and `bridge.enable_compatibility_mode()` gives the
-        bridge new weights and leaves these. What is written into the bridge's weights in place is written into these.
+        Its modules are its own: nothing done with its hooks reaches this VLM, and `bridge.enable_compatibility_mode()` or
+        `bridge.to(...)` give the bridge new weights and leave these. What is written into the bridge's weights in place is
+        written into these. When `hf` was moved or cast, make a new bridge.
 
         Raises:
             ModelError: for a model on several devices, or one with quantized weights or adapters.

@@ -62,6 +62,33 @@ def test_hooks_equal_mechvlms_activations_on_a_padded_batch(model, padded):
     torch.testing.assert_close(cache["hook_embed"][text], their_cache["hook_embed"][text], rtol=0, atol=0)
 
 
+def test_each_family_has_its_adapter(model):
+    own = {"LlavaForConditionalGeneration": "transformer_lens", "InstructBlipForConditionalGeneration": "mechvlm"}
+    assert type(model.bridge().adapter).__module__.split(".")[0] == own[model.record.hf_class]
+
+
+def test_what_the_projection_writes_is_what_the_image_tokens_are(model, padded):
+    _, cache = run(model.bridge(), model, padded)
+    image = padded.encoding["input_ids"] == model.config.image_token_index
+    features = cache["vision_projector.hook_out"].reshape(-1, model.d_model)
+    torch.testing.assert_close(features, cache["blocks.0.hook_resid_pre"][image], rtol=0, atol=0)
+
+
+def test_weights_under_transformer_lens_names(model):
+    bridge = model.bridge()
+    for layer in range(model.n_layers):
+        attn = bridge.blocks[layer].attn
+        assert torch.equal(model.W_Q[layer], attn.W_Q)
+        assert torch.equal(model.W_O[layer], attn.W_O)
+        each = model.n_heads // model.n_kv_heads  # TransformerLens keeps grouped heads once
+        assert torch.equal(model.W_K[layer][::each], attn.W_K)
+        assert torch.equal(model.W_V[layer][::each], attn.W_V)
+        torch.testing.assert_close(model.OV(layer).AB, bridge.OV[layer].AB, rtol=0, atol=1e-6)
+        torch.testing.assert_close(model.QK(layer).AB, bridge.QK[layer].AB, rtol=0, atol=1e-6)
+    assert torch.equal(model.W_U, bridge.W_U)
+    assert torch.equal(model.W_E, bridge.W_E)
+
+
 def test_weights_are_the_same_memory_and_modules_are_not(model):
     bridge = model.bridge()
     mine = {t.untyped_storage().data_ptr() for t in (*model.hf.parameters(), *model.hf.buffers())}
