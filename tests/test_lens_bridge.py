@@ -108,7 +108,7 @@ def test_weights_are_the_same_memory_and_modules_are_not(model):
 
 def test_the_vlm_and_the_bridge_do_not_disturb_each_other(model, padded):
     before, answers = everything(model, padded), model.generate(padded, max_new_tokens=3)
-    implementation, modules = model.config._attn_implementation, [id(m) for m in model.hf.modules()]
+    modules = [id(m) for m in model.hf.modules()]
     padding_side, special = model.tokenizer.padding_side, model.tokenizer.all_special_ids
     bridge = model.bridge()
     logits, first = run(bridge, model, padded)
@@ -130,8 +130,19 @@ def test_the_vlm_and_the_bridge_do_not_disturb_each_other(model, padded):
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert model.generate(padded, max_new_tokens=3) == answers
     assert [id(m) for m in model.hf.modules()] == modules
-    assert model.config._attn_implementation == implementation
     assert (model.tokenizer.padding_side, model.tokenizer.all_special_ids) == (padding_side, special)
+
+
+@pytest.mark.parametrize("family", [llava, instructblip])
+def test_the_vlm_keeps_its_attention_implementation(family):
+    vlm = mv.load(*family.__wrapped__())
+    assert vlm.config.text_config._attn_implementation == "sdpa"
+    before = vlm.config.to_dict()
+    bridge = vlm.bridge()
+    assert bridge.original_model.config.text_config._attn_implementation == "eager"
+    assert vlm.config.text_config._attn_implementation == vlm.config._attn_implementation == "sdpa"
+    assert vlm.layers[0]._module.self_attn.config._attn_implementation == "sdpa"
+    assert vlm.config.to_dict() == before
 
 
 def test_compatibility_mode_gives_the_bridge_new_weights_and_leaves_the_vlms(model, padded):
