@@ -139,6 +139,66 @@ class VLM:
         """What the Hugging Face model is called with, on its device."""
         return {key: value.to(self.device) for key, value in inputs.encoding.items()}
 
+    # -- TransformerLens, imported when it is asked for ----------------------------------------------------------------
+
+    def bridge(self):
+        """A new TransformerLens `TransformerBridge` on these weights: the same memory, no copy.
+
+        It runs on what `encoding` holds:
+
+            encoding = vlm.encoding(inputs)
+            logits, cache = bridge.run_with_cache(encoding.pop("input_ids"), **encoding)
+
+        Its modules are its own: nothing done with its hooks reaches this VLM, and `bridge.enable_compatibility_mode()` or
+        `bridge.to(...)` give the bridge new weights and leave these. What is written into the bridge's weights in place is
+        written into these. When `hf` was moved or cast, make a new bridge.
+
+        Raises:
+            ModelError: for a model on several devices, or one with quantized weights or adapters.
+        """
+        from mechvlm.lens_bridge import build_bridge
+
+        return build_bridge(self)
+
+    def run_with_cache(self, inputs: Inputs, names=None):
+        """The logits [batch pos d_vocab] and the activations under TransformerLens' hook names, by one forward, without
+        gradients.
+
+        Args:
+            inputs: what `inputs` gives.
+            names: a name (`"blocks.3.hook_resid_post"`), several, or a function that says of each name whether to keep it; None
+                keeps all. Nothing else is read. They are TransformerLens' names of what this class has accessors for, and
+                `mlp.hook_post`, the norms' `hook_scale`, and `hook_embed`: here all that enters the decoder, image included.
+
+        Returns:
+            (logits, cache): the cache is a `mechvlm.lens_cache.Cache`, a read-only mapping from name to tensor in the order of
+            the forward; `cache.to_transformer_lens()` makes it TransformerLens' `ActivationCache`.
+
+        Raises:
+            ValueError: for a name that is not there, or none at all; the message lists what there is.
+        """
+        from mechvlm.lens_cache import run_with_cache
+
+        return run_with_cache(self, inputs, names)
+
+    def OV(self, layer: int):
+        """W_V W_O of every head of a layer, as TransformerLens' `FactoredMatrix` [head d_model d_model].
+
+        `state @ OV` is what a head writes of a normed state that it attends to (but for biases).
+        """
+        from transformer_lens import FactoredMatrix
+
+        return FactoredMatrix(self.W_V[layer], self.W_O[layer])
+
+    def QK(self, layer: int):
+        """W_Q W_K^T of every head of a layer, as TransformerLens' `FactoredMatrix` [head d_model d_model].
+
+        Before the rotary embedding: the score of two normed states at the same position (but for scale and biases).
+        """
+        from transformer_lens import FactoredMatrix
+
+        return FactoredMatrix(self.W_Q[layer], self.W_K[layer].transpose(-2, -1))
+
     @torch.no_grad()
     def generate(self, inputs: Inputs, max_new_tokens: int = 40) -> list[str]:
         """The model's greedy answers, without prompt and special tokens; one per example."""
