@@ -1,5 +1,7 @@
 """Pictures of the causal experiments: means over examples with their 95 % bootstrap intervals."""
 
+from typing import Any
+
 import numpy as np
 import torch
 from matplotlib.axes import Axes
@@ -36,6 +38,7 @@ def _(result: InformationFlowResult, ax: Axes | None = None) -> Axes:
     change = torch.where(result.change.isfinite(), result.change, torch.nan)
     found = _over_examples(change)
     layers = np.arange(len(result.windows))
+    step = -(-len(layers) // 14)
     with style():
         ax = axes(ax, width=7, height=4)
         ax.axhline(0, color="#444444", linewidth=0.8)
@@ -44,10 +47,10 @@ def _(result: InformationFlowResult, ax: Axes | None = None) -> Axes:
             ax.fill_between(layers, found.low[i].numpy(), found.high[i].numpy(), color=color, alpha=0.15, linewidth=0)
             ax.plot(
                 layers, mean, color=color, linestyle=DASHES[i % 4], marker=MARKERS[i % 4], label=_arrow(flow),
-                markevery=-(-len(layers) // 16),
+                markevery=step,
             )  # fmt: skip
         ax.set_xlim(-0.25, len(layers) - 0.75)
-        ax.set_xticks(layers[:: -(-len(layers) // 14)])
+        ax.set_xticks(layers[::step])
         ax.set_xlabel("center of the window (layer of the decoder, 0 = first)")
         ax.set_ylabel(result.units)
         ax.legend(title="attention knocked out", title_fontsize=8, alignment="left")
@@ -66,49 +69,42 @@ def _(result: CausalTraceResult, ax: Axes | None = None) -> Axes:
     # A gap, and then the total as one cell of the map's height: on the same colors, the most that can come back.
     gap, column = np.full((n_layers, 1), np.nan), np.full((n_layers, 1), float(total.mean))
     shown = np.concatenate([found.mean.numpy(), gap, column], axis=1)
-    edges = np.append(np.arange(n_groups + 1) - 0.5, [n_groups - 0.3, n_groups - 0.3 + TOTAL])
+    start, stop = n_groups - 0.3, n_groups - 0.3 + TOTAL
+    edges = np.append(np.arange(n_groups + 1) - 0.5, [start, stop])
     most = float(np.nanmax(np.abs(shown), initial=1e-6))
     digits = min(max(2, 1 - int(np.floor(np.log10(most)))), 6)
-
-    middle = n_groups - 0.3 + TOTAL / 2, (n_layers - 1) / 2
-
-    def write(x: float, y: float, words: str, value: float, faint: bool = False, **how) -> None:
-        color = "white" if abs(value) > 0.6 * most else "#666666" if faint else "#222222"
-        ax.text(x, y, words, ha="center", va="center", fontsize=7, color=color, **how)
-
     with style():
         ax = axes(ax, width=max(6.4, 3.2 + 0.8 * n_groups), height=1.9 + min(0.3 * n_layers, 2.4 + 0.15 * n_layers))
-        mesh = heatmap(ax, shown, result.layers, edges, vmin=-most, vmax=most)
-        mesh.set_cmap(ZERO_WHITE)
-        box = ax.get_position()
-        inches = np.array([box.width, box.height]) * ax.figure.get_size_inches() / (n_groups + 0.2 + TOTAL, n_layers)
+        mesh = heatmap(ax, shown, result.layers, edges, cmap=ZERO_WHITE, vmin=-most, vmax=most)
+        extent = ax.get_window_extent()
+        wide, high = extent.width / ax.figure.dpi / (stop + 0.5), extent.height / ax.figure.dpi / n_layers
         for row, group in np.ndindex(n_layers, n_groups):
-            value = float(found.mean[row, group])
-            none = bool(found.low[row, group] <= 0 <= found.high[row, group])
+            value, none = float(found.mean[row, group]), _holds_0(found, row, group)
             if none:
                 _hatch(ax, group - 0.5, row - 0.5, 1, 1)
-            if inches[0] > 0.3 and inches[1] > 0.12 and not np.isnan(value):
-                write(group, row, _number(value, digits), value, faint=none)
-        if total.low <= 0 <= total.high:
-            _hatch(ax, n_groups - 0.3, -0.5, TOTAL, n_layers)
+            if wide > 0.3 and high > 0.12 and not np.isnan(value):
+                color = _ink(value / most, "#666666" if none else "#222222")
+                ax.text(group, row, _number(value, digits), color=color, **CENTERED)
+        if _holds_0(total):
+            _hatch(ax, start, -0.5, TOTAL, n_layers)
         ends = "" if total.low.isnan() else f"\n[{_number(total.low, digits)}, {_number(total.high, digits)}]"
-        write(*middle, _number(total.mean, digits) + ends, float(total.mean), rotation=90)
+        ax.text(
+            (start + stop) / 2, (n_layers - 1) / 2, _number(total.mean, digits) + ends, rotation=90,
+            color=_ink(float(total.mean) / most, "#222222"), **CENTERED,
+        )  # fmt: skip
         names = [text(group, 24) for group in result.groups]
-        long = max(map(len, names)) > 9
-        ax.set_xticks([*range(n_groups), middle[0]], [*names, "total effect"])
-        ax.tick_params(axis="x", length=0, labelrotation=30 if long else 0)
-        if long:
+        ax.set_xticks([*range(n_groups), (start + stop) / 2], [*names, "total effect"])
+        ax.tick_params(axis="x", length=0)
+        if max(map(len, names)) * 0.08 > wide:  # inches
             for label in ax.get_xticklabels():
-                label.set(ha="right", rotation_mode="anchor")
-        for spine in ax.spines.values():
-            spine.set_visible(False)
+                label.set(rotation=30, ha="right", rotation_mode="anchor")
+        ax.spines[:].set_visible(False)
         ax.set_ylabel(LAYER)
         ax.set_xlabel(f"positions whose {result.at} was restored")
-        hatched = f"hatched: the {_LEVEL} holds 0"
+        several = f"{_count(result.effect)}, means; hatched: the {_LEVEL} holds 0"
         _heading(
-            ax, f"Causal trace, {_model(result.model)}: {CORRUPTED.get(result.corrupt, result.corrupt)}",
-            f"{result.at} restored {_where(result.windows)}\n"
-            + (f"{_count(result.effect)}, means; {hatched}" if len(result.p) > 1 else _ALONE),
+            ax, f"Causal trace, {_model(result.model)}: {CORRUPTED[result.corrupt]}",
+            f"{result.at} restored {_where(result.windows)}\n{several if len(result.p) > 1 else _ALONE}",
         )  # fmt: skip
         bar = ax.figure.colorbar(mesh, ax=ax, label=result.units, pad=0.03)
         bar.outline.set_visible(False)
@@ -131,7 +127,8 @@ def _(result: ObjectAblationResult, ax: Axes | None = None) -> Axes:
             mean, low, high = (part[i].numpy() for part in found)
             ax.bar(x, mean, 0.9 * width, label=label, color=color, hatch=hatch, edgecolor="white", linewidth=0)
             ax.vlines(x, low, high, color="#222222", linewidth=1.2)
-            for at, value, top, count in zip(x, mean, np.fmax(high, np.fmax(mean, 0)), seen[i].tolist(), strict=True):
+            tops = np.fmax(high, np.fmax(mean, 0))
+            for at, value, top, count in zip(x, mean.tolist(), tops, seen[i].tolist(), strict=True):
                 words = ("–" if np.isnan(value) else _number(value, 0)) + (f"\nn = {count}" if count < n else "")
                 ax.annotate(
                     words, (at, 0 if np.isnan(value) else top), xytext=(0, 2), textcoords="offset points", ha="center",
@@ -157,6 +154,7 @@ def _(result: ObjectAblationResult, ax: Axes | None = None) -> Axes:
     return ax
 
 
+CENTERED: dict[str, Any] = {"ha": "center", "va": "center", "fontsize": 7}
 _LEVEL = "95 % bootstrap interval"
 _ALONE = "n = 1 example, so no interval"
 
@@ -164,6 +162,10 @@ _ALONE = "n = 1 example, so no interval"
 def _over_examples(values: Tensor) -> Interval:
     """Means over the last axis, which holds the examples."""
     return mean_interval(values.movedim(-1, 0))
+
+
+def _holds_0(found: Interval, *at: int) -> bool:
+    return bool(found.low[at] <= 0 <= found.high[at])
 
 
 def _count(values: Tensor) -> str:
@@ -187,6 +189,11 @@ def _model(name: str) -> str:
 def _number(value: float | Tensor, digits: int) -> str:
     # Adding 0 makes a plain 0 of -0.
     return f"{round(float(value), digits) + 0.0:.{digits}f}".replace("-", "−")
+
+
+def _ink(share: float, dark: str) -> str:
+    """What can be read on a color that is this share of the darkest."""
+    return "white" if abs(share) > 0.6 else dark
 
 
 def _arrow(flow: str) -> str:

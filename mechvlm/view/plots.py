@@ -249,7 +249,7 @@ def shade(ax: Axes, found: Phases, names: bool = True, heads: bool = True) -> No
             )  # fmt: skip
 
 
-def heatmap(ax: Axes, values: np.ndarray, layers: Sequence[int], edges: np.ndarray | None = None, **limits):
+def heatmap(ax: Axes, values: np.ndarray, layers: Sequence[int], edges: np.ndarray | None = None, cmap=HEAT, **limits):
     """[layer, position] with the first layer at the bottom; NaN is left white. Gives the mesh, for a color bar.
 
     `edges` are the positions' borders along x, one more than there are positions; by default each is 1 wide.
@@ -257,7 +257,7 @@ def heatmap(ax: Axes, values: np.ndarray, layers: Sequence[int], edges: np.ndarr
     edges = np.arange(values.shape[1] + 1) - 0.5 if edges is None else edges
     rows = np.arange(len(layers) + 1) - 0.5
     # As pixels, in vector files too: half a million small rectangles would stall a browser.
-    mesh = ax.pcolormesh(edges, rows, values, cmap=HEAT, rasterized=True, **limits)
+    mesh = ax.pcolormesh(edges, rows, values, cmap=cmap, rasterized=True, **limits)
     step = -(-len(layers) // 9)
     ax.set_yticks(range(0, len(layers), step), [str(layer) for layer in layers[::step]])
     ax.set_ylabel("layer")
