@@ -36,7 +36,7 @@ class Result:
         raise TypeError(f"{type(self).__name__} has no table of its own.")
 
     def plot(self, ax=None):
-        """The result drawn with matplotlib; gives the axes."""
+        """The result drawn with matplotlib, on `ax` or a new figure of pyplot (a notebook shows it); gives the axes."""
         # Results know how to ask for their picture, the view knows how to draw it: imported when asked.
         from mechvlm.view import plots
 

@@ -4,6 +4,7 @@ import matplotlib as mpl
 import numpy as np
 import pytest
 from conftest import noise_image
+from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
 import mechvlm as mv
@@ -32,6 +33,7 @@ def test_every_result_is_drawn(which, request, tmp_path):
         figure.savefig(tmp_path / "x.png")
         assert (tmp_path / "x.png").stat().st_size > 5000
         assert result.plot(ax) is ax
+        plt.close(figure)
 
 
 def test_curves_are_the_means_with_their_bands():

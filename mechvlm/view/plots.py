@@ -1,4 +1,7 @@
-"""One look for every figure, and `draw(result)` for every result. matplotlib's object interface: no window, no state.
+"""One look for every figure, and `draw(result)` for every result.
+
+A figure that `draw` makes is pyplot's, as with pandas: a notebook shows it at the end of its cell, `plt.show()` in a window,
+and a script that makes many closes them with `plt.close`. On given axes pyplot is not needed and not loaded.
 
 Colors are Okabe and Ito's, which differ for the color-blind; lines differ by their dashes and markers too, so that a
 figure survives a grey printer.
@@ -12,7 +15,6 @@ from typing import NamedTuple
 import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from mechvlm.phases import Phases
 from mechvlm.probes.contextualization import ContextualizationResult
@@ -56,13 +58,23 @@ HEAT = "magma_r"
 @contextmanager
 def style():
     """Figures made and drawn within have this package's look; nothing outside changes."""
-    with mpl.rc_context(STYLE):
+    # Not mpl.rc_context, which undoes everything: a notebook's backend, loaded by the first figure, turns on interactive mode
+    # for good, and without it no later figure is shown.
+    before = {key: mpl.rcParams[key] for key in STYLE}
+    mpl.rcParams.update(STYLE)
+    try:
         yield
+    finally:
+        mpl.rcParams.update(before)
 
 
 def axes(ax: Axes | None, width: float | int = 6, height: float | int = 3.6) -> Axes:
-    """The given axes, or those of a new figure (inches)."""
-    return Figure((width, height), layout="constrained").add_subplot() if ax is None else ax
+    """The given axes, or those of a new figure of pyplot (inches)."""
+    if ax is not None:
+        return ax
+    import matplotlib.pyplot as plt  # here, so that a study, which draws on figures of its own, does without
+
+    return plt.subplots(figsize=(width, height), layout="constrained")[1]
 
 
 @singledispatch
@@ -237,7 +249,7 @@ def shade(ax: Axes, found: Phases, names: bool = True, heads: bool = True) -> No
             )  # fmt: skip
 
 
-def heatmap(ax: Axes, values: np.ndarray, layers: Sequence[int], edges: np.ndarray | None = None, **limits):
+def heatmap(ax: Axes, values: np.ndarray, layers: Sequence[int], edges: np.ndarray | None = None, cmap=HEAT, **limits):
     """[layer, position] with the first layer at the bottom; NaN is left white. Gives the mesh, for a color bar.
 
     `edges` are the positions' borders along x, one more than there are positions; by default each is 1 wide.
@@ -245,7 +257,7 @@ def heatmap(ax: Axes, values: np.ndarray, layers: Sequence[int], edges: np.ndarr
     edges = np.arange(values.shape[1] + 1) - 0.5 if edges is None else edges
     rows = np.arange(len(layers) + 1) - 0.5
     # As pixels, in vector files too: half a million small rectangles would stall a browser.
-    mesh = ax.pcolormesh(edges, rows, values, cmap=HEAT, rasterized=True, **limits)
+    mesh = ax.pcolormesh(edges, rows, values, cmap=cmap, rasterized=True, **limits)
     step = -(-len(layers) // 9)
     ax.set_yticks(range(0, len(layers), step), [str(layer) for layer in layers[::step]])
     ax.set_ylabel("layer")
@@ -265,3 +277,6 @@ def text(piece: str, most: int) -> str:
 def _position_ticks(ax: Axes, positions: list[int]) -> None:
     step = max(1, len(positions) // 16)
     ax.set_xticks(range(0, len(positions), step), [str(p) for p in positions[::step]])
+
+
+from mechvlm.view import causal_plots  # noqa: E402, F401  (registers its pictures with `draw`)
