@@ -234,7 +234,7 @@ def _of_layer(activations, layer: int, at: str) -> Tensor:
             )
         return activations[layer]
     name = f"blocks.{layer}.attn.hook_z" if at == "z" else f"blocks.{layer}.hook_{at}"
-    for key in (layer, name):
+    for key in (name, layer):
         if key in activations:
             return activations[key]
     raise ValueError(f"patch: the activations hold neither {layer} nor {name!r}, but {_short(list(activations))}.")

@@ -7,15 +7,19 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 
 
-def test_the_example_runs(tmp_path, monkeypatch):
+def test_the_examples_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # it saves a figure
-    (code,) = re.findall(r"```python\n(.*?)```", README, re.S)
+    code = "\n".join(re.findall(r"```python\n(.*?)```", README, re.S))
     file = tmp_path / "example.py"  # nnsight reads a trace's source from its file
     file.write_text(code)
     names: dict = {}
     exec(compile(code, str(file), "exec"), names)
     assert (tmp_path / "lens.png").stat().st_size > 10_000
+    assert (tmp_path / "ablation.png").stat().st_size > 10_000
     vlm, inputs = names["vlm"], names["inputs"]
+    assert names["changed"].shape == (1, len(inputs[0].tokens), vlm.d_vocab)
+    assert names["flow"].p_knocked.shape == (4, vlm.n_layers, 40)
+    inputs = vlm.inputs(names["image"], "Describe the scene.")
     assert names["resid"].shape == (1, len(inputs.tokens), vlm.d_model)
     assert names["weights"].shape == (1, vlm.n_heads, 1, len(inputs.tokens))
     assert names["lens"].tokens.shape == (vlm.n_layers + 1, len(inputs.tokens.image), 5)
