@@ -9,10 +9,11 @@ if TYPE_CHECKING:
     from mechvlm.loading import load
     from mechvlm.phases import fit_phases
     from mechvlm.probes.contextualization import Contextualization, ContextualizationResult
+    from mechvlm.probes.logit_attribution import LogitAttribution, LogitAttributionResult
     from mechvlm.probes.logit_lens import LogitLens, LogitLensResult
     from mechvlm.probes.norm_attention import NormAttention, NormAttentionResult
     from mechvlm.probes.query_reading import QueryReading, QueryReadingResult
-    from mechvlm.reading import contextualization, logit_lens, norm_attention, query_reading, read
+    from mechvlm.reading import contextualization, logit_attribution, logit_lens, norm_attention, query_reading, read
     from mechvlm.tokens import Modality, PatchGrid, TokenMap
     from mechvlm.vlm import VLM
     from mechvlm.words import precision_recall
@@ -24,10 +25,11 @@ _HOMES = {
     "loading": ("load",),
     "phases": ("fit_phases",),
     "probes.contextualization": ("Contextualization", "ContextualizationResult"),
+    "probes.logit_attribution": ("LogitAttribution", "LogitAttributionResult"),
     "probes.logit_lens": ("LogitLens", "LogitLensResult"),
     "probes.norm_attention": ("NormAttention", "NormAttentionResult"),
     "probes.query_reading": ("QueryReading", "QueryReadingResult"),
-    "reading": ("contextualization", "logit_lens", "norm_attention", "query_reading", "read"),
+    "reading": ("contextualization", "logit_attribution", "logit_lens", "norm_attention", "query_reading", "read"),
     "tokens": ("Modality", "PatchGrid", "TokenMap"),
     "vlm": ("VLM",),
     "words": ("precision_recall",),
@@ -35,10 +37,10 @@ _HOMES = {
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
-    "VLM", "Contextualization", "ContextualizationResult", "InputError", "Inputs", "LogitLens", "LogitLensResult", "Modality",
-    "ModelError", "NonFiniteError", "NormAttention", "NormAttentionResult", "PatchGrid", "QueryReading", "QueryReadingResult",
-    "TokenMap", "contextualization", "fit_phases", "load", "logit_lens", "norm_attention", "precision_recall", "query_reading",
-    "read",
+    "VLM", "Contextualization", "ContextualizationResult", "InputError", "Inputs", "LogitAttribution",
+    "LogitAttributionResult", "LogitLens", "LogitLensResult", "Modality", "ModelError", "NonFiniteError", "NormAttention",
+    "NormAttentionResult", "PatchGrid", "QueryReading", "QueryReadingResult", "TokenMap", "contextualization", "fit_phases",
+    "load", "logit_attribution", "logit_lens", "norm_attention", "precision_recall", "query_reading", "read",
 ]  # fmt: skip
 
 

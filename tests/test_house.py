@@ -12,6 +12,7 @@ ROOT = Path(mechvlm.__file__).parent
 # Each room, and the rooms it may import from; a room knows what stands above it in the flow, and no more.
 LOAD = {
     "answers",
+    "batches",
     "errors",
     "architectures",
     "tokens",
@@ -30,7 +31,9 @@ ALLOWED = {
     "progress": set(),
     # Measures see tensors, never a model: of LOAD they know positions and the attention's formula.
     **{room: MEASURE | {"tokens", "accessors"} for room in MEASURE},
-    "reading": LOAD | MEASURE,
+    # Probes are told which tokens to measure, in prepare().
+    "probes": MEASURE | {"tokens", "accessors", "batches"},
+    "reading": LOAD | MEASURE | {"progress"},
     "view": MEASURE | {"tokens", "view"},
     "study": LOAD | MEASURE | {"reading", "view", "datasets", "study"},
     "cli": LOAD | {"study", "datasets", "cli"},
