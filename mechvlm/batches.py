@@ -16,7 +16,7 @@ Answers = str | int | Sequence[str | int] | None
 """A word or a token id for all examples, or one per example; None for the model's own."""
 
 
-def as_batches(inputs: Inputs | Sequence[Inputs]) -> list[Inputs]:
+def as_batches(inputs: Any) -> list[Inputs]:
     """One batch, or several, as a list.
 
     Raises:

@@ -1,6 +1,6 @@
 """Direct logit attribution: what each head and each MLP wrote toward an answer (Elhage et al. 2021)."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import ClassVar, NamedTuple
 
@@ -126,14 +126,14 @@ class _Plan(NamedTuple):
     image: Tensor  # [example pos]
     n_layers: int
 
-    def direction(self, final_norm, unembed) -> Float[Tensor, "batch d_model"]:
-        """g * (W_U[a] - W_U[b]), float32: what a write is multiplied with, but for the norm's scale."""
-        return self.difference(unembed.weight.T) * final_norm.weight.float()
+    def difference(self, of: Callable[[Tensor], Tensor]) -> Float[Tensor, "example *rest"]:
+        """What `of` gives for each example's answer, less what it gives for the other one. Float32."""
+        return of(self.toward).float() if self.away is None else of(self.toward).float() - of(self.away).float()
 
-    def difference(self, columns: Float[Tensor, "*rows d_vocab"]) -> Float[Tensor, "batch ..."]:
-        """The columns of each example's answer, less those of the other one. Float32."""
-        toward, away = (None if t is None else columns.T[t.to(columns.device)].float() for t in (self.toward, self.away))
-        return toward if away is None else toward - away
+    def direction(self, final_norm, unembed) -> Float[Tensor, "example d_model"]:
+        """g * (W_U[a] - W_U[b]): what a write is multiplied with, but for the norm's scale."""
+        w_u = unembed.weight
+        return self.difference(lambda ids: w_u[ids.to(w_u.device)]) * final_norm.weight.float()
 
     def at_last(self, x: Float[Tensor, "batch pos *rest"]) -> Float[Tensor, "batch *rest"]:
         return x[torch.arange(len(x), device=x.device), self.last.to(x.device)]
@@ -183,12 +183,11 @@ class LogitAttribution:
             return {"embed": (resid.float() * plan.direction(state.final_norm, state.unembed).to(resid.device)).sum(-1)}
         logits = state.unembed(state.final_norm(resid))
         bias = getattr(state.unembed, "bias", None)
-        bias = torch.zeros_like(logits) if bias is None else bias.expand_as(logits)
-        own = torch.arange(len(logits), device=logits.device)  # each example's answer, of its own row
+        bias = torch.zeros_like(logits[0]) if bias is None else bias
         return {
             "scale": (resid.float().square().mean(-1) + state.final_norm.variance_epsilon).sqrt(),
-            "logit": plan.difference(logits)[own, own],
-            "bias": plan.difference(bias)[own, own],
+            "logit": plan.difference(lambda ids: logits.gather(1, ids[:, None].to(logits.device))[:, 0]),
+            "bias": plan.difference(lambda ids: bias[ids.to(bias.device)]),
         }
 
     def at_writes(self, plan, written):
