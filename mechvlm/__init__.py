@@ -5,12 +5,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mechvlm.errors import InputError, ModelError, NonFiniteError
+    from mechvlm.experiments.multimodal_neurons import multimodal_neurons
     from mechvlm.inputs import Inputs
     from mechvlm.loading import load
     from mechvlm.phases import fit_phases
     from mechvlm.probes.contextualization import Contextualization, ContextualizationResult
     from mechvlm.probes.logit_attribution import LogitAttribution, LogitAttributionResult
     from mechvlm.probes.logit_lens import LogitLens, LogitLensResult
+    from mechvlm.probes.neurons import MultimodalNeuronsResult
     from mechvlm.probes.norm_attention import NormAttention, NormAttentionResult
     from mechvlm.probes.query_reading import QueryReading, QueryReadingResult
     from mechvlm.reading import contextualization, logit_attribution, logit_lens, norm_attention, query_reading, read
@@ -21,12 +23,14 @@ if TYPE_CHECKING:
 # Where each public name lives. They are imported when they are first used: `mechvlm --help` needs no torch.
 _HOMES = {
     "errors": ("InputError", "ModelError", "NonFiniteError"),
+    "experiments.multimodal_neurons": ("multimodal_neurons",),
     "inputs": ("Inputs",),
     "loading": ("load",),
     "phases": ("fit_phases",),
     "probes.contextualization": ("Contextualization", "ContextualizationResult"),
     "probes.logit_attribution": ("LogitAttribution", "LogitAttributionResult"),
     "probes.logit_lens": ("LogitLens", "LogitLensResult"),
+    "probes.neurons": ("MultimodalNeuronsResult",),
     "probes.norm_attention": ("NormAttention", "NormAttentionResult"),
     "probes.query_reading": ("QueryReading", "QueryReadingResult"),
     "reading": ("contextualization", "logit_attribution", "logit_lens", "norm_attention", "query_reading", "read"),
@@ -38,9 +42,10 @@ _HOME = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
     "VLM", "Contextualization", "ContextualizationResult", "InputError", "Inputs", "LogitAttribution",
-    "LogitAttributionResult", "LogitLens", "LogitLensResult", "Modality", "ModelError", "NonFiniteError", "NormAttention",
-    "NormAttentionResult", "PatchGrid", "QueryReading", "QueryReadingResult", "TokenMap", "contextualization", "fit_phases",
-    "load", "logit_attribution", "logit_lens", "norm_attention", "precision_recall", "query_reading", "read",
+    "LogitAttributionResult", "LogitLens", "LogitLensResult", "Modality", "ModelError", "MultimodalNeuronsResult",
+    "NonFiniteError", "NormAttention", "NormAttentionResult", "PatchGrid", "QueryReading", "QueryReadingResult", "TokenMap",
+    "contextualization", "fit_phases", "load", "logit_attribution", "logit_lens", "multimodal_neurons", "norm_attention",
+    "precision_recall", "query_reading", "read",
 ]  # fmt: skip
 
 

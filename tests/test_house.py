@@ -34,6 +34,7 @@ ALLOWED = {
     # Probes are told which tokens to measure, in prepare().
     "probes": MEASURE | {"tokens", "accessors", "batches"},
     "reading": LOAD | MEASURE | {"progress"},
+    "experiments": LOAD | MEASURE | {"reading", "progress", "experiments"},
     "view": MEASURE | {"tokens", "view"},
     "study": LOAD | MEASURE | {"reading", "view", "datasets", "study"},
     "cli": LOAD | {"study", "datasets", "cli"},
@@ -70,7 +71,7 @@ def test_rooms_import_only_what_stands_above_them():
 
 def test_only_some_rooms_know_nnsight():
     knowing = {p.relative_to(ROOT).as_posix() for p in ROOT.rglob("*.py") if "nnsight" in _packages(p)}
-    assert knowing == {"vlm.py", "reading.py", "checks.py"}
+    assert knowing == {"vlm.py", "reading.py", "checks.py", "experiments/multimodal_neurons.py"}
 
 
 def _packages(path: Path) -> set[str]:
