@@ -116,8 +116,9 @@ def _sums(vlm: VLM, inputs: Inputs, tokens: Tensor) -> tuple[Tensor, Tensor]:
     # Each gradient is summed as it passes by, and dropped.
     for layer, act in enumerate(acts):
         act.register_hook(partial(keep, layer, act.detach()))
-    own = logits.gather(1, tokens[:, None].to(logits.device))
-    torch.autograd.grad(own.float().sum(), start)
+    with torch.enable_grad():
+        total = logits.gather(1, tokens[:, None].to(logits.device)).float().sum()  # each example's own logit
+    torch.autograd.grad(total, start)
     return attribution, activity
 
 
