@@ -37,7 +37,7 @@ def by_batch(batches: Sequence[Inputs], answers: Answers) -> list[Any]:
     Raises:
         InputError: for another number of answers than examples.
     """
-    if answers is None or isinstance(answers, str | Integral):
+    if answers is None or isinstance(answers, str | int | Integral):
         return [answers] * len(batches)
     given, sizes = list(answers), [len(one) for one in batches]
     if len(given) != sum(sizes):

@@ -1,7 +1,6 @@
 """Logit attribution: the parts sum to Hugging Face's own logits, and each one is its explicit vector through the unembedding."""
 
 import copy
-import json
 
 import numpy as np
 import pytest
@@ -14,7 +13,7 @@ import mechvlm as mv
 from mechvlm.accessors import attention_rows
 from mechvlm.architectures import part
 from mechvlm.batches import as_batches
-from mechvlm.datasets.scenes import sample_scenes
+from mechvlm.intervals import mean_interval
 from mechvlm.probes.logit_attribution import LogitAttributionResult
 
 A, B = 7, 421
@@ -147,7 +146,7 @@ def test_batches_and_other_probes_in_one_forward_change_nothing(vlm, batch):
     ones = mv.logit_attribution(vlm, [batch[0], batch[1], batch[2]], [A, B, 9], B + 1)
     forwards = []
     handle = part(vlm.hf, vlm.record.norm).register_forward_hook(lambda *_: forwards.append(1))
-    lens, norms, shared = mv.read(
+    _, norms, shared = mv.read(
         vlm, batch, mv.LogitLens(k=1, layers=[0]), mv.NormAttention(), mv.LogitAttribution([A, B, 9], B + 1)
     )
     handle.remove()
@@ -184,7 +183,7 @@ def test_table_and_file(vlm, batch, tmp_path):
 
 
 def test_bad_answers_are_named(vlm, batch):
-    with pytest.raises(mv.InputError, match="2 answers were given for 6 examples.*over all batches"):
+    with pytest.raises(mv.InputError, match=r"2 answers were given for 6 examples.*over all batches"):
         mv.logit_attribution(vlm, [batch, batch], ["a", "b"])
     with pytest.raises(ValueError, match=r"`versus` begin with the same token in these examples, \[\(1, '.*red'\)\]"):
         mv.logit_attribution(vlm, batch, ["what", "red", "is"], ["red", "red", "red"])
@@ -194,3 +193,28 @@ def test_bad_answers_are_named(vlm, batch):
         as_batches([])
     with pytest.raises(mv.InputError, match="99999999 is no token id"):
         mv.logit_attribution(vlm, batch, 99999999)
+
+
+def test_the_picture_shows_the_parts_with_their_intervals(vlm, batch, tmp_path):
+    got = mv.logit_attribution(vlm, batch, A)
+    figure = Figure((12, 5), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    assert got.plot(left) is left
+    lines = {bars.get_label(): bars for bars in left.containers}
+    assert list(lines) == ["embedding", "attention to the image", "attention to the rest", "MLP"]
+    mean, low, high = mean_interval(got.mlps.T)
+    line, _, (bars,) = lines["MLP"].lines
+    np.testing.assert_allclose(line.get_ydata(), mean)
+    ends = np.array([segment[:, 1] for segment in bars.get_segments()])
+    np.testing.assert_allclose(ends, np.stack([low, high], 1), rtol=1e-5, atol=1e-7)
+    assert "logits" in left.get_ylabel()
+    assert "layer" in left.get_xlabel()
+    (mesh,) = [
+        c for a in figure.axes for c in a.collections if type(c).__name__ == "QuadMesh" and a.get_ylabel() == "head"
+    ]
+    np.testing.assert_allclose(mesh.get_array(), got.heads.mean(1).T, rtol=1e-5, atol=1e-8)  # [head layer]
+    assert not right.containers
+    assert left.get_position().x1 < right.get_position().x0, "drawn within the room that it was given"
+    figure.savefig(tmp_path / "x.png")
+    one = mv.logit_attribution(vlm, batch[0], A).plot(Figure().add_axes((0.2, 0.2, 0.6, 0.6)))
+    assert not any(bars.has_yerr for bars in one.containers), "one example has no interval"

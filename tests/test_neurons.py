@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from conftest import FAMILIES, noise_image
+from models import instructblip, llava
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 import mechvlm as mv
@@ -35,16 +36,18 @@ def found(vlm, batch):
     return mv.multimodal_neurons(vlm, batch, ANSWERS, k=6, k_words=4)
 
 
-@pytest.mark.parametrize("family", list(FAMILIES))
-def test_attribution_is_the_slope_of_the_logit(family, monkeypatch):
+@pytest.mark.parametrize(
+    ("build", "options"), [(llava, {}), (llava, {"kv_heads": 2, "bias": True}), (instructblip, {})]
+)
+def test_attribution_is_the_slope_of_the_logit(build, options, monkeypatch):
     """In float64: the logit's change as the neuron's activations on the image, and nowhere else, are scaled by 1 ± 1e-4."""
 
     def in_float64(norm, x):  # Hugging Face's own norm rounds to float32 even then
         return norm.weight * x / (x.square().mean(-1, keepdim=True) + norm.variance_epsilon).sqrt()
 
     monkeypatch.setattr(LlamaRMSNorm, "forward", in_float64)
-    hf, processor = FAMILIES[family]()
-    vlm = mv.load(copy.deepcopy(hf).double(), processor)
+    hf, processor = build.__wrapped__(**options)  # a model of its own: those of the cache are traced already
+    vlm = mv.load(hf.double(), processor)
     batch = vlm.inputs([noise_image(i) for i in range(2)], ["what is this", "describe the scene . a what is this"])
     batch.encoding["pixel_values"] = batch.encoding["pixel_values"].double()
     got = mv.multimodal_neurons(vlm, batch, ANSWERS[:2], k=8)
@@ -212,3 +215,21 @@ def test_nan_is_named(llava_vlm):
     with pytest.raises(mv.NonFiniteError, match=r"NaN or infinite up to layer 3 of 3, in example\(s\) \[1\]") as caught:
         mv.multimodal_neurons(llava_vlm, inputs, 7)
     assert caught.value.examples == (1,)
+
+
+@pytest.mark.filterwarnings("ignore:Glyph .* missing")  # random weights decode to every script
+def test_the_picture_shows_each_neuron_and_where_it_fires(vlm, batch, found, tmp_path):
+    ax = found.plot()
+    ax.figure.savefig(tmp_path / "x.png")
+    bars = next(c for c in ax.containers if type(c).__name__ == "BarContainer")
+    assert [bar.get_width() for bar in bars] == pytest.approx(found.attribution.mean(0).tolist())
+    assert ax.get_ylim()[0] > ax.get_ylim()[1], "the strongest on top"
+    assert "logits" in ax.get_xlabel()
+    assert ax.get_yticklabels()[1].get_text().startswith(f"layer {int(found.layer[1])}, {int(found.index[1])}\n")
+    side = ax.figure.axes[1]
+    assert len(side.images) == 6
+    best = int(found.attribution[:, 1].argmax())
+    drawn = torch.as_tensor(side.images[1].get_array().filled())
+    torch.testing.assert_close(drawn.flatten(), found.activation[best, 1])
+    alone = mv.multimodal_neurons(vlm, batch[0], 7, k=1).plot()
+    assert len(alone.containers) == 1, "one example has no interval"

@@ -1,8 +1,8 @@
 """Multimodal neurons: MLP neurons that fire on the image and write words (Schwettmann et al. 2023)."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
 
 import nnsight
 import torch
@@ -60,7 +60,9 @@ def multimodal_neurons(
             "the vocabulary."
         )
     tokens = [measured_tokens(vlm, one, some) for one, some in zip(batches, asked, strict=True)]
-    found = [_sums(vlm, *pair) for pair in track(list(zip(batches, tokens, strict=True)), "neurons: gradients, batches")]
+    found = [
+        _sums(vlm, *pair) for pair in track(list(zip(batches, tokens, strict=True)), "neurons: gradients, batches")
+    ]
     attribution, activity = (torch.cat(parts) for parts in zip(*found, strict=True))
     _refuse_nonfinite(attribution, vlm)
 
@@ -81,7 +83,8 @@ def multimodal_neurons(
     )
 
 
-class _Neurons(NamedTuple):
+@dataclass(frozen=True)
+class _Neurons:
     layer: Int[Tensor, " neuron"]  # from 0
     index: Int[Tensor, " neuron"]
     sign: Int[Tensor, " neuron"]
@@ -134,11 +137,11 @@ def _choose(
     for some in order.split(CANDIDATES):
         layers, indices = some // attribution.shape[1], some % attribution.shape[1]
         signs = torch.where(activity[layers, indices] < 0, -1, 1)
-        columns = [_column(vlm, *neuron) for neuron in zip(layers.tolist(), indices.tolist(), strict=True)]
+        neurons = list(zip(layers.tolist(), indices.tolist(), signs.tolist(), strict=True))
         with torch.no_grad():
-            columns = torch.stack(columns, dim=1).to(w_u.device) * signs.to(w_u)
+            columns = torch.stack([sign * _column(vlm, layer, i).to(w_u.device) for layer, i, sign in neurons], dim=1)
             ids, _ = decode_columns(columns, norm.to(w_u.device), w_u, k_words)
-        for row, neuron in zip(ids.cpu(), zip(layers.tolist(), indices.tolist(), signs.tolist(), strict=True), strict=True):
+        for neuron, row in zip(neurons, ids.cpu(), strict=True):
             if reads_as_words(decoded := pieces(vlm, row)):
                 chosen.append(neuron)
                 words.append(decoded)
@@ -149,11 +152,12 @@ def _choose(
             f"k={k} neurons were asked for; {len(chosen)} of {attribution.numel()} have a positive attribution and decode to "
             f"words ({len(order)} have the former)."
         )
-    return _Neurons(*torch.tensor(chosen[:k]).T, tuple(words[:k]))
+    layers, indices, signs = torch.tensor(chosen[:k]).T
+    return _Neurons(layers, indices, signs, tuple(words[:k]))
 
 
 def _column(vlm: VLM, layer: int, index: int) -> Tensor:
-    return _down_proj(vlm, part(vlm.hf, vlm.record.layers)[layer]).weight[:, index].cpu()
+    return _down_proj(vlm, part(vlm.hf, vlm.record.layers)[layer]).weight[:, index]
 
 
 def _activations(vlm: VLM, inputs: Inputs, chosen: _Neurons) -> Float[Tensor, "example neuron image"]:

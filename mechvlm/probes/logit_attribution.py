@@ -105,16 +105,14 @@ class LogitAttributionResult(Result):
 
 def merge(results: Sequence[LogitAttributionResult]) -> LogitAttributionResult:
     """Several batches as one result."""
-    values = {}
-    for f in fields(LogitAttributionResult):
-        found = [getattr(r, f.name) for r in results]
+
+    def joined(name: str):
+        found = [getattr(r, name) for r in results]
         if isinstance(found[0], Tensor):
-            values[f.name] = torch.cat(found, dim=0 if found[0].ndim == 1 else 1)
-        elif isinstance(found[0], tuple):
-            values[f.name] = tuple(piece for some in found for piece in some)
-        else:
-            values[f.name] = found[0]
-    return LogitAttributionResult(**values)
+            return torch.cat(found, dim=0 if found[0].ndim == 1 else 1)
+        return sum(found, ()) if isinstance(found[0], tuple) else found[0]
+
+    return LogitAttributionResult(**{f.name: joined(f.name) for f in fields(LogitAttributionResult)})
 
 
 class _Plan(NamedTuple):
@@ -168,7 +166,9 @@ class LogitAttribution:
         away = None if self.versus is None else measured_tokens(vlm, inputs, self.versus)
         answers, versus = pieces(vlm, toward), () if away is None else pieces(vlm, away)
         if same := [(i, a) for i, (a, b) in enumerate(zip(answers, versus, strict=False)) if a == b]:
-            raise ValueError(f"`answers` and `versus` begin with the same token in these examples, {same}: no difference.")
+            raise ValueError(
+                f"`answers` and `versus` begin with the same token in these examples, {same}: no difference."
+            )
         image = torch.zeros(len(inputs), len(inputs.token_maps[0]), dtype=torch.bool)
         for row, tokens in enumerate(inputs.token_maps):
             image[row, tokens.image] = True

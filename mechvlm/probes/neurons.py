@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import pandas as pd
-import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -14,7 +13,10 @@ from mechvlm.words import word_of
 
 
 def decode_columns(
-    columns: Float[Tensor, "d_model neuron"], norm: Float[Tensor, " d_model"], w_u: Float[Tensor, "d_vocab d_model"], k: int
+    columns: Float[Tensor, "d_model neuron"],
+    norm: Float[Tensor, " d_model"],
+    w_u: Float[Tensor, "d_vocab d_model"],
+    k: int,
 ) -> tuple[Int[Tensor, "neuron k"], Float[Tensor, "neuron k"]]:
     """The k tokens whose logits a neuron's output raises most, and by how much at activation 1 before the final norm's scale.
 

@@ -265,3 +265,7 @@ def text(piece: str, most: int) -> str:
 def _position_ticks(ax: Axes, positions: list[int]) -> None:
     step = max(1, len(positions) // 16)
     ax.set_xticks(range(0, len(positions), step), [str(p) for p in positions[::step]])
+
+
+# Other files draw more results, with what stands above: they are imported last, and add themselves to `draw`.
+from mechvlm.view import attribution_plots  # noqa: E402, F401
