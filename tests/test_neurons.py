@@ -14,6 +14,7 @@ from mechvlm.experiments import multimodal_neurons as experiment
 from mechvlm.probes.neurons import MultimodalNeuronsResult, decode_columns, reads_as_words
 
 ANSWERS = [7, 421, 9]
+N = 30
 
 
 def with_hooks(vlm, inputs, layer: int, change=None):
@@ -33,7 +34,7 @@ def with_hooks(vlm, inputs, layer: int, change=None):
 
 @pytest.fixture(scope="module")
 def found(vlm, batch):
-    return mv.multimodal_neurons(vlm, batch, ANSWERS, k=6, k_words=4)
+    return mv.multimodal_neurons(vlm, batch, ANSWERS, k=N, k_words=3)
 
 
 @pytest.mark.parametrize(
@@ -77,13 +78,13 @@ def test_they_are_the_strongest_of_those_that_read_as_words(vlm, batch, found):
     attribution, activity = experiment._sums(vlm, batch, tokens)
     neurons = set(zip((found.layer - 1).tolist(), found.index.tolist(), strict=True))
     norm, w_u = part(vlm.hf, vlm.record.norm).weight, part(vlm.hf, vlm.record.unembed).weight
-    expected = set()
+    expected, passed_over = set(), 0
     for number in attribution.mean(0).flatten().argsort(descending=True).tolist():
         layer, index = divmod(number, attribution.shape[-1])
         column = part(vlm.hf, vlm.record.layers)[layer].mlp.down_proj.weight[:, index]
         sign = -1 if activity.mean(0)[layer, index] < 0 else 1
         with torch.no_grad():
-            best = (w_u @ (norm * column * sign)).topk(4).indices
+            best = (w_u @ (norm * column * sign)).topk(3).indices
         words = tuple(p or "" for p in vlm.tokenizer.convert_ids_to_tokens(best.tolist()))
         if (layer, index) in neurons:
             at = [(a, b) for a, b in zip((found.layer - 1).tolist(), found.index.tolist(), strict=True)]
@@ -92,9 +93,12 @@ def test_they_are_the_strongest_of_those_that_read_as_words(vlm, batch, found):
             assert found.words[row] == words
         if reads_as_words(words):
             expected.add((layer, index))
-        if len(expected) == 6:
+        else:
+            passed_over += 1
+        if len(expected) == N:
             break
     assert neurons == expected
+    assert passed_over > 0
 
 
 def test_activations_are_what_the_output_matrix_reads(vlm, batch, found):
@@ -114,7 +118,7 @@ def test_activations_are_what_the_output_matrix_reads(vlm, batch, found):
 
 
 def test_batches_change_nothing(vlm, batch, found):
-    ones = mv.multimodal_neurons(vlm, [batch[0], batch[1], batch[2]], ANSWERS, k=6, k_words=4)
+    ones = mv.multimodal_neurons(vlm, [batch[0], batch[1], batch[2]], ANSWERS, k=N, k_words=3)
     assert torch.equal(ones.layer, found.layer)
     assert torch.equal(ones.index, found.index)
     assert ones.words == found.words
@@ -148,7 +152,7 @@ def test_nothing_is_left_behind(vlm, batch):
 def test_a_frozen_model_gives_the_same(batch, vlm, found):
     vlm.hf.requires_grad_(False)
     try:
-        frozen = mv.multimodal_neurons(vlm, batch, ANSWERS, k=6, k_words=4)
+        frozen = mv.multimodal_neurons(vlm, batch, ANSWERS, k=N, k_words=3)
     finally:
         vlm.hf.requires_grad_(True)
     assert torch.equal(frozen.attribution, found.attribution)
@@ -227,7 +231,7 @@ def test_the_picture_shows_each_neuron_and_where_it_fires(vlm, batch, found, tmp
     assert "logits" in ax.get_xlabel()
     assert ax.get_yticklabels()[1].get_text().startswith(f"layer {int(found.layer[1])}, {int(found.index[1])}\n")
     side = ax.figure.axes[1]
-    assert len(side.images) == 6
+    assert len(side.images) == N
     best = int(found.attribution[:, 1].argmax())
     drawn = torch.as_tensor(side.images[1].get_array().filled())
     torch.testing.assert_close(drawn.flatten(), found.activation[best, 1])
