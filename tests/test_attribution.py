@@ -182,6 +182,18 @@ def test_table_and_file(vlm, batch, tmp_path):
     assert again.answers == got.answers
 
 
+def test_intervals_are_over_examples(vlm, batch):
+    got = mv.logit_attribution(vlm, batch, A)
+    for name, shape in (("heads", (3, 4)), ("from_rest", (3, 4)), ("layers", (3,)), ("total", ())):
+        mean, low, high = got.interval(name)
+        values = getattr(got, name)
+        torch.testing.assert_close(mean, values.mean(1 if shape else 0))
+        assert mean.shape == low.shape == high.shape == shape
+        assert ((low < mean) & (mean < high)).all()
+    with pytest.raises(ValueError, match=r"no part 'head'\. Parts: heads, from_image"):
+        got.interval("head")
+
+
 def test_bad_answers_are_named(vlm, batch):
     with pytest.raises(mv.InputError, match=r"2 answers were given for 6 examples.*over all batches"):
         mv.logit_attribution(vlm, [batch, batch], ["a", "b"])

@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from mechvlm.accessors import Attention, attention_rows
+from mechvlm.intervals import Interval, mean_interval
 from mechvlm.results import Result, long_frame, stack, to_cpu
 
 
@@ -82,6 +83,19 @@ class LogitAttributionResult(Result):
     def total(self) -> Float[Tensor, " example"]:
         """The sum of all parts. It equals `logit` up to the rounding of the model's dtype."""
         return self.embed + self.layers.sum(0) + self.bias
+
+    def interval(self, part: str) -> Interval:
+        """The mean of one part over examples and its 95 % bootstrap interval, [layer head], [layer] or a single number.
+
+        Raises:
+            ValueError: for something that is no part; the message lists them.
+        """
+        by_layer = ("heads", "from_image", "from_rest", "attn_bias", "mlps", "layers")
+        if part not in (*by_layer, "embed", "bias", "logit", "total"):
+            known = ", ".join((*by_layer, "embed", "bias", "logit", "total"))
+            raise ValueError(f"There is no part {part!r}. Parts: {known}.")
+        values = getattr(self, part)
+        return mean_interval(values.transpose(0, 1) if part in by_layer else values)
 
     def to_frame(self) -> pd.DataFrame:
         """One row per part, layer, head and example: part ("embed", "head", "attn_bias", "mlp", "bias"), layer (0 for

@@ -50,7 +50,7 @@ def _(result: LogitAttributionResult, ax: Axes | None = None) -> Axes:
         ax.set_ylabel("written toward it (logits)")
         ax.legend(ncols=2)
 
-        heads = mean_interval(result.heads.transpose(0, 1))
+        heads = result.interval("heads")
         mesh = top.pcolormesh(
             np.arange(n_layers + 1) + 0.5, np.arange(n_heads + 1) - 0.5, heads.mean.T.numpy(), cmap=SIGNED,
             norm=CenteredNorm(), rasterized=True,
