@@ -7,6 +7,7 @@ if TYPE_CHECKING:
     from mechvlm.errors import InputError, ModelError, NonFiniteError
     from mechvlm.experiments.causal_trace import causal_trace
     from mechvlm.experiments.information_flow import information_flow
+    from mechvlm.experiments.multimodal_neurons import multimodal_neurons
     from mechvlm.experiments.object_ablation import object_ablation
     from mechvlm.experiments.results import CausalTraceResult, InformationFlowResult, ObjectAblationResult
     from mechvlm.inputs import Inputs
@@ -14,10 +15,12 @@ if TYPE_CHECKING:
     from mechvlm.loading import load
     from mechvlm.phases import fit_phases
     from mechvlm.probes.contextualization import Contextualization, ContextualizationResult
+    from mechvlm.probes.logit_attribution import LogitAttribution, LogitAttributionResult
     from mechvlm.probes.logit_lens import LogitLens, LogitLensResult
+    from mechvlm.probes.neurons import MultimodalNeuronsResult
     from mechvlm.probes.norm_attention import NormAttention, NormAttentionResult
     from mechvlm.probes.query_reading import QueryReading, QueryReadingResult
-    from mechvlm.reading import contextualization, logit_lens, norm_attention, query_reading, read
+    from mechvlm.reading import contextualization, logit_attribution, logit_lens, norm_attention, query_reading, read
     from mechvlm.tokens import Modality, PatchGrid, TokenMap
     from mechvlm.vlm import VLM
     from mechvlm.words import precision_recall
@@ -29,15 +32,18 @@ _HOMES = {
     "experiments.information_flow": ("information_flow",),
     "experiments.object_ablation": ("object_ablation",),
     "experiments.results": ("CausalTraceResult", "InformationFlowResult", "ObjectAblationResult"),
+    "experiments.multimodal_neurons": ("multimodal_neurons",),
     "inputs": ("Inputs",),
     "interventions": ("ablate", "knock_out", "patch", "steer"),
     "loading": ("load",),
     "phases": ("fit_phases",),
     "probes.contextualization": ("Contextualization", "ContextualizationResult"),
+    "probes.logit_attribution": ("LogitAttribution", "LogitAttributionResult"),
     "probes.logit_lens": ("LogitLens", "LogitLensResult"),
+    "probes.neurons": ("MultimodalNeuronsResult",),
     "probes.norm_attention": ("NormAttention", "NormAttentionResult"),
     "probes.query_reading": ("QueryReading", "QueryReadingResult"),
-    "reading": ("contextualization", "logit_lens", "norm_attention", "query_reading", "read"),
+    "reading": ("contextualization", "logit_attribution", "logit_lens", "norm_attention", "query_reading", "read"),
     "tokens": ("Modality", "PatchGrid", "TokenMap"),
     "vlm": ("VLM",),
     "words": ("precision_recall",),
@@ -46,9 +52,10 @@ _HOME = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
     "VLM", "CausalTraceResult", "Contextualization", "ContextualizationResult", "InformationFlowResult", "InputError",
-    "Inputs", "LogitLens", "LogitLensResult", "Modality", "ModelError", "NonFiniteError", "NormAttention",
-    "NormAttentionResult", "ObjectAblationResult", "PatchGrid", "QueryReading", "QueryReadingResult", "TokenMap",
-    "ablate", "causal_trace", "contextualization", "fit_phases", "information_flow", "knock_out", "load", "logit_lens",
+    "Inputs", "LogitAttribution", "LogitAttributionResult", "LogitLens", "LogitLensResult", "Modality", "ModelError",
+    "MultimodalNeuronsResult", "NonFiniteError", "NormAttention", "NormAttentionResult", "ObjectAblationResult",
+    "PatchGrid", "QueryReading", "QueryReadingResult", "TokenMap", "ablate", "causal_trace", "contextualization",
+    "fit_phases", "information_flow", "knock_out", "load", "logit_attribution", "logit_lens", "multimodal_neurons",
     "norm_attention", "object_ablation", "patch", "precision_recall", "query_reading", "read", "steer",
 ]  # fmt: skip
 

@@ -47,6 +47,7 @@ class Architecture:
     k_proj: str = "k_proj"
     v_proj: str = "v_proj"
     o_proj: str = "o_proj"
+    down_proj: str = "down_proj"
     # The call that every attention implementation goes through, as nnsight names it in the attention's source.
     attention_call: str = "attention_interface_1"
 

@@ -74,7 +74,7 @@ def hook_readers(vlm: VLM) -> dict[str, Callable[[], Tensor]]:
             case "ln2.hook_scale":
                 return lambda: scale(vlm.resid_mid[layer])
             case "mlp.hook_post":
-                return lambda: part(vlm.layers[layer], f"{vlm.record.mlp}.down_proj").input
+                return lambda: part(vlm.layers[layer], f"{vlm.record.mlp}.{vlm.record.down_proj}").input
             case _:
                 accessor = getattr(vlm, hook.split("hook_")[1])
                 return lambda: accessor[layer]

@@ -5,7 +5,7 @@ residual stream is kept. Layers are states: 0 is what enters the decoder (the em
 layer, n_layers is what the final norm and the unembedding read.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import nnsight
@@ -13,12 +13,15 @@ import torch
 from torch import Tensor
 
 from mechvlm.accessors import Attention
+from mechvlm.batches import Answers, as_batches, by_batch
 from mechvlm.errors import NonFiniteError
 from mechvlm.inputs import Inputs
 from mechvlm.probes.contextualization import Contextualization, ContextualizationResult
+from mechvlm.probes.logit_attribution import LogitAttribution, LogitAttributionResult, merge
 from mechvlm.probes.logit_lens import LogitLens, LogitLensResult
 from mechvlm.probes.norm_attention import NormAttention, NormAttentionResult
 from mechvlm.probes.query_reading import QueryReading, QueryReadingResult
+from mechvlm.progress import track
 from mechvlm.results import Result
 from mechvlm.tokens import Modality
 from mechvlm.vlm import VLM
@@ -47,15 +50,34 @@ class Attended(NamedTuple):
     w_o: Tensor
 
 
+class Written(NamedTuple):
+    """What layer `layer` (1 to n_layers) wrote to the residual stream, to make state `layer` out of the one before.
+
+    z: [batch pos head d_head], the heads' outputs before W_O; attn_out, mlp_out: [batch pos d_model]; parts: what z is
+    computed from; w_o: [d_model, head * d_head] and b_o: [d_model] or None, the output projection's; final_norm, unembed: the
+    model's own.
+    """
+
+    layer: int
+    z: Tensor
+    attn_out: Tensor
+    mlp_out: Tensor
+    parts: Attention
+    w_o: Tensor
+    b_o: Tensor | None
+    final_norm: Callable[[Tensor], Tensor]
+    unembed: Callable[[Tensor], Tensor]
+
+
 class Probe(Protocol):
     """What read() asks of a probe. Write your own: `Contextualization` is the shortest to start from.
 
-    `prepare` runs before the forward and turns names into positions; the three `at_` methods run inside it, on the model's
+    `prepare` runs before the forward and turns names into positions; the `at_` methods run inside it, on the model's
     device, and give a dict of small tensors (or None); `result` is given those dicts, in the order of the layers.
     """
 
     reads: frozenset[str]
-    """Which of "states", "attention", "queries" it wants."""
+    """Which of "states", "attention", "writes", "queries" it wants: `at_state`, `at_attention`, `at_writes`, `at_queries`."""
 
     def prepare(self, vlm: VLM, inputs: Inputs) -> Any: ...
 
@@ -99,12 +121,20 @@ def read(vlm: VLM, inputs: Inputs, *probes) -> tuple:
             for probe, plan, kept in zip(probes, plans, rows, strict=True):
                 if "states" in probe.reads:
                     kept.append(probe.at_state(plan, state))
-            if layer < n and "attention" in wants:
-                w_o = getattr(getattr(layers[layer], vlm.record.attention), vlm.record.o_proj).weight
-                attended = Attended(layer + 1, vlm.attention[layer], w_o)
+            if layer == n or not wants & {"attention", "writes"}:
+                continue
+            o_proj = getattr(getattr(layers[layer], vlm.record.attention), vlm.record.o_proj)
+            parts, w_o, b_o = vlm.attention[layer], o_proj.weight, o_proj.bias
+            attended = Attended(layer + 1, parts, w_o)
+            for probe, plan, kept in zip(probes, plans, rows, strict=True):
+                if "attention" in probe.reads:
+                    kept.append(probe.at_attention(plan, attended))
+            if "writes" in wants:
+                writes = vlm.z[layer], vlm.attn_out[layer], vlm.mlp_out[layer]
+                written = Written(layer + 1, *writes, parts, w_o, b_o, norm, unembed)
                 for probe, plan, kept in zip(probes, plans, rows, strict=True):
-                    if "attention" in probe.reads:
-                        kept.append(probe.at_attention(plan, attended))
+                    if "writes" in probe.reads:
+                        kept.append(probe.at_writes(plan, written))
 
     _refuse_nonfinite(torch.stack([f.cpu() for f in finite]), vlm)
     return tuple(
@@ -156,3 +186,28 @@ def norm_attention(vlm: VLM, inputs: Inputs, **options) -> NormAttentionResult:
 def query_reading(vlm: VLM, inputs: Inputs) -> QueryReadingResult:
     """Where on the image each query reads: the probe `QueryReading`."""
     return read(vlm, inputs, QueryReading())[0]
+
+
+def logit_attribution(
+    vlm: VLM, inputs: Inputs | Sequence[Inputs], answers: Answers = None, versus: Answers = None
+) -> LogitAttributionResult:
+    """What each layer, head and MLP wrote toward an answer's logit at the last position, or the difference of two (logits).
+
+    The formula is the probe's, `LogitAttribution`; its parts sum to the model's logit.
+
+    Args:
+        vlm: the model.
+        inputs: a batch, or a list of batches, each one forward.
+        answers: a word or a token id for all examples, or one per example over all batches in order; None: the token that
+            the model itself would write first.
+        versus: the same, for the answer whose logit is subtracted; None subtracts nothing.
+
+    Raises:
+        InputError: for another number of answers than examples, or an answer that is no token.
+        ValueError: when an answer is its own `versus`.
+    """
+    batches = as_batches(inputs)
+    asked = list(zip(batches, by_batch(batches, answers), by_batch(batches, versus), strict=True))
+    return merge(
+        [read(vlm, one, LogitAttribution(a, b))[0] for one, a, b in track(asked, "logit attribution, batches")]
+    )

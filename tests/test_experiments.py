@@ -305,8 +305,8 @@ def test_results_are_saved_and_loaded(deep, three, tmp_path):
     ("call", "error", "says"),
     [
         (lambda v, x: mv.information_flow(v, x, ["a", "b"]), mv.InputError, "2 answers were given for 3 examples"),
-        (lambda v, x: mv.information_flow(v, [], "a"), mv.InputError, "got nothing"),
-        (lambda v, x: Examples(v, ["x"], "a"), mv.InputError, r"got \['str'\]"),
+        (lambda v, x: mv.information_flow(v, [], "a"), mv.InputError, "not an empty list"),
+        (lambda v, x: Examples(v, ["x"], "a"), mv.InputError, r"not \['str'\]"),
         (lambda v, x: mv.information_flow(v, x, flows=["image"]), ValueError, "A flow reads 'source -> destination'"),
         (lambda v, x: mv.information_flow(v, x, flows=[]), ValueError, "A flow reads"),
         (lambda v, x: mv.information_flow(v, x, flows=["image -> sky"]), ValueError, "no positions called 'sky'"),

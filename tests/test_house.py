@@ -12,6 +12,7 @@ ROOT = Path(mechvlm.__file__).parent
 # Each room, and the rooms it may import from; a room knows what stands above it in the flow, and no more.
 LOAD = {
     "answers",
+    "batches",
     "errors",
     "architectures",
     "tokens",
@@ -30,7 +31,9 @@ ALLOWED = {
     "progress": set(),
     # Measures see tensors, never a model: of LOAD they know positions and the attention's formula.
     **{room: MEASURE | {"tokens", "accessors"} for room in MEASURE},
-    "reading": LOAD | MEASURE,
+    # Probes are told which tokens to measure, in prepare().
+    "probes": MEASURE | {"tokens", "accessors", "batches"},
+    "reading": LOAD | MEASURE | {"progress"},
     "interventions": LOAD,
     "experiments": LOAD | MEASURE | {"reading", "interventions", "experiments", "progress"},
     "view": MEASURE | {"tokens", "experiments", "view"},
@@ -74,7 +77,7 @@ def test_rooms_import_only_what_stands_above_them():
 
 def test_only_some_rooms_know_nnsight():
     knowing = {p.relative_to(ROOT).as_posix() for p in ROOT.rglob("*.py") if "nnsight" in _packages(p)}
-    experiments = {"experiments/rerun.py", "experiments/object_ablation.py"}
+    experiments = {f"experiments/{name}.py" for name in ("rerun", "object_ablation", "multimodal_neurons")}
     assert knowing == {"vlm.py", "reading.py", "checks.py", "lens_cache.py"} | experiments
 
 

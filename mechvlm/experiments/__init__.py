@@ -1,1 +1,1 @@
-"""The causal experiments: one function each, over any number of examples, with a typed result."""
+"""Experiments: one function each, over any number of examples, with a typed result."""

@@ -7,8 +7,9 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
+from mechvlm.batches import Answers, pieces
 from mechvlm.errors import InputError
-from mechvlm.experiments.examples import Answers, Example, Examples, positions
+from mechvlm.experiments.examples import Example, Examples, positions
 from mechvlm.experiments.rerun import Edit, Run, run, sweep, windows
 from mechvlm.experiments.results import CausalTraceResult
 from mechvlm.inputs import Inputs
@@ -88,7 +89,7 @@ def causal_trace(
         p=torch.tensor(p), p_corrupt=torch.tensor(p_corrupt), p_restored=torch.tensor(p_restored).permute(1, 2, 0),
         groups=tuple(named[0]), layers=tuple(range(first, vlm.n_layers + first)),
         windows=tuple((span.start, span.stop) for span in spans), at=at, corrupt=corrupt,
-        answers=tuple(vlm.tokenizer.convert_ids_to_tokens(tokens)), model=vlm.name,
+        answers=pieces(vlm, torch.tensor(tokens)), model=vlm.name,
     )  # fmt: skip
 
 

@@ -8,12 +8,10 @@ from jaxtyping import Int
 from torch import Tensor
 
 from mechvlm.answers import answer_tokens
-from mechvlm.errors import InputError
+from mechvlm.batches import Answers, as_batches, by_batch
 from mechvlm.inputs import Inputs
 from mechvlm.tokens import TokenMap
 from mechvlm.vlm import VLM
-
-Answers = str | int | Sequence[str | int] | None
 
 
 class Example(NamedTuple):
@@ -32,24 +30,12 @@ class Examples(Sequence[Example]):
     """The examples of one or several batches, in their order."""
 
     def __init__(self, vlm: VLM, inputs: Inputs | Sequence, answers: Answers = None):
-        batches = [inputs] if isinstance(inputs, Inputs) else list(inputs)
-        strange = [type(b).__name__ for b in batches if not isinstance(b, Inputs)]
-        if strange or not batches:
-            raise InputError(
-                f"Give what vlm.inputs(images, prompts) gives, or a list of it; got {strange or 'nothing'}."
-            )
+        batches = as_batches(inputs)
         self._rows = [(batch, row) for batch in batches for row in range(len(batch))]
         self._answers: list[int] | None = None
         if answers is not None:
-            each = [answers] * len(self) if isinstance(answers, str | int) else list(answers)
-            if len(each) != len(self):
-                raise InputError(
-                    f"{len(each)} answers were given for {len(self)} examples: give one for all, or one each."
-                )
-            given = iter(each)
-            self._answers = [
-                t for b in batches for t in answer_tokens(vlm, b, [next(given) for _ in range(len(b))]).tolist()
-            ]
+            given = zip(batches, by_batch(batches, answers), strict=True)
+            self._answers = [token for batch, some in given for token in answer_tokens(vlm, batch, some).tolist()]
 
     def __len__(self) -> int:
         return len(self._rows)

@@ -4,8 +4,9 @@ from collections.abc import Sequence
 
 import torch
 
+from mechvlm.batches import Answers, pieces
 from mechvlm.errors import InputError
-from mechvlm.experiments.examples import Answers, Examples, positions
+from mechvlm.experiments.examples import Examples, positions
 from mechvlm.experiments.rerun import Edit, run, sweep, windows
 from mechvlm.experiments.results import InformationFlowResult
 from mechvlm.inputs import Inputs
@@ -71,7 +72,7 @@ def information_flow(
     return InformationFlowResult(
         p=torch.tensor(p), p_knocked=torch.tensor(p_knocked).permute(1, 2, 0), flows=tuple(flows),
         windows=tuple((span.start, span.stop) for span in spans),
-        answers=tuple(vlm.tokenizer.convert_ids_to_tokens(tokens)), model=vlm.name,
+        answers=pieces(vlm, torch.tensor(tokens)), model=vlm.name,
     )  # fmt: skip
 
 

@@ -7,8 +7,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mechvlm.batches import Answers, pieces
 from mechvlm.errors import InputError
-from mechvlm.experiments.examples import Answers, Example, Examples
+from mechvlm.experiments.examples import Example, Examples
 from mechvlm.experiments.rerun import Edit, run, sweep
 from mechvlm.experiments.results import ObjectAblationResult
 from mechvlm.inputs import Inputs
@@ -102,7 +103,7 @@ def object_ablation(
     return ObjectAblationResult(
         correct=torch.tensor(correct), correct_ablated=correct_ablated, p=torch.tensor(p), p_ablated=p_ablated,
         n_tokens=n_tokens, conditions=CONDITIONS, margins=tuple(int(m) for m in margins),
-        answers=tuple(vlm.tokenizer.convert_ids_to_tokens(tokens)), model=vlm.name,
+        answers=pieces(vlm, torch.tensor(tokens)), model=vlm.name,
     )  # fmt: skip
 
 

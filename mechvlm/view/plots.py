@@ -279,4 +279,5 @@ def _position_ticks(ax: Axes, positions: list[int]) -> None:
     ax.set_xticks(range(0, len(positions), step), [str(p) for p in positions[::step]])
 
 
-from mechvlm.view import causal_plots  # noqa: E402, F401  (registers its pictures with `draw`)
+# Other files draw more results, with what stands above: they are imported last, and add themselves to `draw`.
+from mechvlm.view import attribution_plots, causal_plots  # noqa: E402, F401

@@ -1,0 +1,232 @@
+"""Direct logit attribution: what each head and each MLP wrote toward an answer (Elhage et al. 2021)."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from typing import ClassVar, NamedTuple
+
+import pandas as pd
+import torch
+from einops import rearrange
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from mechvlm.accessors import Attention, attention_rows
+from mechvlm.intervals import Interval, mean_interval
+from mechvlm.results import Result, long_frame, stack, to_cpu
+
+
+def head_writes(
+    z: Float[Tensor, "batch head d_head"],
+    w_o: Float[Tensor, "d_model head_d_head"],
+    direction: Float[Tensor, "batch d_model"],
+) -> Float[Tensor, "batch head"]:
+    """z_h W_O^h · direction: what each head's output is worth along a direction of the residual stream. Float32.
+
+    The direction goes through W_O first, so that no head's vector [d_model] is ever made. Tested: equals their products.
+    """
+    read = rearrange(direction @ w_o.float(), "batch (head d_head) -> batch head d_head", head=z.shape[1])
+    return (z.float() * read).sum(-1)
+
+
+def z_from(
+    parts: Attention, dest: Int[Tensor, " batch"], src: Bool[Tensor, "batch src"]
+) -> Float[Tensor, "batch head d_head"]:
+    """The part of z at `dest` that comes from the sources `src`: Σ α_h[dest, src] v_h[src]. Float32."""
+    alpha = attention_rows(parts.q, parts.k, parts.mask, parts.scale, dest[:, None])[:, :, 0]
+    v = parts.v.float().repeat_interleave(alpha.shape[1] // parts.v.shape[1], dim=1)
+    return torch.einsum("bhs,bhse->bhe", alpha * src.to(alpha)[:, None], v)
+
+
+@dataclass(frozen=True, repr=False)
+class LogitAttributionResult(Result):
+    """What was written toward an answer's logit at the last position, or toward the difference of two (logits).
+
+    The parts sum to the model's logit: `embed`, `heads`, `attn_bias`, `mlps` and `bias`. Entry l of an axis `layer` is layer
+    l + 1, which makes state l + 1.
+
+    Attributes:
+        embed: of what entered the decoder at the last position.
+        heads: of each head's output, z_h W_O^h.
+        from_image: the part of `heads` that came from the image's positions; `from_rest` is the other one.
+        attn_bias: of W_O's bias, which belongs to no head (0 where there is none).
+        mlps: of each MLP's output.
+        bias: of the unembedding's bias (0 where there is none).
+        logit: the model's own logit (difference), in its own dtype's precision.
+        answers, versus: the tokenizer's pieces of the tokens measured; `versus` is empty where there is one answer.
+        model: the model's name.
+    """
+
+    units: ClassVar[str] = "logit"
+
+    embed: Float[Tensor, " example"]
+    heads: Float[Tensor, "layer example head"]
+    from_image: Float[Tensor, "layer example head"]
+    attn_bias: Float[Tensor, "layer example"]
+    mlps: Float[Tensor, "layer example"]
+    bias: Float[Tensor, " example"]
+    logit: Float[Tensor, " example"]
+    answers: tuple[str, ...]
+    versus: tuple[str, ...]
+    model: str
+
+    @property
+    def layers(self) -> Float[Tensor, "layer example"]:
+        """Of all that each layer wrote."""
+        return self.heads.sum(-1) + self.attn_bias + self.mlps
+
+    @property
+    def from_rest(self) -> Float[Tensor, "layer example head"]:
+        """The part of `heads` that came from all other positions, the last one among them."""
+        return self.heads - self.from_image
+
+    @property
+    def total(self) -> Float[Tensor, " example"]:
+        """The sum of all parts. It equals `logit` up to the rounding of the model's dtype."""
+        return self.embed + self.layers.sum(0) + self.bias
+
+    def interval(self, part: str) -> Interval:
+        """The mean of one part over examples and its 95 % bootstrap interval, [layer head], [layer] or a single number.
+
+        Raises:
+            ValueError: for something that is no part; the message lists them.
+        """
+        by_layer = ("heads", "from_image", "from_rest", "attn_bias", "mlps", "layers")
+        if part not in (*by_layer, "embed", "bias", "logit", "total"):
+            known = ", ".join((*by_layer, "embed", "bias", "logit", "total"))
+            raise ValueError(f"There is no part {part!r}. Parts: {known}.")
+        values = getattr(self, part)
+        return mean_interval(values.transpose(0, 1) if part in by_layer else values)
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row per part, layer, head and example: part ("embed", "head", "attn_bias", "mlp", "bias"), layer (0 for
+        embed; the unembedding's bias has n_layers + 1), head (-1 but for heads), example, value, from_image (NaN but for
+        heads)."""
+        n_layers, n_examples, n_heads = self.heads.shape
+        examples, layers = range(n_examples), range(1, n_layers + 1)
+        head_axes = {"layer": layers, "example": examples, "head": range(n_heads)}
+        heads = long_frame(self.heads, **head_axes).assign(
+            part="head", from_image=long_frame(self.from_image, **head_axes)["value"]
+        )
+        rest = {
+            "embed": long_frame(self.embed[None], layer=[0], example=examples),
+            "attn_bias": long_frame(self.attn_bias, layer=layers, example=examples),
+            "mlp": long_frame(self.mlps, layer=layers, example=examples),
+            "bias": long_frame(self.bias[None], layer=[n_layers + 1], example=examples),
+        }
+        frames = [heads, *(frame.assign(part=part, head=-1) for part, frame in rest.items())]
+        return pd.concat(frames, ignore_index=True)[["part", "layer", "head", "example", "value", "from_image"]]
+
+
+def merge(results: Sequence[LogitAttributionResult]) -> LogitAttributionResult:
+    """Several batches as one result."""
+
+    def joined(name: str):
+        found = [getattr(r, name) for r in results]
+        if isinstance(found[0], Tensor):
+            return torch.cat(found, dim=0 if found[0].ndim == 1 else 1)
+        return sum(found, ()) if isinstance(found[0], tuple) else found[0]
+
+    return LogitAttributionResult(**{f.name: joined(f.name) for f in fields(LogitAttributionResult)})
+
+
+class _Plan(NamedTuple):
+    toward: Tensor  # token ids [example], and of the answers that are subtracted
+    away: Tensor | None
+    answers: tuple[str, ...]
+    versus: tuple[str, ...]
+    last: Tensor  # each example's last position
+    image: Tensor  # [example pos]
+    n_layers: int
+
+    def difference(self, of: Callable[[Tensor], Tensor]) -> Float[Tensor, "example *rest"]:
+        """What `of` gives for each example's answer, less what it gives for the other one. Float32."""
+        return of(self.toward).float() if self.away is None else of(self.toward).float() - of(self.away).float()
+
+    def direction(self, final_norm, unembed) -> Float[Tensor, "example d_model"]:
+        """g * (W_U[a] - W_U[b]): what a write is multiplied with, but for the norm's scale."""
+        w_u = unembed.weight
+        return self.difference(lambda ids: w_u[ids.to(w_u.device)]) * final_norm.weight.float()
+
+    def at_last(self, x: Float[Tensor, "batch pos *rest"]) -> Float[Tensor, "batch *rest"]:
+        return x[torch.arange(len(x), device=x.device), self.last.to(x.device)]
+
+
+@dataclass(frozen=True)
+class LogitAttribution:
+    """Probe: what each layer, head and MLP wrote toward the logit of an answer, at the last position.
+
+    The final norm divides the last state x = Σ writes by its root mean square r, a number once x is known, and multiplies by
+    its weight g. So every write w is worth (w / r * g) · (W_U[a] - W_U[b]), and these sum to logit(a) - logit(b).
+
+    Args:
+        answers: a word or a token id for all examples, or one per example; of several tokens the first one counts. None:
+            the token that the model itself would write first (costs a forward of its own).
+        versus: the same, for the answer whose logit is subtracted; None subtracts nothing.
+
+    Source: Elhage et al. 2021, "A Mathematical Framework for Transformer Circuits". Differs: the norm is an RMSNorm, and its
+    weight is kept apart from W_U. Tested: the sum equals Hugging Face's logits.
+    """
+
+    answers: str | int | Sequence[str | int] | None = None
+    versus: str | int | Sequence[str | int] | None = None
+
+    reads: ClassVar[frozenset[str]] = frozenset({"states", "writes"})
+
+    def prepare(self, vlm, inputs):
+        # Here, since answers belong to a model: a result can be loaded and drawn without one.
+        from mechvlm.batches import measured_tokens, pieces
+
+        toward = measured_tokens(vlm, inputs, self.answers)
+        away = None if self.versus is None else measured_tokens(vlm, inputs, self.versus)
+        answers, versus = pieces(vlm, toward), () if away is None else pieces(vlm, away)
+        if same := [(i, a) for i, (a, b) in enumerate(zip(answers, versus, strict=False)) if a == b]:
+            raise ValueError(
+                f"`answers` and `versus` begin with the same token in these examples, {same}: no difference."
+            )
+        image = torch.zeros(len(inputs), len(inputs.token_maps[0]), dtype=torch.bool)
+        for row, tokens in enumerate(inputs.token_maps):
+            image[row, tokens.image] = True
+        last = torch.tensor([m.last for m in inputs.token_maps])
+        return _Plan(toward, away, answers, versus, last, image, vlm.n_layers)
+
+    def at_state(self, plan, state):
+        if state.layer not in (0, plan.n_layers):
+            return None
+        resid = plan.at_last(state.resid)
+        if state.layer == 0:
+            return {"embed": (resid.float() * plan.direction(state.final_norm, state.unembed).to(resid.device)).sum(-1)}
+        logits = state.unembed(state.final_norm(resid))
+        bias = getattr(state.unembed, "bias", None)
+        bias = torch.zeros_like(logits[0]) if bias is None else bias
+        return {
+            "scale": (resid.float().square().mean(-1) + state.final_norm.variance_epsilon).sqrt(),
+            "logit": plan.difference(lambda ids: logits.gather(1, ids[:, None].to(logits.device))[:, 0]),
+            "bias": plan.difference(lambda ids: bias[ids.to(bias.device)]),
+        }
+
+    def at_writes(self, plan, written):
+        z, w_o, mlp_out = plan.at_last(written.z), written.w_o, plan.at_last(written.mlp_out)
+        direction = plan.direction(written.final_norm, written.unembed).to(z.device)
+        z_image = z_from(written.parts, plan.last.to(z.device), plan.image.to(z.device))
+        return {
+            "heads": head_writes(z, w_o, direction),
+            "from_image": head_writes(z_image, w_o, direction),
+            "attn_bias": torch.zeros_like(direction[:, 0]) if written.b_o is None else direction @ written.b_o.float(),
+            "mlps": (mlp_out.float() * direction.to(mlp_out.device)).sum(-1),
+        }
+
+    def result(self, plan, rows, vlm, inputs) -> LogitAttributionResult:
+        first, *layers, end = rows
+        scale = to_cpu(end["scale"])  # known at the end only
+        return LogitAttributionResult(
+            embed=to_cpu(first["embed"]) / scale,
+            heads=stack([row["heads"] for row in layers]) / scale[:, None],
+            from_image=stack([row["from_image"] for row in layers]) / scale[:, None],
+            attn_bias=stack([row["attn_bias"] for row in layers]) / scale,
+            mlps=stack([row["mlps"] for row in layers]) / scale,
+            bias=to_cpu(end["bias"]),
+            logit=to_cpu(end["logit"]),
+            answers=plan.answers,
+            versus=plan.versus,
+            model=vlm.name,
+        )
