@@ -4,7 +4,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mechvlm.errors import InputError, ModelError, NonFiniteError
+    from mechvlm import view
+    from mechvlm.errors import InputError, ModelError, NonFiniteError, ViewError
     from mechvlm.inputs import Inputs
     from mechvlm.loading import load
     from mechvlm.phases import fit_phases
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 # Where each public name lives. They are imported when they are first used: `mechvlm --help` needs no torch.
 _HOMES = {
-    "errors": ("InputError", "ModelError", "NonFiniteError"),
+    "errors": ("InputError", "ModelError", "NonFiniteError", "ViewError"),
     "inputs": ("Inputs",),
     "loading": ("load",),
     "phases": ("fit_phases",),
@@ -37,12 +38,14 @@ _HOME = {name: home for home, names in _HOMES.items() for name in names}
 __all__ = [
     "VLM", "Contextualization", "ContextualizationResult", "InputError", "Inputs", "LogitLens", "LogitLensResult", "Modality",
     "ModelError", "NonFiniteError", "NormAttention", "NormAttentionResult", "PatchGrid", "QueryReading", "QueryReadingResult",
-    "TokenMap", "contextualization", "fit_phases", "load", "logit_lens", "norm_attention", "precision_recall", "query_reading",
-    "read",
+    "TokenMap", "ViewError", "contextualization", "fit_phases", "load", "logit_lens", "norm_attention", "precision_recall",
+    "query_reading", "read", "view",
 ]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:
+    if name == "view":
+        return import_module("mechvlm.view")
     if name not in _HOME:
         raise AttributeError(f"module 'mechvlm' has no attribute {name!r}")
     value = getattr(import_module(f"mechvlm.{_HOME[name]}"), name)
