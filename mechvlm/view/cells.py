@@ -125,10 +125,10 @@ def cell_map(inputs: Inputs, example: int, pool: Pool) -> str:
                     f'fill="none" stroke="#fff" stroke-opacity=".8" stroke-width="{thick:.2f}"/>'
                 )
                 if down * across <= 64:
-                    size = min((right - left) / 3.2, (bottom - top) / 2)
+                    size = min((right - left) / 4, (bottom - top) / 2.5)
                     drawn.append(
                         f'<text x="{(left + right) / 2:.1f}" y="{(top + bottom) / 2:.1f}" font-size="{size:.1f}" '
-                        f'stroke-width="{size / 5:.2f}">r{r}c{c}</text>'
+                        f'stroke-width="{size / 8:.2f}">r{r}c{c}</text>'
                     )
         caption = f"image {number}" if len(tokens.grids) > 1 else "image"
         if len(tokens.grids) > 1:
@@ -141,12 +141,12 @@ def cell_map(inputs: Inputs, example: int, pool: Pool) -> str:
 
 
 def line(tokens: TokenMap) -> list[str]:
-    """The tokens one after the other; patches are squares, and lines end where rows of the image do."""
+    """The tokens one after the other; patches are dots, and lines end where rows of the image do."""
     labels = {p: readable(tokens.strings[p]) for p in tokens.all.tolist()}
     for image, positions in enumerate(tokens.images):
         width = tokens.grids[image].cols
         for i, p in enumerate(positions.tolist()):
-            labels[p] = (IMAGE if tokens.patches else f" q{i}") + "\n" * (tokens.patches and (i + 1) % width == 0)
+            labels[p] = (" · " if tokens.patches else f" q{i}") + "\n" * (tokens.patches and (i + 1) % width == 0)
         before, last = int(positions[0]) - 1, int(positions[-1])
         if before in labels:
             labels[before] += "\n" * (not labels[before].endswith("\n"))
@@ -158,16 +158,18 @@ def rows_of(tokens: TokenMap, positions: list[int]) -> tuple[list[str], list[lis
     """Names of rows of a result's points, and the points in each: rows of patches where these are all there."""
     n = len(positions)
     if tokens.patches and positions == tokens.image.tolist():
-        names, rows = [], []
+        names, rows, start = [], [], 0
         for image, grid in enumerate(tokens.grids):
             for row in range(grid.rows):
                 names.append(f"row {row}" if len(tokens.grids) == 1 else f"image {image}, row {row}")
-                rows.append(list(range(sum(map(len, rows)), sum(map(len, rows)) + grid.cols)))
+                rows.append(list(range(start, start + grid.cols)))
+                start += grid.cols
         return names, rows
     size = min(8, -(-n // 2))  # two rows at least: of a single one, CircuitsVis shows one column
     rows = [list(range(start, min(start + size, n))) for start in range(0, n, size)]
     names = []
-    for row in rows:
-        there = [positions[i] for i in row]
-        names.append(f"positions {there[0]} to {there[-1]}" if len(there) > 1 else f"position {there[0]}")
+    for points in rows:
+        there = [positions[i] for i in points]
+        run = len(there) > 2 and there[-1] - there[0] == len(there) - 1
+        names.append("positions " + (f"{there[0]} to {there[-1]}" if run else ", ".join(map(str, there))))
     return names, rows

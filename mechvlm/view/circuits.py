@@ -26,8 +26,8 @@ ATTENTION_LIMIT = 20_000
 
 POSITIVE, NEGATIVE = "#0072B2", "#D55E00"
 MEASURES = {
-    "norm": ("norm written (residual-stream units)", "all heads"),
-    "weight": ("attention weight", "mean of heads"),
+    "norm": ("norm written (residual-stream units)", "all heads' vectors summed"),
+    "weight": ("attention weight", "the heads' mean"),
 }
 """What each measure is called, and what its heads together are: vectors summed before the norm, or weights' mean."""
 
@@ -57,7 +57,13 @@ figcaption { color: #555; font-size: 12px; }
 [data-circuitsvis=AttentionHeads] h4 { font-size: 10px; font-weight: 600; }
 [data-circuitsvis=TopkTokens] td { padding: 1px 8px; }
 /* The lens has no lowest tokens: what would show them is left out. */
-[data-circuitsvis=TopkTokens] tr:has(> td > div), div:has(> div > #filter-select) { display: none; }
+[data-circuitsvis=TopkTokens] tr:has(> td > div), div:has(> div > #filter-select) { display: none !important; }
+/* And what CircuitsVis calls samples are rows of patches in the one, and layers in the other. */
+[data-circuitsvis^=Topk] label[for^=sample] { font-size: 0; }
+[data-circuitsvis^=Topk] label[for^=sample]::before { font-size: 14px; }
+[data-circuitsvis=TopkTokens] label[for=sample-selector]::before { content: "Row:"; }
+[data-circuitsvis=TopkSamples] label[for=sample-selector]::before { content: "Lines:"; }
+[data-circuitsvis=TopkSamples] label[for=samples-per-page-selector]::before { content: "Lines at once:"; }
 """
 
 
@@ -77,12 +83,14 @@ def attention(
     summed alike, which is what the patches wrote one by one, not the norm of what they wrote together.
 
     Args:
+        inputs: what the result was read from.
         norms: read with `NormAttention(dst="all pairs")`.
         layers: one or several, 1 to n_layers.
         heads: which; default all, and always the map of all of them together. `()` leaves only that one.
         pool: cells of an image, (rows, cols), or n for n x n; of InstructBLIP's queries, the number of groups. Default:
             every patch or query by itself.
         measure: "norm", ‖α f‖ and for all heads ‖Σ_h α_h f_h‖; or "weight", α and its mean over heads.
+        example: which of the batch.
 
     Raises:
         ViewError: when the result is of other inputs or holds too few destinations, the image is gone, or the view would be
@@ -90,7 +98,7 @@ def attention(
     """
     belongs(inputs, norms)
     tokens = inputs.token_maps[example_of(inputs, example)]
-    unit, together = _measure(measure)
+    unit, of_all = _measure(measure)
     if len(norms.names) != norms.norm.shape[-1]:
         raise ViewError(
             f"Patterns need every destination; these norms hold {list(norms.names)}. Read them with "
@@ -110,7 +118,7 @@ def attention(
     for layer in layers:
         whole, single = _of_layer(norms, measure, norms.layers.index(layer), example)
         maps += [whole, *single[heads]]
-        titles += [f"{layer}: {together}", *(f"{layer}.{head}" for head in heads)]
+        titles += [f"{layer} all", *(f"{layer}.{head}" for head in heads)]
     values = pooled(torch.stack(maps), member)
     top = float(values.max())
     data = {
@@ -119,13 +127,13 @@ def attention(
     }  # fmt: skip
     title = f"{'Norm-based' if measure == 'norm' else 'Raw'} attention, {norms.model}"
     note = (
-        f"Labels are layer.head. From each source (across) to each destination (down): {unit}, 0 (white) to {top:.3g} (blue) "
-        "on every map. A cell's patches are summed as sources, averaged as destinations. Hover to see, click to keep."
+        f"From each source (across) to each destination (down): {unit}, 0 (white) to {top:.3g} (blue) on every map. Labels are "
+        f"layer.head, 'all' is {of_all}. A cell's patches are summed as sources, averaged as destinations."
     )
-    rows = -(-len(titles) // 12)
     return _view(
         title, note, [("AttentionHeads", data)], stills.pattern(values[0], names, f"{title}, layer {titles[0]}", unit),
-        aside=cell_map(inputs, example, pool), height=900 + 70 * rows, instead="fewer layers, fewer heads, or a smaller pool",
+        aside=cell_map(inputs, example, pool), height=940 + 70 * (len(titles) // 12),
+        instead="fewer layers, fewer heads, or a smaller pool",
     )  # fmt: skip
 
 
@@ -133,8 +141,10 @@ def tokens(inputs: Inputs, values, *, name: str = "value", example: int = 0) -> 
     """One value a position, as the color of its token; patches stand in rows as on the image. Hover to read the value.
 
     Args:
+        inputs: the tokens, and the model that they are of.
         values: [pos], over the padded sequence, as the model's activations are.
         name: what the values are.
+        example: which of the batch.
 
     Raises:
         ViewError: when there are not as many values as positions, or one of a token is NaN or infinite.
@@ -168,8 +178,11 @@ def attention_row(
     """What one destination reads from every token and every patch, by layer and head.
 
     Args:
+        inputs: what the result was read from.
+        norms: of any destinations.
         dest: a destination by its name in `norms.names`, or its position; default the only one that there is.
         measure: "norm" (the norm of what was written) or "weight" (raw).
+        example: which of the batch.
 
     Raises:
         ViewError: when the result is of other inputs or lacks this destination, or the view would exceed 50 MB.
@@ -194,7 +207,7 @@ def attention_row(
     of = f"{readable(found.strings[position]).strip()} (position {position})"
     title = f"{'Norm-based' if measure == 'norm' else 'Raw'} attention of {of}, {norms.model}"
     note = f"{unit[0].upper() + unit[1:]} from each token; white is 0, full blue the most of this layer and head."
-    still = stills.by_layer(values[:, 0], norms.layers, title, f"{unit}, {together}")
+    still = stills.by_layer(values[:, 0], norms.layers, title, f"{unit},\n{together}")
     return _view(
         title, note, [("TextNeuronActivations", data)], still, height=460,
         instead="a shorter prompt, or read the norms with fewer destinations and save those",
@@ -215,12 +228,14 @@ def topk(inputs: Inputs, lens: LogitLensResult, *, example: int = 0) -> View:
         there = sorted(set(lens.example.tolist()))
         raise ViewError(f"The lens holds no position of example {example}, only of {there}. Choose one of these.")
     lens = lens.of(example)
+    last_first = list(range(len(lens.layers)))[::-1]
+    layers = [str(lens.layers[at]) for at in last_first]
     names, rows = rows_of(found, lens.position.tolist())
     vocabulary = dict(lens.vocabulary)
     ids = sorted(vocabulary)
     words = [_as_html(readable(vocabulary[i])) for i in ids] + [""]  # the last where a row of positions is shorter
-    tokens = np.searchsorted(ids, lens.tokens.numpy())
-    probs = np.array(_rounded(lens.probs))
+    tokens = np.searchsorted(ids, lens.tokens[last_first].numpy())
+    probs = np.array(_rounded(lens.probs[last_first]))
     width = max(5, *map(len, rows))  # CircuitsVis first shows five columns, there or not
 
     def by_row(values: np.ndarray, fill: int) -> np.ndarray:  # [row, layer, col, k]
@@ -231,7 +246,6 @@ def topk(inputs: Inputs, lens: LogitLensResult, *, example: int = 0) -> View:
         return out
 
     tokens, probs = by_row(tokens, len(ids)), by_row(probs, 0)
-    layers = [str(layer) for layer in lens.layers]
     none: list = [[[]] * len(layers)] * len(rows)
     one_layer = {
         "tokens": [words] * len(rows), "sampleLabels": names, "firstDimensionLabels": layers, "thirdDimensionName": "Column",
@@ -239,13 +253,16 @@ def topk(inputs: Inputs, lens: LogitLensResult, *, example: int = 0) -> View:
         "bottomkIdxs": none, "bottomkVals": none,
     }  # fmt: skip
     # Each line starts with its layer's number, which has no probability.
-    down = range(len(layers))[::-1]
     spoken = [
-        [[[f"{layers[at]}:", *(words[t] for t in tokens[row, at, col])] for at in down] for col in range(width)]
+        [
+            [[f"{layer}:", *(" " + words[t].strip() for t in tokens[row, at, col])] for at, layer in enumerate(layers)]
+            for col in range(width)
+        ]
         for row in range(len(rows))
     ]
     values = [
-        [[[0.0, *probs[row, at, col].tolist()] for at in down] for col in range(width)] for row in range(len(rows))
+        [[[0.0, *probs[row, at, col].tolist()] for at in range(len(layers))] for col in range(width)]
+        for row in range(len(rows))
     ]
     one_position = {
         "tokens": spoken, "activations": values, "zerothDimensionName": "Row", "zerothDimensionLabels": names,
@@ -255,7 +272,7 @@ def topk(inputs: Inputs, lens: LogitLensResult, *, example: int = 0) -> View:
         "row and column of the image's patches" if names[0].endswith("row 0") else "row of positions, and column in it"
     )
     title = f"Logit lens, {lens.model}"
-    note = f"By {place}: the likeliest tokens at one layer (above), and one position's at every layer, last first (below). "
+    note = f"By {place}. First table: the likeliest tokens at one layer; second: one position's at every layer, last first. "
     note += "Darker is likelier; hover to read the probability. Layer 0 is the embeddings."
     return _view(
         title, note, [("TopkTokens", one_layer), ("TopkSamples", one_position)], stills.picture(plots.draw(lens)), height=640,

@@ -18,16 +18,18 @@ SIGNED = "PuOr_r"
 def picture(ax: Axes) -> bytes:
     """The figure of these axes as a PNG."""
     written = io.BytesIO()
+    figure = ax.get_figure(root=True)
+    assert figure is not None
     with plots.style(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing")  # tokens are of every script; the page itself shows them
-        ax.figure.savefig(written, format="png", dpi=80)
+        figure.savefig(written, format="png", dpi=80)
     return written.getvalue()
 
 
 def pattern(values: Float[Tensor, "dest src"], names: Sequence[str], title: str, unit: str) -> bytes:
     """One attention pattern, destinations down, sources across."""
     with plots.style():
-        side = max(4.0, 1.4 + 0.17 * len(names))
+        side = max(5.0, 1.4 + 0.17 * len(names))
         ax = plots.axes(None, width=side + 1, height=side)
         mesh = ax.imshow(values.numpy(), cmap=plots.HEAT, vmin=0)
         labels = [plots.text(name, 10) for name in names]
@@ -52,7 +54,7 @@ def chips(values: Float[Tensor, " pos"], labels: Sequence[str], title: str, unit
     width = max(map(len, lines))
     shown = np.full((len(lines), width), np.nan)
     with plots.style():
-        ax = plots.axes(None, width=2 + 0.42 * width, height=1 + 0.3 * len(lines))
+        ax = plots.axes(None, width=max(6.0, 2 + 0.42 * width), height=1 + 0.3 * len(lines))
         for row, line in enumerate(lines):
             shown[row, : len(line)] = values[line].numpy()
         low, high = min(float(values.min()), 0.0), max(float(values.max()), 0.0)
