@@ -165,7 +165,7 @@ def rows_of(tokens: TokenMap, positions: list[int]) -> tuple[list[str], list[lis
                 rows.append(list(range(start, start + grid.cols)))
                 start += grid.cols
         return names, rows
-    size = min(8, -(-n // 2))  # two rows at least: of a single one, CircuitsVis shows one column
+    size = 8 if n > 8 else -(-n // 2)  # two rows at least: of a single one, CircuitsVis shows one column
     rows = [list(range(start, min(start + size, n))) for start in range(0, n, size)]
     names = []
     for points in rows:

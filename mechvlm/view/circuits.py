@@ -192,6 +192,10 @@ def attention_row(
     unit, together = _measure(measure)
     column = _destination(norms, dest, example)
     position = int(norms.dest[example, column])
+    if position not in found.all:
+        raise ViewError(
+            f"Position {position} is padding in example {example}, whose tokens start at {int(found.all[0])}."
+        )
     by_layer = []
     for layer in range(len(norms.layers)):
         whole, single = _of_layer(norms, measure, layer, example)
