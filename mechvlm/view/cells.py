@@ -125,7 +125,7 @@ def cell_map(inputs: Inputs, example: int, pool: Pool) -> str:
                     f'fill="none" stroke="#fff" stroke-opacity=".8" stroke-width="{thick:.2f}"/>'
                 )
                 if down * across <= 64:
-                    size = min((right - left) / 4, (bottom - top) / 2.5)
+                    size = min((right - left) / 4, (bottom - top) / 2.5, width / 12)
                     drawn.append(
                         f'<text x="{(left + right) / 2:.1f}" y="{(top + bottom) / 2:.1f}" font-size="{size:.1f}" '
                         f'stroke-width="{size / 8:.2f}">r{r}c{c}</text>'
