@@ -4,6 +4,9 @@ import html
 import io
 import re
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from threading import Thread
+from urllib.request import urlopen
 
 import bleach
 import nbformat
@@ -87,6 +90,35 @@ def test_the_lane_sees_what_goes_wrong(open_page):
     assert "console: said" in seen
     assert "request: http://localhost/asked.png" in seen
     open_page.wrong.clear()
+
+
+def test_a_page_cannot_ask_even_with_a_network(open_page):
+    """The policy that every page carries holds back what a script or a style in it would fetch."""
+    asked = []
+
+    class Server(BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked.append(self.path)
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *_):
+            pass
+
+    server = HTTPServer(("127.0.0.1", 0), Server)
+    Thread(target=server.serve_forever, daemon=True).start()
+    there = f"http://127.0.0.1:{server.server_port}"
+    tries = f"fetch('{there}/fetch').catch(() => 0); new Image().src = '{there}/image'; window.ran = 1;"
+    body = f'<img src="{there}/body"><script src="{there}/script"></script><link rel="stylesheet" href="{there}/link">'
+    view = mv.view.View("asks", body, (tries,), (f"@import '{there}/import'; main {{ background: url({there}/url) }}",))
+    page = open_page(view, offline=False)
+    page.wait_for_timeout(500)
+    assert page.evaluate("window.ran") == 1
+    assert asked == []
+    open_page.wrong.clear()  # each refusal was written to the console
+    urlopen(f"{there}/by-hand").close()
+    assert asked == ["/by-hand"], "the server does answer"
+    server.shutdown()
 
 
 # --- each view

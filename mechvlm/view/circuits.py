@@ -16,7 +16,7 @@ from mechvlm.inputs import Inputs
 from mechvlm.probes.logit_lens import LogitLensResult
 from mechvlm.probes.norm_attention import NormAttentionResult
 from mechvlm.tokens import TokenMap
-from mechvlm.view import plots, stills
+from mechvlm.view import stills
 from mechvlm.view.belongs import belongs, example_of
 from mechvlm.view.cells import Pool, cell_map, groups, line, pooled, readable, rows_of, shape_of
 from mechvlm.view.page import View, to_json
@@ -279,7 +279,7 @@ def topk(inputs: Inputs, lens: LogitLensResult, *, example: int = 0) -> View:
     note = f"By {place}. First table: the likeliest tokens at one layer; second: one position's at every layer, last first. "
     note += "Darker is likelier; hover to read the probability. Layer 0 is the embeddings."
     return _view(
-        title, note, [("TopkTokens", one_layer), ("TopkSamples", one_position)], stills.picture(plots.draw(lens)), height=640,
+        title, note, [("TopkTokens", one_layer), ("TopkSamples", one_position)], stills.words(lens), height=640,
         instead="fewer positions, fewer layers or a smaller k when reading the lens",
     )  # fmt: skip
 

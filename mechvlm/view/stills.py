@@ -9,6 +9,7 @@ from jaxtyping import Float
 from matplotlib.axes import Axes
 from torch import Tensor
 
+from mechvlm.probes.logit_lens import LogitLensResult
 from mechvlm.view import plots
 
 SIGNED = "PuOr_r"
@@ -82,4 +83,15 @@ def by_layer(values: Float[Tensor, "layer pos"], layers: Sequence[int], title: s
         ax.set_xlabel("source token, in order")
         ax.set_title(plots.text(title, 200))
         ax.figure.colorbar(mesh, ax=ax, label=unit, pad=0.01)
+        return picture(ax)
+
+
+def words(lens: LogitLensResult) -> bytes:
+    """The likeliest tokens of up to 16 positions, evenly spaced, at every layer."""
+    n = len(lens.position)
+    step = -(-n // 16)
+    ax = plots.draw(lens.at(lens.position[::step]))
+    with plots.style():
+        if step > 1:
+            ax.set_title(f"{ax.get_title(loc='left')} ({len(range(0, n, step))} of {n} positions)")
         return picture(ax)
