@@ -47,7 +47,8 @@ p.note { margin: 0 0 10px; color: #555; max-width: 80ch; }
 section { margin-bottom: 28px; }
 select { font: inherit; }
 .side { display: flex; flex-wrap: wrap; gap: 16px; align-items: flex-start; }
-.side > [data-circuitsvis] { flex: 1 1 480px; max-width: 760px; }
+.side > [data-circuitsvis] { flex: 1 1 480px; min-width: 0; max-width: 680px; }
+[data-circuitsvis] > div > div { max-width: 100% !important; }
 figure.cells { margin: 0; width: 240px; }
 figure.cells svg { width: 100%; display: block; background: #ddd; }
 figure.cells text { fill: #fff; stroke: #000; paint-order: stroke; text-anchor: middle; dominant-baseline: central; }
@@ -132,7 +133,7 @@ def attention(
     )
     return _view(
         title, note, [("AttentionHeads", data)], stills.pattern(values[0], names, f"{title}, layer {titles[0]}", unit),
-        aside=cell_map(inputs, example, pool), height=940 + 70 * (len(titles) // 12),
+        aside=cell_map(inputs, example, pool), height=860 + 115 * -(-len(titles) // 6),
         instead="fewer layers, fewer heads, or a smaller pool",
     )  # fmt: skip
 
