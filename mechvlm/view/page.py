@@ -23,16 +23,16 @@ POLICY = (
     "base-uri 'none'; form-action 'none'"
 )
 
-# Until a script has run there is only the still picture; from then on there is only the view.
+# Until a script has run the view is not shown, and the page has no ground: the picture under a frame is seen through it.
 STYLE = """
 html.live { background: #fff; color: #222; }
 body { margin: 0; padding: 12px; font: 14px/1.4 system-ui, "DejaVu Sans", sans-serif; }
 main { display: none; }
 html.live main { display: block; }
 html.live .still { display: none; }
-.still { max-width: 100%; }
 """
 ALIVE = 'document.documentElement.className = "live";'
+STILL = '<p class="still">This page is drawn by its scripts, which do not run here. Open it where they may.</p>'
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class View:
 
     def html(self) -> str:
         """The page. It makes no request and needs no other file."""
-        return self._page(_image(self.picture, self.title, 'class="still"'))
+        return self._page(STILL)
 
     def save(self, path: str | PathLike) -> Path:
         """Write the page; gives its path.
@@ -104,7 +104,10 @@ class View:
         The frame has no background and the page only gets one when its scripts run: where a frame is left without them,
         the picture is seen through it; where frames are stripped, the picture is what remains.
         """
-        still = _image(self.picture, self.title, 'style="max-width:100%;max-height:100%"')
+        still = ""
+        if self.picture:
+            source = f"data:image/png;base64,{base64.b64encode(self.picture).decode()}"
+            still = f'<img style="max-width:100%;max-height:100%" alt="{escape(self.title)}" src="{source}">'
         frame = (
             f'<iframe sandbox="allow-scripts" title="{escape(self.title)}" srcdoc="{escape(self._page(""))}" '
             'style="position:absolute;top:0;left:0;width:100%;height:100%;border:0"></iframe>'
@@ -140,12 +143,6 @@ def _inert(source: str, tag: str) -> str:
     """Source that cannot end its own element: in strings and patterns `\\x3c` is `<`, and so is `\\3c ` in CSS."""
     code = r"\x3c" if tag == "script" else r"\3c "
     return re.sub(rf"<(?=/{tag}|!--)", lambda _: code, source, flags=re.IGNORECASE)
-
-
-def _image(picture: bytes, title: str, attributes: str) -> str:
-    if not picture:
-        return ""
-    return f'<img {attributes} alt="{escape(title)}" src="data:image/png;base64,{base64.b64encode(picture).decode()}">'
 
 
 def _below(first: bytes, second: bytes) -> bytes:
