@@ -4,7 +4,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mechvlm.errors import InputError, ModelError, NonFiniteError
+    from mechvlm import view
+    from mechvlm.errors import InputError, ModelError, NonFiniteError, ViewError
     from mechvlm.experiments.causal_trace import causal_trace
     from mechvlm.experiments.information_flow import information_flow
     from mechvlm.experiments.multimodal_neurons import multimodal_neurons
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
 # Where each public name lives. They are imported when they are first used: `mechvlm --help` needs no torch.
 _HOMES = {
-    "errors": ("InputError", "ModelError", "NonFiniteError"),
+    "errors": ("InputError", "ModelError", "NonFiniteError", "ViewError"),
     "experiments.causal_trace": ("causal_trace",),
     "experiments.information_flow": ("information_flow",),
     "experiments.object_ablation": ("object_ablation",),
@@ -54,13 +55,16 @@ __all__ = [
     "VLM", "CausalTraceResult", "Contextualization", "ContextualizationResult", "InformationFlowResult", "InputError",
     "Inputs", "LogitAttribution", "LogitAttributionResult", "LogitLens", "LogitLensResult", "Modality", "ModelError",
     "MultimodalNeuronsResult", "NonFiniteError", "NormAttention", "NormAttentionResult", "ObjectAblationResult",
-    "PatchGrid", "QueryReading", "QueryReadingResult", "TokenMap", "ablate", "causal_trace", "contextualization",
-    "fit_phases", "information_flow", "knock_out", "load", "logit_attribution", "logit_lens", "multimodal_neurons",
-    "norm_attention", "object_ablation", "patch", "precision_recall", "query_reading", "read", "steer",
+    "PatchGrid", "QueryReading", "QueryReadingResult", "TokenMap", "ViewError", "ablate", "causal_trace",
+    "contextualization", "fit_phases", "information_flow", "knock_out", "load", "logit_attribution", "logit_lens",
+    "multimodal_neurons", "norm_attention", "object_ablation", "patch", "precision_recall", "query_reading", "read",
+    "steer", "view",
 ]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:
+    if name == "view":
+        return import_module("mechvlm.view")
     if name not in _HOME:
         raise AttributeError(f"module 'mechvlm' has no attribute {name!r}")
     value = getattr(import_module(f"mechvlm.{_HOME[name]}"), name)

@@ -19,3 +19,7 @@ class NonFiniteError(ValueError):
     def __init__(self, message: str, examples: tuple[int, ...]):
         super().__init__(message)
         self.examples = examples
+
+
+class ViewError(ValueError):
+    """A view cannot be drawn: of results from other inputs, of an image that is gone, or larger than a browser can hold."""

@@ -26,6 +26,7 @@ class Inputs:
         images: the original images in RGB, per example in the prompt's order.
         prompts: the prompts as they were given.
         texts: the prompts in the family's template, as they were tokenized.
+        model: the name of the model that they were made for.
     """
 
     encoding: dict[str, Tensor] = field(repr=False)
@@ -33,6 +34,7 @@ class Inputs:
     images: tuple[tuple[Image.Image, ...], ...] = field(repr=False)
     prompts: tuple[str, ...]
     texts: tuple[str, ...] = field(repr=False)
+    model: str = ""
 
     def __len__(self) -> int:
         return len(self.token_maps)
@@ -59,7 +61,12 @@ class Inputs:
         strings = tuple(s for s, k in zip(old.strings, keep.tolist(), strict=True) if k)
         tokens = TokenMap(old.ids[keep], strings, old.modality[keep], old.grids, old.patches)
         return Inputs(
-            encoding, (tokens,), self.images[row : row + 1], self.prompts[row : row + 1], self.texts[row : row + 1]
+            encoding,
+            (tokens,),
+            self.images[row : row + 1],
+            self.prompts[row : row + 1],
+            self.texts[row : row + 1],
+            self.model,
         )
 
     @property
@@ -81,6 +88,7 @@ def build_inputs(
     record: Architecture,
     config,
     processor,
+    model: str = "",
 ) -> Inputs:
     """One image (or a list: one per example, or one list of images per example) and its prompt, as a batch.
 
@@ -111,7 +119,7 @@ def build_inputs(
         _token_map(batch, row, encodings[row]["pixel_values"], opened[row], record, config, processor)
         for row in range(len(pairs))
     )
-    return Inputs(batch, maps, tuple(opened), tuple(p for _, p in pairs), tuple(texts))
+    return Inputs(batch, maps, tuple(opened), tuple(p for _, p in pairs), tuple(texts), model)
 
 
 def _pair(images, prompts) -> list[tuple[tuple[ImageLike, ...], str]]:

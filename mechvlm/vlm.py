@@ -126,7 +126,9 @@ class VLM:
         Raises:
             InputError: for an unreadable image, numbers that do not match, or a prompt with no room for the image.
         """
-        return build_inputs(images, prompts, record=self.record, config=self.config, processor=self.processor)
+        return build_inputs(
+            images, prompts, record=self.record, config=self.config, processor=self.processor, model=self.name
+        )
 
     def trace(self, inputs: Inputs, **kwargs):
         """An ordinary nnsight trace over one forward of `inputs`; `kwargs` go to the model's forward.

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 import mechvlm as mv
+from browser_lane import chromium, open_page  # noqa: F401
 from models import instructblip, llava
 
 torch.set_num_threads(1)

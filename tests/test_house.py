@@ -36,7 +36,7 @@ ALLOWED = {
     "reading": LOAD | MEASURE | {"progress"},
     "interventions": LOAD,
     "experiments": LOAD | MEASURE | {"reading", "interventions", "experiments", "progress"},
-    "view": MEASURE | {"tokens", "experiments", "view"},
+    "view": MEASURE | {"errors", "tokens", "inputs", "experiments", "view"},
     "lens_cache": LOAD | {"lens_bridge"},
     "lens_bridge": LOAD,
     "study": LOAD | MEASURE | {"reading", "view", "datasets", "study"},

@@ -239,6 +239,7 @@ def test_one_example_of_a_batch_is_what_it_is_alone(vlm):
         for name in ("ids", "modality", "image", "question"):
             assert torch.equal(getattr(taken.tokens, name), getattr(alone.tokens, name))
         assert (taken.tokens.strings, taken.prompts, taken.texts) == (alone.tokens.strings, alone.prompts, alone.texts)
+        assert taken.model == alone.model == vlm.name
         assert torch.equal(several[i - 3].tokens.ids, alone.tokens.ids)
     with pytest.raises(IndexError, match="Example 3 was asked for; these inputs hold 0 to 2"):
         several[3]

@@ -1,1 +1,6 @@
-"""What results look like: figures."""
+"""What results look like: figures, and interactive pages that work offline."""
+
+from mechvlm.view.circuits import attention, attention_row, tokens, topk
+from mechvlm.view.page import View
+
+__all__ = ["View", "attention", "attention_row", "tokens", "topk"]

@@ -1,0 +1,55 @@
+"""A real browser for the tests of views: Debian's chromium, without a network, where no page may err or ask for anything."""
+
+import shutil
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def chromium():
+    """One browser for the session. It must be there: a view that nobody looked at is not tested."""
+    from playwright.sync_api import sync_playwright
+
+    path = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if path is None:
+        pytest.fail("The browser tests need chromium on the PATH: apt-get install chromium")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def open_page(chromium, tmp_path):
+    """`page = open_page(view)`: the view's page, opened from a file; of a string, that HTML.
+
+    Keyword arguments go to the browser's context (`java_script_enabled`, `viewport`). When the test ends, no page may have
+    thrown, written an error to the console, or asked for anything but itself.
+    """
+    contexts, wrong = [], []
+
+    def open_page(view, **options):
+        file = tmp_path / f"page-{len(contexts)}.html"
+        file.write_text(view if isinstance(view, str) else view.html(), encoding="utf-8")
+        context = chromium.new_context(**{"offline": True, "viewport": {"width": 1100, "height": 900}, **options})
+        contexts.append(context)
+        page = context.new_page()
+        page.on("pageerror", lambda error: wrong.append(f"error: {error}"))
+        page.on("console", lambda said: wrong.append(f"console: {said.text}") if said.type == "error" else None)
+        page.on("requestfailed", lambda request: wrong.append(f"request failed: {request.url[:200]}"))
+        page.on("dialog", lambda dialog: (wrong.append(f"dialog: {dialog.message}"), dialog.dismiss()))
+
+        def asked(request):
+            # Data and the frames of a notebook are in the page itself.
+            if request.url not in (file.as_uri(), "about:srcdoc") and not request.url.startswith(("data:", "blob:")):
+                wrong.append(f"request: {request.url[:200]}")
+
+        page.on("request", asked)
+        page.goto(file.as_uri())
+        return page
+
+    open_page.wrong = wrong
+    yield open_page
+    for context in contexts:
+        context.close()
+    assert not wrong, "\n".join(wrong)
