@@ -43,6 +43,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name == "view":
+        return import_module("mechvlm.view")
     if name not in _HOME:
         raise AttributeError(f"module 'mechvlm' has no attribute {name!r}")
     value = getattr(import_module(f"mechvlm.{_HOME[name]}"), name)

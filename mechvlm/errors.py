@@ -19,3 +19,7 @@ class NonFiniteError(ValueError):
     def __init__(self, message: str, examples: tuple[int, ...]):
         super().__init__(message)
         self.examples = examples
+
+
+class ViewError(ValueError):
+    """A view cannot be made of what was given."""

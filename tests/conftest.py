@@ -55,3 +55,26 @@ def one(vlm):
 def batch(vlm):
     """Three examples of different lengths: two of them padded."""
     return vlm.inputs([noise_image(i) for i in range(3)], ["what is this", "describe the scene . a what is this", "a"])
+
+
+@pytest.fixture
+def open_page(tmp_path):
+    """Opens a view in chromium, offline; afterwards: no error was logged, no request made."""
+    from playwright.sync_api import sync_playwright
+
+    problems = []
+    with sync_playwright() as p:
+        browser = p.chromium.launch(executable_path="/usr/bin/chromium", args=["--no-sandbox"])
+        context = browser.new_context(offline=True, viewport={"width": 920, "height": 900})
+
+        def open_view(view):
+            page = context.new_page()
+            page.on("pageerror", lambda error: problems.append(str(error)))
+            page.on("console", lambda m: problems.append(m.text) if m.type == "error" else None)
+            page.on("request", lambda r: None if r.url.startswith(("file:", "data:")) else problems.append(r.url))
+            page.goto(f"file://{view.save(tmp_path / 'view.html')}")
+            return page
+
+        yield open_view
+        browser.close()
+    assert not problems

@@ -18,7 +18,7 @@ ALLOWED = {
     # Measures see tensors, never a model: of LOAD they know positions and the attention's formula.
     **{room: MEASURE | {"tokens", "accessors"} for room in MEASURE},
     "reading": LOAD | MEASURE,
-    "view": MEASURE | {"tokens", "view"},
+    "view": MEASURE | {"errors", "inputs", "tokens", "view"},
     "study": LOAD | MEASURE | {"reading", "view", "datasets", "study"},
     "cli": LOAD | {"study", "datasets", "cli"},
 }

@@ -1,0 +1,519 @@
+// The patch view. Strings reach the page as text only; numbers come packed, see packing.py for their order.
+"use strict";
+(() => {
+  const HEAT_AT_FIRST = 0.8;
+
+  function el(tag, attributes = {}, ...children) {
+    const node = document.createElement(tag);
+    for (const [name, value] of Object.entries(attributes)) node.setAttribute(name, value);
+    node.append(...children);
+    return node;
+  }
+
+  async function unpack(text) {
+    const coded = atob(text), bytes = new Uint8Array(coded.length);
+    for (let i = 0; i < coded.length; i++) bytes[i] = coded.charCodeAt(i);
+    const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"));
+    return new Response(stream).arrayBuffer();
+  }
+
+  // Typed arrays one behind the other in a buffer.
+  function reader(buffer) {
+    let at = 0;
+    return (kind, length) => {
+      const made = new kind(buffer, at, length);
+      at += made.byteLength;
+      return made;
+    };
+  }
+
+  const squares = levels => Float32Array.from({ length: 256 }, (_, q) => (q / levels) ** 2);
+  const whole = x => String(Math.round(x * 1000) / 10);
+  const percent = x => (x > 0 && x < 0.0005 ? "<0.1" : whole(x)) + " %";
+  const number = x => (x === 0 ? "0" : Math.abs(x) < 1e-4 ? x.toExponential(1) : String(Number(x.toPrecision(2))));
+  const clamp = (x, low, high) => Math.min(high, Math.max(low, x));
+
+  // A token as a reader sees it: the mark of a word's start is left out, what is invisible gets a sign.
+  function shown(piece) {
+    const byte = { "<0x0A>": "⏎", "\n": "⏎", "<0x09>": "⇥", "\t": "⇥" }[piece];
+    if (byte) return byte;
+    const plain = piece.replace(/^▁(?=.)/u, "").replaceAll("▁", "␣").replace(/\n/g, "⏎");
+    return plain.replace(/[\p{Cc}\p{Cf}\p{Zl}\p{Zp}]/gu, c => (c === "\u200d" ? c : "·")) || "·";
+  }
+
+  async function start(root) {
+    const data = JSON.parse(root.querySelector("script[type='application/json']").textContent);
+    const { layers: L, heads: H, visual: V, images, rows, lens } = data;
+    const S = data.positions.length, G = images.length + 2, parts = [[0, V], [V, S]];
+    const count = images.reduce((n, image) => n + image.rows * image.cols, 0);
+    const first = [];
+    images.reduce((n, image, i) => ((first[i] = n), n + image.rows * image.cols), 0);
+
+    // ---- numbers ---------------------------------------------------------------------------------------------------
+    const fine = squares(255);
+
+    async function readRow(row) {
+      const take = reader(await unpack(row.data));
+      const top = take(Float32Array, 2 * L * (H + 1) * 2), share = take(Uint16Array, 2 * L * (H + 1) * G);
+      const all = take(Uint8Array, 2 * L * S), raw = take(Uint8Array, L * H * S), norm = take(Uint8Array, L * H * S);
+      for (let i = 0; i < norm.length; i++) norm[i] += raw[i];
+      return { ...row, top, share, all, heads: [raw, norm], square: squares(row.levels) };
+    }
+
+    // What the row reads from each source; measure 0 raw, 1 norm-based; head 0 all of them together.
+    function values(row, measure, layer, head, out) {
+      const l = layer - 1, at = (measure * L + l) * (H + 1) + head;
+      const steps = head ? row.heads[measure] : row.all, square = head ? row.square : fine;
+      const from = head ? (l * H + head - 1) * S : (measure * L + l) * S;
+      parts.forEach(([a, b], part) => {
+        const top = row.top[at * 2 + part];
+        for (let s = a; s < b; s++) out[s] = top * square[steps[from + s]];
+      });
+      return out;
+    }
+    const shareOf = (row, measure, layer, head, group) =>
+      row.share[((measure * L + layer - 1) * (H + 1) + head) * G + group] / 65535;
+    const onImages = (row, measure, layer, head) =>
+      images.reduce((sum, _, i) => sum + shareOf(row, measure, layer, head, i), 0);
+
+    const solid = data.colors.map(hex => [1, 3, 5].map(i => parseInt(hex.slice(i, i + 2), 16)));
+    const palette = solid.map((rgb, i) => [...rgb, 255 * (0.2 + 0.8 * Math.sqrt(i / 63))]);
+
+    const decoded = rows.map(readRow);
+    const ready = [];
+    decoded.forEach((promise, i) => promise.then(row => { ready[i] = row; }));
+    const [, words, maps] = await Promise.all([
+      decoded[data.start.row],
+      unpack(lens.data).then(buffer => {
+        const take = reader(buffer), n = lens.layers.length * lens.k * lens.sources.length;
+        return { low: take(Uint8Array, n), mid: take(Uint8Array, n), high: take(Uint8Array, n), steps: take(Uint8Array, n) };
+      }),
+      data.reading && unpack(data.reading).then(buffer => {
+        const take = reader(buffer), top = take(Float32Array, V), steps = take(Uint8Array, V * count);
+        return Float32Array.from(steps, (q, i) => top[Math.floor(i / count)] * fine[q]);
+      }),
+    ]);
+    const point = new Map(lens.sources.map((source, i) => [source, i]));
+    const label = lens.words.map(shown);
+
+    // ---- state: what is pinned, and what the pointer previews ----------------------------------------------------------
+    const pinned = { row: data.start.row, query: null, source: data.start.source };
+    const state = { layer: data.start.layer, head: 0, measure: 1 };
+    let preview = {};
+    const look = () => ({ ...pinned, ...preview });
+
+    // ---- the page ----------------------------------------------------------------------------------------------------
+    const slider = el("input", { type: "range", min: 0, max: L, step: 1, "aria-label": "layer" });
+    const layerOut = el("output", {});
+    const head = el("select", { "aria-label": "head" }, el("option", { value: 0 }, H > 1 ? `all ${H}` : "the only one"));
+    if (H > 1) for (let h = 0; h < H; h++) head.append(el("option", { value: h + 1 }, String(h)));
+    const measures = ["raw", "norm-based"].map((name, i) => el("button", { type: "button", "data-measure": i }, name));
+    measures[0].title = "attention weights";
+    measures[1].title = "the norm of what is written: weight times transformed value";
+    const strength = el("input", { type: "range", min: 0, max: 100, value: 100 * HEAT_AT_FIRST, "aria-label": "strength of the heat" });
+    const note = el("span", { class: "note" });
+    const controls = el("div", { class: "controls" },
+      el("label", { class: "layer" }, el("span", { class: "name" }, "Layer"), slider, layerOut),
+      el("label", {}, el("span", { class: "name" }, "Head"), head),
+      el("fieldset", { "aria-label": "measure" }, measures[1], measures[0]),
+      el("label", { class: "strength" }, el("span", { class: "name" }, "Heat"), strength), note);
+
+    const prompt = el("div", { class: "prompt", role: "group", "aria-label": "the prompt's tokens" });
+    const chips = chipList();
+    const stages = images.map(stage);
+    const legendBar = el("span", { class: "bar" }), legendTop = el("span", {}), legendUnit = el("span", { class: "note" });
+    legendBar.style.background = `linear-gradient(90deg, ${data.colors.join(",")})`;
+    const heading = el("h2", {});
+    const read = el("p", { class: "read", "aria-live": "polite" });
+    const legend = el("div", { class: "legend" }, "0", legendBar, legendTop, legendUnit);
+    const table = wordTable();
+    const wordsTitle = el("h2", {});
+    const map = headMap();
+    const facts = el("dl", {});
+    const mapTitle = el("h2", {});
+    root.append(controls, prompt,
+      el("div", { class: "panels" },
+        el("section", { class: "panel-image", "aria-label": "image" }, heading,
+          el("div", { class: "stages" }, ...stages.map(s => s.node)), legend, read),
+        el("section", { class: "panel-words", "aria-label": "logit lens" }, wordsTitle, table.node),
+        el("section", { class: "panel-map", "aria-label": "share of the image by layer and head" }, mapTitle,
+          el("div", { class: "share" }, map.node, facts))),
+      el("p", { class: "keys" }, el("kbd", {}, "←"), " ", el("kbd", {}, "→"), " layer. On the image, arrows move the patch and ",
+        el("kbd", {}, "Shift"), " with them the layer. Hover to preview, click or ", el("kbd", {}, "Enter"), " to pin, ",
+        el("kbd", {}, "Esc"), " to unpin the patch."));
+    root.classList.toggle("tall", lens.layers.length > 16);
+
+    // ---- chips -------------------------------------------------------------------------------------------------------
+    function chipList() {
+      const made = [], rowOf = new Map(rows.map((row, i) => [row.source, i]));
+      const order = [...data.positions.keys()].sort((a, b) => data.positions[a] - data.positions[b]);
+      const chip = (source, text, title) => {
+        const row = rowOf.get(source), query = maps && source < V ? source : null;
+        const active = row !== undefined || query !== null, words = !active && point.has(source);
+        const node = active || words ? el("button", { type: "button", class: "chip" }) : el("span", { class: "chip" });
+        const bar = el("i", {});
+        node.append(text, bar);
+        node.dir = "auto";
+        node.title = title + (active ? "" : words ? ": read by the lens; no destination of norms" : ": no destination of norms");
+        if (words) node.classList.add("words");
+        if (active || words) {
+          const to = { ...(active ? { row: row ?? null, query } : {}), ...(point.has(source) ? { source } : {}) };
+          node.setAttribute("aria-label", node.title);
+          node.addEventListener("pointerenter", () => show(to));
+          node.addEventListener("pointerleave", () => show({}));
+          node.addEventListener("click", () => pin(to));
+        }
+        made.push({ node, bar, source, row, query });
+        prompt.append(node);
+      };
+      let before = null;
+      for (const source of order) {
+        const position = data.positions[source];
+        if (source >= V) {
+          const piece = data.pieces[source - V];
+          chip(source, shown(piece), `${JSON.stringify(piece)} at position ${position}`);
+          continue;
+        }
+        if (maps) {
+          chip(source, `q${source}`, `query ${source} at position ${position}`);
+          continue;
+        }
+        const { image, row, col } = cell(source);
+        if (before !== image) {
+          const node = el("span", { class: "chip image" });
+          prompt.append(node);
+          made.push({ node, image });
+          before = image;
+        }
+        // Patches that are destinations; of many, the image is the place to choose from.
+        if (rowOf.has(source) && rows.filter(r => r.source < V).length <= 8) {
+          chip(source, `r${row} c${col}`, `the patch at row ${row}, column ${col}, position ${position}`);
+        }
+      }
+      return made;
+    }
+
+    function cell(source) {
+      const image = first.findLastIndex(n => n <= source), { cols } = images[image];
+      return { image, row: Math.floor((source - first[image]) / cols), col: (source - first[image]) % cols };
+    }
+
+    // ---- image -------------------------------------------------------------------------------------------------------
+    function stage(image, number) {
+      const [w, h] = image.size, [x0, y0, x1, y1] = image.crop;
+      const left = Math.min(0, x0), top = Math.min(0, y0), width = Math.max(w, x1) - left, height = Math.max(h, y1) - top;
+      const place = (node, a, b, c, d) => Object.assign(node.style, {
+        left: `${(100 * (a - left)) / width}%`, top: `${(100 * (b - top)) / height}%`,
+        width: `${(100 * (c - a)) / width}%`, height: `${(100 * (d - b)) / height}%`,
+      });
+      const picture = el("img", { src: image.src, alt: "", draggable: "false" });
+      const canvas = el("canvas", { width: image.cols, height: image.rows });
+      const sees = el("div", { class: "sees" });
+      const marks = Object.fromEntries(["query", "hover", "pin"].map(name => [name, el("div", { class: `mark ${name}`, hidden: "" })]));
+      const which = images.length > 1 ? `image ${number + 1} of ${images.length}` : "the image";
+      const node = el("figure", { class: "stage", tabindex: 0, role: "application", "aria-roledescription": "patches of an image",
+        "aria-label": `${which}, ${image.rows} rows by ${image.cols} columns of patches; arrow keys move the patch` },
+      picture, canvas, sees, ...Object.values(marks));
+      place(picture, 0, 0, w, h);
+      for (const over of [canvas, sees]) place(over, x0, y0, x1, y1);
+      const most = images.length > 1 ? 300 : 480;
+      node.style.aspectRatio = `${width} / ${height}`;
+      node.style.width = `min(100%, ${Math.round(Math.min(images.length > 1 ? 300 : 900, (most * width) / height))}px)`;
+
+      const at = event => {
+        const box = node.getBoundingClientRect();
+        const x = left + ((event.clientX - box.left) / box.width) * width, y = top + ((event.clientY - box.top) / box.height) * height;
+        const col = Math.floor(((x - x0) / (x1 - x0)) * image.cols), row = Math.floor(((y - y0) / (y1 - y0)) * image.rows);
+        return row >= 0 && row < image.rows && col >= 0 && col < image.cols ? first[number] + row * image.cols + col : null;
+      };
+      node.addEventListener("pointermove", event => {
+        const patch = at(event);
+        if (patch !== preview.patch) show(patch === null ? {} : { patch, ...(maps ? {} : { source: patch }) });
+      });
+      node.addEventListener("pointerleave", () => show({}));
+      node.addEventListener("click", event => {
+        const patch = at(event);
+        if (patch !== null && !maps) pin({ source: patch === pinned.source ? null : patch });
+      });
+      node.addEventListener("keydown", event => {
+        const step = { ArrowLeft: [0, -1], ArrowRight: [0, 1], ArrowUp: [-1, 0], ArrowDown: [1, 0] }[event.key];
+        if (!step || event.shiftKey || event.altKey || event.ctrlKey || event.metaKey) return;
+        event.preventDefault();
+        event.stopPropagation();
+        const held = maps ? preview.patch : pinned.source;
+        const here = held != null && held < count && cell(held).image === number;
+        const from = here ? cell(held) : { row: Math.floor(image.rows / 2) - step[0], col: Math.floor(image.cols / 2) - step[1] };
+        const row = clamp(from.row + step[0], 0, image.rows - 1), col = clamp(from.col + step[1], 0, image.cols - 1);
+        const patch = first[number] + row * image.cols + col;
+        if (maps) show({ patch });
+        else pin({ source: patch });
+      });
+      const context = canvas.getContext("2d"), pixels = context.createImageData(image.cols, image.rows);
+      return {
+        node, canvas, picture,
+        paint(heat, top) {
+          const out = pixels.data, n = image.rows * image.cols;
+          for (let i = 0; i < n; i++) {
+            const color = palette[top > 0 ? Math.round((heat[first[number] + i] / top) * 63) : 0];
+            out.set(color, 4 * i);
+          }
+          context.putImageData(pixels, 0, 0);
+        },
+        mark(name, patch) {
+          const here = patch != null && patch < count && cell(patch).image === number;
+          marks[name].hidden = !here;
+          if (!here) return;
+          const { row, col } = cell(patch), dx = (x1 - x0) / image.cols, dy = (y1 - y0) / image.rows;
+          place(marks[name], x0 + col * dx, y0 + row * dy, x0 + (col + 1) * dx, y0 + (row + 1) * dy);
+        },
+      };
+    }
+
+    // ---- words -------------------------------------------------------------------------------------------------------
+    function wordTable() {
+      const shades = Array.from({ length: 256 }, (_, q) => `rgb(11 98 173 / ${(0.03 + 0.85 * fine[q]).toFixed(3)})`);
+      const body = el("tbody", {}), cells = [], lines = new Map();
+      for (let i = lens.layers.length - 1; i >= 0; i--) {
+        const layer = lens.layers[i], button = el("button", { type: "button", tabindex: -1 }, String(layer));
+        button.addEventListener("click", () => set({ layer }));
+        button.setAttribute("aria-label", `state ${layer}`);
+        const line = el("tr", {}, el("th", { scope: "row" }, button));
+        lines.set(layer, line);
+        for (let k = 0; k < lens.k; k++) {
+          const word = el("bdi", {}), chance = el("span", {}), td = el("td", {}, word, chance);
+          cells.push({ i, k, word, chance, td });
+          line.append(td);
+        }
+        body.append(line);
+      }
+      const titles = Array.from({ length: lens.k }, (_, k) => el("th", { scope: "col" }, `top ${k + 1}, %`));
+      const node = el("table", {}, el("thead", {}, el("tr", {}, el("th", { scope: "col" }, "state"), ...titles)), body);
+      let drawn;
+      return {
+        node,
+        draw(source) {
+          if (source === drawn) return;
+          drawn = source;
+          const p = point.get(source), n = lens.sources.length;
+          for (const { i, k, word, chance, td } of cells) {
+            const at = (i * lens.k + k) * n + p;
+            const id = p === undefined ? -1 : words.low[at] | (words.mid[at] << 8) | (words.high[at] << 16);
+            const step = id < 0 ? 0 : words.steps[at];
+            word.textContent = id < 0 ? "" : label[id];
+            chance.textContent = id < 0 ? "" : Math.round(100 * fine[step]) || "";
+            td.style.background = shades[step];
+            td.style.color = fine[step] > 0.55 ? "#fff" : "";
+            td.title = id < 0 ? "" : `${JSON.stringify(lens.words[id])} ${percent(fine[step])}`;
+          }
+        },
+        current(layer) {
+          for (const [l, line] of lines) l === layer ? line.setAttribute("aria-current", "true") : line.removeAttribute("aria-current");
+          return lines.has(layer);
+        },
+      };
+    }
+
+    // ---- layers x heads ----------------------------------------------------------------------------------------------
+    function headMap() {
+      const gap = H > 1 ? 1 : 0, across = H > 1 ? H + 1 : 1;
+      const size = clamp(Math.floor(200 / L), 6, 20), wide = clamp(Math.floor(230 / across), 6, 24);
+      const canvas = el("canvas", { width: H > 1 ? H : 1, height: L }), together = el("canvas", { width: 1, height: L });
+      const mark = el("div", { class: "mark", hidden: "" });
+      const node = el("div", { class: "map", tabindex: 0, role: "application", "aria-roledescription": "map of layers and heads",
+        "aria-label": "share of the row that lies on the image, by layer and head; up and down change the layer, left and right the head" });
+      const box = el("div", { class: "mapbox" }, node);
+      Object.assign(node.style, { width: `${across * wide + 6 * gap}px`, height: `${L * size}px` });
+      Object.assign(canvas.style, { position: "absolute", left: `${gap * (wide + 6)}px`, width: `${canvas.width * wide}px`, height: "100%" });
+      Object.assign(together.style, { position: "absolute", left: 0, width: `${wide}px`, height: "100%" });
+      node.append(...(gap ? [together] : []), canvas, mark);
+      const axis = (text, style) => {
+        const made = el("span", { class: "axis", "aria-hidden": "true" }, text);
+        Object.assign(made.style, style);
+        node.append(made);
+      };
+      const step = Math.ceil(L / Math.floor((L * size) / 22));
+      for (let l = L; l >= 1; l -= step) axis(String(l), { right: "calc(100% + 5px)", top: `${(L - l + 0.5) * size - 5}px` });
+      if (gap) {
+        axis("all", { left: `${wide / 2 - 6}px`, top: "calc(100% + 5px)" });
+        const every = Math.ceil(24 / wide);
+        for (let h = 0; h < H; h += every * (H > 12 ? 2 : 1)) axis(String(h), { left: `${wide + 6 + (h + 0.5) * wide - 3}px`, top: "calc(100% + 5px)" });
+      }
+      const at = event => {
+        const area = node.getBoundingClientRect(), x = event.clientX - area.left;
+        const layer = clamp(L - Math.floor((event.clientY - area.top) / size), 1, L);
+        return { layer, head: !gap || x < wide + 3 ? 0 : clamp(Math.floor((x - wide - 6) / wide) + 1, 1, H) };
+      };
+      node.addEventListener("click", event => set(at(event)));
+      node.addEventListener("pointermove", event => {
+        const row = ready[look().row], { layer, head } = at(event);
+        if (row) node.title = `layer ${layer}, ${headName(head)}: ${percent(onImages(row, state.measure, layer, head))} on the image`;
+      });
+      node.addEventListener("keydown", event => {
+        const go = { ArrowUp: { layer: Math.min(L, state.layer + 1) }, ArrowDown: { layer: Math.max(1, state.layer - 1) },
+          ArrowLeft: { head: Math.max(0, state.head - 1) }, ArrowRight: { head: Math.min(gap ? H : 0, state.head + 1) } }[event.key];
+        if (!go || event.shiftKey || event.altKey || event.ctrlKey || event.metaKey) return;
+        event.preventDefault();
+        event.stopPropagation();
+        set(go);
+      });
+      let drawn = {}, top = 0;
+      return {
+        node: box,
+        draw(row, measure) {
+          if (drawn.row !== row || drawn.measure !== measure) {
+            const shares = [];
+            for (let l = 1; l <= L; l++) for (let h = 0; h <= H; h++) shares.push(row ? onImages(row, measure, l, h) : 0);
+            top = Math.max(...shares);
+            for (const [to, from, n] of [[canvas, gap, canvas.width], [together, 0, 1]]) {
+              const context = to.getContext("2d"), pixels = context.createImageData(n, L);
+              for (let l = 1; l <= L; l++) {
+                for (let h = 0; h < n; h++) {
+                  const share = shares[(l - 1) * (H + 1) + from + h];
+                  pixels.data.set([...solid[top > 0 ? Math.round((share / top) * 63) : 0], row ? 255 : 40], 4 * ((L - l) * n + h));
+                }
+              }
+              context.putImageData(pixels, 0, 0);
+            }
+            drawn = { row, measure };
+          }
+          mark.hidden = !row || state.layer === 0;
+          const x = state.head ? gap * (wide + 6) + (state.head - gap) * wide : 0;
+          Object.assign(mark.style, { left: `${x}px`, top: `${(L - state.layer) * size}px`, width: `${wide}px`, height: `${size}px` });
+          return top;
+        },
+      };
+    }
+
+    // ---- drawing -----------------------------------------------------------------------------------------------------
+    function headName(h) {
+      return h ? `head ${h - 1}` : H > 1 ? "all heads" : "head 0";
+    }
+
+    function placeName(source) {
+      if (source >= V) return `token ${shown(data.pieces[source - V])}`;
+      if (maps) return `query ${source}`;
+      const { image, row, col } = cell(source);
+      return `patch at row ${row}, column ${col}${images.length > 1 ? ` of image ${image + 1}` : ""}`;
+    }
+
+    const row_ = new Float32Array(S), heat = new Float32Array(count);
+
+    // The heat on every patch, its largest value and unit; null where there is none.
+    function heatOf(row, query) {
+      if (query != null) {
+        heat.set(maps.subarray(query * count, (query + 1) * count));
+        return `Q-Former attention weight of query ${query}, mean of layers and heads`;
+      }
+      if (!row || state.layer === 0) return null;
+      values(row, state.measure, state.layer, state.head, row_);
+      if (!maps) heat.set(row_.subarray(0, count));
+      else {
+        heat.fill(0);
+        for (let q = 0; q < V; q++) for (let p = 0; p < count; p++) heat[p] += row_[q] * maps[q * count + p];
+      }
+      const what = state.measure
+        ? state.head || H === 1 ? `‖α f(x)‖ of ${headName(state.head)}` : "‖Σ α f(x)‖, heads summed"
+        : state.head || H === 1 ? `attention weight, ${headName(state.head)}` : `attention weight, mean of ${H} heads`;
+      return maps ? `${what}, × where each query reads` : what;
+    }
+
+    function draw() {
+      const { row: r, query, source, patch } = look();
+      const row = r == null ? undefined : ready[r];
+      if (r != null && !row) decoded[r].then(draw);
+      const { layer, measure, head: h } = state;
+
+      slider.value = layer;
+      head.value = h;
+      measures.forEach((button, i) => button.setAttribute("aria-pressed", i === measure));
+      layerOut.replaceChildren(el("b", {}, String(layer)), ` of ${L}`);
+      slider.setAttribute("aria-valuetext", `layer ${layer} of ${L}`);
+
+      const unit = heatOf(row, query), reads = row && layer > 0;
+      let top = 0, hottest = 0;
+      for (let p = 0; p < count; p++) if (heat[p] > top) top = heat[(hottest = p)];
+      for (const one of stages) {
+        one.canvas.hidden = unit === null;
+        if (unit !== null) one.paint(heat, top);
+        one.mark("hover", patch);
+        one.mark("pin", maps ? null : pinned.source);
+        one.mark("query", row && !maps && row.source < V ? row.source : null);
+      }
+      const name = query != null ? `query ${query}` : row ? (row.source < V ? placeName(row.source) : `“${shown(data.pieces[row.source - V])}”`) : "";
+      heading.replaceChildren(query != null ? `Where ${name} reads` : `What ${name} reads`,
+        el("small", {}, query != null ? "  in the Q-Former, before layer 1" : layer ? `  attention of layer ${layer}, from state ${layer - 1} to ${layer}` : ""));
+      legend.style.visibility = unit === null ? "hidden" : "visible";
+      legendTop.textContent = number(top);
+      legendUnit.textContent = unit ?? "";
+      if (unit === null) heading.append(el("small", {}, "State 0 is what enters the decoder: there is no attention yet."));
+
+      const largest = parts.map(([a, b]) => { let m = 0; for (let s = a; s < b; s++) m = Math.max(m, row_[s]); return m; });
+      for (const { node, bar, source: s, row: own, query: q, image } of chips) {
+        if (image !== undefined) {
+          const { rows: n, cols: m } = images[image];
+          node.textContent = `${images.length > 1 ? `image ${image + 1}` : "image"} · ${n} × ${m} patches${reads ? ` · ${percent(shareOf(row, measure, layer, h, image))}` : ""}`;
+          continue;
+        }
+        const part = s < V ? 0 : 1;
+        bar.style.transform = `scaleX(${reads && largest[part] > 0 ? row_[s] / largest[part] : 0})`;
+        if (node.type === "button") node.setAttribute("aria-pressed", q != null ? q === pinned.query : pinned.query == null && own === pinned.row && own !== undefined);
+      }
+
+      table.draw(source);
+      const has = table.current(layer);
+      wordsTitle.replaceChildren(source == null ? "Logit lens" : `What the ${placeName(source)} says`,
+        el("small", {}, source == null ? "  hover or pick a patch" : !point.has(source) ? "  not read by this lens"
+          : `  logit lens, ${has ? `state ${layer}${layer === 0 ? " = embeddings" : layer === L ? " = output" : ""}` : `state ${layer} not read`}`));
+
+      const most = map.draw(row, measure);
+      mapTitle.replaceChildren("Share on the image", el("small", {}, row ? `  layers up, heads across, 0 to ${percent(most)}` : "  pick a token with a row"));
+
+      const under = patch ?? (maps ? null : source != null && source < V ? source : null);
+      read.textContent = under == null ? "" : `row ${maps ? Math.floor(under / images[0].cols) : cell(under).row}, column ${maps ? under % images[0].cols : cell(under).col}`
+        + (unit === null ? "" : `: ${number(heat[under])}, ${whole(top > 0 ? heat[under] / top : 0)} % of the largest`);
+
+      const lines = [];
+      if (reads) {
+        lines.push(["layer, head", `${layer}, ${headName(h)}`]);
+        images.forEach((_, i) => lines.push([images.length > 1 ? `on image ${i + 1}` : "on the image", percent(shareOf(row, measure, layer, h, i))]));
+        lines.push(["on text", percent(shareOf(row, measure, layer, h, images.length))]);
+        lines.push(["on special tokens", percent(shareOf(row, measure, layer, h, images.length + 1))]);
+        if (source != null) lines.push([maps || source >= V ? `on ${placeName(source)}` : "on this patch", number(row_[source])]);
+      }
+      facts.replaceChildren(...lines.flatMap(([name, value]) => [el("dt", {}, name), el("dd", {}, value)]));
+    }
+
+    function show(to) {
+      preview = to;
+      draw();
+    }
+    function pin(to) {
+      Object.assign(pinned, to);
+      preview = preview.patch === undefined ? {} : { patch: preview.patch };
+      draw();
+    }
+    function set(to) {
+      Object.assign(state, to);
+      draw();
+    }
+
+    slider.addEventListener("input", () => set({ layer: Number(slider.value) }));
+    head.addEventListener("change", () => set({ head: Number(head.value) }));
+    measures.forEach((button, i) => button.addEventListener("click", () => set({ measure: i })));
+    const warm = () => root.style.setProperty("--heat", strength.value / 100);
+    strength.addEventListener("input", warm);
+    document.addEventListener("keydown", event => {
+      if (event.altKey || event.ctrlKey || event.metaKey) return;
+      if (event.key === "Escape") return pin({ source: null });
+      const step = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
+      if (!step || /^(INPUT|SELECT|TEXTAREA)$/.test(event.target.tagName)) return;
+      event.preventDefault();
+      set({ layer: clamp(state.layer + step, 0, L) });
+    });
+    warm();
+    draw();
+    root.dataset.ready = "true";
+  }
+
+  document.querySelectorAll(".patch-view").forEach(start);
+})();
