@@ -27,7 +27,7 @@
     };
   }
 
-  const squares = levels => Float32Array.from({ length: 256 }, (_, q) => (q / levels) ** 2);
+  const scale = (levels, power) => Float32Array.from({ length: 256 }, (_, q) => (q / levels) ** power);
   const whole = x => String(Math.round(x * 1000) / 10);
   const percent = x => (x > 0 && x < 0.0005 ? "<0.1" : whole(x)) + " %";
   const number = x => (x === 0 ? "0" : Math.abs(x) < 1e-4 ? x.toExponential(1) : String(Number(x.toPrecision(2))));
@@ -50,24 +50,24 @@
     images.reduce((n, image, i) => ((first[i] = n), n + image.rows * image.cols), 0);
 
     // ---- numbers ---------------------------------------------------------------------------------------------------
-    const fine = squares(255);
+    const fine = scale(255, 2);
 
     async function readRow(row) {
       const take = reader(await unpack(row.data));
       const top = take(Float32Array, 2 * L * (H + 1) * 2), share = take(Uint16Array, 2 * L * (H + 1) * G);
       const all = take(Uint8Array, 2 * L * S), raw = take(Uint8Array, L * H * S), norm = take(Uint8Array, L * H * S);
       for (let i = 0; i < norm.length; i++) norm[i] += raw[i];
-      return { ...row, top, share, all, heads: [raw, norm], square: squares(row.levels) };
+      return { ...row, top, share, all, heads: [raw, norm], scale: scale(row.levels, 1) };
     }
 
     // What the row reads from each source; measure 0 raw, 1 norm-based; head 0 all of them together.
     function values(row, measure, layer, head, out) {
       const l = layer - 1, at = (measure * L + l) * (H + 1) + head;
-      const steps = head ? row.heads[measure] : row.all, square = head ? row.square : fine;
+      const steps = head ? row.heads[measure] : row.all, share = head ? row.scale : fine;
       const from = head ? (l * H + head - 1) * S : (measure * L + l) * S;
       parts.forEach(([a, b], part) => {
         const top = row.top[at * 2 + part];
-        for (let s = a; s < b; s++) out[s] = top * square[steps[from + s]];
+        for (let s = a; s < b; s++) out[s] = top * share[steps[from + s]];
       });
       return out;
     }
@@ -86,7 +86,9 @@
       decoded[data.start.row],
       unpack(lens.data).then(buffer => {
         const take = reader(buffer), n = lens.layers.length * lens.k * lens.sources.length;
-        return { low: take(Uint8Array, n), mid: take(Uint8Array, n), high: take(Uint8Array, n), steps: take(Uint8Array, n) };
+        const [low, mid, high, chances] = [1, 2, 3, 4].map(() => take(Uint8Array, n));
+        const list = JSON.parse(new TextDecoder().decode(take(Uint8Array, buffer.byteLength - 4 * n)));
+        return { low, mid, high, chances, list, label: list.map(shown) };
       }),
       data.reading && unpack(data.reading).then(buffer => {
         const take = reader(buffer), top = take(Float32Array, V), steps = take(Uint8Array, V * count);
@@ -94,7 +96,6 @@
       }),
     ]);
     const point = new Map(lens.sources.map((source, i) => [source, i]));
-    const label = lens.words.map(shown);
 
     // ---- state: what is pinned, and what the pointer previews ----------------------------------------------------------
     const pinned = { row: data.start.row, query: null, source: data.start.source };
@@ -298,12 +299,12 @@
           for (const { i, k, word, chance, td } of cells) {
             const at = (i * lens.k + k) * n + p;
             const id = p === undefined ? -1 : words.low[at] | (words.mid[at] << 8) | (words.high[at] << 16);
-            const step = id < 0 ? 0 : words.steps[at];
-            word.textContent = id < 0 ? "" : label[id];
+            const step = id < 0 ? 0 : words.chances[at];
+            word.textContent = id < 0 ? "" : words.label[id];
             chance.textContent = id < 0 ? "" : Math.round(100 * fine[step]) || "";
             td.style.background = shades[step];
             td.style.color = fine[step] > 0.55 ? "#fff" : "";
-            td.title = id < 0 ? "" : `${JSON.stringify(lens.words[id])} ${percent(fine[step])}`;
+            td.title = id < 0 ? "" : `${JSON.stringify(words.list[id])} ${percent(fine[step])}`;
           }
         },
         current(layer) {
