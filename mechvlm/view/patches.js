@@ -103,6 +103,8 @@
     let preview = {};
     const look = () => ({ ...pinned, ...preview });
 
+    const rowOf = new Map(rows.map((row, i) => [row.source, i]));
+
     // ---- the page ----------------------------------------------------------------------------------------------------
     const slider = el("input", { type: "range", min: 0, max: L, step: 1, "aria-label": "layer" });
     const layerOut = el("output", {});
@@ -129,24 +131,28 @@
     const legend = el("div", { class: "legend" }, "0", legendBar, legendTop, legendUnit);
     const table = wordTable();
     const wordsTitle = el("h2", {});
+    const follow = el("button", { type: "button", class: "follow", hidden: "" }, "show what it reads");
+    follow.addEventListener("click", () => pin({ row: rowOf.get(pinned.source), query: null }));
     const map = headMap();
     const facts = el("dl", {});
-    const mapTitle = el("h2", {});
-    root.append(controls, prompt,
+    const mapTitle = el("h2", {}), mapLow = el("span", {}), mapTop = el("span", {});
+    const mapLegend = el("div", { class: "legend" }, mapLow, legendBar.cloneNode(), mapTop);
+    root.append(controls,
+      el("h2", { class: "prompt-title" }, "Prompt", el("small", {}, "  pick the token that reads; the bars show how much it reads from the others")), prompt,
       el("div", { class: "panels" },
         el("section", { class: "panel-image", "aria-label": "image" }, heading,
           el("div", { class: "stages" }, ...stages.map(s => s.node)), legend, read),
-        el("section", { class: "panel-words", "aria-label": "logit lens" }, wordsTitle, table.node),
+        el("section", { class: "panel-words", "aria-label": "logit lens" }, wordsTitle, table.node, follow),
         el("section", { class: "panel-map", "aria-label": "share of the image by layer and head" }, mapTitle,
-          el("div", { class: "share" }, map.node, facts))),
+          el("div", { class: "share" }, map.node, el("div", {}, mapLegend, facts)))),
       el("p", { class: "keys" }, el("kbd", {}, "←"), " ", el("kbd", {}, "→"), " layer. On the image, arrows move the patch and ",
         el("kbd", {}, "Shift"), " with them the layer. Hover to preview, click or ", el("kbd", {}, "Enter"), " to pin, ",
-        el("kbd", {}, "Esc"), " to unpin the patch."));
+        el("kbd", {}, "Esc"), " to unpin."));
     root.classList.toggle("tall", lens.layers.length > 16);
 
     // ---- chips -------------------------------------------------------------------------------------------------------
     function chipList() {
-      const made = [], rowOf = new Map(rows.map((row, i) => [row.source, i]));
+      const made = [];
       const order = [...data.positions.keys()].sort((a, b) => data.positions[a] - data.positions[b]);
       const chip = (source, text, title) => {
         const row = rowOf.get(source), query = maps && source < V ? source : null;
@@ -211,10 +217,10 @@
       const canvas = el("canvas", { width: image.cols, height: image.rows });
       const sees = el("div", { class: "sees" });
       const marks = Object.fromEntries(["query", "hover", "pin"].map(name => [name, el("div", { class: `mark ${name}`, hidden: "" })]));
-      const which = images.length > 1 ? `image ${number + 1} of ${images.length}` : "the image";
+      const which = images.length > 1 ? `image ${number}` : "the image";
       const node = el("figure", { class: "stage", tabindex: 0, role: "application", "aria-roledescription": "patches of an image",
         "aria-label": `${which}, ${image.rows} rows by ${image.cols} columns of patches; arrow keys move the patch` },
-      picture, canvas, sees, ...Object.values(marks));
+      el("div", { class: "clip" }, picture, canvas, sees), ...Object.values(marks));
       place(picture, 0, 0, w, h);
       for (const over of [canvas, sees]) place(over, x0, y0, x1, y1);
       const most = images.length > 1 ? 300 : 480;
@@ -303,7 +309,7 @@
             word.textContent = id < 0 ? "" : words.label[id];
             chance.textContent = id < 0 ? "" : Math.round(100 * fine[step]) || "";
             td.style.background = shades[step];
-            td.style.color = fine[step] > 0.55 ? "#fff" : "";
+            td.style.color = fine[step] > 0.85 ? "#fff" : "";
             td.title = id < 0 ? "" : `${JSON.stringify(words.list[id])} ${percent(fine[step])}`;
           }
         },
@@ -316,15 +322,15 @@
 
     // ---- layers x heads ----------------------------------------------------------------------------------------------
     function headMap() {
-      const gap = H > 1 ? 1 : 0, across = H > 1 ? H + 1 : 1;
-      const size = clamp(Math.floor(200 / L), 6, 20), wide = clamp(Math.floor(230 / across), 6, 24);
+      const gap = H > 1 ? 1 : 0, space = 12, across = H > 1 ? H + 1 : 1;
+      const size = clamp(Math.floor(200 / L), 5, 20), wide = clamp(Math.floor(200 / across), 4, 24);
       const canvas = el("canvas", { width: H > 1 ? H : 1, height: L }), together = el("canvas", { width: 1, height: L });
       const mark = el("div", { class: "mark", hidden: "" });
       const node = el("div", { class: "map", tabindex: 0, role: "application", "aria-roledescription": "map of layers and heads",
         "aria-label": "share of the row that lies on the image, by layer and head; up and down change the layer, left and right the head" });
       const box = el("div", { class: "mapbox" }, node);
-      Object.assign(node.style, { width: `${across * wide + 6 * gap}px`, height: `${L * size}px` });
-      Object.assign(canvas.style, { position: "absolute", left: `${gap * (wide + 6)}px`, width: `${canvas.width * wide}px`, height: "100%" });
+      Object.assign(node.style, { width: `${across * wide + space * gap}px`, height: `${L * size}px` });
+      Object.assign(canvas.style, { position: "absolute", left: `${gap * (wide + space)}px`, width: `${canvas.width * wide}px`, height: "100%" });
       Object.assign(together.style, { position: "absolute", left: 0, width: `${wide}px`, height: "100%" });
       node.append(...(gap ? [together] : []), canvas, mark);
       const axis = (text, style) => {
@@ -337,12 +343,12 @@
       if (gap) {
         axis("all", { left: `${wide / 2 - 6}px`, top: "calc(100% + 5px)" });
         const every = Math.ceil(24 / wide);
-        for (let h = 0; h < H; h += every * (H > 12 ? 2 : 1)) axis(String(h), { left: `${wide + 6 + (h + 0.5) * wide - 3}px`, top: "calc(100% + 5px)" });
+        for (let h = 0; h < H; h += every * (H > 12 ? 2 : 1)) axis(String(h), { left: `${wide + space + (h + 0.5) * wide - 3}px`, top: "calc(100% + 5px)" });
       }
       const at = event => {
         const area = node.getBoundingClientRect(), x = event.clientX - area.left;
         const layer = clamp(L - Math.floor((event.clientY - area.top) / size), 1, L);
-        return { layer, head: !gap || x < wide + 3 ? 0 : clamp(Math.floor((x - wide - 6) / wide) + 1, 1, H) };
+        return { layer, head: !gap || x < wide + space / 2 ? 0 : clamp(Math.floor((x - wide - space) / wide) + 1, 1, H) };
       };
       node.addEventListener("click", event => set(at(event)));
       node.addEventListener("pointermove", event => {
@@ -357,20 +363,20 @@
         event.stopPropagation();
         set(go);
       });
-      let drawn = {}, top = 0;
+      let drawn = {}, low = 0, top = 0;
       return {
         node: box,
         draw(row, measure) {
           if (drawn.row !== row || drawn.measure !== measure) {
             const shares = [];
             for (let l = 1; l <= L; l++) for (let h = 0; h <= H; h++) shares.push(row ? onImages(row, measure, l, h) : 0);
-            top = Math.max(...shares);
+            [low, top] = [Math.min(...shares), Math.max(...shares)];
             for (const [to, from, n] of [[canvas, gap, canvas.width], [together, 0, 1]]) {
               const context = to.getContext("2d"), pixels = context.createImageData(n, L);
               for (let l = 1; l <= L; l++) {
                 for (let h = 0; h < n; h++) {
                   const share = shares[(l - 1) * (H + 1) + from + h];
-                  pixels.data.set([...solid[top > 0 ? Math.round((share / top) * 63) : 0], row ? 255 : 40], 4 * ((L - l) * n + h));
+                  pixels.data.set([...solid[top > low ? Math.round(((share - low) / (top - low)) * 63) : 0], row ? 255 : 40], 4 * ((L - l) * n + h));
                 }
               }
               context.putImageData(pixels, 0, 0);
@@ -378,9 +384,9 @@
             drawn = { row, measure };
           }
           mark.hidden = !row || state.layer === 0;
-          const x = state.head ? gap * (wide + 6) + (state.head - gap) * wide : 0;
+          const x = state.head ? gap * (wide + space) + (state.head - gap) * wide : 0;
           Object.assign(mark.style, { left: `${x}px`, top: `${(L - state.layer) * size}px`, width: `${wide}px`, height: `${size}px` });
-          return top;
+          return [low, top];
         },
       };
     }
@@ -394,7 +400,7 @@
       if (source >= V) return `token ${shown(data.pieces[source - V])}`;
       if (maps) return `query ${source}`;
       const { image, row, col } = cell(source);
-      return `patch at row ${row}, column ${col}${images.length > 1 ? ` of image ${image + 1}` : ""}`;
+      return `patch at row ${row}, column ${col}${images.length > 1 ? ` of image ${image}` : ""}`;
     }
 
     const row_ = new Float32Array(S), heat = new Float32Array(count);
@@ -412,10 +418,9 @@
         heat.fill(0);
         for (let q = 0; q < V; q++) for (let p = 0; p < count; p++) heat[p] += row_[q] * maps[q * count + p];
       }
-      const what = state.measure
-        ? state.head || H === 1 ? `‖α f(x)‖ of ${headName(state.head)}` : "‖Σ α f(x)‖, heads summed"
-        : state.head || H === 1 ? `attention weight, ${headName(state.head)}` : `attention weight, mean of ${H} heads`;
-      return maps ? `${what}, × where each query reads` : what;
+      const one = state.head > 0 || H === 1, by = headName(state.head);
+      const what = state.measure ? `norm written${one ? ` by ${by}` : ", heads summed"}` : `attention weight${one ? ` of ${by}` : `, mean of ${H} heads`}`;
+      return maps ? `${what}: from each query × where that reads` : what;
     }
 
     function draw() {
@@ -446,28 +451,35 @@
       legend.style.visibility = unit === null ? "hidden" : "visible";
       legendTop.textContent = number(top);
       legendUnit.textContent = unit ?? "";
+      legend.title = query == null && measure ? "‖Σ α f(x)‖: of the vectors that the heads wrote, in residual-stream units" : "";
       if (unit === null) heading.append(el("small", {}, "State 0 is what enters the decoder: there is no attention yet."));
 
       const largest = parts.map(([a, b]) => { let m = 0; for (let s = a; s < b; s++) m = Math.max(m, row_[s]); return m; });
       for (const { node, bar, source: s, row: own, query: q, image } of chips) {
         if (image !== undefined) {
           const { rows: n, cols: m } = images[image];
-          node.textContent = `${images.length > 1 ? `image ${image + 1}` : "image"} · ${n} × ${m} patches${reads ? ` · ${percent(shareOf(row, measure, layer, h, image))}` : ""}`;
+          node.textContent = `${images.length > 1 ? `image ${image}` : "image"} · ${n} × ${m} patches${reads ? ` · ${percent(shareOf(row, measure, layer, h, image))}` : ""}`;
           continue;
         }
         const part = s < V ? 0 : 1;
-        bar.style.transform = `scaleX(${reads && largest[part] > 0 ? row_[s] / largest[part] : 0})`;
+        const length = reads && largest[part] > 0 ? row_[s] / largest[part] : 0;
+        bar.style.transform = `scaleX(${length < 0.02 ? 0 : length})`;
         if (node.type === "button") node.setAttribute("aria-pressed", q != null ? q === pinned.query : pinned.query == null && own === pinned.row && own !== undefined);
       }
 
       table.draw(source);
       const has = table.current(layer);
-      wordsTitle.replaceChildren(source == null ? "Logit lens" : `What the ${placeName(source)} says`,
-        el("small", {}, source == null ? "  hover or pick a patch" : !point.has(source) ? "  not read by this lens"
+      wordsTitle.replaceChildren(source == null ? "Logit lens" : `What ${maps || source >= V ? "" : "the "}${placeName(source)} says`,
+        el("small", {}, source == null ? `  hover or pick a ${maps ? "query" : "patch"}` : !point.has(source) ? "  not read by this lens"
           : `  logit lens, ${has ? `state ${layer}${layer === 0 ? " = embeddings" : layer === L ? " = output" : ""}` : `state ${layer} not read`}`));
 
-      const most = map.draw(row, measure);
-      mapTitle.replaceChildren("Share on the image", el("small", {}, row ? `  layers up, heads across, 0 to ${percent(most)}` : "  pick a token with a row"));
+      follow.hidden = maps || pinned.source == null || !rowOf.has(pinned.source) || rowOf.get(pinned.source) === pinned.row;
+
+      const [low, high] = map.draw(row, measure);
+      mapTitle.replaceChildren("Share on the image", el("small", {}, row ? "  by layer and head" : `  ${name} is no destination: pick a token that is`));
+      mapLegend.style.visibility = row ? "visible" : "hidden";
+      mapLow.textContent = percent(low);
+      mapTop.textContent = percent(high);
 
       const under = patch ?? (maps ? null : source != null && source < V ? source : null);
       read.textContent = under == null ? "" : `row ${maps ? Math.floor(under / images[0].cols) : cell(under).row}, column ${maps ? under % images[0].cols : cell(under).col}`
@@ -475,8 +487,7 @@
 
       const lines = [];
       if (reads) {
-        lines.push(["layer, head", `${layer}, ${headName(h)}`]);
-        images.forEach((_, i) => lines.push([images.length > 1 ? `on image ${i + 1}` : "on the image", percent(shareOf(row, measure, layer, h, i))]));
+          images.forEach((_, i) => lines.push([images.length > 1 ? `on image ${i}` : "on the image", percent(shareOf(row, measure, layer, h, i))]));
         lines.push(["on text", percent(shareOf(row, measure, layer, h, images.length))]);
         lines.push(["on special tokens", percent(shareOf(row, measure, layer, h, images.length + 1))]);
         if (source != null) lines.push([maps || source >= V ? `on ${placeName(source)}` : "on this patch", number(row_[source])]);
@@ -514,6 +525,7 @@
     warm();
     draw();
     root.dataset.ready = "true";
+    performance.mark("patches drawn");
   }
 
   document.querySelectorAll(".patch-view").forEach(start);

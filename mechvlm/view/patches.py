@@ -1,6 +1,7 @@
 """The patch view: the image with its patches, what a token reads from each of them, and the words each one holds."""
 
 import io
+import warnings
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.resources import files
@@ -366,7 +367,10 @@ def _picture(seen: Seen) -> bytes:
         left[0].set_title(f'What "{piece}" reads, layer {seen.layer}', fontsize=9.5)
         _words(right, seen)
         file = io.BytesIO()
-        figure.savefig(file, format="png", dpi=100)
+        with warnings.catch_warnings():
+            # Vocabularies know more scripts than one font does; the page itself has the reader's fonts.
+            warnings.filterwarnings("ignore", message="Glyph .* missing")
+            figure.savefig(file, format="png", dpi=100)
     return file.getvalue()
 
 
