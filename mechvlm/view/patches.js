@@ -130,12 +130,12 @@
     const read = el("p", { class: "read", "aria-live": "polite" });
     const legend = el("div", { class: "legend" }, "0", legendBar, legendTop, legendUnit);
     const table = wordTable();
-    const wordsTitle = el("h2", {});
+    const wordsNote = el("small", {}), wordsTitle = el("h2", {}, "Logit lens", wordsNote);
     const follow = el("button", { type: "button", class: "follow", hidden: "" }, "show what it reads");
     follow.addEventListener("click", () => pin({ row: rowOf.get(pinned.source), query: null }));
     const map = headMap();
     const facts = el("dl", {});
-    const mapTitle = el("h2", {}), mapLow = el("span", {}), mapTop = el("span", {});
+    const mapNote = el("small", {}), mapTitle = el("h2", {}, "Share on the image", mapNote), mapLow = el("span", {}), mapTop = el("span", {});
     const mapLegend = el("div", { class: "legend" }, mapLow, legendBar.cloneNode(), mapTop);
     root.append(controls,
       el("h2", { class: "prompt-title" }, "Prompt", el("small", {}, "  pick the token that reads; the bars show how much it reads from the others")), prompt,
@@ -279,38 +279,44 @@
     // ---- words -------------------------------------------------------------------------------------------------------
     function wordTable() {
       const shades = Array.from({ length: 256 }, (_, q) => `rgb(11 98 173 / ${(0.03 + 0.85 * fine[q]).toFixed(3)})`);
-      const body = el("tbody", {}), cells = [], lines = new Map();
+      const body = el("tbody", { role: "rowgroup" }), cells = [], lines = new Map();
       for (let i = lens.layers.length - 1; i >= 0; i--) {
         const layer = lens.layers[i], button = el("button", { type: "button", tabindex: -1 }, String(layer));
         button.addEventListener("click", () => set({ layer }));
         button.setAttribute("aria-label", `state ${layer}`);
-        const line = el("tr", {}, el("th", { scope: "row" }, button));
+        const line = el("tr", { role: "row" }, el("th", { role: "rowheader" }, button));
         lines.set(layer, line);
         for (let k = 0; k < lens.k; k++) {
-          const word = el("bdi", {}), chance = el("span", {}), td = el("td", {}, word, chance);
+          const word = new Text(), chance = new Text(), td = el("td", { role: "cell" }, el("bdi", {}, word), el("span", {}, chance));
+          td.addEventListener("pointerenter", () => { td.title = wordAt(i, k, drawn)?.title ?? ""; });
           cells.push({ i, k, word, chance, td });
           line.append(td);
         }
         body.append(line);
       }
-      const titles = Array.from({ length: lens.k }, (_, k) => el("th", { scope: "col" }, `top ${k + 1}, %`));
-      const node = el("table", {}, el("thead", {}, el("tr", {}, el("th", { scope: "col" }, "state"), ...titles)), body);
+      const titles = Array.from({ length: lens.k }, (_, k) => el("th", { role: "columnheader" }, `top ${k + 1}, %`));
+      const node = el("table", { role: "table", "aria-label": "logit-lens words by state" },
+        el("thead", { role: "rowgroup" }, el("tr", { role: "row" }, el("th", { role: "columnheader" }, "state"), ...titles)), body);
+      const wordAt = (i, k, source) => {
+        if (!point.has(source)) return null;
+        const at = (i * lens.k + k) * lens.sources.length + point.get(source), step = words.chances[at], share = fine[step];
+        const id = words.low[at] | (words.mid[at] << 8) | (words.high[at] << 16);
+        return { text: words.label[id], share, shade: shades[step], light: share > 0.85, title: `${words.list[id]}  ${percent(share)}` };
+      };
       let drawn;
       return {
         node,
         draw(source) {
           if (source === drawn) return;
           drawn = source;
-          const p = point.get(source), n = lens.sources.length;
+          // Text nodes are kept and only changed: half a table of new ones would take a frame by itself.
           for (const { i, k, word, chance, td } of cells) {
-            const at = (i * lens.k + k) * n + p;
-            const id = p === undefined ? -1 : words.low[at] | (words.mid[at] << 8) | (words.high[at] << 16);
-            const step = id < 0 ? 0 : words.chances[at];
-            word.textContent = id < 0 ? "" : words.label[id];
-            chance.textContent = id < 0 ? "" : Math.round(100 * fine[step]) || "";
-            td.style.background = shades[step];
-            td.style.color = fine[step] > 0.85 ? "#fff" : "";
-            td.title = id < 0 ? "" : `${JSON.stringify(words.list[id])} ${percent(fine[step])}`;
+            const { text = "", share = 0, shade = "", light = false } = wordAt(i, k, source) ?? {};
+            const rounded = String(Math.round(100 * share) || "");
+            if (word.data !== text) word.data = text;
+            if (chance.data !== rounded) chance.data = rounded;
+            td.style.background = shade;
+            td.classList.toggle("light", light);
           }
         },
         current(layer) {
@@ -396,101 +402,140 @@
       return h ? `head ${h - 1}` : H > 1 ? "all heads" : "head 0";
     }
 
-    function placeName(source) {
-      if (source >= V) return `token ${shown(data.pieces[source - V])}`;
-      if (maps) return `query ${source}`;
-      const { image, row, col } = cell(source);
-      return `patch at row ${row}, column ${col}${images.length > 1 ? ` of image ${image}` : ""}`;
+    function patchName(patch) {
+      const { image, row, col } = cell(patch);
+      return `row ${row}, column ${col}${images.length > 1 ? ` of image ${image}` : ""}`;
     }
 
-    const row_ = new Float32Array(S), heat = new Float32Array(count);
+    function placeName(source) {
+      if (source >= V) return `token “${shown(data.pieces[source - V])}”`;
+      return maps ? `query ${source}` : `patch at ${patchName(source)}`;
+    }
 
-    // The heat on every patch, its largest value and unit; null where there is none.
+    const read_ = new Float32Array(S), heat = new Float32Array(count);
+
+    // Fills `heat`; gives its unit, or null where there is none.
     function heatOf(row, query) {
+      if (row && state.layer > 0) values(row, state.measure, state.layer, state.head, read_);
       if (query != null) {
         heat.set(maps.subarray(query * count, (query + 1) * count));
         return `Q-Former attention weight of query ${query}, mean of layers and heads`;
       }
       if (!row || state.layer === 0) return null;
-      values(row, state.measure, state.layer, state.head, row_);
-      if (!maps) heat.set(row_.subarray(0, count));
+      if (!maps) heat.set(read_.subarray(0, count));
       else {
         heat.fill(0);
-        for (let q = 0; q < V; q++) for (let p = 0; p < count; p++) heat[p] += row_[q] * maps[q * count + p];
+        for (let q = 0; q < V; q++) for (let p = 0; p < count; p++) heat[p] += read_[q] * maps[q * count + p];
       }
       const one = state.head > 0 || H === 1, by = headName(state.head);
       const what = state.measure ? `norm written${one ? ` by ${by}` : ", heads summed"}` : `attention weight${one ? ` of ${by}` : `, mean of ${H} heads`}`;
       return maps ? `${what}: from each query × where that reads` : what;
     }
 
+    function largest(values, from, to) {
+      let most = 0;
+      for (let i = from; i < to; i++) if (values[i] > most) most = values[i];
+      return most;
+    }
+
+    // Only what has changed is drawn: most changes are a patch under the pointer.
+    let now = {};
     function draw() {
-      const { row: r, query, source, patch } = look();
-      const row = r == null ? undefined : ready[r];
+      const { row: r, query, source, patch } = look(), row = r == null ? undefined : ready[r];
       if (r != null && !row) decoded[r].then(draw);
-      const { layer, measure, head: h } = state;
-
-      slider.value = layer;
-      head.value = h;
-      measures.forEach((button, i) => button.setAttribute("aria-pressed", i === measure));
-      layerOut.replaceChildren(el("b", {}, String(layer)), ` of ${L}`);
-      slider.setAttribute("aria-valuetext", `layer ${layer} of ${L}`);
-
-      const unit = heatOf(row, query), reads = row && layer > 0;
-      let top = 0, hottest = 0;
-      for (let p = 0; p < count; p++) if (heat[p] > top) top = heat[(hottest = p)];
+      const reads = row && state.layer > 0;
+      const key = [row?.source, query, state.layer, state.measure, state.head, pinned.row, pinned.query].join();
+      if (now.key !== key) {
+        const unit = heatOf(row, query);
+        now = { key, unit, top: largest(heat, 0, count) };
+        drawControls();
+        drawHeat(row, query, reads);
+        drawChips(row, reads);
+        drawMap(row, query);
+      }
       for (const one of stages) {
-        one.canvas.hidden = unit === null;
-        if (unit !== null) one.paint(heat, top);
         one.mark("hover", patch);
         one.mark("pin", maps ? null : pinned.source);
         one.mark("query", row && !maps && row.source < V ? row.source : null);
       }
-      const name = query != null ? `query ${query}` : row ? (row.source < V ? placeName(row.source) : `“${shown(data.pieces[row.source - V])}”`) : "";
-      heading.replaceChildren(query != null ? `Where ${name} reads` : `What ${name} reads`,
-        el("small", {}, query != null ? "  in the Q-Former, before layer 1" : layer ? `  attention of layer ${layer}, from state ${layer - 1} to ${layer}` : ""));
+      drawWords(source);
+      const under = patch ?? (maps || source == null || source >= V ? null : source);
+      read.textContent = under === null ? "" : patchName(under)
+        + (now.unit === null ? "" : `: ${number(heat[under])}, ${whole(now.top > 0 ? heat[under] / now.top : 0)} % of the largest`);
+      drawFacts(row, reads, source);
+    }
+
+    function drawControls() {
+      const { layer } = state;
+      slider.value = layer;
+      slider.setAttribute("aria-valuetext", `layer ${layer} of ${L}`);
+      layerOut.replaceChildren(el("b", {}, String(layer)), ` of ${L}`);
+      head.value = state.head;
+      measures.forEach((button, i) => button.setAttribute("aria-pressed", i === state.measure));
+    }
+
+    function rowName(row, query) {
+      if (query != null) return `query ${query}`;
+      if (!row) return "";
+      return row.source < V ? `the ${placeName(row.source)}` : `“${shown(data.pieces[row.source - V])}”`;
+    }
+
+    function drawHeat(row, query) {
+      const { layer } = state, { unit, top } = now;
+      for (const one of stages) {
+        one.canvas.hidden = unit === null;
+        if (unit !== null) one.paint(heat, top);
+      }
+      const when = query != null ? "in the Q-Former, before layer 1"
+        : layer ? `attention of layer ${layer}, from state ${layer - 1} to ${layer}`
+          : "state 0 is what enters the decoder: no attention yet";
+      heading.replaceChildren(`${query != null ? "Where" : "What"} ${rowName(row, query)} reads`, el("small", {}, `  ${when}`));
       legend.style.visibility = unit === null ? "hidden" : "visible";
+      legend.title = query == null && state.measure ? "‖Σ α f(x)‖ of the vectors that the heads wrote, in residual-stream units" : "";
       legendTop.textContent = number(top);
       legendUnit.textContent = unit ?? "";
-      legend.title = query == null && measure ? "‖Σ α f(x)‖: of the vectors that the heads wrote, in residual-stream units" : "";
-      if (unit === null) heading.append(el("small", {}, "State 0 is what enters the decoder: there is no attention yet."));
+    }
 
-      const largest = parts.map(([a, b]) => { let m = 0; for (let s = a; s < b; s++) m = Math.max(m, row_[s]); return m; });
-      for (const { node, bar, source: s, row: own, query: q, image } of chips) {
+    function drawChips(row, reads) {
+      const most = parts.map(([a, b]) => largest(read_, a, b));
+      for (const { node, bar, source, row: own, query, image } of chips) {
         if (image !== undefined) {
-          const { rows: n, cols: m } = images[image];
-          node.textContent = `${images.length > 1 ? `image ${image}` : "image"} · ${n} × ${m} patches${reads ? ` · ${percent(shareOf(row, measure, layer, h, image))}` : ""}`;
+          const share = reads ? ` · ${percent(shareOf(row, state.measure, state.layer, state.head, image))}` : "";
+          node.textContent = `${images.length > 1 ? `image ${image}` : "image"} · ${images[image].rows} × ${images[image].cols} patches${share}`;
           continue;
         }
-        const part = s < V ? 0 : 1;
-        const length = reads && largest[part] > 0 ? row_[s] / largest[part] : 0;
+        const part = source < V ? 0 : 1, length = reads && most[part] > 0 ? read_[source] / most[part] : 0;
         bar.style.transform = `scaleX(${length < 0.02 ? 0 : length})`;
-        if (node.type === "button") node.setAttribute("aria-pressed", q != null ? q === pinned.query : pinned.query == null && own === pinned.row && own !== undefined);
+        if (node.type !== "button") continue;
+        node.setAttribute("aria-pressed", query !== null ? query === pinned.query : pinned.query === null && own === pinned.row);
       }
+    }
 
-      table.draw(source);
-      const has = table.current(layer);
-      wordsTitle.replaceChildren(source == null ? "Logit lens" : `What ${maps || source >= V ? "" : "the "}${placeName(source)} says`,
-        el("small", {}, source == null ? `  hover or pick a ${maps ? "query" : "patch"}` : !point.has(source) ? "  not read by this lens"
-          : `  logit lens, ${has ? `state ${layer}${layer === 0 ? " = embeddings" : layer === L ? " = output" : ""}` : `state ${layer} not read`}`));
-
-      follow.hidden = maps || pinned.source == null || !rowOf.has(pinned.source) || rowOf.get(pinned.source) === pinned.row;
-
-      const [low, high] = map.draw(row, measure);
-      mapTitle.replaceChildren("Share on the image", el("small", {}, row ? "  by layer and head" : `  ${name} is no destination: pick a token that is`));
+    function drawMap(row, query) {
+      const [low, high] = map.draw(row, state.measure);
+      mapNote.textContent = row ? "  by layer and head" : `  ${rowName(row, query)} is no destination: pick a token that is`;
       mapLegend.style.visibility = row ? "visible" : "hidden";
       mapLow.textContent = percent(low);
       mapTop.textContent = percent(high);
+    }
 
-      const under = patch ?? (maps ? null : source != null && source < V ? source : null);
-      read.textContent = under == null ? "" : `row ${maps ? Math.floor(under / images[0].cols) : cell(under).row}, column ${maps ? under % images[0].cols : cell(under).col}`
-        + (unit === null ? "" : `: ${number(heat[under])}, ${whole(top > 0 ? heat[under] / top : 0)} % of the largest`);
+    function drawWords(source) {
+      table.draw(source);
+      const { layer } = state, which = layer === 0 ? "state 0 = embeddings" : layer === L ? `state ${L} = output` : `state ${layer}`;
+      const here = table.current(layer) ? which : `state ${layer} not read`;
+      wordsTitle.firstChild.data = source == null ? "Logit lens" : `What ${maps || source >= V ? "" : "the "}${placeName(source)} says`;
+      wordsNote.textContent = source == null ? `  hover or pick a ${maps ? "query" : "patch"}`
+        : point.has(source) ? `  logit lens, ${here}` : "  not read by this lens";
+      follow.hidden = maps || pinned.source == null || !rowOf.has(pinned.source) || rowOf.get(pinned.source) === pinned.row;
+    }
 
+    function drawFacts(row, reads, source) {
       const lines = [];
       if (reads) {
-          images.forEach((_, i) => lines.push([images.length > 1 ? `on image ${i}` : "on the image", percent(shareOf(row, measure, layer, h, i))]));
-        lines.push(["on text", percent(shareOf(row, measure, layer, h, images.length))]);
-        lines.push(["on special tokens", percent(shareOf(row, measure, layer, h, images.length + 1))]);
-        if (source != null) lines.push([maps || source >= V ? `on ${placeName(source)}` : "on this patch", number(row_[source])]);
+        const share = group => percent(shareOf(row, state.measure, state.layer, state.head, group));
+        images.forEach((_, i) => lines.push([images.length > 1 ? `on image ${i}` : "on the image", share(i)]));
+        lines.push(["on text", share(images.length)], ["on special tokens", share(images.length + 1)]);
+        if (source != null) lines.push([maps || source >= V ? `on ${placeName(source)}` : "on this patch", number(read_[source])]);
       }
       facts.replaceChildren(...lines.flatMap(([name, value]) => [el("dt", {}, name), el("dd", {}, value)]));
     }
