@@ -77,7 +77,7 @@
       images.reduce((sum, _, i) => sum + shareOf(row, measure, layer, head, i), 0);
 
     const solid = data.colors.map(hex => [1, 3, 5].map(i => parseInt(hex.slice(i, i + 2), 16)));
-    const palette = solid.map((rgb, i) => [...rgb, 255 * (0.2 + 0.8 * Math.sqrt(i / 63))]);
+    const palette = solid.map((rgb, i) => [...rgb, 255 * (0.1 + 0.9 * Math.sqrt(i / 63))]);
 
     const decoded = rows.map(readRow);
     const ready = [];

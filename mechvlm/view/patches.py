@@ -348,21 +348,22 @@ def _picture(seen: Seen) -> bytes:
     top = max(float(h.max()) for h in heats) or 1.0
     with style():
         n = len(heats)
-        figure = Figure((4.2 * n + 4.6, 4.6), dpi=100, layout="constrained")
+        figure = Figure((4.2 * n + 4.6, max(4.6, 0.21 * len(seen.lens.layers))), dpi=100, layout="constrained")
         *left, right = figure.subplots(1, n + 1, width_ratios=[4.2] * n + [4.6])
         for ax, image, grid, heat in zip(left, seen.pictures, seen.tokens.grids, heats, strict=True):
             x0, y0, x1, y1 = grid.crop_box
-            grey = np.asarray(image.convert("L").convert("RGB")) * 0.5 + np.asarray(image) * 0.5
-            ax.imshow((grey * 0.6 + 255 * 0.4).astype(np.uint8))
+            veil = np.full((image.height, image.width, 1), 0.8)  # white over what the model does not see
+            veil[max(0, round(y0)) : max(0, round(y1)), max(0, round(x0)) : max(0, round(x1))] = 0.35
+            ax.imshow(np.asarray(image) / 255 * (1 - veil) + veil)
             mesh = ax.imshow(
-                heat, extent=(x0, x1, y1, y0), cmap=HEAT, vmin=0, vmax=top, alpha=0.25 + 0.6 * heat / top,
+                heat, extent=(x0, x1, y1, y0), cmap=HEAT, vmin=0, vmax=top, alpha=0.15 + 0.7 * np.sqrt(heat / top),
                 interpolation="nearest",
             )  # fmt: skip
             ax.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, color="#444444", linewidth=0.8))
             ax.set_xlim(min(0, x0), max(image.width, x1))
             ax.set_ylim(max(image.height, y1), min(0, y0))
             ax.set_axis_off()
-        figure.colorbar(mesh, ax=left, location="bottom", shrink=0.8, label="norm written (residual-stream units)")
+        figure.colorbar(mesh, ax=left, location="bottom", shrink=0.7, aspect=36, label="norm written (residual-stream units)")
         piece = text(seen.tokens.strings[seen.dest[seen.start]], 16)
         left[0].set_title(f'What "{piece}" reads, layer {seen.layer}', fontsize=9.5)
         _words(right, seen)
@@ -379,7 +380,7 @@ def _words(ax, seen: Seen) -> None:
     at = int((seen.index[seen.lens.position.numpy()] == seen.point).nonzero()[0][0])
     probs, pieces = seen.lens.probs[:, at].numpy(), [layer[at] for layer in seen.lens.pieces()]
     ax.imshow(probs, origin="lower", aspect="auto", cmap="Blues", vmin=0, vmax=1.3)
-    small = 7 if len(pieces) <= 16 else 4.5
+    small = 7 if len(pieces) <= 16 else 6
     for row, words in enumerate(pieces):
         for col, word in enumerate(words):
             color = "white" if probs[row, col] > 0.75 else "#222222"
