@@ -24,7 +24,9 @@ def photo(width: int = 640, height: int = 480) -> Image.Image:
     return Image.fromarray((np.asarray(picture) + grain).clip(0, 255).astype(np.uint8))
 
 
-def synthetic(inputs: mv.Inputs, layers: int = 32, heads: int = 32, dest: tuple[int, ...] = (), spread: float = 2.5, k: int = 5):
+def synthetic(
+    inputs: mv.Inputs, layers: int = 32, heads: int = 32, dest: tuple[int, ...] = (), spread: float = 2.5, k: int = 5
+):
     """Results of an invented model: attention with logits of standard deviation `spread` and a sink on the first token.
 
     Gives (lens, norms); `dest` are destinations besides the last position.

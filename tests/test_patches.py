@@ -17,6 +17,7 @@ from PIL import Image
 import mechvlm as mv
 from mechvlm.errors import ViewError
 from mechvlm.view import packing, patches
+from mechvlm.view.seen import see
 
 
 def read(vlm, inputs, dst="last", positions="image"):
@@ -98,12 +99,10 @@ def test_rows_words_and_positions_come_back(vlm):
 
 
 def test_the_heat_of_a_token_over_queries_is_what_it_wrote_times_where_they_read(blip_vlm):
-    from mechvlm.view.patches import _seen
-
     inputs = blip_vlm.inputs(noise_image(0), "what is this")
     lens, norms = read(blip_vlm, inputs)
     reading = mv.query_reading(blip_vlm, inputs)
-    (heat,) = _seen(inputs, lens, norms, reading, None).heat(0, 2)
+    (heat,) = see(inputs, lens, norms, reading, None).heat(0, 2)
     expected = sum(
         norms.norm[1, 0, 0, p].item() * reading.map[0, q].numpy() for q, p in enumerate(inputs.tokens.image.tolist())
     )
@@ -185,29 +184,29 @@ def rows(norms, to, **fields):
 
 
 BAD = {
-    "lens of another model": (lambda i, l, n: (i, change(l, model="other"), n), "different models: lens of 'other'"),
+    "lens of another model": (lambda i, w, n: (i, change(w, model="other"), n), "different models: lens of 'other'"),
     "another tokenizer": (
-        lambda i, l, n: (i, change(l, vocabulary=((int(i.tokens.ids[-1]), "other"), *l.vocabulary)), n),
+        lambda i, w, n: (i, change(w, vocabulary=((int(i.tokens.ids[-1]), "other"), *w.vocabulary)), n),
         "another tokenizer.*'other' there",
     ),
     "a batch in norms": (
-        lambda i, l, n: (i, l, rows(n, lambda x: torch.cat([x, x], 1), dest=n.dest.expand(2, -1))),
+        lambda i, w, n: (i, w, rows(n, lambda x: torch.cat([x, x], 1), dest=n.dest.expand(2, -1))),
         "norms is not of these inputs: it holds 2 example.*the inputs 1",
     ),
-    "a batch in the lens": (lambda i, l, n: (i, change(l, example=l.example + 1), n), r"lens holds the examples \[1\]"),
+    "a batch in the lens": (lambda i, w, n: (i, change(w, example=w.example + 1), n), r"lens holds the examples \[1\]"),
     "fewer tokens in norms": (
-        lambda i, l, n: (i, l, rows(n, lambda x: x[..., 1:])), "norms is not of these inputs: it holds 1 .* of .* tokens",
+        lambda i, w, n: (i, w, rows(n, lambda x: x[..., 1:])), "norms is not of these inputs: it holds 1 .* of .* tokens",
     ),
-    "another place of the last": (lambda i, l, n: (i, l, change(n, dest=n.dest - 1)), "'last' is position .* there"),
-    "lens beyond the end": (lambda i, l, n: (i, change(l, position=l.position + 30), n), "no tokens of this example"),
+    "another place of the last": (lambda i, w, n: (i, w, change(n, dest=n.dest - 1)), "'last' is position .* there"),
+    "lens beyond the end": (lambda i, w, n: (i, change(w, position=w.position + 30), n), "no tokens of this example"),
     "lens of text alone": (
-        lambda i, l, n: (i, change(l, position=i.tokens.text[:1].expand(len(l.position))), n), "read no visual token",
+        lambda i, w, n: (i, change(w, position=i.tokens.text[:1].expand(len(w.position))), n), "read no visual token",
     ),
-    "more states than layers": (lambda i, l, n: (i, change(l, layers=(0, 1, 2, 9)), n), "goes to state 9, norms to layer 3"),
-    "no image": (lambda i, l, n: (change(i, images=((),)), l, n), "image of example 0 is gone.*0 of 1"),
-    "no images at all": (lambda i, l, n: (change(i, images=()), l, n), "gone.*vlm.inputs"),
-    "another image": (lambda i, l, n: (change(i, images=((photo(50, 50),),)), l, n), "50 x 50; the patches.*80 x 60"),
-    "NaN": (lambda i, l, n: (i, l, change(n, norm=n.norm * torch.nan)), "NaN"),
+    "more states than layers": (lambda i, w, n: (i, change(w, layers=(0, 1, 2, 9)), n), "goes to state 9, norms to layer 3"),
+    "no image": (lambda i, w, n: (change(i, images=((),)), w, n), "image of example 0 is gone.*0 of 1"),
+    "no images at all": (lambda i, w, n: (change(i, images=()), w, n), "gone.*vlm.inputs"),
+    "another image": (lambda i, w, n: (change(i, images=((photo(50, 50),),)), w, n), "50 x 50; the patches.*80 x 60"),
+    "NaN": (lambda i, w, n: (i, w, change(n, norm=n.norm * torch.nan)), "NaN"),
 }  # fmt: skip
 
 
@@ -220,11 +219,11 @@ def test_results_that_are_not_of_these_inputs(what, made):
 
 
 def test_results_in_the_wrong_order(made):
-    from mechvlm.view.patches import _seen  # the public function's annotations are checked by the tests' own means first
 
     inputs, lens, norms = made
-    with pytest.raises(ViewError, match="lens is a NormAttentionResult.*takes a LogitLensResult"):
-        _seen(inputs, norms, lens, None, None)
+    # Not the public function: under these tests its annotations are checked before it is called.
+    with pytest.raises(ViewError, match=r"lens is a NormAttentionResult.*takes a LogitLensResult"):
+        see(inputs, norms, lens, None, None)
 
 
 def test_a_closed_image(llava_vlm, tmp_path):
@@ -251,7 +250,7 @@ def test_results_of_another_prompt(llava_vlm, made):
 def test_which_example(llava_vlm):
     inputs = llava_vlm.inputs([noise_image(0), noise_image(1)], "a")
     lens, norms = read(llava_vlm, inputs)
-    with pytest.raises(ViewError, match="2 examples.*example=0 to 1"):
+    with pytest.raises(ViewError, match=r"2 examples.*example=0 to 1"):
         mv.view.patches(inputs, lens, norms)
     with pytest.raises(ViewError, match="Example 2 was asked for"):
         mv.view.patches(inputs, lens, norms, example=2)

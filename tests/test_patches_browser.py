@@ -72,7 +72,9 @@ def center(page, row: int, col: int, grid, stage: int = 0) -> tuple[float, float
     left, top = min(0, crop[0]), min(0, crop[1])
     width, height = max(w, crop[2]) - left, max(h, crop[3]) - top
     x0, y0, x1, y1 = grid.box(row, col)
-    return box["x"] + ((x0 + x1) / 2 - left) / width * box["width"], box["y"] + ((y0 + y1) / 2 - top) / height * box["height"]
+    return box["x"] + ((x0 + x1) / 2 - left) / width * box["width"], box["y"] + ((y0 + y1) / 2 - top) / height * box[
+        "height"
+    ]
 
 
 def plain(pieces: list[str]) -> list[str]:
@@ -147,7 +149,9 @@ def test_raw_weights_heads_and_the_map(page, tiny):
     area = page.locator(".map").bounding_box()
     n_layers, n_heads = len(norms.layers), norms.weight.shape[2]
     page.mouse.click(area["x"] + area["width"] - 3, area["y"] + area["height"] * (n_layers - 6.5) / n_layers)
-    assert (layer(page), page.locator("select").input_value()) == (7, str(n_heads)), "the last head, the seventh layer up"
+    assert (layer(page), page.locator("select").input_value()) == (7, str(n_heads)), (
+        "the last head, the seventh layer up"
+    )
     assert hottest(heat(page)) == flat(norms.norm_head[6, 0, -1, -1, tokens.image])
     page.keyboard.press("ArrowUp")
     page.keyboard.press("ArrowLeft")
@@ -299,7 +303,8 @@ CHANGES = {
     " key: ['ArrowLeft', 'ArrowUp', 'ArrowRight', 'ArrowDown'][i % 4], bubbles: true }))",
     "pick a token": "i => document.querySelectorAll('button.chip')[i % 2].click()",
     "click the map": """i => { const m = q('.map'), b = m.getBoundingClientRect();
-        m.dispatchEvent(new MouseEvent('click', { clientX: b.left + 4 + i * 5 % b.width, clientY: b.top + i * 6 % b.height })); }""",
+        const at = { clientX: b.left + 4 + i * 5 % b.width, clientY: b.top + i * 6 % b.height };
+        m.dispatchEvent(new MouseEvent('click', at)); }""",
 }
 
 # From the event to the end of the frame in which its effect is painted: style, layout and paint with it.

@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 LEVELS = (255, 127, 63, 31)
-"""Steps of a single head's rows: the finest with which a query stays within `ROWS`. Off by at most 0.2 to 1.6 % of the maximum."""
+"""Steps of a single head's rows: the finest with which a query stays within `ROWS`. Off by at most 0.2 to 1.6 %."""
 ROWS = 560_000
 """Characters of the page that one query's rows may take up."""
 SIDE = 1024

@@ -114,12 +114,11 @@
     measures[0].title = "attention weights";
     measures[1].title = "the norm of what is written: weight times transformed value";
     const strength = el("input", { type: "range", min: 0, max: 100, value: 100 * HEAT_AT_FIRST, "aria-label": "strength of the heat" });
-    const note = el("span", { class: "note" });
     const controls = el("div", { class: "controls" },
       el("label", { class: "layer" }, el("span", { class: "name" }, "Layer"), slider, layerOut),
       el("label", {}, el("span", { class: "name" }, "Head"), head),
       el("fieldset", { "aria-label": "measure" }, measures[1], measures[0]),
-      el("label", { class: "strength" }, el("span", { class: "name" }, "Heat"), strength), note);
+      el("label", { class: "strength" }, el("span", { class: "name" }, "Heat"), strength), el("span", { class: "note" }, data.model));
 
     const prompt = el("div", { class: "prompt", role: "group", "aria-label": "the prompt's tokens" });
     const chips = chipList();
