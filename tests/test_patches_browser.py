@@ -65,16 +65,15 @@ def layer(page) -> int:
     return int(page.locator(".layer output b").inner_text())
 
 
-def center(page, row: int, col: int, grid, stage: int = 0) -> tuple[float, float]:
-    """The pixel of the page at which a patch's centre lies, from its box on the original image."""
+def center(page, row: int, col: int, grid, stage: int = 0, at: float = 0.5) -> tuple[float, float]:
+    """The pixel of the page at which a patch's centre lies (or, with `at`, another point of it), from its box on the image."""
     box = page.locator(".stage").nth(stage).bounding_box()
     crop, (w, h) = grid.crop_box, grid.image_size
     left, top = min(0, crop[0]), min(0, crop[1])
     width, height = max(w, crop[2]) - left, max(h, crop[3]) - top
     x0, y0, x1, y1 = grid.box(row, col)
-    return box["x"] + ((x0 + x1) / 2 - left) / width * box["width"], box["y"] + ((y0 + y1) / 2 - top) / height * box[
-        "height"
-    ]
+    x, y = x0 + at * (x1 - x0), y0 + at * (y1 - y0)
+    return box["x"] + (x - left) / width * box["width"], box["y"] + (y - top) / height * box["height"]
 
 
 def plain(pieces: list[str]) -> list[str]:
@@ -215,6 +214,9 @@ def test_two_images_that_are_not_square(open_page):
     point = lens.position.tolist().index(tokens.position(3, 1, image=1))
     assert words(page)[3] == plain(lens.pieces()[3][point])
     assert "row 3, column 1 of image 1" in page.locator(".panel-words h2").inner_text()
+    for at in (0.1, 0.9):
+        page.mouse.move(*center(page, 1, 2, tokens.grids[0], stage=0, at=at))
+        assert "row 1, column 2 of image 0" in page.locator(".read").inner_text(), "patches end where their boxes do"
     boxes = [page.locator(".sees").nth(i).bounding_box() for i in (0, 1)]
     stages = [page.locator(".stage").nth(i).bounding_box() for i in (0, 1)]
     assert boxes[0]["height"] / stages[0]["height"] == pytest.approx(90 / 200, abs=0.03), "the crop is shown"

@@ -572,5 +572,10 @@
     performance.mark("patches drawn");
   }
 
-  document.querySelectorAll(".patch-view").forEach(start);
+  for (const root of document.querySelectorAll(".patch-view")) {
+    start(root).catch(error => {
+      root.append(`The view could not be drawn (${error.message}). It needs a browser of 2023 or later.`);
+      throw error;
+    });
+  }
 })();
