@@ -213,7 +213,7 @@ def test_two_images_that_are_not_square(open_page):
     page.mouse.click(*center(page, 3, 1, tokens.grids[1], stage=1))
     point = lens.position.tolist().index(tokens.position(3, 1, image=1))
     assert words(page)[3] == plain(lens.pieces()[3][point])
-    assert "row 3, column 1 of image 1" in page.locator(".panel-words h2").inner_text()
+    assert "patch r3 c1 of image 1" in page.locator(".panel-words h2").inner_text()
     for at in (0.1, 0.9):
         page.mouse.move(*center(page, 1, 2, tokens.grids[0], stage=0, at=at))
         assert "row 1, column 2 of image 0" in page.locator(".read").inner_text(), "patches end where their boxes do"
@@ -238,7 +238,7 @@ def test_a_patch_as_the_one_that_reads(open_page, llava_vlm):
     at = inputs.tokens.position(2, 1)
     expected = norms.norm[1, 0, at, inputs.tokens.image].reshape(grid.rows, grid.cols)
     assert hottest(heat(page)) == divmod(int(expected.argmax()), grid.cols)
-    assert "patch at row 2, column 1" in page.locator(".panel-image h2").inner_text()
+    assert "patch r2 c1" in page.locator(".panel-image h2").inner_text()
 
 
 def test_queries_are_drawn_where_they_read(open_page):

@@ -408,7 +408,9 @@
 
     function placeName(source) {
       if (source >= V) return `token “${shown(data.pieces[source - V])}”`;
-      return maps ? `query ${source}` : `patch at ${patchName(source)}`;
+      if (maps) return `query ${source}`;
+      const { image, row, col } = cell(source);
+      return `patch r${row} c${col}${images.length > 1 ? ` of image ${image}` : ""}`;
     }
 
     const read_ = new Float32Array(S), heat = new Float32Array(count);
@@ -487,7 +489,7 @@
       }
       const when = query != null ? "in the Q-Former, before layer 1"
         : layer ? `attention of layer ${layer}, from state ${layer - 1} to ${layer}`
-          : "state 0 is what enters the decoder: no attention yet";
+          : "no attention yet at state 0, the embeddings";
       heading.replaceChildren(`${query != null ? "Where" : "What"} ${rowName(row, query)} reads`, el("small", {}, `  ${when}`));
       legend.style.visibility = unit === null ? "hidden" : "visible";
       legend.title = query == null && state.measure ? "‖Σ α f(x)‖ of the vectors that the heads wrote, in residual-stream units" : "";
@@ -520,7 +522,7 @@
 
     function drawWords(source) {
       table.draw(source);
-      const { layer } = state, which = layer === 0 ? "state 0 = embeddings" : layer === L ? `state ${L} = output` : `state ${layer}`;
+      const { layer } = state, which = layer === 0 ? "state 0, embeddings" : layer === L ? `state ${L}, output` : `state ${layer}`;
       const here = table.current(layer) ? which : `state ${layer} not read`;
       wordsTitle.firstChild.data = source == null ? "Logit lens" : `What ${maps || source >= V ? "" : "the "}${placeName(source)} says`;
       wordsNote.textContent = source == null ? `  hover or pick a ${maps ? "query" : "patch"}`
