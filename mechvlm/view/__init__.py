@@ -2,5 +2,6 @@
 
 from mechvlm.view.circuits import attention, attention_row, tokens, topk
 from mechvlm.view.page import View
+from mechvlm.view.patches import patches
 
-__all__ = ["View", "attention", "attention_row", "tokens", "topk"]
+__all__ = ["View", "attention", "attention_row", "patches", "tokens", "topk"]
