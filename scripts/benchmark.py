@@ -1,6 +1,6 @@
 """What mechvlm costs, in bare forwards of the same model on the same weights and inputs.
 
-    python scripts/benchmark.py [--layers 16] [--width 512] [--repeats 5] [--json FILE]
+    python scripts/benchmark.py [--layers 32] [--width 256] [--repeats 5] [--json FILE]
 
 The model is a LLaVA of random weights in LLaVA-1.5's token geometry: 576 visual tokens of about 620, a vocabulary of 32064,
 batch size 1. A bare forward is the model's own, with `logits_to_keep=1` and its default attention. Each time is the median of
@@ -158,8 +158,8 @@ def sweeps(layers: int, width: int, repeats: int) -> list[dict]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--layers", type=int, default=16, help="of the decoder (default: 16)")
-    parser.add_argument("--width", type=int, default=512, help="d_model, a multiple of 128 (default: 512)")
+    parser.add_argument("--layers", type=int, default=32, help="of the decoder (default: 32)")
+    parser.add_argument("--width", type=int, default=256, help="d_model, a multiple of 128 (default: 256)")
     parser.add_argument("--repeats", type=int, default=5, help="runs of each case (default: 5)")
     parser.add_argument("--json", metavar="FILE", help="write the figures there too")
     args = parser.parse_args()
