@@ -381,3 +381,18 @@ def test_groups_of_queries_are_few_enough(read_queries):
     for pool in (6, (2, 2), 0):
         with pytest.raises(mv.ViewError, match="queries: choose 1 to 5 groups"):
             mv.view.attention(inputs, norms, 1, pool=pool)
+
+
+def test_a_view_opens_no_figure_of_its_own():
+    """Its still picture would else appear under the view in a notebook."""
+    import matplotlib.pyplot as plt
+
+    vlm = mv.load("tiny-llava")
+    inputs = vlm.inputs(noise_image(0), "Describe the scene.")
+    lens, norms = mv.read(vlm, inputs, mv.LogitLens(), mv.NormAttention())
+    plt.close("all")
+    mv.view.topk(inputs, lens)
+    mv.view.attention_row(inputs, norms, "last_text")
+    mv.view.patches(inputs, lens, norms)
+    mv.view.tokens(inputs, torch.zeros(len(inputs.tokens)))
+    assert plt.get_fignums() == []

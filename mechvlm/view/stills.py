@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Float
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from torch import Tensor
 
 from mechvlm.probes.logit_lens import LogitLensResult
@@ -14,6 +15,11 @@ from mechvlm.view import plots
 
 SIGNED = "PuOr_r"
 """For values of either sign: it stays readable for the color-blind."""
+
+
+def still(width: float | int, height: float | int) -> Axes:
+    """Axes of a figure (inches) that no notebook shows by itself."""
+    return Figure((width, height), layout="constrained").add_subplot()
 
 
 def picture(ax: Axes) -> bytes:
@@ -31,7 +37,7 @@ def pattern(values: Float[Tensor, "dest src"], names: Sequence[str], title: str,
     """One attention pattern, destinations down, sources across."""
     with plots.style():
         side = max(5.0, 1.4 + 0.17 * len(names))
-        ax = plots.axes(None, width=side + 1, height=side)
+        ax = still(side + 1, side)
         mesh = ax.imshow(values.numpy(), cmap=plots.HEAT, vmin=0)
         labels = [plots.text(name, 10) for name in names]
         ax.set_xticks(range(len(names)), labels, rotation=90, fontsize=6)
@@ -55,7 +61,7 @@ def chips(values: Float[Tensor, " pos"], labels: Sequence[str], title: str, unit
     width = max(map(len, lines))
     shown = np.full((len(lines), width), np.nan)
     with plots.style():
-        ax = plots.axes(None, width=max(6.0, 2 + 0.42 * width), height=1 + 0.3 * len(lines))
+        ax = still(max(6.0, 2 + 0.42 * width), 1 + 0.3 * len(lines))
         for row, line in enumerate(lines):
             shown[row, : len(line)] = values[line].numpy()
         low, high = min(float(values.min()), 0.0), max(float(values.max()), 0.0)
@@ -78,7 +84,7 @@ def chips(values: Float[Tensor, " pos"], labels: Sequence[str], title: str, unit
 def by_layer(values: Float[Tensor, "layer pos"], layers: Sequence[int], title: str, unit: str) -> bytes:
     """One destination's sources, layer by layer."""
     with plots.style():
-        ax = plots.axes(None, width=8, height=1.6 + 0.22 * len(layers))
+        ax = still(8, 1.6 + 0.22 * len(layers))
         mesh = plots.heatmap(ax, values.numpy(), list(layers))
         ax.set_xlabel("source token, in order")
         ax.set_title(plots.text(title, 200))
@@ -90,8 +96,9 @@ def words(lens: LogitLensResult) -> bytes:
     """The likeliest tokens of up to 16 positions, evenly spaced, at every layer."""
     n = len(lens.position)
     step = -(-n // 16)
-    ax = plots.draw(lens.at(lens.position[::step]))
+    some = lens.at(lens.position[::step])
     with plots.style():
+        ax = plots.draw(some, still(2 + 0.5 * len(some.position), 1.6 + 0.28 * len(some.layers)))
         if step > 1:
             ax.set_title(f"{ax.get_title(loc='left')} ({len(range(0, n, step))} of {n} positions)")
         return picture(ax)
