@@ -44,7 +44,7 @@ def synthetic(
     norm_head = torch.from_numpy(weight * size)
     norms = mv.NormAttentionResult(
         norm=norm_head.square().sum(2).sqrt(), norm_head=norm_head, weight=torch.from_numpy(weight),
-        layers=tuple(range(1, layers + 1)), dest=torch.tensor([dest]), names=tuple(map(str, dest)), model="invented",
+        layers=tuple(range(1, layers + 1)), dest=torch.tensor([dest]), names=tuple(map(str, dest)), model=inputs.model,
     )  # fmt: skip
     shape = (layers + 1, len(tokens.image), k)
     frequency = 1 / np.arange(1, WORDS + 1)
@@ -52,7 +52,7 @@ def synthetic(
     probs = -np.sort(-rng.dirichlet(np.full(30, 0.3), shape[:2]), -1)[..., :k]
     lens = mv.LogitLensResult(
         tokens=torch.from_numpy(drawn + 40000), probs=torch.from_numpy(probs).float(), layers=tuple(range(layers + 1)),
-        example=torch.zeros(shape[1], dtype=torch.long), position=tokens.image, final_norm=True, model="invented",
+        example=torch.zeros(shape[1], dtype=torch.long), position=tokens.image, final_norm=True, model=inputs.model,
         vocabulary=tuple((i + 40000, f"▁word{i}") for i in range(WORDS)),
     )  # fmt: skip
     return lens, norms

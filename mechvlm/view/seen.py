@@ -148,11 +148,12 @@ def see(inputs, lens, norms, reading, example) -> Seen:
 
 
 def _check_models(inputs, lens, norms, reading) -> None:
-    models = {name: r.model for name, r in (("lens", lens), ("norms", norms), ("reading", reading)) if r is not None}
+    given = {"inputs": inputs, "lens": lens, "norms": norms, "reading": reading}
+    models = {name: r.model for name, r in given.items() if r is not None and r.model}
     if len(set(models.values())) != 1:
         shown = ", ".join(f"{name} of {model!r}" for name, model in models.items())
         raise ViewError(
-            f"The results are of different models: {shown}. Read them together, mechvlm.read(vlm, inputs, ...)."
+            f"Inputs and results are of different models: {shown}. Read them together, mechvlm.read(vlm, inputs, ...)."
         )
     pieces = dict(lens.vocabulary)
     for tokens in inputs.token_maps:
