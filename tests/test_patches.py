@@ -184,7 +184,10 @@ def rows(norms, to, **fields):
 
 
 BAD = {
-    "lens of another model": (lambda i, w, n: (i, change(w, model="other"), n), "different models: inputs of '.*', lens of 'other'"),
+    "lens of another model": (
+        lambda i, w, n: (i, change(w, model="other"), n),
+        "different models: inputs of '.*', lens of 'other'",
+    ),
     "another tokenizer": (
         lambda i, w, n: (i, change(w, vocabulary=((int(i.tokens.ids[-1]), "other"), *w.vocabulary)), n),
         "another tokenizer.*'other' there",
