@@ -15,6 +15,7 @@ def test_the_examples_run(tmp_path, monkeypatch):
     names: dict = {}
     exec(compile(code, str(file), "exec"), names)
     assert (tmp_path / "lens.png").stat().st_size > 10_000
+    assert (tmp_path / "patches.html").stat().st_size > 50_000
     assert (tmp_path / "ablation.png").stat().st_size > 10_000
     vlm, inputs = names["vlm"], names["inputs"]
     assert names["changed"].shape == (1, len(inputs[0].tokens), vlm.d_vocab)
