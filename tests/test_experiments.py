@@ -1,5 +1,7 @@
 """Experiments against one whole forward per intervention, against what is known by construction, and their refusals."""
 
+from dataclasses import replace
+
 import nnsight
 import pytest
 import torch
@@ -299,6 +301,18 @@ def test_results_are_saved_and_loaded(deep, three, tmp_path):
         assert back.to_frame().equals(result.to_frame())
         assert back.units == result.units
         assert len(repr(back)) < 600
+
+
+def test_results_have_intervals_over_their_examples(deep, three):
+    flow = mv.information_flow(deep, three, ANSWERS, window=1)
+    trace = mv.causal_trace(deep, three, ANSWERS)
+    gone = mv.object_ablation(deep, three, [(5, 5, 30, 25)] * 3, ANSWERS, margins=(0, 1))
+    for result, values in ((flow, flow.change), (trace, trace.effect), (gone, gone.drop)):
+        torch.testing.assert_close(result.interval.mean, values.nanmean(-1), equal_nan=True)
+        assert result.interval.low.shape == values.shape[:-1]
+        assert (result.interval.low <= result.interval.mean + 1e-4).all()
+    nothing = replace(flow, p=flow.p * 0)
+    assert torch.isnan(nothing.change).all()
 
 
 @pytest.mark.parametrize(

@@ -4,9 +4,11 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import pandas as pd
+import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from mechvlm.intervals import Interval, mean_interval
 from mechvlm.results import Result, long_frame
 
 
@@ -34,8 +36,13 @@ class InformationFlowResult(Result):
 
     @property
     def change(self) -> Float[Tensor, "flow layer example"]:
-        """100 (p' - p) / p, in percent: -100 where the answer is lost altogether."""
-        return 100 * (self.p_knocked - self.p) / self.p
+        """100 (p' - p) / p, in percent: -100 where the answer is lost altogether, NaN where its p was 0."""
+        return 100 * (self.p_knocked - self.p) / torch.where(self.p > 0, self.p, torch.nan)
+
+    @property
+    def interval(self) -> Interval:
+        """The mean change over examples [flow layer] with its 95 % bootstrap interval (%)."""
+        return mean_interval(self.change.movedim(-1, 0))
 
     def to_frame(self) -> pd.DataFrame:
         """One row per flow, layer (the window's center) and example: p, p_knocked and change (%)."""
@@ -79,6 +86,11 @@ class CausalTraceResult(Result):
     def effect(self) -> Float[Tensor, "layer group example"]:
         """The indirect effect: p_restored - p_corrupt, a difference of probabilities (Meng et al. 2022)."""
         return self.p_restored - self.p_corrupt
+
+    @property
+    def interval(self) -> Interval:
+        """The mean effect over examples [layer group] with its 95 % bootstrap interval."""
+        return mean_interval(self.effect.movedim(-1, 0))
 
     @property
     def total_effect(self) -> Float[Tensor, " example"]:
@@ -126,6 +138,11 @@ class ObjectAblationResult(Result):
     def drop(self) -> Float[Tensor, "condition margin example"]:
         """100 (correct - correct_ablated): the mean over examples is the drop in naming accuracy, in percentage points."""
         return 100 * (self.correct.float() - self.correct_ablated)
+
+    @property
+    def interval(self) -> Interval:
+        """The mean drop over examples [condition margin] with its 95 % bootstrap interval (percentage points)."""
+        return mean_interval(self.drop.movedim(-1, 0))
 
     def to_frame(self) -> pd.DataFrame:
         """One row per condition, margin and example: n_tokens, correct, correct_ablated, drop, p and p_ablated."""

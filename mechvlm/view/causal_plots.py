@@ -3,7 +3,6 @@
 from typing import Any
 
 import numpy as np
-import torch
 from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 from torch import Tensor
@@ -35,8 +34,7 @@ def _(result: InformationFlowResult, ax: Axes | None = None) -> Axes:
 
     An answer of probability 0 has no relative change: its example is left out.
     """
-    change = torch.where(result.change.isfinite(), result.change, torch.nan)
-    found = _over_examples(change)
+    change, found = result.change, result.interval
     layers = np.arange(len(result.windows))
     step = -(-len(layers) // 14)
     with style():
@@ -64,7 +62,7 @@ def _(result: InformationFlowResult, ax: Axes | None = None) -> Axes:
 @draw.register
 def _(result: CausalTraceResult, ax: Axes | None = None) -> Axes:
     """The mean effect by layer and group, hatched where its interval holds 0; the last column is the total effect."""
-    found, total = _over_examples(result.effect), _over_examples(result.total_effect)
+    found, total = result.interval, mean_interval(result.total_effect)
     n_layers, n_groups = found.mean.shape
     # A gap, and then the total as one cell of the map's height: on the same colors, the most that can come back.
     gap, column = np.full((n_layers, 1), np.nan), np.full((n_layers, 1), float(total.mean))
@@ -115,7 +113,7 @@ def _(result: CausalTraceResult, ax: Axes | None = None) -> Axes:
 @draw.register
 def _(result: ObjectAblationResult, ax: Axes | None = None) -> Axes:
     """The drop in naming accuracy by margin, a bar for each condition; over fewer examples where it says so."""
-    found = _over_examples(result.drop)
+    found = result.interval
     seen = (~result.drop.isnan()).sum(-1)
     n_conditions, n_margins, n = result.drop.shape
     with style():
@@ -157,11 +155,6 @@ def _(result: ObjectAblationResult, ax: Axes | None = None) -> Axes:
 CENTERED: dict[str, Any] = {"ha": "center", "va": "center", "fontsize": 7}
 _LEVEL = "95 % bootstrap interval"
 _ALONE = "n = 1 example, so no interval"
-
-
-def _over_examples(values: Tensor) -> Interval:
-    """Means over the last axis, which holds the examples."""
-    return mean_interval(values.movedim(-1, 0))
 
 
 def _holds_0(found: Interval, *at: int) -> bool:
