@@ -1,8 +1,9 @@
 """Changing what passes by: `knock_out`, `ablate`, `patch` and `steer`, inside any `with vlm.trace(inputs):`.
 
 Positions count from the start of the (padded) sequence, as a `TokenMap` gives them: `tokens.image`, `tokens.question`,
-`tokens.last`, `tokens.pos_in_box(box)`, `tokens.pos_of(word)`. One selection goes for every example; a list with one selection
-per example (or None: leave this one as it is) gives each row of a batch an intervention of its own. Heads are given likewise.
+`tokens.last`, `tokens.pos_in_box(box)`, `tokens.pos_of(word)`. One selection (a number, several, a tensor) goes for every example; a
+list with one selection per example (or None: leave this one as it is) gives each row of a batch an intervention of its own,
+`[m.image for m in inputs.token_maps]`. Heads are given likewise.
 
 A forward goes by once. Several interventions, and reading between them, follow its order: layer by layer.
 
@@ -300,6 +301,11 @@ def _rows(asked: Selection, batch: int, n: int, what: str) -> list[list[int]]:
         rows = [[] if entry is None else _numbers(entry, n, what) for entry in asked]
     elif isinstance(asked, Tensor) and asked.ndim == 2:
         return _rows(list(asked), batch, n, what)
+    elif isinstance(asked, list | tuple) and len(asked) == batch > 1 and what != "heads":
+        raise ValueError(
+            f"{what}={list(asked)} for a batch of {batch} could be these positions in every example, or one in each. Write "
+            f"torch.tensor({[int(i) for i in asked]}) for the first, and {[[int(i)] for i in asked]} for the second."
+        )
     else:
         rows = [_numbers(asked, n, what)] * batch
     if not any(rows):

@@ -129,9 +129,9 @@ def test_nothing_leaks_into_the_next_trace(vlm, batch):
     with torch.no_grad():
         plain = vlm.hf(**vlm.encoding(batch)).logits
     maps = batch.token_maps
-    forward(vlm, batch, lambda: knock_out(vlm, [m.image for m in maps], [m.last for m in maps], range(vlm.n_layers)))
+    forward(vlm, batch, lambda: knock_out(vlm, [m.image for m in maps], maps[0].last, range(vlm.n_layers)))
     forward(vlm, batch, lambda: ablate(vlm, [m.image for m in maps], 0))
-    forward(vlm, batch, lambda: steer(vlm, torch.ones(vlm.d_model), [m.last for m in maps], 1))
+    forward(vlm, batch, lambda: steer(vlm, torch.ones(vlm.d_model), [[m.last] for m in maps], 1))
     assert torch.equal(forward(vlm, batch), clean)
     with torch.no_grad():
         assert torch.equal(vlm.hf(**vlm.encoding(batch)).logits, plain)
@@ -185,6 +185,17 @@ def test_a_knockout_of_padding_or_of_what_is_knocked_out_is_refused(vlm, batch):
 
     with pytest.raises(ValueError, match="leaves a destination nothing to attend to"):
         forward(vlm, batch, all_at_last)
+
+
+def test_one_number_per_example_is_not_guessed_at(vlm, batch):
+    """It could be several positions of every example."""
+    each = [m.last_image for m in batch.token_maps]
+    with pytest.raises(
+        ValueError, match=r"could be these positions in every example, or one in each. Write torch.tensor"
+    ):
+        forward(vlm, batch, lambda: ablate(vlm, each, 1))
+    forward(vlm, batch, lambda: ablate(vlm, [[i] for i in each], 1))
+    forward(vlm, batch, lambda: ablate(vlm, torch.tensor(each), 1))
 
 
 def test_attention_without_a_mask_is_refused(one, vlm):
@@ -317,7 +328,7 @@ def test_a_token_that_is_zero_at_every_layer_writes_nothing(llava_vlm):
 def test_steering_adds(vlm, batch):
     torch.manual_seed(3)
     own = states(vlm, batch, "resid_post")
-    last = [m.last for m in batch.token_maps]
+    last = [[m.last] for m in batch.token_maps]
     one, each = torch.randn(vlm.d_model), torch.randn(3, vlm.d_model)
     for direction in (one, each):
         with torch.no_grad(), vlm.trace(batch, logits_to_keep=1):
