@@ -1,8 +1,8 @@
 """Changing what passes by: `knock_out`, `ablate`, `patch` and `steer`, inside any `with vlm.trace(inputs):`.
 
 Positions count from the start of the (padded) sequence, as a `TokenMap` gives them: `tokens.image`, `tokens.question`,
-`tokens.last`, `tokens.pos_in_box(box)`, `tokens.pos_of(word)`. One selection (a number, several, a tensor) goes for every example; a
-list with one selection per example (or None: leave this one as it is) gives each row of a batch an intervention of its own,
+`tokens.last`, `tokens.pos_in_box(box)`, `tokens.pos_of(word)`. One selection (a number, several, a tensor) is for every example;
+a list with one selection per example (or None: leave this one as it is) gives each row of a batch an intervention of its own,
 `[m.image for m in inputs.token_maps]`. Heads are given likewise.
 
 A forward goes by once. Several interventions, and reading between them, follow its order: layer by layer.
