@@ -16,6 +16,8 @@ def answer_tokens(vlm: VLM, inputs: Inputs, answers: str | int | Sequence[str | 
 
     `answers` is a word (or a token id) for all examples, or one per example. Of several tokens the first one counts.
 
+    A prompt that ends in a line break is followed by the answer itself, any other by a space and the answer.
+
     Raises:
         InputError: for another number of answers than examples, an empty answer, an id outside the vocabulary, or a word
             whose first token the tokenizer joins with the prompt.
@@ -33,8 +35,10 @@ def _first(vlm: VLM, text: str, answer: str | int) -> int:
         return int(answer)
     if not isinstance(answer, str) or not answer.strip():
         raise InputError(f"An answer is a word or a token id, not {answer!r}.")
-    prompt = vlm.tokenizer(text.rstrip()).input_ids
-    both = vlm.tokenizer(f"{text.rstrip()} {answer.strip()}").input_ids
+    text = text.rstrip(" ")
+    gap = "" if text.endswith("\n") else " "
+    prompt = vlm.tokenizer(text).input_ids
+    both = vlm.tokenizer(f"{text}{gap}{answer.strip()}").input_ids
     if both[: len(prompt)] != prompt:
         raise InputError(
             f"The tokenizer joins {answer!r} with the end of the prompt {text[-30:]!r}: give its token id instead."

@@ -231,6 +231,21 @@ def test_corrupted_images_are_those_that_were_meant(deep, three):
     close(other.p_corrupt, [p(noise_image((i + 1) % 3), i) for i in range(3)])
 
 
+def test_a_corruption_that_changes_nothing_is_refused(llava_vlm):
+    """Questions about one image follow each other: another image is the next one that is another."""
+    images = [noise_image(0), noise_image(0), noise_image(1)]
+    inputs = llava_vlm.inputs(images, ["what is this", "is this a scene", "what is this"])
+    result = mv.causal_trace(llava_vlm, inputs, "this", corrupt="image", groups=["last"])
+    for i, other in enumerate((1, 1, 0)):
+        alone = llava_vlm.inputs(noise_image(other), inputs.prompts[i])
+        close(result.p_corrupt[i], p_of(llava_vlm, alone, int(answer_tokens(llava_vlm, alone, "this")), lambda: None))
+    with pytest.raises(mv.InputError, match="and there is none: give at least two examples, of different images"):
+        mv.causal_trace(llava_vlm, [inputs[0], inputs[1]], "this", corrupt="image")
+    grey = llava_vlm.inputs(Image.new("RGB", (80, 60), (127, 127, 127)), "what is this")
+    with pytest.raises(mv.InputError, match="corrupt='blank' changes nothing of example 0"):
+        mv.causal_trace(llava_vlm, grey, "this", corrupt="blank")
+
+
 def test_groups_of_an_example_s_own(deep, three):
     """By number, in the positions that the example has alone."""
     own = [{"first": three[i].tokens.image[:1], "word": three[i].tokens.pos_of("this")} for i in range(3)]
