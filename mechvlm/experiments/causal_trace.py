@@ -143,6 +143,6 @@ def _corrupted(
     if not torch.equal(other.tokens.ids, tokens.ids):
         raise InputError(
             f"Example {example.number} with another image has {len(other.tokens)} tokens instead of {len(tokens)}: "
-            "its states cannot be restored position by position. Give images of one size."
+            "its states cannot be restored position by position. Give examples of as many images, of one size."
         )
     return other

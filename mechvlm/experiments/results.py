@@ -4,9 +4,11 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import pandas as pd
+import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from mechvlm.intervals import Interval, mean_interval
 from mechvlm.results import Result, long_frame
 
 
@@ -36,6 +38,14 @@ class InformationFlowResult(Result):
     def change(self) -> Float[Tensor, "flow layer example"]:
         """100 (p' - p) / p, in percent: -100 where the answer is lost altogether."""
         return 100 * (self.p_knocked - self.p) / self.p
+
+    @property
+    def interval(self) -> Interval:
+        """The mean change over examples and its 95 % bootstrap interval, [flow layer] each.
+
+        An answer of probability 0 has no relative change: its example is left out.
+        """
+        return mean_interval(self.change.where(self.change.isfinite(), torch.nan).movedim(-1, 0))
 
     def to_frame(self) -> pd.DataFrame:
         """One row per flow, layer (the window's center) and example: p, p_knocked and change (%)."""
@@ -85,6 +95,11 @@ class CausalTraceResult(Result):
         """p - p_corrupt: what the corruption took, and a full restoration brings back."""
         return self.p - self.p_corrupt
 
+    @property
+    def interval(self) -> Interval:
+        """The mean effect over examples and its 95 % bootstrap interval, [layer group] each."""
+        return mean_interval(self.effect.movedim(-1, 0))
+
     def to_frame(self) -> pd.DataFrame:
         """One row per layer, group and example: p, p_corrupt, p_restored and effect."""
         axes = {"layer": self.layers, "group": self.groups, "example": range(len(self.p))}
@@ -126,6 +141,11 @@ class ObjectAblationResult(Result):
     def drop(self) -> Float[Tensor, "condition margin example"]:
         """100 (correct - correct_ablated): the mean over examples is the drop in naming accuracy, in percentage points."""
         return 100 * (self.correct.float() - self.correct_ablated)
+
+    @property
+    def interval(self) -> Interval:
+        """The mean drop over examples (percentage points) and its 95 % bootstrap interval, [condition margin] each."""
+        return mean_interval(self.drop.movedim(-1, 0))
 
     def to_frame(self) -> pd.DataFrame:
         """One row per condition, margin and example: n_tokens, correct, correct_ablated, drop, p and p_ablated."""
