@@ -245,7 +245,7 @@ def test_a_corruption_that_changes_nothing_is_refused(llava_vlm):
     with pytest.raises(mv.InputError, match="corrupt='blank' changes nothing of example 0"):
         mv.causal_trace(llava_vlm, grey, "this", corrupt="blank")
     pair = llava_vlm.inputs([images[2], [images[0], images[2]]], "what is this")
-    with pytest.raises(mv.InputError, match="Example 0 .* Give examples of as many images, of one size"):
+    with pytest.raises(mv.InputError, match=r"Example 0 .* Give examples of as many images, of one size"):
         mv.causal_trace(llava_vlm, pair, "this", corrupt="image")
 
 
