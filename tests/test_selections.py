@@ -26,6 +26,12 @@ def test_every_form_of_a_selection_means_the_same(vlm, one):
         assert torch.equal(forward(vlm, one, lambda layer=layer: ablate(vlm, image, layer)), want)
 
 
+def test_an_edge_is_the_same_counted_from_the_end(vlm, one):
+    image, n = one.tokens.image, len(one.tokens)
+    want = forward(vlm, one, lambda: knock_out(vlm, image, n - 1, 1, heads=[3]))
+    assert torch.equal(forward(vlm, one, lambda: knock_out(vlm, image - n, [-1, n - 1], -2, heads=-1)), want)
+
+
 def test_rows_are_arrays_as_well(vlm, batch):
     rows = [m.image[:1] for m in batch.token_maps]
     want = forward(vlm, batch, lambda: ablate(vlm, rows, 0))
