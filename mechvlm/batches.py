@@ -1,7 +1,6 @@
 """What an experiment is given: one batch or a list of them, and whose answers are whose."""
 
 from collections.abc import Sequence
-from numbers import Integral
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from mechvlm.answers import answer_tokens
 from mechvlm.errors import InputError
 from mechvlm.inputs import Inputs
 
-Answers = str | int | Sequence[str | int] | None
+Answers = str | int | Sequence[str | int] | Tensor | None
 """A word or a token id for all examples, or one per example; None for the model's own."""
 
 
@@ -37,7 +36,8 @@ def by_batch(batches: Sequence[Inputs], answers: Answers) -> list[Any]:
     Raises:
         InputError: for another number of answers than examples.
     """
-    if answers is None or isinstance(answers, str | int | Integral):
+    answers = answers.tolist() if isinstance(answers, Tensor) else answers
+    if answers is None or isinstance(answers, str | int):
         return [answers] * len(batches)
     given, sizes = list(answers), [len(one) for one in batches]
     if len(given) != sum(sizes):

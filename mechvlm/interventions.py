@@ -3,7 +3,7 @@
 Positions count from the start of the (padded) sequence, as a `TokenMap` gives them: `tokens.image`, `tokens.question`,
 `tokens.last`, `tokens.pos_in_box(box)`, `tokens.pos_of(word)`. One selection (a number, several, a tensor) is for every example;
 a list with one selection per example (or None: leave this one as it is) gives each row of a batch an intervention of its own,
-`[m.image for m in inputs.token_maps]`. Heads are given likewise.
+`[m.image for m in inputs.token_maps]`. Heads are given likewise. What is done to padding has no effect on anything.
 
 A forward goes by once. Several interventions, and reading between them, follow its order: layer by layer.
 
@@ -26,12 +26,12 @@ from mechvlm.vlm import VLM
 SITES = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "z")
 """What of a layer can be changed, in the order of its forward (z is [batch pos head d_head])."""
 Selection = Any
-"""An int, a sequence or tensor of ints, or a list with one of these (or None) per example."""
+"""An int, a sequence or tensor of ints; or per example a list with one sequence or tensor of them, or None, for each."""
+Layers = Any
+"""An int, or several: a sequence or tensor of ints, or anything else that gives them one by one."""
 
 
-def knock_out(
-    vlm: VLM, src: Selection, dst: Selection, layers: int | Iterable[int], heads: Selection | None = None
-) -> None:
+def knock_out(vlm: VLM, src: Selection, dst: Selection, layers: Layers, heads: Selection | None = None) -> None:
     """Attention knockout: at `layers`, the positions `dst` cannot attend to the positions `src`.
 
     Their scores are masked before the softmax, so that the weights are exactly 0 and those of the other sources sum to 1
@@ -71,12 +71,12 @@ def _masked(q: Tensor, k: Tensor, mask: Tensor | None, src, dst, heads) -> Tenso
             torch.zeros_like(new, dtype=q.dtype).masked_fill_(~new, lowest) if new.dtype == torch.bool else new.clone()
         )
     sources, dests = _rows(src, batch, n_src, "src"), _rows(dst, batch, n_src, "dst")
+    in_row = [list(range(n_heads))] * batch if heads is None else _rows(heads, batch, n_heads, "heads")
     if heads is not None:
-        in_row = _rows(heads, batch, n_heads, "heads")
         new = new.expand(-1, n_heads, -1, -1).clone() if new.shape[1] == 1 else new
     for row in range(batch):
         s, d = sources[row], dests[row]
-        h = list(range(new.shape[1])) if heads is None else in_row[row]
+        h = in_row[row][: new.shape[1]]  # one mask may serve all heads
         if not (s and d and h):
             continue
         where = f"knock_out of example {row}: src {_short(s)}, dst {_short(d)}"
@@ -95,8 +95,8 @@ def _masked(q: Tensor, k: Tensor, mask: Tensor | None, src, dst, heads) -> Tenso
             raise ValueError(
                 f"{where} leaves a destination nothing to attend to: leave it one source, itself for example."
             )
-    if not any(s and d for s, d in zip(sources, dests, strict=True)):
-        raise ValueError("knock_out: no example has both a source and a destination.")
+    if not any(s and d and h for s, d, h in zip(sources, dests, in_row, strict=True)):
+        raise ValueError("knock_out: no example has a source, a destination and a head.")
     return new
 
 
@@ -111,7 +111,7 @@ def _covers(src: list[int], dst: list[int]) -> bool:
 def ablate(
     vlm: VLM,
     pos: Selection,
-    layers: int | Iterable[int],
+    layers: Layers,
     how: str = "zero",
     source: Tensor | None = None,
     at: str = "resid_pre",
@@ -130,7 +130,7 @@ def ablate(
             other example, where it has as many).
         at: a site of the layer; `resid_pre` is what enters it, so that layer 0 takes the embeddings.
         heads: at="z" only: of these heads.
-        seed: of the draws.
+        seed: of the draws; every layer draws the same ones.
 
     Raises:
         ValueError: for an empty selection, an unknown `how` or site, no example to average or draw from, or a source of
@@ -139,10 +139,11 @@ def ablate(
     """
     if how not in ("zero", "mean", "resample"):
         raise ValueError(f"ablate knows how='zero', 'mean' and 'resample', not {how!r}.")
-    generator = torch.Generator().manual_seed(seed)
     for layer in _layers(vlm, layers, "ablate"):
+        generator = torch.Generator().manual_seed(seed)
         old = _site(vlm, at)[layer]
         rows = _rows(pos, len(old), old.shape[1], "pos")
+        in_heads = _heads(heads, at, old, rows, "ablate")
         new = old.clone()
         for row, positions in enumerate(rows):
             if not positions:
@@ -152,7 +153,7 @@ def ablate(
             else:
                 pool = _pool(old, rows, row, source, how, generator)
                 value = pool.mean(0, keepdim=True) if how == "mean" else _drawn(pool, len(positions), generator)
-            new[row, positions] = _of_heads(old, value.to(old), row, positions, heads, at)
+            new[row, positions] = torch.where(in_heads[row], value.to(old), old[row, positions])
         _site(vlm, at)[layer] = new
 
 
@@ -183,7 +184,7 @@ def patch(
     vlm: VLM,
     activations: Tensor | Mapping[Any, Tensor] | Sequence[Tensor],
     pos: Selection,
-    layers: int | Iterable[int],
+    layers: Layers,
     at: str = "resid_post",
     heads: Selection | None = None,
 ) -> None:
@@ -218,12 +219,13 @@ def patch(
                 f"patch: the activations are {list(given.shape)}; {at} of layer {layer} takes {wanted}: (batch, all positions "
                 "or those patched, ...)."
             )
+        in_heads = _heads(heads, at, old, rows, "patch")
         new = old.clone()
         for row, positions in enumerate(rows):
             if positions:
                 value = given[row if len(given) > 1 else 0].to(old)
                 value = value[positions] if given.shape[1] == old.shape[1] else value
-                new[row, positions] = _of_heads(old, value, row, positions, heads, at)
+                new[row, positions] = torch.where(in_heads[row], value, old[row, positions])
         _site(vlm, at)[layer] = new
 
 
@@ -245,7 +247,7 @@ def steer(
     vlm: VLM,
     direction: Tensor,
     pos: Selection,
-    layers: int | Iterable[int],
+    layers: Layers,
     scale: float | int = 1.0,
     at: str = "resid_post",
 ) -> None:
@@ -280,9 +282,9 @@ def _site(vlm: VLM, at: str):
     return getattr(vlm, at)
 
 
-def _layers(vlm: VLM, layers: int | Iterable[int], what: str) -> list[int]:
+def _layers(vlm: VLM, layers: Layers, what: str) -> list[int]:
     """In the order of the forward, each once."""
-    asked = [layers] if isinstance(layers, int) else [int(layer) for layer in layers]
+    asked = _whole(layers, f"{what}: layers")
     if not asked:
         raise ValueError(f"{what}: no layer was given; the decoder has 0 to {vlm.n_layers - 1}.")
     bad = [layer for layer in asked if not -vlm.n_layers <= layer < vlm.n_layers]
@@ -314,33 +316,46 @@ def _rows(asked: Selection, batch: int, n: int, what: str) -> list[list[int]]:
 
 
 def _is_several(entry) -> bool:
-    return entry is None or isinstance(entry, list | tuple | range) or (isinstance(entry, Tensor) and entry.ndim > 0)
+    return entry is None or (isinstance(entry, Iterable) and getattr(entry, "ndim", 1) > 0)
 
 
 def _numbers(asked, n: int, what: str) -> list[int]:
     if isinstance(asked, str):
         raise ValueError(f"{what}={asked!r}: give numbers, such as inputs.tokens.select({asked!r}).")
-    found = torch.as_tensor(list(asked) if isinstance(asked, range) else asked)
-    if found.numel() and (found.dtype == torch.bool or found.is_floating_point() or found.ndim > 1):
-        raise ValueError(
-            f"{what} takes whole numbers, not {found.dtype} {list(found.shape)}; of a mask, give mask.nonzero()[:, 0]."
-        )
-    numbers = [int(i) for i in found.reshape(-1)]
+    numbers = _whole(asked, what)
     bad = [i for i in numbers if not -n <= i < n]
     if bad:
         raise IndexError(f"{what}: {_short(bad)} was asked for; there are 0 to {n - 1}.")
     return list(dict.fromkeys(i % n for i in numbers))
 
 
-def _of_heads(old: Tensor, value: Tensor, row: int, positions: list[int], heads, at: str) -> Tensor:
-    """`value` in the heads asked for, and what was there in the others."""
+def _whole(asked, what: str) -> list[int]:
+    """One or several whole numbers as a list."""
+    several = isinstance(asked, Iterable) and not isinstance(asked, Tensor | str)
+    try:
+        found = torch.as_tensor(list(asked) if several else asked)
+    except (RuntimeError, TypeError, ValueError):
+        raise ValueError(f"{what} takes whole numbers, not {asked!r}.") from None
+    if found.numel() and (found.dtype == torch.bool or found.is_floating_point() or found.ndim > 1):
+        raise ValueError(
+            f"{what} takes whole numbers, not {found.dtype} {list(found.shape)}; of a mask, give mask.nonzero()[:, 0]."
+        )
+    return [int(i) for i in found.reshape(-1)]
+
+
+def _heads(heads, at: str, old: Tensor, rows: list[list[int]], what: str) -> list[Tensor]:
+    """Per example, what of its states changes: all of them, or at z the heads asked for [head 1]."""
     if heads is None:
-        return value
+        return [torch.ones((), dtype=torch.bool, device=old.device)] * len(old)
     if at != "z":
         raise ValueError(f"heads={heads!r} were given at {at!r}: only at='z' are there heads.")
-    chosen = torch.zeros(old.shape[2], 1, dtype=torch.bool, device=old.device)
-    chosen[_rows(heads, len(old), old.shape[2], "heads")[row]] = True
-    return torch.where(chosen, value, old[row, positions])
+    chosen = _rows(heads, len(old), old.shape[2], "heads")
+    if not any(positions and some for positions, some in zip(rows, chosen, strict=True)):
+        raise ValueError(f"{what}: no example has both a position and a head.")
+    found = torch.zeros(len(old), old.shape[2], 1, dtype=torch.bool, device=old.device)
+    for row, some in enumerate(chosen):
+        found[row, some] = True
+    return list(found)
 
 
 def _short(items: list) -> str:

@@ -8,7 +8,7 @@ from functools import cached_property
 from itertools import accumulate
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 
@@ -81,6 +81,17 @@ class PatchGrid:
         width = (b[..., 2].clamp(max=box[2]) - b[..., 0].clamp(min=box[0])).clamp(min=0)
         height = (b[..., 3].clamp(max=box[3]) - b[..., 1].clamp(min=box[1])).clamp(min=0)
         return width * height / ((b[..., 2] - b[..., 0]) * (b[..., 3] - b[..., 1]))
+
+    def inside(self, box: Sequence[float | int], covered: float = 0.5, margin: int = 0) -> Bool[Tensor, "row col"]:
+        """Which patches lie in a box: those of which at least the share `covered` does, and their neighbours up to `margin`.
+
+        Raises:
+            ValueError: for a margin below 0.
+        """
+        if margin < 0:
+            raise ValueError(f"A margin of {margin} patches was asked for; it is 0 or more.")
+        lies = (self.covered(box) >= covered).float()[None]
+        return torch.nn.functional.max_pool2d(lies, 2 * margin + 1, stride=1, padding=margin)[0] > 0
 
 
 @dataclass(frozen=True, repr=False)
@@ -227,9 +238,7 @@ class TokenMap:
             ValueError: where visual tokens are queries, which have no place.
             IndexError: for an image that is not there.
         """
-        inside = (self._grid(image).covered(box) >= covered).float()[None]
-        grown = torch.nn.functional.max_pool2d(inside, 2 * margin + 1, stride=1, padding=margin)
-        return self.images[image][grown.flatten() > 0]
+        return self.images[image][self._grid(image).inside(box, covered, margin).flatten()]
 
     def pos_of(self, word: str) -> Int[Tensor, " n"]:
         """Positions of the tokens that spell a word or a phrase, wherever it stands in the text (whole words, this case).

@@ -233,6 +233,24 @@ def test_corrupted_images_are_those_that_were_meant(deep, three):
     close(other.p_corrupt, [p(noise_image((i + 1) % 3), i) for i in range(3)])
 
 
+def test_a_corruption_that_changes_nothing_is_refused(llava_vlm):
+    """Questions about one image follow each other: another image is the next one that is another."""
+    images = [noise_image(0), noise_image(0), noise_image(1)]
+    inputs = llava_vlm.inputs(images, ["what is this", "is this a scene", "what is this"])
+    result = mv.causal_trace(llava_vlm, inputs, "this", corrupt="image", groups=["last"])
+    for i, other in enumerate((1, 1, 0)):
+        alone = llava_vlm.inputs(noise_image(other), inputs.prompts[i])
+        close(result.p_corrupt[i], p_of(llava_vlm, alone, int(answer_tokens(llava_vlm, alone, "this")), lambda: None))
+    with pytest.raises(mv.InputError, match="and there is none: give at least two examples, of different images"):
+        mv.causal_trace(llava_vlm, [inputs[0], inputs[1]], "this", corrupt="image")
+    grey = llava_vlm.inputs(Image.new("RGB", (80, 60), (127, 127, 127)), "what is this")
+    with pytest.raises(mv.InputError, match="corrupt='blank' changes nothing of example 0"):
+        mv.causal_trace(llava_vlm, grey, "this", corrupt="blank")
+    pair = llava_vlm.inputs([images[2], [images[0], images[2]]], "what is this")
+    with pytest.raises(mv.InputError, match=r"Example 0 .* Give examples of as many images, of one size"):
+        mv.causal_trace(llava_vlm, pair, "this", corrupt="image")
+
+
 def test_groups_of_an_example_s_own(deep, three):
     """By number, in the positions that the example has alone."""
     own = [{"first": three[i].tokens.image[:1], "word": three[i].tokens.pos_of("this")} for i in range(3)]
@@ -287,6 +305,31 @@ def test_an_object_without_as_many_others_is_compared_with_nothing(llava_vlm):
     assert not torch.isnan(result.p_ablated[0]).any()
 
 
+def test_the_words_alone_are_corrupted(deep, three):
+    """Noise on the text before the last position: not on the control tokens, not on the image."""
+    one, t = three[1], three[1].tokens
+    result = mv.causal_trace(deep, one, "scene", corrupt="words", groups=["last"], seed=2)
+    words = [p for p in t.text.tolist() if p != t.last]
+    assert set(words).isdisjoint(t.special.tolist())
+    state = run(deep, one).resid[0]
+    old = state[:, words]
+    broken = old + 3 * old.std() * torch.randn(old.shape, generator=torch.Generator().manual_seed(2))
+    token = int(answer_tokens(deep, one, "scene"))
+    close(result.p_corrupt[0], p_of(deep, one, token, lambda: mv.patch(deep, broken, words, 0, "resid_pre")))
+
+
+def test_probabilities_are_float32_in_any_model():
+    model, processor = llava.__wrapped__()
+    vlm = mv.load(model.to(torch.bfloat16), processor)
+    inputs = vlm.inputs(noise_image(0), "what is this")
+    clean = run(vlm, inputs)
+    swept = sweep(vlm, clean, [Edit((), range(0, 1), inputs.tokens.last)], lambda layer, rows: None)
+    assert clean.logits.dtype == swept[()].dtype == torch.float32
+    result = mv.information_flow(vlm, inputs, 7, window=1, flows=["image -> last"])
+    want = p_of(vlm, inputs, 7, lambda: mv.knock_out(vlm, inputs.tokens.image, inputs.tokens.last, 1))
+    assert float(result.p_knocked[0, 1, 0]) == pytest.approx(want, rel=2e-2)
+
+
 # -- results and refusals ----------------------------------------------------------------------------------------------
 
 
@@ -300,6 +343,8 @@ def test_results_are_saved_and_loaded(deep, three, tmp_path):
         back = type(result).load(tmp_path / "r.safetensors")
         assert back.to_frame().equals(result.to_frame())
         assert back.units == result.units
+        measured = next(getattr(back, name) for name in ("change", "effect", "drop") if hasattr(back, name))
+        assert torch.equal(back.interval.mean.nan_to_num(9), measured[..., 0].nan_to_num(9))
         assert len(repr(back)) < 600
 
 

@@ -385,3 +385,11 @@ def test_interventions_are_made_in_the_model_s_own_precision():
 def test_bad_changes_are_refused(vlm, one, change, error, says):
     with pytest.raises(error, match=says):
         forward(vlm, one, lambda: change(vlm))
+
+
+def test_heads_and_positions_of_different_rows_are_refused(vlm, batch):
+    pos, heads, own = [[3], None, None], [None, [0], None], states(vlm, batch, "z")
+    with pytest.raises(ValueError, match="ablate: no example has both a position and a head"):
+        forward(vlm, batch, lambda: ablate(vlm, pos, 1, at="z", heads=heads))
+    with pytest.raises(ValueError, match="patch: no example has both a position and a head"):
+        forward(vlm, batch, lambda: patch(vlm, own, pos, 1, at="z", heads=heads))

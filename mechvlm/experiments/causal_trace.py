@@ -45,7 +45,7 @@ def causal_trace(
         inputs: any number of examples, as one batch or several. Each is run alone, its windows batched.
         answers: a word or token id for all examples, or one each; by default the model's own first token.
         corrupt: "noise" on the visual tokens' embeddings and "words" the same on the text tokens' (Gaussian, 3 standard
-            deviations of those embeddings); "blank" a grey image; "image" that of the next example.
+            deviations of those embeddings); "blank" a grey image; "image" that of the next example with another one.
         window: how many layers around each layer are restored together.
         at: what is restored: "resid_pre" (the residual stream where it enters the layer), "attn_out" or "mlp_out".
         groups: names of `TokenMap.select` ("question + last" joins two), or for each example a mapping from the groups' names
@@ -55,8 +55,8 @@ def causal_trace(
     InstructBLIP's queries read the words in the Q-Former too; "words" corrupts them in the decoder alone.
 
     Raises:
-        InputError: for answers or groups that do not fit the examples, or another image that gives another number of
-            tokens.
+        InputError: for answers or groups that do not fit the examples, another image that gives another number of tokens,
+            or a corruption that changes nothing.
         ValueError: for an unknown corruption, site or group.
     """
     for value, known, what in ((corrupt, CORRUPTIONS, "corruption"), (at, SITES, "site to restore")):
@@ -70,6 +70,10 @@ def causal_trace(
         clean = run(vlm, example.inputs, keep=at)
         token = example.token(clean.logits)
         broken = run(vlm, _corrupted(vlm, example, examples, clean, corrupt, seed))
+        if torch.equal(broken.resid[0], clean.resid[0]):
+            raise InputError(
+                f"corrupt={corrupt!r} changes nothing of example {example.number}: choose another corruption."
+            )
         where = [_group(example, given) for given in named[example.number].values()]
 
         def change(layer: int, rows: list[Edit], where=where, clean=clean) -> None:
@@ -127,14 +131,18 @@ def _corrupted(
     images = inputs.images[0]
     if corrupt == "blank":
         others = [Image.new("RGB", image.size, (127, 127, 127)) for image in images]
-    elif len(examples) < 2:
-        raise InputError("corrupt='image' takes the image of the next example: give at least two examples.")
     else:
-        others = list(examples[(example.number + 1) % len(examples)].inputs.images[0])
+        turns = ((example.number + step) % len(examples) for step in range(1, len(examples)))
+        others = next((list(given) for turn in turns if (given := examples[turn].inputs.images[0]) != images), [])
+        if not others:
+            raise InputError(
+                "corrupt='image' takes the image of the next example with another one, and there is none: give at least two "
+                "examples, of different images."
+            )
     other = vlm.inputs([others], inputs.prompts[0])
     if not torch.equal(other.tokens.ids, tokens.ids):
         raise InputError(
             f"Example {example.number} with another image has {len(other.tokens)} tokens instead of {len(tokens)}: "
-            "its states cannot be restored position by position. Give images of one size."
+            "its states cannot be restored position by position. Give examples of as many images, of one size."
         )
     return other

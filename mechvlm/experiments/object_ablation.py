@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mechvlm.batches import Answers, pieces
+from mechvlm.batches import Answers, as_batches, pieces
 from mechvlm.errors import InputError
 from mechvlm.experiments.examples import Example, Examples
 from mechvlm.experiments.rerun import Edit, run, sweep
@@ -59,14 +59,15 @@ def object_ablation(
         raise ValueError(
             f"At least one margin of 0 or more patches and one draw are needed; got {margins} and {draws}."
         )
-    examples = Examples(vlm, inputs, answers)
+    batches = as_batches(inputs)
+    examples = Examples(vlm, batches, answers)
     if len(boxes) != len(examples) or any(len(box) != 4 for box in boxes):
         raise InputError(
             f"{len(boxes)} boxes were given for {len(examples)} examples: give (left, top, right, bottom) for each."
         )
     if answers is None:
         raise InputError("object_ablation needs the right answers: what each object is named.")
-    mean = _mean_token(vlm, [inputs] if isinstance(inputs, Inputs) else inputs)
+    mean = _mean_token(vlm, batches)
     shape = (len(CONDITIONS), len(margins), len(examples))
     correct_ablated, p_ablated = torch.full(shape, torch.nan), torch.full(shape, torch.nan)
     correct, p, n_tokens, tokens = [], [], torch.zeros(shape[1:], dtype=torch.long), []
@@ -133,10 +134,7 @@ def _object(vlm: VLM, example: Example, box: Sequence[float | int], margins: Seq
             f"Box {tuple(box)} of example {example.number} is not on the image as the model sees it, {seen}."
         )
     least = min(0.5, float(covered.max()))
-    inside = (covered >= least).float()[None]
-    grown = [
-        torch.nn.functional.max_pool2d(inside, 2 * margin + 1, stride=1, padding=margin)[0] > 0 for margin in margins
-    ]
+    grown = [grid.inside(box, least, margin) for margin in margins]
     if tokens.patches:
         return [tokens.image[patches.flatten()] for patches in grown]
     reads = query_reading(vlm, example.inputs).map[0]  # query row col
