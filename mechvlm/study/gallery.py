@@ -97,7 +97,10 @@ def _heat(seen: Seen) -> Image.Image:
     left, top, right, bottom = grid.crop_box
     x = (np.arange(image.width) + 0.5) * grid.image_size[0] / image.width
     y = (np.arange(image.height) + 0.5) * grid.image_size[1] / image.height
-    col, row = ((x - left) / (right - left) * grid.cols).astype(int), ((y - top) / (bottom - top) * grid.rows).astype(int)
+    col, row = (
+        ((x - left) / (right - left) * grid.cols).astype(int),
+        ((y - top) / (bottom - top) * grid.rows).astype(int),
+    )
     sees = ((y >= top) & (y < bottom))[:, None] & ((x >= left) & (x < right))
     share = share[row.clip(0, grid.rows - 1)][:, col.clip(0, grid.cols - 1)]
     veil = np.where(sees, 0.35, 0.8)[..., None]

@@ -222,7 +222,9 @@ def _measure(vlm: VLM, name: str, data: Dataset, prompt: str, batch_size: int, p
     return tables, aside, shown
 
 
-def _explore(vlm: VLM, name: str, shown: list[Example], prompt: str, progress: Progress) -> "dict[tuple[str, str], Shown]":
+def _explore(
+    vlm: VLM, name: str, shown: list[Example], prompt: str, progress: Progress
+) -> "dict[tuple[str, str], Shown]":
     """The gallery's patch views, by (model, example id)."""
     from mechvlm.study import gallery  # only with a folder: it needs matplotlib
 
