@@ -46,11 +46,11 @@ class Shown(NamedTuple):
 def destinations(vlm: VLM, tokens: TokenMap, room: int = PAGE) -> Int[Tensor, " dest"]:
     """The positions that can have read the image and can be picked on its page: text after it, and the last position.
 
-    Where `room` (characters) does not hold the rows of all, the last ones: a row takes a character or less for each layer,
-    head and source, and never more than `mechvlm.view.packing.ROWS`.
+    Where `room` (characters) does not hold the rows of all, the last ones: a row takes at most four characters for each
+    layer, head and source, and hardly more than `mechvlm.view.packing.ROWS`.
     """
     positions = torch.cat([tokens.text[tokens.text > tokens.image[0]], torch.tensor([tokens.last])]).unique()
-    each = min(ROWS, vlm.n_layers * vlm.n_heads * len(tokens))
+    each = min(ROWS, 4 * vlm.n_layers * vlm.n_heads * len(tokens))
     return positions[-max(1, room // each) :]
 
 
