@@ -16,7 +16,7 @@ from test_datasets import write_folder
 import mechvlm as mv
 from mechvlm.datasets import Dataset, Example, fingerprint, load_dataset
 from mechvlm.errors import InputError
-from mechvlm.study import gallery, run, store
+from mechvlm.study import run, store
 from mechvlm.study.summary import summary
 from mechvlm.words import precision_recall, word_of
 
@@ -308,60 +308,6 @@ def test_the_report_asks_for_nothing_and_runs_nothing(study):
     assert "<script" not in page.lower()
     assert page.count("data:image/svg+xml;base64,") == 4
     assert page.count('<div class="card">') == 6
-
-
-def test_the_gallery_opens_each_examples_patch_view(study, examples, llava_vlm, blip_vlm):
-    """The pages are those that direct calls give, and the cards lead to them."""
-    page = (study.out / "report.html").read_text()
-    for card, example in zip(page.split('<div class="card">')[1:], examples, strict=False):
-        assert re.findall(r'href="(views/[^"]*)"', card) == [
-            f for v in study_views(study) if v["example"] == example.id for f in [v["file"]] * 2
-        ]
-    for view in study_views(study)[::5]:
-        vlm = {LLAVA: llava_vlm, BLIP: blip_vlm}[view["model"]]
-        inputs = vlm.inputs(examples[int(view["example"][1:])].image, "what is this")
-        text = [p for p in inputs.tokens.text.tolist() if p > inputs.tokens.image[0]]
-        reading = [] if inputs.tokens.patches else [mv.QueryReading()]
-        results = mv.read(vlm, inputs, mv.LogitLens(), mv.NormAttention(dst=text), *reading)
-        assert (study.out / view["file"]).read_text(encoding="utf-8") == mv.view.patches(inputs, *results).html()
-
-
-def study_views(study) -> list[dict]:
-    return json.loads((study.out / "run.json").read_text())["views"]
-
-
-def test_the_small_picture_shows_the_heat_where_it_is(llava_vlm):
-    """On a wide image of which the model sees the middle: darkest on the patch that is read most, white outside."""
-    inputs = llava_vlm.inputs(Image.new("RGB", (300, 100), (128, 128, 128)), "what is this")
-    shown = gallery.show(llava_vlm, inputs.images[0][0], "what is this")
-    assert shown.heat.size == (256, 85)
-    assert (shown.token, shown.layer) == (inputs.tokens.strings[-1], 2)
-    norms = mv.norm_attention(llava_vlm, inputs, dst="last").norm[1, 0, 0, inputs.tokens.image]
-    pixels = np.asarray(shown.heat.convert("L")).astype(int)
-    grid = inputs.tokens.grids[0]
-    centers = [pixels[round((b[1] + b[3]) / 2 * 85 / 100), round((b[0] + b[2]) / 2 * 256 / 300)]
-               for b in grid.boxes().reshape(-1, 4).tolist()]  # fmt: skip
-    assert int(np.argmin(centers)) == int(norms.argmax())
-    assert np.corrcoef(centers, norms)[0, 1] < -0.8
-    left, _, right, _ = (round(x * 256 / 300) for x in grid.crop_box)
-    assert (pixels[:, : left - 1] == round(128 * 0.2 + 255 * 0.8)).all()
-    assert (pixels[:, right + 1 :] == pixels[0, 0]).all()
-
-
-def test_views_have_files_of_their_own_whatever_the_ids_hold():
-    ids = ["../../etc/passwd", "a b", "a-b", "a/b\\c", "", "图像", "x" * 400, "<script>", "CON", ".", "..", "a\0b"]
-    keys = [(model, example) for model in ("org/model", "org-model", "/home/..") for example in ids]
-    names = gallery.file_names(keys)
-    assert list(names) == keys
-    assert len({name.lower() for name in names.values()}) == len(keys), "on disks that know no case, too"
-    for name in names.values():
-        assert re.fullmatch(r"views/\d\d[A-Za-z0-9-]*\.html", name)
-        assert len(name) < 110
-
-
-def test_without_a_folder_no_view_is_read(llava_vlm, examples, monkeypatch):
-    monkeypatch.setattr(gallery, "show", lambda *_: pytest.fail("a view was made"))
-    assert run([llava_vlm], dataset(examples[:2]), prompt="what is this").views == {}
 
 
 def test_hostile_text_is_escaped(llava_vlm, tmp_path):
