@@ -250,10 +250,6 @@ def test_run_json_says_how_to_do_it_again(study, examples):
     assert {"python", "platform", "torch", "transformers", "nnsight", "mechvlm"} <= set(record["versions"])
     assert record["phases"][LLAVA]["explanation"] == study.phases[LLAVA].explanation
     assert record["findings"][0]["model"] == LLAVA
-    assert [(v["model"], v["example"]) for v in record["views"]] == [
-        (m, f"e{i}") for m in (LLAVA, BLIP) for i in range(6)
-    ]
-    assert all((study.out / v["file"]).is_file() for v in record["views"])
 
 
 def test_weights_of_a_folder_are_hashed(tmp_path, monkeypatch):
