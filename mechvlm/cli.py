@@ -8,11 +8,15 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 OUT = "mechvlm-study"
+PAGE = "view.html"
 
 STUDY = """Run the study of Wei et al. 2024, "A Study on Multi-modal Interaction in Vision Large Language Models":
 the words that visual tokens decode to, contextualization and norm-based attention by layer, and the phases of their
 interaction. With no arguments: both bundled models on 200 generated scenes, in well under a minute. Writes a folder with
-report.html, figures/, data/, skipped.csv and run.json."""
+report.html, views/, figures/, data/, skipped.csv and run.json."""
+
+VIEW = """Write the patch view of one image and prompt, a page that works offline: what each token of the prompt reads from
+each patch, by layer and head, and the words that each patch reads as."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -42,6 +46,18 @@ def parser() -> argparse.ArgumentParser:
         "--out", metavar="DIR",
         help=f"a new or empty folder (default: {OUT}, or {OUT}-2, ... where that exists)",
     )  # fmt: skip
+    view = commands.add_parser("view", help="write one image's patch view, a page to explore", description=VIEW)
+    add = view.add_argument
+    add("model", metavar="MODEL", help="a bundled name, a hub id or a folder")
+    add("image", metavar="IMAGE", help="an image file")
+    add("--prompt", required=True, metavar="TEXT", help="asked of the image; the family's template is put around it")
+    add("--k", type=int, default=5, choices=range(1, 11), metavar="N", help="words a patch, 1 to 10 (default: 5)")
+    add("--device", metavar="NAME", help="cpu, cuda, cuda:1, mps (default: cpu)")
+    add("--dtype", metavar="NAME", help="float32, bfloat16, float16 (default: the checkpoint's; float32 if bundled)")
+    add(
+        "--out", metavar="FILE",
+        help=f"a file that is not there yet (default: {PAGE}, or {Path(PAGE).stem}-2.html, ... where that exists)",
+    )  # fmt: skip
     commands.add_parser(
         "models", help="list the bundled models and the known classes",
         description="List the models that ship with the package, and the Hugging Face classes that it can read.",
@@ -58,9 +74,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.command is None:
         parser().print_help()
         return 2
-    command: Callable[[argparse.Namespace], None] = {"study": _study, "models": _models}[arguments.command]
+    commands: dict[str, Callable[[argparse.Namespace], None]] = {"study": _study, "view": _view, "models": _models}
     try:
-        command(arguments)
+        commands[arguments.command](arguments)
     except KeyboardInterrupt:
         _say("Stopped.")
         return 130
@@ -78,13 +94,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _expected(error: Exception) -> bool:
     """Whether an error is about what the user gave or the machine lacks, so that its message says all."""
-    from mechvlm.errors import InputError, ModelError, NonFiniteError
+    from mechvlm.errors import InputError, ModelError, NonFiniteError, ViewError
 
-    if isinstance(error, InputError | ModelError | NonFiniteError):
+    if isinstance(error, InputError | ModelError | NonFiniteError | ViewError):
         return True
     if type(error).__name__ == "OutOfMemoryError":
         error.args = (
-            "The device has not enough memory. Try a smaller --batch-size, --dtype bfloat16, or --device cpu.",
+            "The device has not enough memory. Try --dtype bfloat16, --device cpu, or of a study a smaller --batch-size.",
         )
         return True
     return False
@@ -175,9 +191,60 @@ def _summarise(study) -> None:
     print(f"{study.seconds:.0f} s. Open {study.out / 'report.html'}")
 
 
+def _view(arguments: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    out = Path(arguments.out or _free(PAGE))
+    with Console(stderr=True).status("starting") as status:
+        # What is wrong is said before the model is loaded, which can take minutes.
+        _check_file(out)
+        _quiet_libraries()
+        from mechvlm.errors import InputError
+        from mechvlm.images import open_image
+        from mechvlm.loading import load
+        from mechvlm.study.gallery import destinations, patch_view
+        from mechvlm.study.runner import check_device
+
+        image = open_image(arguments.image)
+        check_device(arguments.device)
+        status.update("loading the model")
+        vlm = load(arguments.model, device=arguments.device, dtype=arguments.dtype)
+        status.update("reading the image")
+        inputs = vlm.inputs(image, arguments.prompt)
+        dest = destinations(vlm, inputs.tokens)
+        view = patch_view(vlm, inputs, dest, arguments.k)
+        try:
+            view.save(out)
+        except OSError as error:
+            raise InputError(f"The view cannot be written to {out} ({error}). Give another --out.") from error
+    n_text = int((inputs.tokens.text > inputs.tokens.image[0]).sum())
+    if len(dest) < n_text:
+        print(
+            f"The last {len(dest)} of {n_text} text tokens can be picked; the page would be too large with all of them."
+        )
+    print(f"{out.stat().st_size / 1e6:.1f} MB. Open {out}")
+
+
+def _check_file(out: Path) -> None:
+    """A new file can be written there. Nothing of the trial stays."""
+    from mechvlm.errors import InputError
+
+    if out.exists():
+        what = "a folder" if out.is_dir() else "there already, and is not written over"
+        raise InputError(f"{out} is {what}. Give another --out, a file.")
+    if not out.parent.is_dir():
+        raise InputError(f"The folder {out.parent} is not there. Make it first, or give another --out.")
+    try:
+        out.touch()
+        out.unlink()
+    except OSError as error:
+        raise InputError(f"Nothing can be written to {out} ({error.strerror}). Give another --out.") from error
+
+
 def _free(name: str) -> str:
-    """The name, or with a number after it: a study is never written over another."""
-    names = itertools.chain([name], (f"{name}-{i}" for i in itertools.count(2)))
+    """The name, or with a number after it: nothing is written over something else."""
+    first = Path(name)
+    names = itertools.chain([name], (f"{first.stem}-{i}{first.suffix}" for i in itertools.count(2)))
     return next(n for n in names if not Path(n).exists() or (Path(n).is_dir() and not any(Path(n).iterdir())))
 
 

@@ -19,6 +19,8 @@ def open_image(image: Image.Image | str | PathLike) -> Image.Image:
     Raises:
         InputError: when the file is missing, empty, truncated or no image, or has more than `MAX_PIXELS` pixels.
     """
+    if isinstance(image, str) and "://" in image:
+        raise InputError(f"The image {image!r} is an address: fetch it first, and give the file.")
     if not isinstance(image, Image.Image):
         path = Path(image)
         if not path.is_file():

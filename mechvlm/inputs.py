@@ -150,8 +150,6 @@ def _check_kinds(images, prompts) -> None:
                     f"An image is a PIL image or the path of one, not {type(image).__name__}; of an array of 0..255, make one "
                     "with PIL.Image.fromarray(array)."
                 )
-            if isinstance(image, str) and "://" in image:
-                raise InputError(f"The image {image!r} is an address: fetch it first, and give the file.")
     for prompt in prompts if isinstance(prompts, list | tuple) else [prompts]:
         if not isinstance(prompt, str):
             raise InputError(f"A prompt is a string, not {type(prompt).__name__}.")

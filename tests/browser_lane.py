@@ -1,6 +1,7 @@
 """A real browser for the tests of views: Debian's chromium, without a network, where no page may err or ask for anything."""
 
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -21,7 +22,8 @@ def chromium():
 
 @pytest.fixture
 def open_page(chromium, tmp_path):
-    """`page = open_page(view)`: the view's page, opened from a file; of a string, that HTML.
+    """`page = open_page(view)`: the view's page, opened from a file; of a string, that HTML; of a path, that file in its place,
+    from which links to pages of its folder may be followed.
 
     Keyword arguments go to the browser's context (`java_script_enabled`, `viewport`). When the test ends, no page may have
     thrown, written an error to the console, or asked for anything but itself.
@@ -29,8 +31,10 @@ def open_page(chromium, tmp_path):
     contexts, wrong = [], []
 
     def open_page(view, **options):
-        file = tmp_path / f"page-{len(contexts)}.html"
-        file.write_text(view if isinstance(view, str) else view.html(), encoding="utf-8")
+        in_place = isinstance(view, Path)
+        file = view if in_place else tmp_path / f"page-{len(contexts)}.html"
+        if not in_place:
+            file.write_text(view if isinstance(view, str) else view.html(), encoding="utf-8")
         context = chromium.new_context(**{"offline": True, "viewport": {"width": 1100, "height": 900}, **options})
         contexts.append(context)
         page = context.new_page()
@@ -40,6 +44,8 @@ def open_page(chromium, tmp_path):
         page.on("dialog", lambda dialog: (wrong.append(f"dialog: {dialog.message}"), dialog.dismiss()))
 
         def asked(request):
+            if in_place and request.is_navigation_request() and request.url.startswith(f"{file.parent.as_uri()}/"):
+                return
             # Data and the frames of a notebook are in the page itself.
             if request.url not in (file.as_uri(), "about:srcdoc") and not request.url.startswith(("data:", "blob:")):
                 wrong.append(f"request: {request.url[:200]}")

@@ -7,11 +7,15 @@ import time
 
 import pandas as pd
 import pytest
+import torch
 from conftest import noise_image
 from models import instructblip, llava
+from patch_results import large_inputs
 from test_datasets import write_folder
 
+import mechvlm as mv
 from mechvlm import bundled, cli
+from mechvlm.study import gallery
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +58,106 @@ def test_study_of_two_folders(capsys, folders, tmp_path):
     assert (out / "report.html").is_file()
     # The models were not installed under these names: no path but the one that was typed.
     assert record["settings"]["out"] == str(out)
+
+
+# --- view ---
+
+
+@pytest.fixture
+def picture(tmp_path):
+    path = tmp_path / "a picture.png"
+    noise_image(0).save(path)
+    return path
+
+
+@pytest.mark.parametrize("family", [0, 1])
+def test_view_writes_the_patch_view_of_all_text_after_the_image(capsys, folders, picture, tmp_path, family):
+    out = tmp_path / "page.html"
+    code, printed, _ = call(
+        capsys, "view", folders[family], picture, "--prompt", "what is this", "--k", 3, "--device", "cpu", "--dtype",
+        "float32", "--out", out,
+    )  # fmt: skip
+    assert code == 0
+    assert printed.endswith(f"MB. Open {out}\n")
+    vlm = mv.load(folders[family])
+    inputs = vlm.inputs(picture, "what is this")
+    text = [p for p in inputs.tokens.text.tolist() if p > inputs.tokens.image[0]]
+    assert len(text) > 2
+    if family == 0:
+        assert len(text) < len(inputs.tokens.text), "what stands before the image has not read it"
+    results = mv.read(
+        vlm, inputs, mv.LogitLens(k=3), mv.NormAttention(dst=text), *([mv.QueryReading()] if family else [])
+    )
+    assert out.read_text(encoding="utf-8") == mv.view.patches(inputs, *results).html()
+
+
+def test_a_view_without_room_for_all_its_text_says_so(capsys, folders, picture, tmp_path, monkeypatch):
+    vlm = mv.load(folders[0])
+    inputs = vlm.inputs(picture, "what is this")
+    text = inputs.tokens.text[inputs.tokens.text > inputs.tokens.image[0]]
+    each = 4 * vlm.n_layers * vlm.n_heads * len(inputs.tokens)
+    assert gallery.destinations(vlm, inputs.tokens, room=3 * each + 1).tolist() == text[-3:].tolist()
+    assert gallery.destinations(vlm, inputs.tokens, room=0).tolist() == [inputs.tokens.last]
+    monkeypatch.setattr(vlm, "n_layers", 32)
+    monkeypatch.setattr(vlm, "n_heads", 32)
+    tokens = large_inputs().tokens
+    found = [len(gallery.destinations(vlm, tokens, room)) for room in (gallery.PAGE, gallery.SHELF)]
+    assert (found, len(tokens.text)) == ([28, 7], 43), "at the size of 7B"
+    monkeypatch.setattr("mechvlm.study.gallery.destinations", lambda vlm, tokens: text[-2:])
+    code, printed, _ = call(
+        capsys, "view", folders[0], picture, "--prompt", "what is this", "--out", tmp_path / "x.html"
+    )
+    assert code == 0
+    assert f"The last 2 of {len(text)} text tokens can be picked" in printed
+
+
+def test_view_without_out_writes_over_nothing(capsys, folders, picture, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "view.html").write_text("mine")
+    for expected in ("view-2.html", "view-3.html"):
+        code, printed, _ = call(capsys, "view", folders[0], picture, "--prompt", "a")
+        assert code == 0
+        assert f"Open {expected}" in printed
+    assert (tmp_path / "view.html").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["MODEL", "gone.png"], "Error: No image at gone.png: there is no such file."),
+        (["MODEL", "."], "it is a folder"),
+        (["MODEL", "https://somewhere.example/a.png"], "is an address: fetch it first"),
+        (["MODEL", "TEXT"], "cannot be read"),
+        (["tiny-lava", "IMAGE"], "Did you mean tiny-llava?"),
+        (["MODEL", "IMAGE", "--device", "abacus"], "Error: The device 'abacus' cannot be used"),
+        (["MODEL", "IMAGE", "--dtype", "float33"], "Error: There is no dtype 'float33'"),
+        (["MODEL", "IMAGE", "--prompt", "word " * 3000], "leaves no room"),
+        (["MODEL", "IMAGE", "--out", "nowhere/view.html"], "Error: The folder nowhere is not there. Make it first"),
+        (["MODEL", "IMAGE", "--out", "there.html"], "Error: there.html is there already, and is not written over"),
+        (["MODEL", "IMAGE", "--out", "."], "Error: . is a folder"),
+        (["MODEL", "IMAGE", "--out", "/proc/view.html"], "Error: Nothing can be written to /proc/view.html"),
+    ],
+)
+def test_what_cannot_be_viewed_is_one_message(capsys, folders, picture, tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "notes.png").write_text("no picture")
+    (tmp_path / "there.html").write_text("keep")
+    before = sorted(tmp_path.iterdir())
+    names = {"MODEL": folders[0], "IMAGE": picture, "TEXT": "notes.png"}
+    prompt = [] if "--prompt" in arguments else ["--prompt", "what is this"]
+    code, printed, err = call(capsys, "view", *(names.get(a, a) for a in arguments), *prompt)
+    assert code == 1
+    assert message in err
+    assert "Traceback" not in err
+    assert printed == ""
+    assert sorted(tmp_path.iterdir()) == before
+    assert (tmp_path / "there.html").read_text() == "keep"
+
+
+def test_what_is_wrong_is_said_before_the_model_is_loaded(capsys, picture, tmp_path, monkeypatch):
+    monkeypatch.setattr("mechvlm.loading.load", lambda *_, **__: pytest.fail("the model was loaded"))
+    for wrong in (["gone.png"], [picture, "--out", tmp_path], [picture, "--device", "abacus"]):
+        assert call(capsys, "view", "tiny-llava", *wrong, "--prompt", "a")[0] == 1
 
 
 def test_a_folder_of_images(capsys, folders, tmp_path):
@@ -101,7 +205,13 @@ def test_a_full_folder_is_left_alone(capsys, folders, tmp_path):
     assert "is not empty" in err
 
 
-@pytest.mark.parametrize("arguments", [["study", "--n", "many"], ["study", "--colour"], ["studdy"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["study", "--n", "many"], ["study", "--colour"], ["studdy"], ["view", "tiny-llava", "a.png"],
+        ["view", "tiny-llava", "--prompt", "a"], ["view", "tiny-llava", "a.png", "--prompt", "a", "--k", "0"],
+    ],
+)  # fmt: skip
 def test_usage(capsys, arguments):
     code, _, err = call(capsys, *arguments)
     assert code == 2
@@ -145,8 +255,6 @@ def test_a_bug_is_not_dressed_up(monkeypatch):
 
 
 def test_too_little_memory_says_what_to_try(capsys, monkeypatch):
-    import torch
-
     def fail(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
@@ -163,13 +271,20 @@ def test_models_lists_what_there_is(capsys):
         assert name in out
 
 
-def test_help_needs_no_torch():
+@pytest.mark.parametrize(
+    ("command", "options"),
+    [
+        ("study", ["model", "dataset", "prompt", "n", "seed", "device", "dtype", "batch-size", "out"]),
+        ("view", ["prompt", "k", "device", "dtype", "out"]),
+    ],
+)
+def test_help_needs_no_torch(command, options):
     started = time.perf_counter()
-    code = "import sys; from mechvlm import cli\ntry: cli.main(['study', '--help'])\nexcept SystemExit: pass\n"
+    code = f"import sys; from mechvlm import cli\ntry: cli.main(['{command}', '--help'])\nexcept SystemExit: pass\n"
     code += "assert 'torch' not in sys.modules and 'pandas' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    for option in ("model", "dataset", "prompt", "n", "seed", "device", "dtype", "batch-size", "out"):
+    for option in options:
         assert f"--{option} " in done.stdout
     # A second is the aim; slow machines get some more.
     assert time.perf_counter() - started < 3

@@ -178,10 +178,11 @@ def test_bad_images(tmp_path, llava_vlm, monkeypatch):
 def test_what_is_no_image_and_no_prompt(llava_vlm, tmp_path):
     for image, message in [
         (np.zeros((4, 4, 3), np.uint8), "not ndarray.*fromarray"), (None, "not NoneType"),
-        ("https://example.org/a.jpg", "fetch it first"),
     ]:  # fmt: skip
         with pytest.raises(mv.InputError, match=message):
             _check_kinds(image, "a")  # the types of public functions are checked before this under pytest
+    with pytest.raises(mv.InputError, match="fetch it first"):
+        llava_vlm.inputs("https://example.org/a.jpg", "a")
     with pytest.raises(mv.InputError, match="A prompt is a string, not NoneType"):
         _check_kinds(noise_image(0), [None])
     noise_image(0, (300, 300)).save(tmp_path / "cut.png")

@@ -230,7 +230,8 @@ def test_the_folder_is_whole_and_reads_back(study):
     drawn = {
         f"figures/{n}.{s}" for n in ("phases", "lens", "contextualization", "norm_attention") for s in ("png", "svg")
     }
-    assert names == {"report.html", "run.json", "skipped.csv", "data/README.txt"} | drawn | {
+    views = {f"views/{i + 1:02}-{VLM}-e{i % 6}.html" for i, VLM in enumerate([LLAVA] * 6 + [BLIP] * 6)}
+    assert names == {"report.html", "run.json", "skipped.csv", "data/README.txt"} | drawn | views | {
         f"data/{n}.parquet" for n in study.tables
     }
     for name, table in store.read_tables(study.out).items():
@@ -290,7 +291,8 @@ def test_figures_can_be_drawn_from_the_files_alone(study):
 
 
 def requests_of(page: str) -> list[str]:
-    """Whatever a browser would fetch."""
+    """Whatever a browser would fetch, before anything is clicked."""
+    page = re.sub(r'<a [^>]*href="views/[\w-]+\.html"', "<a ", page)
     found = re.findall(r"(?:src|href|srcset|poster|data|action)\s*=\s*[\"']?([^\"'\s>]+)", page, re.IGNORECASE)
     found += re.findall(r"(?:url\(|@import)\s*[\"']?([^\"')\s]+)", page, re.IGNORECASE)
     return [f for f in found if not f.startswith("data:")]
@@ -309,6 +311,10 @@ def test_hostile_text_is_escaped(llava_vlm, tmp_path):
     (tmp_path / "<script>x.png").write_text("no picture")
     examples.append(Example("<script>x", tmp_path / "<script>x.png", ("x y",)))
     made = run([llava_vlm], dataset(examples), prompt="what is <script>alert(2)</script> this", out=tmp_path / "out")
+    assert len(made.views) == 3
+    assert {p.parent for p in made.out.rglob("*.html")} == {made.out, made.out / "views"}
+    for file in (made.out / "views").iterdir():
+        assert file.read_text().count("<script") == 3, "its own: that scripts run, the numbers, and what draws them"
     page = (made.out / "report.html").read_text()
     assert "&lt;script&gt;alert(" in page
     assert "<script" not in page.lower()

@@ -83,7 +83,9 @@ def test_views_are_added_with_what_they_share_once(read):
 
 
 def test_a_frame_over_a_picture():
-    view = View('"quoted"', "<p>\"'&amp;</p>", picture=b"not really", height=321)
+    drawn = []
+    view = View('"quoted"', "<p>\"'&amp;</p>", still=lambda: drawn.append(1) or b"not really", height=321)
+    assert (view.html() and drawn) == [], "a page of its own shows none"
     html = view._repr_html_()
     assert html.startswith('<div style="position:relative;height:321px"><img')
     (srcdoc,) = re.findall(r'<iframe sandbox="allow-scripts" [^>]*srcdoc="([^"]*)"', html)

@@ -1,17 +1,19 @@
-"""report.html: one page with everything in it. It asks the network for nothing, and runs no script."""
+"""report.html: one page with everything in it. It asks the network for nothing, and runs no script.
+
+Only the patch views, which need scripts, are pages of their own beside it.
+"""
 
 import base64
-import io
 import re
 from pathlib import Path
 
 import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from PIL import Image
 
 from mechvlm import bundled
 from mechvlm.study.runner import Study
 from mechvlm.study.summary import course, summary
+from mechvlm.view.packing import picture
 
 TITLES = {
     "phases": "The four-phase diagram",
@@ -23,8 +25,10 @@ MOST_SKIPPED = 50
 """Rows of skipped.csv that the page lists; the file has them all."""
 
 
-def render(study: Study, record: dict, captions: dict[str, str], figures: Path) -> str:
-    """The page, of a study, what run.json says of it, and the figures' captions and files (SVG).
+def render(
+    study: Study, record: dict, captions: dict[str, str], figures: Path, views: dict[tuple[str, str], str]
+) -> str:
+    """The page, of a study, what run.json says of it, the figures' captions and files (SVG), and its views' files.
 
     Whatever came from outside (ids, captions, answers, names of models and files) is escaped.
     """
@@ -43,7 +47,7 @@ def render(study: Study, record: dict, captions: dict[str, str], figures: Path) 
             for name, title in TITLES.items()
         ],
         phases=[_phases(study, model) for model in study.models],
-        gallery=_gallery(study),
+        gallery=_gallery(study, views),
         skipped=study.skipped.head(MOST_SKIPPED).to_dict("records"),
         settings=_flat(record["settings"]),
         notes={model: note for model in study.models if (note := training_note(model))},
@@ -81,7 +85,7 @@ def _phases(study: Study, model: str) -> dict:
     }  # fmt: skip
 
 
-def _gallery(study: Study) -> list[dict]:
+def _gallery(study: Study, views: dict[tuple[str, str], str]) -> list[dict]:
     shown = []
     for example, image in study.gallery:
         models = []
@@ -93,14 +97,15 @@ def _gallery(study: Study) -> list[dict]:
             by_layer = {layer: part["word"].tolist() for layer, part in words.groupby("layer")}
             n = study.models[model]["n_layers"]
             layers = sorted({0, n // 2, n})
+            view = study.views[model, example.id]
             models.append(
                 {
-                    "model": model,
-                    "answer": answer.iloc[0],
+                    "model": model, "answer": answer.iloc[0],
                     "words": [(layer, by_layer.get(layer, [])) for layer in layers],
+                    "view": views[model, example.id], "heat": picture(view.heat), "layer": view.layer, "token": view.token,
                 }
-            )
-        shown.append({"id": example.id, "captions": example.captions, "image": _png(image), "models": models})
+            )  # fmt: skip
+        shown.append({"id": example.id, "captions": example.captions, "image": picture(image), "models": models})
     return shown
 
 
@@ -118,9 +123,3 @@ def _flat(settings: dict, prefix: str = "") -> list[tuple[str, str]]:
 def _svg(path: Path) -> str:
     # As an image and not as markup: its ids cannot meet those of another figure, and nothing in it can run or load.
     return "data:image/svg+xml;base64," + base64.b64encode(path.read_bytes()).decode()
-
-
-def _png(image: Image.Image) -> str:
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 import torch
@@ -25,6 +25,9 @@ from mechvlm.study.collect import ContextRows, LensRows, NormRows, frequent_word
 from mechvlm.tokens import TokenMap
 from mechvlm.vlm import VLM
 from mechvlm.words import caption_words
+
+if TYPE_CHECKING:
+    from mechvlm.study.gallery import Shown
 
 PROMPT = "Describe the scene."
 GALLERY = 6
@@ -49,6 +52,7 @@ class Study:
         models: by name: class, revision, dtype, device, layers, examples read, threads, seconds.
         dataset: the examples' name, number and fingerprint.
         gallery: a few examples, with a small picture each.
+        views: their patch views, by (model, example id), where a folder was asked for.
         seconds: of the whole run, files included.
         out: the folder, None where none was asked for.
     """
@@ -60,6 +64,7 @@ class Study:
     models: dict[str, dict[str, Any]]
     dataset: dict[str, Any]
     gallery: list[tuple[Example, Image.Image]] = field(repr=False)
+    views: "dict[tuple[str, str], Shown]" = field(repr=False)
     seconds: float
     out: Path | None = None
 
@@ -88,8 +93,11 @@ def run(
         device: as `mechvlm.load` takes it.
         dtype: as `mechvlm.load` takes it.
         batch_size: examples a forward. It changes speed and memory, not results.
-        out: a folder for report, figures, tables and `run.json`: new or empty. None writes nothing.
+        out: a folder for report, views, figures, tables and `run.json`: new or empty. None writes nothing.
         progress: called with what is going on, how much of it is done, and how much there is.
+
+    Beside the one forward a batch, each of the `GALLERY` examples that the report shows is answered, and with `out` read
+    once more by itself: for its patch view, which needs more destinations than the whole data set could afford.
 
     An example that cannot be read is set aside with its reason, and the rest goes on.
 
@@ -111,7 +119,7 @@ def run(
     for model in models:
         if isinstance(model, str):
             class_of(model)  # before the first model runs, not after it
-    _check_device(device)
+    check_device(device)
     folder = None if out is None else Path(out)
     if folder is not None:
         _check_folder(folder)
@@ -125,6 +133,7 @@ def run(
     about: dict[str, dict[str, Any]] = {}
     found: dict[str, Phases | None] = {}
     gallery: dict[str, tuple[Example, Image.Image]] = {}
+    views: dict[tuple[str, str], Shown] = {}
     skipped = [{"model": "", "example": one.id, "reason": one.reason} for one in data.set_aside]
     for name, model in zip(names, models, strict=True):
         clock = time.perf_counter()
@@ -132,6 +141,8 @@ def run(
         vlm = model if isinstance(model, VLM) else load(model, device=device, dtype=dtype)
         with _threads_for(vlm) as threads:
             tables, aside, shown = _measure(vlm, name, data, prompt, batch_size, progress)
+            if folder is not None:
+                views |= _explore(vlm, name, shown, prompt, progress)
         progress(f"{name}: phases", 0, 0)
         found[name] = _phases(tables["contextualization"], seed)
         tables["phases"] = _phase_table(name, found[name])
@@ -153,6 +164,7 @@ def run(
         models=about,
         dataset={"name": data.name, "n": len(data), "fingerprint": data.fingerprint},
         gallery=list(gallery.values()),
+        views=views,
         seconds=round(time.perf_counter() - started, 2),
     )
     if folder is not None:
@@ -208,6 +220,19 @@ def _measure(vlm: VLM, name: str, data: Dataset, prompt: str, batch_size: int, p
         "words": word_table,
     }
     return tables, aside, shown
+
+
+def _explore(
+    vlm: VLM, name: str, shown: list[Example], prompt: str, progress: Progress
+) -> "dict[tuple[str, str], Shown]":
+    """The gallery's patch views, by (model, example id)."""
+    from mechvlm.study import gallery  # only with a folder: it needs matplotlib
+
+    views = {}
+    for done, example in enumerate(shown):
+        progress(f"{name}: patch views", done, len(shown))
+        views[name, example.id] = gallery.show(vlm, example.image, prompt)
+    return views
 
 
 def _reads(vlm: VLM, batch: list[Example], prompt: str, probes: tuple, aside: list) -> Iterator[tuple]:
@@ -286,7 +311,8 @@ def _threads_for(vlm: VLM) -> Iterator[int]:
         torch.set_num_threads(before)
 
 
-def _check_device(device: str | None) -> None:
+def check_device(device: str | None) -> None:
+    """Raises InputError for a device that is not there: before a model is loaded, which can take minutes."""
     try:
         # Puts something there: a device can have a name and still be missing.
         torch.zeros(1, device=device)

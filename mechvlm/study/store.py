@@ -1,6 +1,7 @@
 """A study's folder, written and read back.
 
-    report.html             one page that works offline
+    report.html             one page that works offline; its gallery opens the pages in views/
+    views/*.html            the patch view of each of the gallery's examples, by model: run.json says which is which
     figures/*.png, *.svg    the four figures
     data/*.parquet          the tables below; data/README.txt says what is in them
     skipped.csv             what was set aside: model, example, reason
@@ -35,7 +36,7 @@ import torch
 
 from mechvlm import bundled
 from mechvlm.errors import InputError
-from mechvlm.study import figures, report
+from mechvlm.study import figures, gallery, report
 from mechvlm.study.runner import Progress, Study
 from mechvlm.study.summary import summary
 
@@ -69,7 +70,13 @@ def write(study: Study, out: Path, progress: Progress, started: float) -> Study:
         study = dataclasses.replace(study, seconds=round(time.perf_counter() - started, 2), out=out)
         record = describe(study)
         captions = record["figures"] = {name: caption for name, (_, caption) in drawn.items()}
-        (out / "report.html").write_text(report.render(study, record, captions, out / "figures"), encoding="utf-8")
+        files = gallery.file_names(study.views)
+        record["views"] = [{"file": file, "model": key[0], "example": key[1]} for key, file in files.items()]
+        (out / "views").mkdir()
+        for key, file in files.items():
+            (out / file).write_text(study.views[key].html, encoding="utf-8")
+        page = report.render(study, record, captions, out / "figures", files)
+        (out / "report.html").write_text(page, encoding="utf-8")
         # Last: a folder with a run.json is a whole one.
         (out / "run.json").write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     except OSError as error:

@@ -291,7 +291,7 @@ def _view(title: str, note: str, places: list[tuple[str, Any]], picture: bytes, 
         for kind, data in places
     )
     body = f'<h2>{escape(title)}</h2>\n<p class="note">{escape(note)}</p>\n<div class="side">{drawn}{aside}</div>'
-    return View(title, body, (bundle(), START), (STYLE,), picture, **view)
+    return View(title, body, (bundle(), START), (STYLE,), lambda: picture, **view)
 
 
 @lru_cache

@@ -4,7 +4,9 @@ import base64
 import io
 import json
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from html import escape
 from os import PathLike
 from pathlib import Path
@@ -46,7 +48,7 @@ class View:
         body: HTML, escaped by whoever made it.
         scripts: JavaScript sources, run in this order after the body is there.
         styles: CSS.
-        picture: a PNG of the view as it first looks.
+        still: draws `picture`.
         height: of the frame in a notebook, in pixels.
         instead: what to choose where the page would be too large.
 
@@ -58,17 +60,22 @@ class View:
     body: str = field(repr=False)
     scripts: tuple[str, ...] = field(default=(), repr=False)
     styles: tuple[str, ...] = field(default=(), repr=False)
-    picture: bytes = field(default=b"", repr=False)
+    still: Callable[[], bytes] | None = field(default=None, repr=False)
     height: int = 480
     instead: str = field(default="fewer layers, heads, positions or examples", repr=False)
 
     def __post_init__(self):
-        size = len(self.picture) + sum(len(part.encode()) for part in (self.body, *self.scripts, *self.styles))
+        size = sum(len(part.encode()) for part in (self.body, *self.scripts, *self.styles))
         if size > LIMIT:
             raise ViewError(
                 f"The view {self.title!r} would have {size / 1e6:.0f} MB; at most {LIMIT / 1e6:.0f} MB are shown. "
                 f"Choose {self.instead}."
             )
+
+    @cached_property
+    def picture(self) -> bytes:
+        """A PNG of the view as it first looks, drawn when it is first asked for: a page that is saved needs none."""
+        return self.still() if self.still else b""
 
     def __add__(self, other: "View") -> "View":
         """Both on one page, one below the other; scripts and styles that they share stand there once."""
@@ -77,7 +84,7 @@ class View:
             f"<section>{self.body}</section>\n<section>{other.body}</section>",
             tuple(dict.fromkeys(self.scripts + other.scripts)),
             tuple(dict.fromkeys(self.styles + other.styles)),
-            _below(self.picture, other.picture),
+            lambda: _below(self.picture, other.picture),
             self.height + other.height,
             "fewer views on one page",
         )

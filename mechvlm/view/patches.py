@@ -96,7 +96,7 @@ def patches(
         body=body,
         scripts=((here / "patches.js").read_text("utf-8"),),
         styles=((here / "patches.css").read_text("utf-8"),),
-        picture=_picture(seen),
+        still=lambda: _picture(seen),
         height=_height(seen),
     )
 
