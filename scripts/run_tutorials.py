@@ -8,6 +8,7 @@ timings and this machine's versions are dropped, so that a run which changes not
 """
 
 import argparse
+import os
 import re
 from pathlib import Path
 
@@ -35,7 +36,8 @@ def run(path: Path, timeout: int = 120) -> nbformat.NotebookNode:
     client = nbclient.NotebookClient(
         notebook, timeout=timeout, kernel_name="python3", resources=resources, record_timing=False
     )
-    return client.execute()
+    # The models are so small that a second thread costs more than it does, and much more on a machine that is busy.
+    return client.execute(env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
 def still(notebook: nbformat.NotebookNode) -> None:
