@@ -23,13 +23,16 @@ def still(width: float | int, height: float | int) -> Axes:
 
 
 def picture(ax: Axes) -> bytes:
-    """The figure of these axes as a PNG."""
+    """The figure of these axes as a PNG; a figure of pyplot is closed, or a notebook would show it beside the view."""
+    import matplotlib.pyplot as plt  # here, as in `plots.axes`
+
     written = io.BytesIO()
     figure = ax.get_figure(root=True)
     assert figure is not None
     with plots.style(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing")  # tokens are of every script; the page itself shows them
         figure.savefig(written, format="png", dpi=80)
+    plt.close(figure)
     return written.getvalue()
 
 
