@@ -140,7 +140,7 @@ def _(result: ObjectAblationResult, ax: Axes | None = None) -> Axes:
             range(n_margins), [f"{m}\n{k:.1f} tokens" for m, k in zip(result.margins, tokens, strict=True)]
         )  # fmt: skip
         ax.tick_params(axis="x", length=0)
-        ax.set_xlabel("margin around the object (patches), and the mean number of tokens ablated")
+        ax.set_xlabel("margin around the object (patches); tokens ablated (mean)")
         ax.set_ylabel(result.units)
         # Above the axes, where no bar is.
         ax.legend(ncols=n_conditions, loc="lower left", bbox_to_anchor=(-0.01, 1), borderpad=0)
