@@ -79,10 +79,11 @@ def test_a_run_is_the_model_s_own_forward(deep, three):
     assert [x.shape for x in clean.kept] == [x.shape for x in clean.resid]
 
 
-@pytest.mark.parametrize("size", [1, 7, 512])
-def test_a_sweep_equals_whole_forwards(deep, three, monkeypatch, size):
+@pytest.mark.parametrize(("tokens", "rows"), [(1, 8), (7, 8), (512, 2), (512, 64)])
+def test_a_sweep_equals_whole_forwards(deep, three, monkeypatch, tokens, rows):
     """Skipped layers, kept prefixes and rows that share a forward change no result."""
-    monkeypatch.setattr(rerun, "TOKENS", size)
+    monkeypatch.setattr(rerun, "TOKENS", tokens)
+    monkeypatch.setattr(rerun, "ROWS", rows)
     one = three[1]
     tokens = one.tokens
     direction = torch.randn(deep.d_model, generator=torch.Generator().manual_seed(0))

@@ -36,20 +36,6 @@ def read_queries(blip_vlm):
     return inputs, *mv.read(blip_vlm, inputs, mv.LogitLens(k=2), mv.NormAttention(dst="all pairs"))
 
 
-def test_a_view_leaves_no_figure_open(read):
-    """A notebook shows every figure that is open at the end of a cell: its still picture would stand beside the view."""
-    import matplotlib.pyplot as plt
-
-    plt.close("all")
-    inputs, lens, norms = read
-    mv.view.attention(inputs, norms, layers=1, pool=2)
-    mv.view.attention_row(inputs, norms, int(inputs.token_maps[0].all[-1]))
-    mv.view.tokens(inputs, torch.ones(len(inputs.token_maps[0])))
-    mv.view.topk(inputs, lens)
-    mv.view.patches(inputs, lens, norms, example=0)
-    assert not plt.get_fignums()
-
-
 # --- the page
 
 
