@@ -393,11 +393,11 @@ def test_a_view_opens_no_figure_of_its_own():
     inputs = vlm.inputs(noise_image(0), "Describe the scene.")
     lens, norms = mv.read(vlm, inputs, mv.LogitLens(), mv.NormAttention())
     plt.close("all")
-    for page in (
+    for shown in (
         mv.view.topk(inputs, lens),
         mv.view.attention_row(inputs, norms, "last_text"),
         mv.view.patches(inputs, lens, norms),
         mv.view.tokens(inputs, torch.zeros(len(inputs.tokens))),
     ):
-        assert page.picture.startswith(b"\x89PNG")
+        assert shown.picture.startswith(b"\x89PNG")
     assert plt.get_fignums() == []
