@@ -56,3 +56,24 @@ def one(vlm):
 def batch(vlm):
     """Three examples of different lengths: two of them padded."""
     return vlm.inputs([noise_image(i) for i in range(3)], ["what is this", "describe the scene . a what is this", "a"])
+
+
+DEEP = {
+    "llava": lambda: llava(layers=5),
+    "llava-gqa-bias": lambda: llava(kv_heads=2, bias=True, layers=5),
+    "instructblip": lambda: instructblip(layers=5),
+}
+
+
+@pytest.fixture(scope="session", params=list(DEEP))
+def deep(request) -> mv.VLM:
+    """Models of five layers, for windows of layers."""
+    return mv.load(*DEEP[request.param]())
+
+
+@pytest.fixture(scope="session")
+def three(deep):
+    """Examples of different lengths, so that two are padded."""
+    return deep.inputs(
+        [noise_image(i) for i in range(3)], ["what is this", "describe the scene . a what is this", "a this"]
+    )
