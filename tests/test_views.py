@@ -5,6 +5,7 @@ import json
 import re
 from dataclasses import replace
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
@@ -385,19 +386,15 @@ def test_groups_of_queries_are_few_enough(read_queries):
             mv.view.attention(inputs, norms, 1, pool=pool)
 
 
-def test_a_view_opens_no_figure_of_its_own():
+def test_a_view_opens_no_figure_of_its_own(read):
     """Its still picture would else appear under the view in a notebook."""
-    import matplotlib.pyplot as plt
-
-    vlm = mv.load("tiny-llava")
-    inputs = vlm.inputs(noise_image(0), "Describe the scene.")
-    lens, norms = mv.read(vlm, inputs, mv.LogitLens(), mv.NormAttention())
+    inputs, lens, norms = read
     plt.close("all")
     for shown in (
         mv.view.topk(inputs, lens),
-        mv.view.attention_row(inputs, norms, "last_text"),
-        mv.view.patches(inputs, lens, norms),
-        mv.view.tokens(inputs, torch.zeros(len(inputs.tokens))),
+        mv.view.attention(inputs, norms, layers=1, pool=2),
+        mv.view.patches(inputs, lens, norms, example=0),
+        mv.view.tokens(inputs, torch.zeros(len(inputs.token_maps[0]))),
     ):
         assert shown.picture.startswith(b"\x89PNG")
     assert plt.get_fignums() == []
