@@ -67,7 +67,7 @@ def run(vlm: VLM, inputs: Inputs | Float[Tensor, "1 pos d_model"], keep: str | N
 
 
 class _Prefix(DynamicLayer):
-    """Keys and values of the positions before the first one that is computed: read by every row, and never copied."""
+    """Keys and values of the positions before the first one that is computed: all rows read the same ones."""
 
     def __init__(self, keys: Tensor, values: Tensor):
         super().__init__()
