@@ -21,11 +21,6 @@ class Modality(IntEnum):
     IMAGE = 3
 
 
-def readable(piece: str) -> str:
-    """A tokenizer's piece as it reads in a text: spaces and line breaks for their marks."""
-    return piece.replace("▁", " ").replace("Ġ", " ").replace("Ċ", "\n").replace("<0x0A>", "\n")
-
-
 @dataclass(frozen=True)
 class PatchGrid:
     """Where the vision encoder's patches lie on the image as it was given.
@@ -248,7 +243,7 @@ class TokenMap:
         """
         # Pieces as they read, with a character that no word holds for everything that is not text.
         is_text = (self.modality == Modality.TEXT).tolist()
-        pieces = [readable(s) if t else "\0" for s, t in zip(self.strings, is_text, strict=True)]
+        pieces = [_spelled(s) if t else "\0" for s, t in zip(self.strings, is_text, strict=True)]
         ends = list(accumulate(len(piece) for piece in pieces))
         text = "".join(pieces)
         spans = (
@@ -272,3 +267,8 @@ class TokenMap:
         if not 0 <= image < len(self.grids):
             raise IndexError(f"Image {image} was asked for; the prompt holds {len(self.grids)}.")
         return self.grids[image]
+
+
+def _spelled(piece: str) -> str:
+    """A tokenizer's piece as it stands in the text: spaces and line breaks for their marks."""
+    return piece.replace("▁", " ").replace("Ġ", " ").replace("Ċ", "\n").replace("<0x0A>", "\n")

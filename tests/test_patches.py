@@ -274,7 +274,7 @@ def test_reading_is_for_queries(made, blip_vlm):
 
 
 def test_a_page_over_the_limit_says_what_to_choose(made, monkeypatch):
-    monkeypatch.setattr(patches_module(), "MOST", 9_000)
+    monkeypatch.setattr(patches_module(), "LIMIT", 9_000)
     with pytest.raises(ViewError, match=r"0 MB, over the .*norms has 2 destinations.*NormAttention\(dst=\['last'\]\)"):
         mv.view.patches(*made)
 

@@ -16,12 +16,9 @@ from mechvlm.probes.norm_attention import NormAttentionResult
 from mechvlm.probes.query_reading import QueryReadingResult
 from mechvlm.tokens import Modality
 from mechvlm.view import packing
-from mechvlm.view.page import View, to_json
+from mechvlm.view.page import LIMIT, View, to_json
 from mechvlm.view.plots import HEAT, style, text
 from mechvlm.view.seen import Seen, see
-
-MOST = 50_000_000
-"""Characters of HTML that a page may have: what a browser still opens without a pause."""
 
 
 def patches(
@@ -119,11 +116,11 @@ def _height(seen: Seen) -> int:
 
 
 def _check_size(size: int, seen: Seen) -> None:
-    if size > MOST:
+    if size > LIMIT:
         n = len(seen.rows)
-        fit = max(1, n * MOST // size * 9 // 10)
+        fit = max(1, n * LIMIT // size * 9 // 10)
         raise ViewError(
-            f"The page would have {size / 1e6:,.0f} MB, over the {MOST / 1e6:.0f} MB that a browser opens well: norms has {n} "
+            f"The page would have {size / 1e6:,.0f} MB, over the {LIMIT / 1e6:.0f} MB that a browser opens well: norms has {n} "
             f"destinations at {len(seen.norms.layers)} layers x {seen.norms.weight.shape[2]} heads x {len(seen.order)} tokens, "
             f"lens {seen.lens.tokens.shape[1]} positions. Choose fewer: NormAttention(dst=['last']), at most about {fit}, or "
             "LogitLens(positions='image', k=5)."
