@@ -11,7 +11,7 @@ import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from mechvlm import bundled
-from mechvlm.study.runner import Study
+from mechvlm.study.study import Study
 from mechvlm.study.summary import course, summary
 from mechvlm.view.packing import picture
 

@@ -37,7 +37,8 @@ import torch
 from mechvlm import bundled
 from mechvlm.errors import InputError
 from mechvlm.study import figures, gallery, report
-from mechvlm.study.runner import Progress, Study
+from mechvlm.study.runner import Progress
+from mechvlm.study.study import Study
 from mechvlm.study.summary import summary
 
 PACKAGES = ("mechvlm", "torch", "transformers", "nnsight", "numpy", "pandas", "matplotlib", "pillow", "simplemma")

@@ -2,7 +2,7 @@
 
 import pandas as pd
 
-from mechvlm.study.runner import Study
+from mechvlm.study.study import Study
 
 
 def summary(study: Study) -> pd.DataFrame:
