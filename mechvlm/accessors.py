@@ -65,24 +65,24 @@ def attention_rows(
     A mask of None is the causal one.
     """
     n_dest, n_src = q.shape[2], k.shape[2]
-    if rows is None:
-        rows = torch.arange(n_dest, device=q.device).expand(q.shape[0], n_dest)
-    rows = rows.to(q.device)
-    at = rows[:, None, :, None]
-    q = q.gather(2, at.expand(-1, q.shape[1], -1, q.shape[3]))
+    at = None if rows is None else rows.to(q.device)[:, None, :, None]
+    if at is not None:
+        q = q.gather(2, at.expand(-1, q.shape[1], -1, q.shape[3]))
     k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)  # grouped queries share a key
-    scores = (q @ k.transpose(-1, -2) * scale).float()
+    # In place from here on: of all pairs, each copy of the scores costs as much as a layer's smaller products.
+    scores = (q @ k.transpose(-1, -2)).mul_(scale).float()
     lowest = torch.finfo(scores.dtype).min
     if mask is None or mask.ndim == 2:
-        dest = rows[:, None, :, None] + (n_src - n_dest)
-        allowed = torch.arange(n_src, device=q.device) <= dest
+        dest = torch.arange(n_dest, device=q.device)[:, None] if at is None else at
+        allowed = torch.arange(n_src, device=q.device) <= dest + (n_src - n_dest)
         if mask is not None:  # flash attention is given the padding alone
             allowed = allowed & mask[:, None, None, :n_src].bool()
-        scores = scores.masked_fill(~allowed, lowest)
+        scores.masked_fill_(~allowed, lowest)
     else:
         mask = mask[..., :n_src].expand(q.shape[0], -1, -1, -1)
-        mask = mask.gather(2, at.expand(-1, mask.shape[1], -1, n_src))
-        scores = scores.masked_fill(~mask, lowest) if mask.dtype == torch.bool else scores + mask.float()
+        if at is not None:
+            mask = mask.gather(2, at.expand(-1, mask.shape[1], -1, n_src))
+        scores = scores.masked_fill_(~mask, lowest) if mask.dtype == torch.bool else scores.add_(mask)
     return scores.softmax(-1).to(dtype)
 
 

@@ -41,9 +41,9 @@ def synthetic(
     weight /= weight.sum(-1, keepdims=True)
     size = rng.lognormal(0, 0.4, (layers, 1, heads, 1, n)).astype(np.float32)
     size[..., 0] *= 0.02
-    norm_head = torch.from_numpy(weight * size)
     norms = mv.NormAttentionResult(
-        norm=norm_head.square().sum(2).sqrt(), norm_head=norm_head, weight=torch.from_numpy(weight),
+        norm=torch.from_numpy(np.sqrt(np.square(weight * size).sum(2))), weight=torch.from_numpy(weight),
+        value_norm=torch.from_numpy(size[..., 0, :]),
         layers=tuple(range(1, layers + 1)), dest=torch.tensor([dest]), names=tuple(map(str, dest)), model=inputs.model,
     )  # fmt: skip
     shape = (layers + 1, len(tokens.image), k)

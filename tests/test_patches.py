@@ -180,7 +180,7 @@ def change(result, **fields):
 
 
 def rows(norms, to, **fields):
-    return change(norms, **{f: to(getattr(norms, f)) for f in ("norm", "norm_head", "weight")}, **fields)
+    return change(norms, **{f: to(getattr(norms, f)) for f in ("norm", "weight", "value_norm")}, **fields)
 
 
 BAD = {
@@ -284,9 +284,11 @@ def test_all_pairs_of_7b_are_refused_before_they_are_packed(monkeypatch):
     inputs = large_inputs()
     lens, norms = synthetic(inputs, layers=8, heads=32)
     places = range(20, 620)
-    norms = rows(
-        norms, lambda x: x.expand(*x.shape[:-2], 600, -1), dest=torch.tensor([[*places]]), names=tuple(map(str, places))
-    )
+    many = {
+        name: getattr(norms, name)[..., :1, :].expand(*getattr(norms, name).shape[:-2], 600, -1)
+        for name in ("norm", "weight")
+    }
+    norms = change(norms, **many, dest=torch.tensor([[*places]]), names=tuple(map(str, places)))
     packed = []
     pack_rows = packing.pack_rows
     monkeypatch.setattr(packing, "pack_rows", lambda *a: packed.append(1) or pack_rows(*a))

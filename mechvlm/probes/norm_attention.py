@@ -15,38 +15,47 @@ from mechvlm.accessors import attention_rows
 from mechvlm.results import Result, long_frame, stack
 from mechvlm.tokens import Modality
 
-CHUNK = 2**26
-"""Numbers that the transformed values f may take up at once (256 MB in float32): sources are worked off in chunks."""
+CACHED, HELD = 2**21, 2**26
+"""Numbers of f that exist at once: on the CPU as many as its cache holds (8 MB), elsewhere enough for full kernels (256 MB)."""
 
 
-def transformed_values(
+def value_gram(
     v: Float[Tensor, "batch kv_head src d_head"], w_o: Float[Tensor, "d_model head_d_head"]
-) -> Float[Tensor, "batch src head d_model"]:
-    """f_h(x_j) = v_hj W_O^h: what head h would write of source j at weight 1. Float32.
+) -> Float[Tensor, "batch src head head"]:
+    """G_src[h, g] = f_h(x_src) · f_g(x_src), where f_h(x_j) = v_hj W_O^h is what head h would write of source j at weight 1.
 
     v holds W_V's bias and leaves out W_O's, which belongs to no source (Kobayashi et al. 2020, eq. 2-4). Grouped queries
-    share their value.
+    share their value. The sum over d_model is taken in pieces, so that f [batch src head d_model] never exists as a whole.
+    Tested: equals f @ fᵀ, with f formed whole.
     """
-    d_head = v.shape[-1]
-    heads = rearrange(w_o.float(), "d_model (head d_head) -> head d_head d_model", d_head=d_head)
-    v = v.float().repeat_interleave(len(heads) // v.shape[1], dim=1)
-    return torch.einsum("bhse,hed->bshd", v, heads)
+    batch, kv_heads, n_src, d_head = v.shape
+    n_heads = w_o.shape[1] // d_head
+    v = v.float().repeat_interleave(n_heads // kv_heads, dim=1)
+    v = rearrange(v, "batch head src d_head -> head (batch src) d_head")
+    heads = rearrange(w_o, "d_model (head d_head) -> head d_head d_model", d_head=d_head)
+    gram = v.new_zeros(batch * n_src, n_heads, n_heads)
+    at_once = CACHED if v.device.type == "cpu" else HELD
+    # Never fewer than 32 columns: the matrix product needs some width.
+    for piece in heads.split(max(32, at_once // (batch * n_src * n_heads)), dim=-1):
+        f = rearrange(v @ piece.float(), "head point d -> point head d")
+        gram.baddbmm_(f, f.transpose(-1, -2))
+    return rearrange(gram, "(batch src) h g -> batch src h g", batch=batch)
 
 
 def norm_attention_sum(
-    alpha: Float[Tensor, "batch head dest src"], f: Float[Tensor, "batch src head d_model"]
+    alpha: Float[Tensor, "batch head dest src"], gram: Float[Tensor, "batch src head head"]
 ) -> Float[Tensor, "batch dest src"]:
     """Norm of what each source token wrote to each destination, summed over heads (residual-stream units).
 
-    ‖Σ_h α_h[dest, src] f_h[src]‖ = sqrt(αᵀ G α) with G_src[h, g] = f_h[src] · f_g[src], by the Gram matrix of f over heads:
-    exact, and never [dest, src, d_model].
+    ‖Σ_h α_h[dest, src] f_h[src]‖ = sqrt(αᵀ G α), with G_src[h, g] = f_h[src] · f_g[src] (`value_gram`): exact, and never
+    [dest, src, d_model].
 
     Source: Kobayashi et al. 2020, eq. 5. Differs: x is the RMS-normed input of a pre-norm decoder.
     Tested: equals the norm of the explicitly summed vectors.
     """
-    gram = f @ f.transpose(-1, -2)  # [batch src head head]
-    a = rearrange(alpha, "batch head dest src -> batch src dest head")
-    return rearrange(((a @ gram) * a).sum(-1).clamp(min=0).sqrt(), "batch src dest -> batch dest src")
+    # Laid out by source once: both products then run over memory as it lies.
+    a = rearrange(alpha, "batch head dest src -> batch src head dest").contiguous()
+    return rearrange((gram @ a).mul_(a).sum(2).clamp_(min=0).sqrt_(), "batch src dest -> batch dest src")
 
 
 @dataclass(frozen=True, repr=False)
@@ -58,8 +67,8 @@ class NormAttentionResult(Result):
 
     Attributes:
         norm: ‖Σ_h α_h f_h(x_src)‖, the heads' vectors summed first (residual-stream units).
-        norm_head: ‖α_h f_h(x_src)‖ = α_h ‖f_h(x_src)‖ per head.
         weight: α_h, the raw attention weights (0 to 1, each row of a token sums to 1).
+        value_norm: ‖f_h(x_src)‖ per head, what it would write at weight 1 (residual-stream units).
         layers: 1 to n_layers.
         dest: the destination positions, per example; with all pairs, every position.
         names: what the destinations are called.
@@ -69,12 +78,17 @@ class NormAttentionResult(Result):
     units: ClassVar[str] = "norm of the vector written (residual-stream units)"
 
     norm: Float[Tensor, "layer example dest src"]
-    norm_head: Float[Tensor, "layer example head dest src"]
     weight: Float[Tensor, "layer example head dest src"]
+    value_norm: Float[Tensor, "layer example head src"]
     layers: tuple[int, ...]
     dest: Int[Tensor, "example dest"]
     names: tuple[str, ...]
     model: str
+
+    @property
+    def norm_head(self) -> Float[Tensor, "layer example head dest src"]:
+        """‖α_h f_h(x_src)‖ = α_h ‖f_h(x_src)‖ per head (residual-stream units); computed when it is asked for."""
+        return self.weight * self.value_norm[:, :, :, None]
 
     def to_frame(self) -> pd.DataFrame:
         """One row per measure ("norm", "weight": its mean over heads), layer, example, destination and source."""
@@ -107,8 +121,8 @@ class NormAttention:
     def prepare(self, vlm, inputs):
         length = len(inputs.token_maps[0])
         if isinstance(self.dst, str) and self.dst == "all pairs":
-            real = torch.stack([m.modality != Modality.PADDING for m in inputs.token_maps])
-            return torch.arange(length).expand(len(inputs), -1), tuple(str(p) for p in range(length)), real
+            padding = torch.stack([m.modality == Modality.PADDING for m in inputs.token_maps])
+            return torch.arange(length).expand(len(inputs), -1), tuple(str(p) for p in range(length)), padding
         asked = [self.dst] if isinstance(self.dst, str | Integral) else list(self.dst)
         if not asked:
             raise ValueError("dst is empty: name at least one destination, such as 'last'.")
@@ -123,26 +137,18 @@ class NormAttention:
         return torch.stack([torch.cat(rows) for rows in found]), tuple(names), None
 
     def at_attention(self, plan, attended):
-        dest, _, real = plan
+        dest, _, padding = plan  # padding: of all pairs only, where dest is every position
         q, k, v, mask, scale = attended.parts
-        alpha = attention_rows(q, k, mask, scale, dest)
-        if real is not None:  # a destination of padding attends to anything
-            alpha = alpha * real.to(alpha.device)[:, None, :, None]
-        per_source = len(v) * q.shape[1] * attended.w_o.shape[0]
-        # Columns of the result depend on one source each, so that sources can be worked off in chunks.
-        norms, heads = [], []
-        step = max(1, CHUNK // per_source)
-        for start in range(0, v.shape[2], step):
-            src = slice(start, start + step)
-            f = transformed_values(v[:, :, src], attended.w_o)
-            norms.append(norm_attention_sum(alpha[..., src], f))
-            size = rearrange(torch.linalg.vector_norm(f, dim=-1), "batch src head -> batch head 1 src")
-            heads.append(alpha[..., src] * size)
-        return {"norm": torch.cat(norms, -1), "norm_head": torch.cat(heads, -1), "weight": alpha}
+        alpha = attention_rows(q, k, mask, scale, dest if padding is None else None)
+        if padding is not None and padding.any():  # a destination of padding attends to anything
+            alpha.masked_fill_(padding.to(alpha.device)[:, None, :, None], 0)
+        gram = value_gram(v, attended.w_o)
+        value_norm = rearrange(gram.diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt(), "batch src head -> batch head src")
+        return {"norm": norm_attention_sum(alpha, gram), "weight": alpha, "value_norm": value_norm}
 
     def result(self, plan, rows, vlm, inputs) -> NormAttentionResult:
         dest, names, _ = plan
-        parts = {name: stack([row[name] for row in rows]) for name in ("norm", "norm_head", "weight")}
+        parts = {name: stack([row[name] for row in rows]) for name in ("norm", "weight", "value_norm")}
         return NormAttentionResult(
             **parts, layers=tuple(range(1, vlm.n_layers + 1)), dest=dest, names=names, model=vlm.name
         )

@@ -321,7 +321,7 @@ def _measure(measure: str) -> tuple[str, str]:
 def _of_layer(norms: NormAttentionResult, measure: str, layer: int, example: int) -> tuple[torch.Tensor, torch.Tensor]:
     """All heads together [dest src], and each [head dest src]."""
     if measure == "norm":
-        return norms.norm[layer, example], norms.norm_head[layer, example]
+        return norms.norm[layer, example], norms.weight[layer, example] * norms.value_norm[layer, example, :, None]
     return norms.weight[layer, example].mean(0), norms.weight[layer, example]
 
 

@@ -87,7 +87,7 @@ class Seen:
     def values(self, row: int) -> tuple[np.ndarray, np.ndarray]:
         """A destination's weights and norms [layer, 1 + head, src], all heads together first: the mean, and the summed norm."""
         raw = self.norms.weight[:, self.example, :, row].double().numpy()[..., self.order]
-        heads = self.norms.norm_head[:, self.example, :, row].double().numpy()[..., self.order]
+        heads = raw * self.norms.value_norm[:, self.example].double().numpy()[..., self.order]
         summed = self.norms.norm[:, self.example, row].double().numpy()[..., self.order]
         return np.concatenate([raw.mean(1, keepdims=True), raw], 1), np.concatenate([summed[:, None], heads], 1)
 
@@ -139,7 +139,7 @@ def see(inputs, lens, norms, reading, example) -> Seen:
         )
     pictures = _open(inputs.images[example] if example < len(inputs.images) else (), tokens, example)
     seen = Seen(example, tokens, pictures, lens.of(example), norms, _maps(reading, tokens, example, n))
-    values = [lens.probs, norms.norm[:, example], norms.norm_head[:, example], norms.weight[:, example]]
+    values = [lens.probs, norms.norm[:, example], norms.weight[:, example], norms.value_norm[:, example]]
     if not all(bool(x.isfinite().all()) for x in values):
         raise ViewError(
             "The results hold NaN or infinity: there is nothing to draw. Read them again from finite states."
