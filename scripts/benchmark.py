@@ -1,186 +1,144 @@
-"""What mechvlm costs, in bare forwards of the same model on the same weights and inputs.
+"""What mechvlm costs, in bare forwards of the same model on the same weights and inputs, and what the other ways cost.
 
-    python scripts/benchmark.py [--layers 32] [--width 256] [--repeats 5] [--json FILE]
+    python scripts/benchmark.py [probes] [pairs] [imports] [sweeps] [--batch N] [--json FILE] [--record]
 
-The model is a LLaVA of random weights in LLaVA-1.5's token geometry: 576 visual tokens of about 620, a vocabulary of 32064,
-batch size 1. A bare forward is the model's own, with `logits_to_keep=1` and its default attention. Each time is the median of
-several runs, taken in turn so that a slow moment of the machine meets all of them; what runs whole forwards is run once.
+The models have random weights and LLaVA-1.5's token geometry: 576 visual tokens of about 620, a vocabulary of 32064. A bare
+forward is Hugging Face's own, on a model that nnsight has not touched, with `logits_to_keep=1` and its default attention.
+Each time and each peak of memory is the median of several runs, which take turns; what runs for minutes is run once.
+Ratios are compared with those on record (benchmark.json): what moved by more than a tenth is said, and what got worse by that
+much or misses its bar ends the run with exit code 1. `--record` puts this run's ratios on record.
+
+    probes   the three measures, one by one and in one read, against Hugging Face's outputs, TransformerBridge and plain hooks
+    pairs    norm-based attention of all pairs of one layer, against the vector of every pair
+    imports  import times, and the command's --help
+    sweeps   the causal experiments over all windows of 32 layers, against one whole forward per window
 """
 
 import argparse
 import json
 import logging
-import os
-import platform
-import time
-from collections.abc import Callable
-from statistics import median
+import sys
+from pathlib import Path
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-
-import nnsight
-import numpy as np
 import torch
-from PIL import Image
+from benchmark_imports import imports
+from benchmark_measure import machine
+from benchmark_probes import pairs, probes
+from benchmark_sweeps import sweeps
 from rich.console import Console
 from rich.table import Table
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import WhitespaceSplit
-from transformers import (
-    CLIPImageProcessor,
-    CLIPVisionConfig,
-    LlamaConfig,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-    LlavaProcessor,
-    PreTrainedTokenizerFast,
-)
 
-import mechvlm as mv
-
-VOCABULARY = 32064
-IMAGE = 32000
-QUESTION = " ".join(f"w{i}" for i in range(40))
+RECORD = Path(__file__).with_name("benchmark.json")
+GROUPS = ("probes", "pairs", "imports", "sweeps")
+MOVED = 0.1
+"""The share by which a ratio may differ from the recorded one before it is said."""
+RATIOS = ("of its floor", "of a bare forward", "of 32 bare forwards", "times as long")
+MORE_IS_BETTER = ("times as long",)
 
 
-def llava(layers: int, width: int) -> mv.VLM:
-    """A LLaVA with LLaVA-1.5's tokens: 24 x 24 patches, words that are made up."""
-    words = ["<unk>", "<s>", "</s>", *(f"w{i}" for i in range(IMAGE - 3)), "<image>", "<pad>"]
-    backend = Tokenizer(WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
-    backend.pre_tokenizer = WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="<pad>",
-        additional_special_tokens=["<image>"],
-    )  # fmt: skip
-    config = LlavaConfig(
-        vision_config=CLIPVisionConfig(
-            hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2, image_size=336,
-            patch_size=14, projection_dim=64,
-        ),
-        text_config=LlamaConfig(
-            vocab_size=VOCABULARY, hidden_size=width, intermediate_size=int(width * 2.6875), num_hidden_layers=layers,
-            num_attention_heads=width // 128, max_position_embeddings=2048, bos_token_id=1, eos_token_id=2,
-        ),
-        image_token_index=IMAGE, vision_feature_layer=-2, vision_feature_select_strategy="default",
-    )  # fmt: skip
-    processor = LlavaProcessor(
-        CLIPImageProcessor(size={"shortest_edge": 336}, crop_size={"height": 336, "width": 336}),
-        tokenizer, patch_size=14, vision_feature_select_strategy="default", num_additional_image_tokens=1,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    return mv.load(LlavaForConditionalGeneration(config).eval(), processor)
+def measure(group: str, args: argparse.Namespace) -> tuple[str, list[dict]]:
+    """A group's title, which says on what it was measured, and its rows."""
+    if group == "probes":
+        title = f"{args.family}, {args.layers} layers of width {args.width}, {args.dtype}, batch of {args.batch}"
+        dtype = getattr(torch, args.dtype)
+        return title, probes(args.family, args.layers, args.width, args.batch, args.repeats, args.device, dtype)
+    if group == "pairs":
+        return f"one layer of width {args.width}, 620 tokens", pairs(args.width, args.repeats, args.device)
+    if group == "imports":
+        return "imports", imports(args.repeats)
+    return "sweeps over 32 windows, llava, 32 layers of width 256, batch of 1", sweeps(32, 256, args.repeats)
 
 
-def noise(seed: int) -> Image.Image:
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 255, (336, 336, 3), dtype=np.uint8))
+def ratio(row: dict) -> tuple[str, float] | None:
+    """The number that a row is judged by."""
+    return next(((name, row[name]) for name in RATIOS if name in row), None)
 
 
-def times(cases: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
-    """Median seconds of each case; they take turns. The first of several turns is not counted."""
-    taken: dict[str, list[float]] = {name: [] for name in cases}
-    for turn in range(repeats + (repeats > 1)):
-        for name, case in cases.items():
-            start = time.perf_counter()
-            case()
-            if turn or repeats == 1:
-                taken[name].append(time.perf_counter() - start)
-    return {name: median(seconds) for name, seconds in taken.items()}
+def missed(row: dict) -> str | None:
+    """What is wrong with a row by its bar, or None."""
+    for value, bar, most in (
+        ("of its floor", "bar", True), ("peak of bare", "memory bar", True), ("of a bare forward", "share bar", True),
+        ("seconds", "limit", True), ("times as long", "least", False),
+    ):  # fmt: skip
+        limit = row.get(bar)
+        if limit is not None and (row[value] > limit if most else row[value] < limit):
+            return f"{row['case']}: {value} {row[value]:.3f}, the bar is {limit:.3f}"
+    return None
 
 
-def sweeps(layers: int, width: int, repeats: int) -> list[dict]:
-    """Sweeps over all windows of one layer: each experiment as it is, and as one whole forward per window.
-
-    `image -> question` changes the words behind the image, `image -> last` the last position alone, and `causal trace` all
-    from the first visual token on, so that there only the layers below a window are saved. Every time holds all that the
-    experiment does, its clean (and its corrupted) forward too.
-    """
-    vlm = llava(layers, width)
-    inputs = vlm.inputs(noise(0), QUESTION)
-    tokens, answer = inputs.tokens, 7
-    behind = [p for p in tokens.question.tolist() if p > tokens.last_image]
-
-    def p_of(change: Callable[[int], object], layer: int) -> float:
-        with torch.no_grad(), vlm.trace(inputs, logits_to_keep=1, use_cache=False):
-            change(layer)
-            logits = nnsight.save(vlm.logits)
-        return float(logits[0, -1].softmax(-1)[answer])
-
-    def whole_flow(dst) -> list[float]:
-        return [p_of(lambda at: mv.knock_out(vlm, tokens.image, dst, at), layer) for layer in range(layers)]
-
-    def whole_trace() -> list[float]:
-        with torch.no_grad(), vlm.trace(inputs, logits_to_keep=1, use_cache=False):
-            clean = nnsight.save([])
-            for layer in range(layers):
-                clean.append(vlm.resid_pre[layer])
-        old = clean[0][:, tokens.image]
-        broken = old + 3 * old.std() * torch.randn(old.shape, generator=torch.Generator().manual_seed(0))
-
-        def restore(layer: int) -> None:
-            mv.patch(vlm, broken, tokens.image, 0, at="resid_pre")
-            mv.patch(vlm, clean[layer], tokens.image, layer, at="resid_pre")
-
-        return [p_of(restore, layer) for layer in range(layers)]
-
-    def flow(name: str) -> list[float]:
-        return mv.information_flow(vlm, inputs, answer, window=1, flows=[name]).p_knocked.flatten().tolist()
-
-    def trace() -> list[float]:
-        return mv.causal_trace(vlm, inputs, answer, groups=["image"]).p_restored.flatten().tolist()
-
-    found: dict[str, list[float]] = {}
-
-    def kept(name: str, case: Callable[[], list[float]]) -> Callable[[], None]:
-        return lambda: found.update({name: case()})
-
-    @torch.no_grad()
-    def bare() -> None:
-        vlm.hf(**vlm.encoding(inputs), logits_to_keep=1, use_cache=False)
-
-    pairs = {
-        "image -> question": (lambda: flow("image -> question"), lambda: whole_flow(behind)),
-        "image -> last": (lambda: flow("image -> last"), lambda: whole_flow(tokens.last)),
-        "causal trace, image": (trace, whole_trace),
-    }
-    fast = {name: kept(name, case) for name, (case, _) in pairs.items()}
-    whole = {f"{name}, whole forwards": kept(f"{name}, whole forwards", case) for name, (_, case) in pairs.items()}
-    seconds = times({"bare forward": bare} | fast, repeats) | times(whole, 1)
-    rows = []
-    for name, s in seconds.items():
-        row = {"case": name, "seconds": s, "of n bare forwards": s / seconds["bare forward"] / layers}
-        if name in pairs:
-            naive = found[f"{name}, whole forwards"]
-            row["largest relative difference"] = max(abs(a / b - 1) for a, b in zip(found[name], naive, strict=True))
-        rows.append(row)
-    return rows
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--layers", type=int, default=32, help="of the decoder (default: 32)")
-    parser.add_argument("--width", type=int, default=256, help="d_model, a multiple of 128 (default: 256)")
-    parser.add_argument("--repeats", type=int, default=5, help="runs of each case (default: 5)")
-    parser.add_argument("--json", metavar="FILE", help="write the figures there too")
-    args = parser.parse_args()
-    logging.getLogger("transformers").setLevel(logging.ERROR)
-    machine = f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
-    title = f"Sweeps over all {args.layers} windows, width {args.width}, float32, batch size 1; {machine}"
-    rows = sweeps(args.layers, args.width, args.repeats)
-    table = Table("case", "seconds", "of n bare forwards", "largest relative difference", title=title)
+def moved(title: str, rows: list[dict], record: dict) -> list[tuple[str, bool]]:
+    """What differs from the record by more than `MOVED`, in words, and whether it got worse."""
+    found = []
     for row in rows:
-        apart = row.get("largest relative difference")
-        table.add_row(
-            row["case"],
-            f"{row['seconds']:.3f}",
-            f"{row['of n bare forwards']:.3f}",
-            "" if apart is None else f"{apart:.1e}",
-        )
-    Console(width=130).print(table)
+        before, now = record.get(title, {}).get(row["case"]), ratio(row)
+        if before is None or now is None:
+            continue
+        name, value = now
+        change = value / before - 1
+        if abs(change) > MOVED:
+            worse = (change > 0) != (name in MORE_IS_BETTER)
+            found.append(
+                (f"{row['case']}: {name} {before:.3f} -> {value:.3f} ({'worse' if worse else 'better'})", worse)
+            )
+    return found
+
+
+def show(title: str, rows: list[dict]) -> Table:
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    table = Table(title=title, title_justify="left")
+    for name in columns:
+        table.add_column(name, justify="left" if name == "case" else "right")
+    for row in rows:
+        table.add_row(*(_cell(name, row.get(name)) for name in columns))
+    return table
+
+
+def _cell(name: str, value) -> str:
+    if value is None or isinstance(value, str):
+        return value or ""
+    return f"{value:.1e}" if name == "apart" else f"{value:.0f}" if name == "above MB" else f"{value:.3f}"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("groups", nargs="*", metavar="GROUP", help=f"which of {', '.join(GROUPS)} (default: all)")
+    add("--family", default="llava", choices=("llava", "instructblip"), help="of the probes (default: llava)")
+    add("--layers", type=int, default=8, help="of the decoder (default: 8; LLaVA-1.5-7B: 32)")
+    add("--width", type=int, default=2048, help="d_model, a multiple of 128 (default: 2048; LLaVA-1.5-7B: 4096)")
+    add("--batch", type=int, default=1, help="examples a forward, of the probes (default: 1)")
+    add("--device", default="cpu", help="cpu or cuda (default: cpu)")
+    add("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="default: float32")
+    add("--repeats", type=int, default=5, help="runs of each case (default: 5)")
+    add("--json", metavar="FILE", help="write the figures there too")
+    add("--record", action="store_true", help=f"put the ratios on record in {RECORD.name}")
+    args = parser.parse_args()
+    if strange := set(args.groups) - set(GROUPS):
+        parser.error(f"no group {sorted(strange)}: there are {', '.join(GROUPS)}")
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    record = json.loads(RECORD.read_text()) if RECORD.exists() else {}
+    console, where = Console(width=170), machine(args.device)
+    console.print(where)
+    known = record.setdefault(where, {})
+    bad, tables = [], {}
+    for group in args.groups or GROUPS:
+        title, rows = measure(group, args)
+        tables[title] = rows
+        console.print(show(title, rows))
+        for sentence, worse in moved(title, rows, known):
+            console.print(f"moved: {sentence}", markup=False)
+            bad += [sentence] if worse else []
+        for sentence in filter(None, map(missed, rows)):
+            console.print(f"missed: {sentence}", markup=False)
+            bad.append(sentence)
+        if args.record:
+            known[title] = {row["case"]: round(found[1], 4) for row in rows if (found := ratio(row))}
     if args.json:
-        with open(args.json, "w") as file:
-            json.dump({"title": title, "rows": rows}, file, indent=1)
+        Path(args.json).write_text(json.dumps({"machine": where, "tables": tables}, indent=1) + "\n")
+    if args.record:
+        RECORD.write_text(json.dumps(record, indent=1) + "\n")
+    return 1 if bad else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

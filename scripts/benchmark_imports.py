@@ -1,0 +1,30 @@
+"""What importing costs, each time in a fresh interpreter."""
+
+import subprocess
+import sys
+
+from benchmark_measure import times
+
+NNSIGHT = "import nnsight"
+OVER = 0.3
+"""Seconds that `import mechvlm` may take over `import nnsight`."""
+HELP = 1.0
+"""Seconds that `mechvlm --help` may take."""
+CODE = {
+    NNSIGHT: NNSIGHT,
+    "import mechvlm": "import mechvlm",
+    "nnsight, AutoProcessor, pandas": "import nnsight, pandas; from transformers import AutoProcessor",
+    "mechvlm, every public name": "import mechvlm; [getattr(mechvlm, name) for name in mechvlm.__all__]",
+    "mechvlm --help": "from mechvlm.cli import main; main([])",
+}
+
+
+def imports(repeats: int) -> list[dict]:
+    """Seconds of each; `import mechvlm` loads nothing heavy, its names do when they are used: what that takes is beside it."""
+
+    def run(code):
+        return lambda: subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
+
+    seconds = times({name: run(code) for name, code in CODE.items()}, repeats)
+    limits = {"import mechvlm": seconds[NNSIGHT] + OVER, "mechvlm --help": HELP}
+    return [{"case": name, "seconds": taken, "limit": limits.get(name)} for name, taken in seconds.items()]

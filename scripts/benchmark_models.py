@@ -1,0 +1,131 @@
+"""Models of random weights for the benchmark: real architectures with real token geometry, at any width and depth."""
+
+import copy
+import os
+from typing import Any, NamedTuple
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import numpy as np
+import torch
+from PIL import Image
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import (
+    BertTokenizer,
+    BlipImageProcessor,
+    CLIPImageProcessor,
+    CLIPVisionConfig,
+    InstructBlipConfig,
+    InstructBlipForConditionalGeneration,
+    InstructBlipProcessor,
+    InstructBlipQFormerConfig,
+    InstructBlipVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
+)
+from transformers.initialization import no_init_weights
+
+import mechvlm as mv
+
+VOCABULARY = 32064
+IMAGE = 32000
+QUESTION = " ".join(f"w{i}" for i in range(40))
+FULL = 4096
+"""From this width on the vision encoder is LLaVA-1.5's or InstructBLIP's own; below, a small one that costs next to nothing."""
+
+
+def noise(seed: int, size: int = 336) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 255, (size, size, 3), dtype=np.uint8))
+
+
+class Built(NamedTuple):
+    """The same weights twice: as mechvlm loads them, and as a Hugging Face model that nnsight has not touched."""
+
+    vlm: mv.VLM
+    hf: Any
+
+
+def build(family: str, layers: int, width: int, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Built:
+    """A model with LLaMA's proportions: heads of 128, an MLP of 2.6875 times the width (11008 at 4096)."""
+    make = {"llava": llava, "instructblip": instructblip}[family]
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device), no_init_weights():  # its own initialisation takes most of a minute at width 2048
+            model, processor = make(layers, width)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "norm" in name and name.endswith("weight"):
+                weight.fill_(1)
+            else:
+                weight.normal_(0, 0.02)
+    bare = copy.deepcopy(model.eval(), {id(weight): weight for weight in model.parameters()})
+    return Built(mv.load(model, processor), bare)
+
+
+def llava(layers: int, width: int) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
+    """LLaVA-1.5's tokens: 24 x 24 patches of an image of 336 pixels."""
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(
+            **_vision(width, hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16),
+            image_size=336, patch_size=14, projection_dim=64,
+        ),
+        text_config=_text(layers, width), image_token_index=IMAGE, vision_feature_layer=-2,
+        vision_feature_select_strategy="default",
+    )  # fmt: skip
+    processor = LlavaProcessor(
+        CLIPImageProcessor(size={"shortest_edge": 336}, crop_size={"height": 336, "width": 336}),
+        _tokenizer(), patch_size=14, vision_feature_select_strategy="default", num_additional_image_tokens=1,
+    )  # fmt: skip
+    return LlavaForConditionalGeneration(config), processor
+
+
+def instructblip(layers: int, width: int) -> tuple[InstructBlipForConditionalGeneration, InstructBlipProcessor]:
+    """InstructBLIP's tokens: 32 queries, which read an image of 224 pixels."""
+    vision = _vision(width, hidden_size=1408, intermediate_size=6144, num_hidden_layers=39, num_attention_heads=16)
+    queries = _vision(width, hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12)
+    config = InstructBlipConfig(
+        vision_config=InstructBlipVisionConfig(**vision, image_size=224, patch_size=14).to_dict(),
+        qformer_config=InstructBlipQFormerConfig(
+            **queries, vocab_size=len(_BERT), encoder_hidden_size=vision["hidden_size"], cross_attention_frequency=2
+        ).to_dict(),
+        text_config=_text(layers, width).to_dict(), num_query_tokens=32, image_token_index=IMAGE,
+    )  # fmt: skip
+    processor = InstructBlipProcessor(
+        BlipImageProcessor(size={"height": 224, "width": 224}), _tokenizer(),
+        BertTokenizer(vocab={word: i for i, word in enumerate(_BERT)}), num_query_tokens=32,
+    )  # fmt: skip
+    return InstructBlipForConditionalGeneration(config), processor
+
+
+_BERT = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *QUESTION.split()]
+
+
+def _vision(width: int, **full: int) -> dict[str, int]:
+    small = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
+    return full if width >= FULL else small
+
+
+def _text(layers: int, width: int) -> LlamaConfig:
+    return LlamaConfig(
+        vocab_size=VOCABULARY, hidden_size=width, intermediate_size=int(width * 2.6875), num_hidden_layers=layers,
+        num_attention_heads=width // 128, max_position_embeddings=2048, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+
+
+def _tokenizer() -> PreTrainedTokenizerFast:
+    """Words that are made up, as many as LLaMA has."""
+    words = ["<unk>", "<s>", "</s>", *(f"w{i}" for i in range(IMAGE - 3)), "<image>", "<pad>"]
+    backend = Tokenizer(WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
+    backend.pre_tokenizer = WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="<pad>",
+        additional_special_tokens=["<image>"],
+    )  # fmt: skip

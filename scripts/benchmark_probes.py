@@ -1,0 +1,162 @@
+"""The three measures of the paper against the bare forward, what their products alone cost, and the other ways to do them."""
+
+import benchmark_rivals as rivals
+import torch
+from benchmark_measure import peaks, times
+from benchmark_models import QUESTION, build, noise
+
+import mechvlm as mv
+from mechvlm.architectures import part
+from mechvlm.probes.norm_attention import norm_attention_sum, value_gram
+
+BARS = {"Contextualization": 1.05, "LogitLens": 1.08, "NormAttention, 2 rows": 1.15, "all three in one read": 1.15}
+ALL_PAIRS = 1.25
+"""The bar of all pairs, at width 2048."""
+MEMORY = 1.25
+"""At most so many times the bare forward's peak memory, for all three in one read."""
+EMPTY = 0.03
+"""At most this share of a forward, for what tracing 32 layers costs."""
+FASTER = 15
+"""Norm-based attention of all pairs: at least so many times as fast as the vectors of each pair."""
+
+
+class Nothing:
+    """A probe that reads nothing: what is left is the tracing."""
+
+    reads = frozenset()
+
+    def prepare(self, vlm, inputs):
+        return None
+
+    def result(self, plan, rows, vlm, inputs):
+        return None
+
+
+def probes(
+    family: str, layers: int, width: int, batch: int, repeats: int, device: str, dtype: torch.dtype
+) -> list[dict]:
+    """One row a case: seconds, and ratios to the bare forward and to the sum of the case's floors."""
+    vlm, hf = build(family, layers, width, device, dtype)
+    inputs = vlm.inputs([noise(i) for i in range(batch)], QUESTION)
+    encoding, bridge = vlm.encoding(inputs), vlm.bridge()
+    found: dict[str, rivals.Found] = {}
+
+    def read(*wanted):
+        return lambda: mv.read(vlm, inputs, *wanted)
+
+    def kept(name, way):
+        return name, lambda: found.update({name: way()})
+
+    @torch.no_grad()
+    def bare():
+        hf(**encoding, logits_to_keep=1)
+
+    products = _products(hf, vlm, inputs)
+    three = "all three in one read"
+    cases = {
+        "bare forward": bare,
+        "empty read": read(Nothing()),
+        "Contextualization": read(mv.Contextualization()),
+        "LogitLens": read(mv.LogitLens(k=rivals.K)),
+        "NormAttention, 2 rows": read(mv.NormAttention()),
+        "NormAttention, all pairs": read(mv.NormAttention(dst="all pairs")),
+        **dict(
+            kept(name, way)
+            for name, way in {
+                three: lambda: rivals.read(vlm, inputs),
+                "(a) Hugging Face, eager": lambda: rivals.hugging_face(hf, vlm, inputs),
+                "(b) TransformerBridge": lambda: rivals.transformer_lens(bridge, vlm, inputs),
+                "(d) plain hooks": lambda: rivals.plain_hooks(hf, vlm, inputs),
+            }.items()
+        ),
+    }
+    if device == "cpu" and batch > 1:
+        # 8 x 620² weights a head and layer, twice: nobody asks for all pairs of a batch on a CPU.
+        del cases["NormAttention, all pairs"]
+    seconds = times(cases | products, repeats, device)
+    memory = peaks(cases, device)
+    floor = seconds["bare forward"]
+    floors = {"LogitLens": floor + seconds["unembedding product"]}
+    for name in found:
+        floors[name] = floor + sum(seconds[product] for product in products)
+    bars = BARS | ({"NormAttention, all pairs": ALL_PAIRS} if width == 2048 else {})
+    rows = []
+    for name, taken in seconds.items():
+        row = {"case": name, "seconds": taken, "of a bare forward": taken / floor}
+        if name in cases:
+            row |= {"of its floor": taken / floors.get(name, floor), "bar": bars.get(name)}
+            if (peak := memory[name]) and (least := memory["bare forward"]):
+                row |= {
+                    "peak GB": peak.total / 1e9,
+                    "peak of bare": peak.total / least.total,
+                    "above MB": peak.above / 1e6,
+                }
+        if name in found and name != three:
+            row["apart"] = max(
+                float((a - b).abs().max() / b.abs().max()) for a, b in zip(found[name], found[three], strict=True)
+            )
+        if name == three and "peak of bare" in row:
+            row["memory bar"] = MEMORY
+        rows.append(row)
+    return rows + _tracing(floor, repeats, device)
+
+
+def _products(hf, vlm: mv.VLM, inputs: mv.Inputs) -> dict:
+    """The matrix products without which no way to do it can be, on numbers that are there already."""
+    unembed = part(hf, vlm.record.unembed)
+    batch, length = len(inputs), len(inputs.tokens)
+    options = {"device": unembed.weight.device, "dtype": unembed.weight.dtype}
+    points = torch.randn(sum(len(m.image) for m in inputs.token_maps), vlm.d_model, **options)
+    values = torch.randn(batch * length, vlm.d_model, **options)
+    weight = part(hf, vlm.record.layers)[0].self_attn.o_proj.weight
+    f = torch.randn(batch * length, vlm.n_heads, vlm.d_model, **options)
+
+    @torch.no_grad()
+    def unembedding():
+        for _ in range(vlm.n_layers + 1):
+            unembed(points)
+
+    @torch.no_grad()
+    def gram():
+        for _ in range(vlm.n_layers):
+            values @ weight.T
+            f @ f.transpose(-1, -2)
+
+    return {"unembedding product": unembedding, "Gram products": gram}
+
+
+def _tracing(floor: float, repeats: int, device: str) -> list[dict]:
+    """What tracing 32 layers costs: an empty read less a bare forward, where the forward is so small that it shows."""
+    vlm, hf = build("llava", 32, 128, device)
+    inputs = vlm.inputs(noise(0), QUESTION)
+    encoding = vlm.encoding(inputs)
+
+    @torch.no_grad()
+    def bare():
+        hf(**encoding, logits_to_keep=1)
+
+    seconds = times({"bare": bare, "empty": lambda: mv.read(vlm, inputs, Nothing())}, 4 * repeats, device)
+    cost = seconds["empty"] - seconds["bare"]
+    return [{"case": "tracing 32 layers", "seconds": cost, "of a bare forward": cost / floor, "share bar": EMPTY}]
+
+
+def pairs(width: int, repeats: int, device: str) -> list[dict]:
+    """Norm-based attention of all pairs of one layer, on the same tensors: by Gram matrices, and vector by vector (c)."""
+    heads, n, d_head = width // 128, 620, 128
+    torch.manual_seed(0)
+    v = torch.randn(1, heads, n, d_head, device=device)
+    w_o = torch.randn(width, width, device=device) * 0.02
+    scores = torch.randn(1, heads, n, n, device=device)
+    alpha = scores.masked_fill(torch.ones_like(scores).triu(1).bool(), -torch.inf).softmax(-1)
+    found = {}
+    ours = lambda: found.update(ours=norm_attention_sum(alpha, value_gram(v, w_o)))  # noqa: E731
+    theirs = lambda: found.update(theirs=rivals.pair_by_pair(alpha, v, w_o))  # noqa: E731
+    seconds = times({"ours": ours}, repeats, device) | times({"theirs": theirs}, 1, device)
+    apart = float((found["ours"] - found["theirs"]).abs().max() / found["theirs"].max())
+    return [
+        {"case": "all pairs of a layer, mechvlm", "seconds": seconds["ours"]},
+        {
+            "case": "(c) all pairs of a layer, vector by vector", "seconds": seconds["theirs"],
+            "times as long": seconds["theirs"] / seconds["ours"], "least": FASTER, "apart": apart,
+        },
+    ]  # fmt: skip
