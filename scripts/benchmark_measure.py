@@ -39,7 +39,7 @@ def times(cases: Cases, repeats: int, device: str = "cpu") -> dict[str, float]:
     return {name: median(seconds) for name, seconds in taken.items()}
 
 
-def peaks(cases: Cases, device: str = "cpu", repeats: int = 3) -> dict[str, Peak | None]:
+def peaks(cases: Cases, device: str, repeats: int) -> dict[str, Peak | None]:
     """Median peak memory of each case; None on a machine that does not tell."""
     return {name: _peak(case, device, repeats) for name, case in cases.items()}
 

@@ -74,7 +74,7 @@ def probes(
         # 8 x 620² weights a head and layer, twice: nobody asks for all pairs of a batch on a CPU.
         del cases["NormAttention, all pairs"]
     seconds = times(cases | products, repeats, device)
-    memory = peaks(cases, device)
+    memory = peaks(cases, device, min(repeats, 3))
     floor = seconds["bare forward"]
     floors = {"LogitLens": floor + seconds["unembedding product"]}
     for name in found:
