@@ -104,7 +104,7 @@ def probes(
 def _products(hf, vlm: mv.VLM, inputs: mv.Inputs) -> dict:
     """The matrix products without which no way to do it can be, on numbers that are there already."""
     unembed = part(hf, vlm.record.unembed)
-    batch, length = len(inputs), len(inputs.tokens)
+    batch, length = len(inputs), len(inputs.token_maps[0])
     options = {"device": unembed.weight.device, "dtype": unembed.weight.dtype}
     points = torch.randn(sum(len(m.image) for m in inputs.token_maps), vlm.d_model, **options)
     values = torch.randn(batch * length, vlm.d_model, **options)

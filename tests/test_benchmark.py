@@ -1,0 +1,88 @@
+"""The benchmark's other ways find what mechvlm finds, and a regression is said. Nothing is timed here."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import mechvlm as mv
+
+sys.path.insert(0, str(Path(mv.__file__).parents[1] / "scripts"))
+
+import benchmark
+import benchmark_models
+import benchmark_rivals as rivals
+from benchmark_measure import peaks, times
+
+
+@pytest.mark.parametrize("family", ["llava", "instructblip"])
+def test_the_other_ways_find_the_same(family):
+    vlm, hf = benchmark_models.build(family, layers=2, width=256)
+    prompts = [benchmark_models.QUESTION, benchmark_models.QUESTION + " w1 w2"]
+    inputs = vlm.inputs([benchmark_models.noise(i) for i in range(2)], prompts)
+    tokens = inputs.token_maps[1]
+    assert (len(tokens), len(tokens.image)) == {"llava": (620, 576), "instructblip": (74, 32)}[family]
+    ours = rivals.read(vlm, inputs)
+    for theirs in (
+        rivals.hugging_face(hf, vlm, inputs),
+        rivals.transformer_lens(vlm.bridge(), vlm, inputs),
+        rivals.plain_hooks(hf, vlm, inputs),
+    ):
+        for name, a, b in zip(ours._fields, ours, theirs, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6, msg=lambda m, name=name: f"{name}: {m}")
+    # The bare forward is on the same weights, in modules of its own.
+    for (name, bare), (_, traced) in zip(hf.named_modules(), vlm.hf.named_modules(), strict=True):
+        assert bare is not traced, name
+        for own, shared in zip(bare.parameters(recurse=False), traced.parameters(recurse=False), strict=True):
+            assert own.data_ptr() == shared.data_ptr(), name
+
+
+def test_the_vectors_of_each_pair_by_hand():
+    alpha = torch.tensor([[[[1.0, 0.0], [0.5, 0.5]], [[1.0, 0.0], [0.0, 1.0]]]])  # [1, 2 heads, dest, src]
+    v = torch.tensor([[[[3.0], [1.0]], [[4.0], [2.0]]]])
+    # The heads write in directions of their own: (3, 4); then half of 3 alone, and (half of 1, 2).
+    wanted = torch.tensor([[[5.0, 0.0], [1.5, 4.25**0.5]]])
+    torch.testing.assert_close(rivals.pair_by_pair(alpha, v, torch.eye(2)), wanted)
+
+
+def test_what_moved_is_said():
+    record = {"t": {"read": 1.0, "pairs": 20.0, "gone": 3.0}}
+    rows = [
+        {"case": "read", "seconds": 1.0, "of a bare forward": 9.0, "of its floor": 1.2},
+        {"case": "pairs", "seconds": 1.0, "times as long": 30.0},
+        {"case": "new", "seconds": 1.0, "of its floor": 1.0},
+    ]
+    assert benchmark.moved("t", rows, record) == [
+        ("read: of its floor 1.000 -> 1.200 (worse)", True), ("pairs: times as long 20.000 -> 30.000 (better)", False),
+    ]  # fmt: skip
+    rows[0]["of its floor"] = 1.09
+    assert len(benchmark.moved("t", rows, record)) == 1
+    assert benchmark.moved("another machine", rows, record) == []
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"of its floor": 1.04, "bar": 1.05}, None),
+        ({"of its floor": 1.06, "bar": 1.05}, "x: of its floor 1.060, the bar is 1.050"),
+        ({"of its floor": 1.06, "bar": None}, None),
+        ({"peak of bare": 1.3, "memory bar": 1.25}, "x: peak of bare 1.300, the bar is 1.250"),
+        ({"of a bare forward": 0.04, "share bar": 0.03}, "x: of a bare forward 0.040, the bar is 0.030"),
+        ({"seconds": 2.0, "limit": 1.0}, "x: seconds 2.000, the bar is 1.000"),
+        ({"times as long": 14.0, "least": 15}, "x: times as long 14.000, the bar is 15.000"),
+        ({"times as long": 16.0, "least": 15}, None),
+    ],
+)
+def test_a_missed_bar_is_said(row, said):
+    assert benchmark.missed({"case": "x", "seconds": 0.0, **row}) == said
+
+
+def test_the_first_turn_is_not_counted_and_a_peak_is_seen():
+    turns = []
+    times({"case": lambda: turns.append(1)}, repeats=3)
+    assert len(turns) == 4
+    found = peaks({"large": lambda: torch.ones(50_000_000), "small": lambda: torch.ones(1)}, "cpu", 1)
+    if found["large"] is not None:  # a machine that tells
+        assert 190e6 < found["large"].above < 260e6
+        assert found["small"].above < 50e6
