@@ -65,7 +65,7 @@ def write(study: Study, out: Path, progress: Progress, started: float) -> Study:
         (out / "data" / "README.txt").write_text(__doc__ or "", encoding="utf-8")
         study.skipped.to_csv(out / "skipped.csv", index=False)
         progress("figures", 0, 0)
-        drawn = figures.draw_all(study.tables, study.phases)
+        drawn = figures.draw_all(study)
         figures.save_all(drawn, out / "figures")
         progress("report", 0, 0)
         study = dataclasses.replace(study, seconds=round(time.perf_counter() - started, 2), out=out)
