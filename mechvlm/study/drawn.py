@@ -13,6 +13,7 @@ from typing import NamedTuple
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from mechvlm.intervals import N_RESAMPLES
@@ -61,6 +62,7 @@ def panels(
     across = min(len(models), most)
     down = math.ceil(len(models) / across)
     figure = Figure((1 + 4.6 * across, 0.6 + (0.5 + sum(heights)) * down), layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.09)  # type: ignore[union-attr]
     outer = figure.add_gridspec(down, across)
     blocks: dict[str, list[Axes]] = {}
     for i, model in enumerate(models):
@@ -94,17 +96,21 @@ def dotted(ax: Axes, rows: pd.DataFrame, color: str, x: str = "layer") -> None:
         ax.plot(rows[x].to_numpy(), rows["mean"].to_numpy(), color=color, linestyle=DOTTED, linewidth=1.1)
 
 
-def legend(figure: Figure, *axes: Axes, bands: bool = True, extra: Sequence = (), ncols: int = 5) -> None:
-    """One legend beneath everything: the axes' lines, `extra`, and what the bands are. Read row by row."""
+def legend(figure: Figure, *axes: Axes, bands: bool = True, extra: Sequence = ()) -> None:
+    """One legend beneath everything: the axes' lines and `extra`, and in a last column what the bands are."""
     handles = [handle for ax in axes for handle in ax.get_legend_handles_labels()[0]] + list(extra)
+    columns = len(handles)
     if bands:
+        # Legends are filled column by column; here each holds two.
+        handles += [Line2D([], [], linestyle="none", label=" ")] * (len(handles) % 2)
         handles += [
             Patch(color=GREY, alpha=PALE, linewidth=0, label="± 1 standard deviation"),
             Patch(
                 color=GREY, alpha=1 - (1 - PALE) * (1 - DARK), linewidth=0, label=f"{LEVEL:.0%} interval of the mean"
             ),
         ]
-    figure.legend(handles=handles, loc="outside lower center", ncols=min(ncols, len(handles)))
+        columns = len(handles) // 2
+    figure.legend(handles=handles, loc="outside lower center", ncols=columns)
 
 
 def short(model: str, among: list[str]) -> str:
@@ -118,11 +124,12 @@ def title(study: Study, model: str) -> str:
     return f"{short(model, list(study.models))}  (n = {study.models[model]['n_examples']})"
 
 
-def bands(seed: int) -> str:
+def bands(*seeds: int) -> str:
     """What every caption says of lines and bands."""
     return (
         "Lines are means over examples, pale bands their standard deviation to either side, darker bands the "
-        f"{LEVEL:.0%} bootstrap interval of the mean ({N_RESAMPLES:,} resamples of the examples, seed {seed})."
+        f"{LEVEL:.0%} bootstrap interval of the mean ({N_RESAMPLES:,} resamples of the examples, "
+        f"seed {', '.join(map(str, seeds))})."
     )
 
 

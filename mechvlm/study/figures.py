@@ -92,7 +92,7 @@ def lens_figure(study: Study) -> Drawn:
             ax.set_ylabel(f"{measure} of decoded words")
         layer_axis(block[1], study.models[model]["n_layers"])
         block[0].set_title(title(study, model))
-    legend(figure, blocks[models[0]][0], ncols=3)
+    legend(figure, blocks[models[0]][0])
     return Drawn(figure, (
         "Words decoded from visual tokens (logit lens, likeliest token of each position) against the captions, by "
         "layer: precision, the share of decoded words that the captions hold, and recall, the share of the captions' "
@@ -112,7 +112,7 @@ def context_figure(study: Study) -> Drawn:
         layer_axis(ax, study.models[model]["n_layers"])
         ax.set_title(title(study, model))
         ax.set_ylabel("mean cosine")
-    legend(figure, blocks[models[0]][0], extra=[BASELINE], ncols=3)
+    legend(figure, blocks[models[0]][0], extra=[BASELINE])
     return Drawn(figure, (
         "Contextualization by layer: mean pairwise cosine between image and text tokens, within image tokens, and "
         "within text tokens, each vector's cosine to itself included as in the paper. Dotted, the anisotropy baseline of "

@@ -45,7 +45,7 @@ def norm_figure(study: Study) -> Drawn:
         _shares(right, mine)
         left.set_title(f"{short(model, models)}: {DESTINATIONS[dest]}  (n = {int(mine['n'].iloc[0])})")
         middle.set_title("raw attention weight, mean over heads", fontweight="normal")
-        right.set_title("image's share", fontweight="normal")
+        right.set_title("image tokens' share", fontweight="normal")
     legend(figure, grid[0, 2], bands=False)
     return Drawn(figure, (
         "Norm-based attention (Kobayashi et al. 2020) of the last text token and of the last image token to the tokens "
