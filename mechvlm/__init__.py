@@ -57,8 +57,8 @@ _HOME = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
     "VLM", "CausalTraceResult", "Comparison", "Contextualization", "ContextualizationResult", "InformationFlowResult",
-    "InputError", "Inputs", "LogitAttribution", "LogitAttributionResult", "LogitLens", "LogitLensResult", "Modality", "ModelError",
-    "MultimodalNeuronsResult", "NonFiniteError", "NormAttention", "NormAttentionResult", "ObjectAblationResult",
+    "InputError", "Inputs", "LogitAttribution", "LogitAttributionResult", "LogitLens", "LogitLensResult", "Modality",
+    "ModelError", "MultimodalNeuronsResult", "NonFiniteError", "NormAttention", "NormAttentionResult", "ObjectAblationResult",
     "PatchGrid", "QueryReading", "QueryReadingResult", "Study", "TokenMap", "ViewError", "ablate", "causal_trace",
     "compare", "contextualization", "fit_phases", "information_flow", "knock_out", "load", "logit_attribution", "logit_lens",
     "multimodal_neurons", "norm_attention", "object_ablation", "patch", "precision_recall", "query_reading", "read",

@@ -101,7 +101,7 @@ def legend(figure: Figure, *axes: Axes, bands: bool = True, extra: Sequence = ()
     handles = [handle for ax in axes for handle in ax.get_legend_handles_labels()[0]] + list(extra)
     columns = len(handles)
     if bands:
-        # Legends are filled column by column; here each holds two.
+        # Legends are filled column by column; where there is room, each holds two.
         handles += [Line2D([], [], linestyle="none", label=" ")] * (len(handles) % 2)
         handles += [
             Patch(color=GREY, alpha=PALE, linewidth=0, label="± 1 standard deviation"),
@@ -110,6 +110,7 @@ def legend(figure: Figure, *axes: Axes, bands: bool = True, extra: Sequence = ()
             ),
         ]
         columns = len(handles) // 2
+    columns = min(columns, int(figure.get_figwidth() // 2.4))
     figure.legend(handles=handles, loc="outside lower center", ncols=columns)
 
 
@@ -129,7 +130,7 @@ def bands(*seeds: int) -> str:
     return (
         "Lines are means over examples, pale bands their standard deviation to either side, darker bands the "
         f"{LEVEL:.0%} bootstrap interval of the mean ({N_RESAMPLES:,} resamples of the examples, "
-        f"seed {', '.join(map(str, seeds))})."
+        f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))})."
     )
 
 

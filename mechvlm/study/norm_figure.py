@@ -34,7 +34,7 @@ def norm_figure(study: Study) -> Drawn:
         mine = _rows(norms, model, dest)
         sources = mine.drop_duplicates("src").sort_values("src")
         edges = _edges(sources["modality"].tolist())
-        labels = {"norm": "norm written", "weight": f"raw weight\n(uniform: {1 / len(sources):.3f})"}
+        labels = {"norm": "norm written", "weight": f"raw weight\n(uniform: {1 / len(sources):.2g})"}
         for ax, measure in ((left, "norm"), (middle, "weight")):
             values = mine.pivot(index="layer", columns="src", values=measure)
             mesh = heatmap(ax, values.to_numpy(), values.index.tolist(), edges, vmin=0)
