@@ -131,7 +131,7 @@ def _labels(studies: list[Study]) -> dict[tuple[int, str], str]:
     ways = (
         lambda i, model: short(model, among),
         lambda i, model: f"{short(model, among)}, {studies[i].dataset['name']}",
-        lambda i, model: f"{short(model, among)}, {studies[i].out.name if studies[i].out else f'study {i + 1}'}",
+        lambda i, model: f"{short(model, among)}, {_folder(studies[i]) or f'study {i + 1}'}",
         lambda i, model: f"{short(model, among)}, study {i + 1}",
     )
     labels: dict[tuple[int, str], str] = {}
@@ -140,6 +140,10 @@ def _labels(studies: list[Study]) -> dict[tuple[int, str], str]:
         named = next(found for way in ways if len(set(found := [way(*key) for key in keys])) == len(keys))
         labels |= dict(zip(keys, named, strict=True))
     return labels
+
+
+def _folder(study: Study) -> str:
+    return "" if study.out is None else study.out.resolve().name
 
 
 def _notes(studies: list[Study]) -> tuple[str, ...]:

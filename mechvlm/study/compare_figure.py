@@ -1,9 +1,10 @@
 """The figure of a comparison: a panel a measure, the controls of each beneath it."""
 
-from itertools import cycle, islice
+from itertools import cycle
 from typing import TYPE_CHECKING
 
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 
 from mechvlm.study.drawn import DOTTED, GREY, Drawn, bands, legend, line_of
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
     from mechvlm.study.compare import Comparison
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#333333")
-DASHES = ("-", "--", "-.", (0, (5, 1, 1, 1, 1, 1)))
+DASHES: tuple[str | tuple, ...] = ("-", "--", "-.", (0, (5, 1, 1, 1, 1, 1)))
 MARKERS = ("o", "s", "^", "D", "v")
 TITLES = {
     "cosine_inter": "image – text similarity", "cosine_image": "similarity within image",
@@ -29,15 +30,12 @@ CONTROLS = {
 def compare_figure(found: "Comparison", measures: list[str]) -> Drawn:
     """The curves on one axis of relative depth."""
     frame, labels = found.frame, list(found.frame["label"].unique())
-    lines = {
-        label: Line(label, *look)
-        for label, look in zip(
-            labels, islice(zip(cycle(COLORS), cycle(DASHES), cycle(MARKERS)), len(labels)), strict=True
-        )
-    }
+    looks = zip(labels, cycle(COLORS), cycle(DASHES), cycle(MARKERS), strict=False)
+    lines = {label: Line(label, color, dash, marker) for label, color, dash, marker in looks}
     with style():
-        figure = Figure((0.6 + 4.2 * len(measures), 5.4 + 0.2 * (len(labels) // 4)), layout="constrained")
-        figure.get_layout_engine().set(w_pad=0.09)  # type: ignore[union-attr]
+        figure = Figure(
+            (0.6 + 4.2 * len(measures), 5.4 + 0.2 * (len(labels) // 4)), layout=ConstrainedLayoutEngine(w_pad=0.09)
+        )
         grid = figure.subplots(2, len(measures), squeeze=False, sharex=True, gridspec_kw={"height_ratios": [2.4, 1.5]})
         used = set()
         for (top, low), measure in zip(grid.T, measures, strict=True):

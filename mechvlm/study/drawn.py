@@ -13,6 +13,7 @@ from typing import NamedTuple
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
@@ -61,8 +62,7 @@ def panels(
     """A figure with a block for each model, in rows of `most`: axes of the given heights (inches) that share their layers."""
     across = min(len(models), most)
     down = math.ceil(len(models) / across)
-    figure = Figure((1 + 4.6 * across, 0.6 + (0.5 + sum(heights)) * down), layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.09)  # type: ignore[union-attr]
+    figure = Figure((1 + 4.6 * across, 0.6 + (0.5 + sum(heights)) * down), layout=ConstrainedLayoutEngine(w_pad=0.09))
     outer = figure.add_gridspec(down, across)
     blocks: dict[str, list[Axes]] = {}
     for i, model in enumerate(models):
@@ -101,16 +101,16 @@ def legend(figure: Figure, *axes: Axes, bands: bool = True, extra: Sequence = ()
     handles = [handle for ax in axes for handle in ax.get_legend_handles_labels()[0]] + list(extra)
     columns = len(handles)
     if bands:
-        # Legends are filled column by column; where there is room, each holds two.
-        handles += [Line2D([], [], linestyle="none", label=" ")] * (len(handles) % 2)
+        columns = min(-(-len(handles) // 2) + 1, int(figure.get_figwidth() // 2.4))
+        if columns > 2:
+            # Legends are filled column by column: here each holds two, and the bands are the last.
+            handles += [Line2D([], [], linestyle="none", label=" ")] * (len(handles) % 2)
         handles += [
             Patch(color=GREY, alpha=PALE, linewidth=0, label="± 1 standard deviation"),
             Patch(
                 color=GREY, alpha=1 - (1 - PALE) * (1 - DARK), linewidth=0, label=f"{LEVEL:.0%} interval of the mean"
             ),
         ]
-        columns = len(handles) // 2
-    columns = min(columns, int(figure.get_figwidth() // 2.4))
     figure.legend(handles=handles, loc="outside lower center", ncols=columns)
 
 

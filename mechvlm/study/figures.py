@@ -51,8 +51,8 @@ def phase_figure(study: Study) -> Drawn:
         _pair(top, mine, "inter")
         _headroom(top, 0.26)
         if found is not None:
-            fit = {"color": "#222222", "linestyle": (0, (4, 2)), "linewidth": 1, "label": "fitted segments"}
-            top.plot(range(n + 1), found.fit.numpy(), **fit)
+            fit = found.fit.numpy()
+            top.plot(range(n + 1), fit, color="#222222", linestyle=(0, (4, 2)), linewidth=1, label="fitted segments")
             shade(top, found)
             shade(low, found, names=False, heads=False)
             if not found.shows_pattern:
