@@ -272,9 +272,7 @@ def test_figures_show_something(study):
 
 
 def test_figures_can_be_drawn_from_the_files_alone(study):
-    from mechvlm.study.figures import draw_all
-
-    drawn = draw_all(store.read_tables(study.out), study.phases)
+    drawn = mv.Study.open(study.out).figures()
     lens, caption = drawn["lens"]
     labels = [t.get_text() for t in lens.legends[0].get_texts()]
     assert labels == [

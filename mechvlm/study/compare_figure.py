@@ -54,7 +54,7 @@ def compare_figure(found: "Comparison", measures: list[str]) -> Drawn:
             else:
                 top.set_ylabel("share of words")
                 top.set_ylim(-0.03, 1.03)
-            low.sharey(top) if not measure.startswith("cosine") else low.set_ylim(*_span(top, low))
+            low.set_ylim(top.set_ylim(_span(top, low)))
             low.set_ylabel("its controls")
             low.set_xlabel("relative depth (layer / layers of the model)")
             low.set_xlim(-0.02, 1.02)

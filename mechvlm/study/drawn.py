@@ -62,7 +62,7 @@ def panels(
     """A figure with a block for each model, in rows of `most`: axes of the given heights (inches) that share their layers."""
     across = min(len(models), most)
     down = math.ceil(len(models) / across)
-    figure = Figure((1 + 4.6 * across, 0.6 + (0.5 + sum(heights)) * down), layout=ConstrainedLayoutEngine(w_pad=0.09))
+    figure = Figure((1 + 4.6 * across, 0.6 + (0.75 + sum(heights)) * down), layout=ConstrainedLayoutEngine(w_pad=0.09))
     outer = figure.add_gridspec(down, across)
     blocks: dict[str, list[Axes]] = {}
     for i, model in enumerate(models):

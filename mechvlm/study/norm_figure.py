@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.patches import Rectangle
 from matplotlib.transforms import ScaledTranslation, blended_transform_factory
 
@@ -25,8 +26,8 @@ def norm_figure(study: Study) -> Drawn:
     """Norm-based attention of the last text and the last image token to the tokens before them; two controls beside it."""
     norms, models = study.tables["norm_attention"], list(study.models)
     rows = [(model, dest) for model in models for dest in DESTINATIONS if len(_rows(norms, model, dest))]
-    heights = [0.95 + 0.12 * min(norms[norms["model"] == model]["layer"].nunique(), 40) for model, _ in rows]
-    figure = Figure((12.5, sum(heights) + 0.9), layout="constrained")
+    heights = [1.15 + 0.12 * min(norms[norms["model"] == model]["layer"].nunique(), 40) for model, _ in rows]
+    figure = Figure((12.5, sum(heights) + 0.9), layout=ConstrainedLayoutEngine(w_pad=0.11))
     grid = figure.subplots(
         len(rows), 3, squeeze=False, gridspec_kw={"height_ratios": heights, "width_ratios": [1, 1, 0.36]}
     )
@@ -34,7 +35,7 @@ def norm_figure(study: Study) -> Drawn:
         mine = _rows(norms, model, dest)
         sources = mine.drop_duplicates("src").sort_values("src")
         edges = _edges(sources["modality"].tolist())
-        labels = {"norm": "norm written", "weight": f"raw weight\n(uniform: {1 / len(sources):.2g})"}
+        labels = {"norm": "norm written", "weight": "raw weight"}
         for ax, measure in ((left, "norm"), (middle, "weight")):
             values = mine.pivot(index="layer", columns="src", values=measure)
             mesh = heatmap(ax, values.to_numpy(), values.index.tolist(), edges, vmin=0)
@@ -44,7 +45,7 @@ def norm_figure(study: Study) -> Drawn:
             bar.outline.set_visible(False)
         _shares(right, mine)
         left.set_title(f"{short(model, models)}: {DESTINATIONS[dest]}  (n = {int(mine['n'].iloc[0])})")
-        middle.set_title("raw attention weight, mean over heads", fontweight="normal")
+        middle.set_title(f"raw weight, mean over heads (uniform: {1 / len(sources):.2g})", fontweight="normal")
         right.set_title("image tokens' share", fontweight="normal")
     legend(figure, grid[0, 2], bands=False)
     return Drawn(figure, (

@@ -86,6 +86,12 @@ def _record(folder: Path) -> dict[str, Any]:
         )
     if missing := [key for key in RECORDED if key not in record]:
         raise _damaged(path, f"it lacks {', '.join(missing)}")
+    if "seed" not in record["settings"]:
+        raise _damaged(path, "its settings lack the seed")
+    for model, about in record["models"].items():
+        for key in ("n_layers", "n_examples", "dtype", "seconds"):
+            if key not in about:
+                raise _damaged(path, f"it says no {key} of {model}")
     return record
 
 

@@ -104,10 +104,10 @@ def curve(
     NaN is left out. The band ends at `limits`, past which no value can lie.
     """
     seen = ~np.isnan(values).all(0)
-    x, values = np.asarray(x)[seen], values[:, seen]
+    values = values[:, seen]
     mean = np.nanmean(values, axis=0) if values.size else np.zeros(0)
     spread = np.nanstd(values, axis=0) if len(values) > 1 and values.size else None
-    banded(ax, x, mean, line, spread, limits=limits, thin=thin)
+    banded(ax, np.asarray(x)[seen], mean, line, spread, limits=limits, thin=thin)
 
 
 def banded(
