@@ -137,6 +137,6 @@ def test_looks_differ_and_the_legend_fits(n_models):
         }
         assert len(looks) == n_models
         with style():
-            figure.canvas.draw()
+            figure.draw_without_rendering()
         legend = figure.legends[0].get_window_extent()
         assert 0 <= legend.x0 < legend.x1 <= figure.canvas.get_width_height()[0]

@@ -37,6 +37,7 @@ import torch
 from mechvlm import bundled
 from mechvlm.errors import InputError
 from mechvlm.study import figures, gallery, report
+from mechvlm.study.opened import FORMAT
 from mechvlm.study.runner import Progress
 from mechvlm.study.study import Study
 from mechvlm.study.summary import summary
@@ -102,6 +103,7 @@ def describe(study: Study) -> dict:
     rows = summary(study).to_dict("records")
     return {
         "study": "Wei et al. 2024, A Study on Multi-modal Interaction in Vision Large Language Models",
+        "format": FORMAT,
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "models": {name: about | _weights(name, about) for name, about in study.models.items()},
         "dataset": study.dataset,
