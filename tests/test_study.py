@@ -279,6 +279,9 @@ def test_figures_can_be_drawn_from_the_files_alone(study):
         "image tokens, own captions",
         "image tokens, another image's captions",
         "text tokens, own captions",
+        " ",
+        "± 1 standard deviation",
+        "95% interval of the mean",
     ]
     assert "template included" in caption
     mean = study.tables["lens"].query(
