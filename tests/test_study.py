@@ -287,8 +287,8 @@ def test_figures_can_be_drawn_from_the_files_alone(study):
     mean = study.tables["lens"].query(
         "model == @LLAVA and tokens == 'image' and captions == 'own' and measure == 'recall'"
     ).groupby("layer")["value"].mean()  # fmt: skip
-    np.testing.assert_allclose(lens.axes[2].lines[0].get_ydata(), mean)
-    assert list(lens.axes[2].lines[0].get_xdata()) == [0, 1, 2, 3], "layers count from 0 to n_layers"
+    np.testing.assert_allclose(lens.axes[1].lines[0].get_ydata(), mean)
+    assert list(lens.axes[1].lines[0].get_xdata()) == [0, 1, 2, 3], "layers count from 0 to n_layers"
 
 
 def requests_of(page: str) -> list[str]:
