@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from mechvlm.probes.norm_attention import NormAttention, NormAttentionResult
     from mechvlm.probes.query_reading import QueryReading, QueryReadingResult
     from mechvlm.reading import contextualization, logit_attribution, logit_lens, norm_attention, query_reading, read
+    from mechvlm.study.compare import Comparison, compare
+    from mechvlm.study.study import Study
     from mechvlm.tokens import Modality, PatchGrid, TokenMap
     from mechvlm.vlm import VLM
     from mechvlm.words import precision_recall
@@ -45,6 +47,8 @@ _HOMES = {
     "probes.norm_attention": ("NormAttention", "NormAttentionResult"),
     "probes.query_reading": ("QueryReading", "QueryReadingResult"),
     "reading": ("contextualization", "logit_attribution", "logit_lens", "norm_attention", "query_reading", "read"),
+    "study.compare": ("Comparison", "compare"),
+    "study.study": ("Study",),
     "tokens": ("Modality", "PatchGrid", "TokenMap"),
     "vlm": ("VLM",),
     "words": ("precision_recall",),
@@ -52,11 +56,11 @@ _HOMES = {
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
-    "VLM", "CausalTraceResult", "Contextualization", "ContextualizationResult", "InformationFlowResult", "InputError",
-    "Inputs", "LogitAttribution", "LogitAttributionResult", "LogitLens", "LogitLensResult", "Modality", "ModelError",
-    "MultimodalNeuronsResult", "NonFiniteError", "NormAttention", "NormAttentionResult", "ObjectAblationResult",
-    "PatchGrid", "QueryReading", "QueryReadingResult", "TokenMap", "ViewError", "ablate", "causal_trace",
-    "contextualization", "fit_phases", "information_flow", "knock_out", "load", "logit_attribution", "logit_lens",
+    "VLM", "CausalTraceResult", "Comparison", "Contextualization", "ContextualizationResult", "InformationFlowResult",
+    "InputError", "Inputs", "LogitAttribution", "LogitAttributionResult", "LogitLens", "LogitLensResult", "Modality",
+    "ModelError", "MultimodalNeuronsResult", "NonFiniteError", "NormAttention", "NormAttentionResult", "ObjectAblationResult",
+    "PatchGrid", "QueryReading", "QueryReadingResult", "Study", "TokenMap", "ViewError", "ablate", "causal_trace",
+    "compare", "contextualization", "fit_phases", "information_flow", "knock_out", "load", "logit_attribution", "logit_lens",
     "multimodal_neurons", "norm_attention", "object_ablation", "patch", "precision_recall", "query_reading", "read",
     "steer", "view",
 ]  # fmt: skip

@@ -156,7 +156,7 @@ def _summarise(study) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    from mechvlm.study.report import number
+    from mechvlm.study.report import interval, number
     from mechvlm.study.summary import summary
 
     table = Table(
@@ -178,14 +178,15 @@ def _summarise(study) -> None:
     for row in summary(study).to_dict("records"):
         cells = [row["model"], row["layers"], row["n"]]
         for measure, layer in (("precision", "best_layer"), ("recall", "recall_layer")):
-            cells += [f"{number(row[measure])} ({number(row[layer], 0)})"]
+            cells += [f"{number(row[measure])} ({number(row[layer], 0)})\n{interval(row, measure)}"]
             cells += [number(row[f"{measure}_0"]), number(row[f"{measure}_other"])]
-        cells += [f"{row[end]:.2f} ({row[f'{end}_layer']})" for end in ("lowest", "highest")]
+        cells += [f"{row[end]:.2f} ({row[f'{end}_layer']})\n{interval(row, end)}" for end in ("lowest", "highest")]
         cells += [row["phases"], f"{row['seconds']:.0f}"]
         table.add_row(*(escape(str(cell)) for cell in cells))
     # A table that is piped is not cut to 80 columns.
     console = Console(width=None if sys.stdout.isatty() else 160)
     console.print(table)
+    print("Beneath each mean, its 95 % bootstrap interval over examples.")
     if len(study.skipped):
         print(f"{len(study.skipped)} set aside; reasons in {study.out / 'skipped.csv'}")
     print(f"{study.seconds:.0f} s. Open {study.out / 'report.html'}")

@@ -20,8 +20,8 @@ class Interval(NamedTuple):
     high: Float[Tensor, "*rest"]
 
 
-def mean_interval(values: Float[Tensor, "example *rest"], level: float = 0.95) -> Interval:
-    """The mean over examples and its percentile bootstrap interval, in the unit of `values`; the same at every call.
+def mean_interval(values: Float[Tensor, "example *rest"], level: float = 0.95, seed: int = 0) -> Interval:
+    """The mean over examples and its percentile bootstrap interval, in the unit of `values`; the same for the same seed.
 
     Examples are drawn with replacement, as many as there are, 2000 times; the interval holds the middle `level` of the
     means. All entries of `rest` see the same draws. An entry's NaN examples are left out of its mean; of fewer than two
@@ -41,7 +41,7 @@ def mean_interval(values: Float[Tensor, "example *rest"], level: float = 0.95) -
     seen = ~np.isnan(x)
     x = np.where(seen, x, 0.0)
     # How often each draw holds each example: its mean is then a matrix product.
-    draws = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), size=N_RESAMPLES).astype(float)
+    draws = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=N_RESAMPLES).astype(float)
     low, high = np.full((2, x.shape[1]), np.nan)
     tail = 100 * (1 - level) / 2
     with np.errstate(invalid="ignore"):

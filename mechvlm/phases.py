@@ -47,6 +47,7 @@ PAPER = {
 # What the paper says of the similarity within the image and within the text. Of I and III it says nothing.
 PAPER_WITHIN = {"II intra-modal encoding": "rise", "IV output preparation": "fall"}
 
+N_BOOTSTRAP = 1000
 N_FOLDS = 10
 N_SELECTIONS = 100  # resamples in which the number is chosen anew: each costs N_FOLDS fits, and a share needs no more
 
@@ -126,7 +127,7 @@ def fit_phases(
     image: Float[np.ndarray, "example layer"] | Float[Tensor, "example layer"] | None = None,
     text: Float[np.ndarray, "example layer"] | Float[Tensor, "example layer"] | None = None,
     max_segments: int = 6,
-    n_bootstrap: int = 1000,
+    n_bootstrap: int = N_BOOTSTRAP,
     confidence: float = 0.95,
     seed: int = 0,
 ) -> Phases:

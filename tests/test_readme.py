@@ -17,6 +17,9 @@ def test_the_examples_run(tmp_path, monkeypatch):
     assert (tmp_path / "lens.png").stat().st_size > 10_000
     assert (tmp_path / "patches.html").stat().st_size > 50_000
     assert (tmp_path / "ablation.png").stat().st_size > 10_000
+    assert (tmp_path / "phases.png").stat().st_size > 10_000
+    assert (tmp_path / "compare.png").stat().st_size > 10_000
+    assert names["curves"]["n"].eq(8).all()
     vlm, inputs = names["vlm"], names["inputs"]
     assert names["changed"].shape == (1, len(inputs[0].tokens), vlm.d_vocab)
     assert names["flow"].p_knocked.shape == (4, vlm.n_layers, 40)

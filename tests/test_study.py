@@ -272,22 +272,23 @@ def test_figures_show_something(study):
 
 
 def test_figures_can_be_drawn_from_the_files_alone(study):
-    from mechvlm.study.figures import draw_all
-
-    drawn = draw_all(store.read_tables(study.out), study.phases)
+    drawn = mv.Study.open(study.out).figures()
     lens, caption = drawn["lens"]
     labels = [t.get_text() for t in lens.legends[0].get_texts()]
     assert labels == [
         "image tokens, own captions",
         "image tokens, another image's captions",
         "text tokens, own captions",
+        " ",
+        "± 1 standard deviation",
+        "95% interval of the mean",
     ]
     assert "template included" in caption
     mean = study.tables["lens"].query(
         "model == @LLAVA and tokens == 'image' and captions == 'own' and measure == 'recall'"
     ).groupby("layer")["value"].mean()  # fmt: skip
-    np.testing.assert_allclose(lens.axes[2].lines[0].get_ydata(), mean)
-    assert list(lens.axes[2].lines[0].get_xdata()) == [0, 1, 2, 3], "layers count from 0 to n_layers"
+    np.testing.assert_allclose(lens.axes[1].lines[0].get_ydata(), mean)
+    assert list(lens.axes[1].lines[0].get_xdata()) == [0, 1, 2, 3], "layers count from 0 to n_layers"
 
 
 def requests_of(page: str) -> list[str]:

@@ -1,6 +1,20 @@
 """The study of Wei et al. 2024 over a data set: tables, figures and a report."""
 
-from mechvlm.study.runner import run
+from typing import TYPE_CHECKING, Any
+
 from mechvlm.study.study import Study
 
+if TYPE_CHECKING:
+    from mechvlm.study.runner import run
+
 __all__ = ["Study", "run"]
+
+
+def __getattr__(name: str) -> Any:
+    # Only when it is asked for: a study that is opened again needs no model, and so no nnsight.
+    if name != "run":
+        raise AttributeError(f"module 'mechvlm.study' has no attribute {name!r}")
+    from mechvlm.study.runner import run
+
+    globals()["run"] = run
+    return run

@@ -37,6 +37,7 @@ def render(
         lstrip_blocks=True,
     )  # fmt: skip
     environment.filters["number"] = number
+    environment.globals["interval"] = interval
     rows = summary(study).to_dict("records")
     return environment.get_template("report.html.j2").render(
         study=study,
@@ -59,6 +60,12 @@ def number(value, digits: int = 2) -> str:
     if value is None or pd.isna(value):
         return "–"
     return f"{value:.{digits}f}" if isinstance(value, float) else str(value)
+
+
+def interval(row: dict, name: str) -> str:
+    """The ends of a mean's interval, and nothing where it has none."""
+    low, high = row[f"{name}_low"], row[f"{name}_high"]
+    return "" if pd.isna(low) else f"{number(low)} to {number(high)}"
 
 
 def training_note(model: str) -> str:

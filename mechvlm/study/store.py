@@ -37,6 +37,7 @@ import torch
 from mechvlm import bundled
 from mechvlm.errors import InputError
 from mechvlm.study import figures, gallery, report
+from mechvlm.study.opened import FORMAT
 from mechvlm.study.runner import Progress
 from mechvlm.study.study import Study
 from mechvlm.study.summary import summary
@@ -65,7 +66,7 @@ def write(study: Study, out: Path, progress: Progress, started: float) -> Study:
         (out / "data" / "README.txt").write_text(__doc__ or "", encoding="utf-8")
         study.skipped.to_csv(out / "skipped.csv", index=False)
         progress("figures", 0, 0)
-        drawn = figures.draw_all(study.tables, study.phases)
+        drawn = figures.draw_all(study)
         figures.save_all(drawn, out / "figures")
         progress("report", 0, 0)
         study = dataclasses.replace(study, seconds=round(time.perf_counter() - started, 2), out=out)
@@ -102,6 +103,7 @@ def describe(study: Study) -> dict:
     rows = summary(study).to_dict("records")
     return {
         "study": "Wei et al. 2024, A Study on Multi-modal Interaction in Vision Large Language Models",
+        "format": FORMAT,
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "models": {name: about | _weights(name, about) for name, about in study.models.items()},
         "dataset": study.dataset,

@@ -1,6 +1,9 @@
 """Study: what a study found."""
 
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,25 +12,29 @@ from PIL import Image
 
 from mechvlm.datasets import Example
 from mechvlm.phases import Phases
+from mechvlm.study import statistics
 
 if TYPE_CHECKING:
+    from mechvlm.study.compare import Comparison
+    from mechvlm.study.drawn import Drawn
     from mechvlm.study.gallery import Shown
 
 
 @dataclass(frozen=True)
 class Study:
-    """What a study found.
+    """What a study found. `mechvlm.study.run` makes one, `Study.open` reads one from its folder.
 
     Attributes:
         tables: by the name of their file in `data/`: "contextualization", "baseline", "lens", "norm_attention",
             "phases", "answers", "words"; `mechvlm.study.store` says what is in them.
         phases: by model. None for a model of fewer than 3 states, which has no curve to segment.
         skipped: model, example, reason: what was set aside ("" for model: before any model saw it).
-        settings: everything that was asked for, after defaults.
+        settings: everything that was asked for, after defaults; of an opened study also "measures", how each was made.
         models: by name: class, revision, dtype, device, layers, examples read, threads, seconds.
         dataset: the examples' name, number and fingerprint.
-        gallery: a few examples, with a small picture each.
-        views: their patch views, by (model, example id), where a folder was asked for.
+        gallery: a few examples, with a small picture each; empty where the study was opened.
+        views: their patch views, by (model, example id), where a folder was asked for; empty where the study was opened:
+            the pages stand in its folder.
         seconds: of the whole run, files included.
         out: the folder, None where none was asked for.
     """
@@ -42,3 +49,88 @@ class Study:
     views: "dict[tuple[str, str], Shown]" = field(repr=False)
     seconds: float
     out: Path | None = None
+
+    @classmethod
+    def open(cls, folder: str | os.PathLike) -> "Study":
+        """A written study again, from its folder alone: no model is loaded, and no image.
+
+        The phases are fitted again, from the table and with the recorded seed: they equal the run's.
+
+        Raises:
+            InputError: where there is no such folder or no finished study in it, a file of it is missing or damaged (which
+                one), or a newer version wrote it.
+        """
+        from mechvlm.study.opened import read_study
+
+        return cls(**read_study(Path(folder)))
+
+    def frame(self, measure: str | None = None) -> pd.DataFrame:
+        """Every value: model, example, layer, measure, value; of one measure, or of all. Layers count from 0 (embeddings).
+
+        Measures: `cosine_inter`, `cosine_image`, `cosine_text` (mean cosine, -1 to 1); `precision` and `recall` (shares, 0 to
+        1; NaN for 0/0) of the words that image tokens decode to, and their controls: `precision_other`, `recall_other`
+        against another image's captions, `precision_text`, `recall_text` of the words on text tokens. Norm-based attention
+        is kept by position and not by example: `tables["norm_attention"]`.
+
+        Raises:
+            InputError: for a measure that is not there.
+        """
+        return _of(statistics.tidy(self.tables), measure)
+
+    def curves(self, measure: str | None = None) -> pd.DataFrame:
+        """Each curve: model, measure, layer, n, mean, sd, low, high; of one measure, or of all.
+
+        Over the n examples that have a value: mean, standard deviation, and the ends of the 95 % bootstrap interval of the
+        mean, drawn with the study's seed (`mechvlm.intervals.mean_interval`; NaN for one example). Beside the measures of
+        `frame`, the anisotropy baselines `cosine_inter_baseline`, `cosine_image_baseline`, `cosine_text_baseline`: of
+        all examples together, so without spread.
+
+        Raises:
+            InputError: for a measure that is not there.
+        """
+        return _of(self._curves, measure).copy()
+
+    def summary(self) -> pd.DataFrame:
+        """One row a model: `mechvlm.study.summary.summary` says what its columns are."""
+        from mechvlm.study.summary import summary
+
+        return summary(self)
+
+    def plot(self, name: str) -> "Drawn":
+        """A figure and its caption: "phases", "lens", "contextualization" or "norm_attention". A notebook shows both.
+
+        Raises:
+            InputError: for another name.
+        """
+        from mechvlm.study.figures import draw
+
+        return draw(self, name)
+
+    def figures(self) -> "dict[str, Drawn]":
+        """The report's four figures with their captions, by name."""
+        from mechvlm.study.figures import draw_all
+
+        return draw_all(self)
+
+    def save_figures(self, folder: str | os.PathLike) -> None:
+        """Each of the four figures as PNG (200 dpi) and SVG, in a folder that is made where it is missing."""
+        from mechvlm.study.figures import save_all
+
+        save_all(self.figures(), Path(folder))
+
+    def compare(self, others: "Sequence[Study | str | os.PathLike]") -> "Comparison":
+        """This study and others by relative depth: `mechvlm.compare([self, *others])`."""
+        from mechvlm.study.compare import compare
+
+        return compare([self, *others])
+
+    @cached_property
+    def _curves(self) -> pd.DataFrame:
+        return statistics.curves(self)
+
+
+def _of(frame: pd.DataFrame, measure: str | None) -> pd.DataFrame:
+    if measure is None:
+        return frame
+    statistics.check_measures([measure], frame)
+    return frame[frame["measure"] == measure].reset_index(drop=True)

@@ -13,31 +13,33 @@ def summary(study: Study) -> pd.DataFrame:
     image's captions; `recall`, `recall_0`, `recall_other`, all three the same at the layer of the best recall, which is
     `recall_layer`; `lowest`, `lowest_layer`, `highest`, `highest_layer` of the mean inter-modal cosine; `phases`, what
     the curve does; `shows_pattern`; `seconds`. NaN where there is nothing to take a mean of.
+
+    Each of these means (not those of layer 0) has its 95 % bootstrap interval over examples, `precision_low` to
+    `precision_high` and so on, as `Study.curves` has it. It is that of the layer named, and does not know that the layer was
+    picked on the same examples.
     """
-    return pd.DataFrame([_row(study, model) for model in study.models])
+    curves = study.curves()
+    return pd.DataFrame([_row(study, model, curves[curves["model"] == model]) for model in study.models])
 
 
-def _row(study: Study, model: str) -> dict:
+def _row(study: Study, model: str, curves: pd.DataFrame) -> dict:
     about, found = study.models[model], study.phases[model]
-    inter = (
-        study.tables["contextualization"].query("model == @model and pair == 'inter'").groupby("layer")["value"].mean()
-    )
-    row = {
+    inter = _by_layer(curves, "cosine_inter")
+    return {
         "model": model,
         "layers": about["n_layers"],
         "n": about["n_examples"],
         "skipped": int((study.skipped["model"] == model).sum()),
-        **_best(study.tables["lens"], model, "precision", "best_layer"),
-        **_best(study.tables["lens"], model, "recall", "recall_layer"),
-        "lowest": float(inter.min()),
-        "lowest_layer": int(inter.idxmin()),
-        "highest": float(inter.max()),
-        "highest_layer": int(inter.idxmax()),
+        **_best(curves, "precision", "best_layer"),
+        **_best(curves, "recall", "recall_layer"),
+        **_ends("lowest", inter, int(inter["mean"].idxmin())),
+        "lowest_layer": int(inter["mean"].idxmin()),
+        **_ends("highest", inter, int(inter["mean"].idxmax())),
+        "highest_layer": int(inter["mean"].idxmax()),
         "phases": course(found),
         "shows_pattern": found is not None and found.shows_pattern,
         "seconds": about["seconds"],
     }
-    return row
 
 
 def course(found) -> str:
@@ -52,16 +54,23 @@ def course(found) -> str:
     return ", ".join(found.directions)
 
 
-def _best(scores: pd.DataFrame, model: str, measure: str, name: str) -> dict:
-    mine = scores.query("model == @model and measure == @measure and tokens == 'image'")
-    own, other = (mine[mine["captions"] == c].groupby("layer")["value"].mean() for c in ("own", "other"))
+def _best(curves: pd.DataFrame, measure: str, name: str) -> dict:
+    own, other = _by_layer(curves, measure), _by_layer(curves, f"{measure}_other")
     nothing = float("nan")
-    if own.isna().all():
-        return {name: None, measure: nothing, f"{measure}_0": nothing, f"{measure}_other": nothing}
-    best = int(own.idxmax())
+    at = None if own["mean"].isna().all() else int(own["mean"].idxmax())
     return {
-        name: best,
-        measure: float(own[best]),
-        f"{measure}_0": float(own[0]),
-        f"{measure}_other": float(other.get(best, nothing)),
+        name: at,
+        **_ends(measure, own, at),
+        f"{measure}_0": nothing if at is None else float(own["mean"][0]),
+        **_ends(f"{measure}_other", other, at),
     }
+
+
+def _by_layer(curves: pd.DataFrame, measure: str) -> pd.DataFrame:
+    return curves[curves["measure"] == measure].set_index("layer").sort_index()
+
+
+def _ends(name: str, curve: pd.DataFrame, layer: int | None) -> dict[str, float]:
+    """A mean and the ends of its interval; NaN where the curve has no such layer."""
+    values = curve.loc[layer, ["mean", "low", "high"]] if layer in curve.index else [float("nan")] * 3
+    return dict(zip((name, f"{name}_low", f"{name}_high"), map(float, values), strict=True))

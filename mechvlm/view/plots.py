@@ -53,6 +53,8 @@ LINES = {
 }
 PHASES = {"I": "#DCE9F5", "II": "#FBE6D4", "III": "#DDF0E6", "IV": "#EFE3F3"}
 HEAT = "magma_r"
+PALE, DARK = 0.13, 0.35
+"""Opacity of a band of standard deviations, and of one of intervals of the mean."""
 
 
 @contextmanager
@@ -102,13 +104,30 @@ def curve(
     NaN is left out. The band ends at `limits`, past which no value can lie.
     """
     seen = ~np.isnan(values).all(0)
-    x, values = np.asarray(x)[seen], values[:, seen]
-    mean = np.nanmean(values, axis=0) if values.size else []
-    if len(values) > 1 and values.size:
+    values = values[:, seen]
+    mean = np.nanmean(values, axis=0) if values.size else np.zeros(0)
+    spread = np.nanstd(values, axis=0) if len(values) > 1 and values.size else None
+    banded(ax, np.asarray(x)[seen], mean, line, spread, limits=limits, thin=thin)
+
+
+def banded(
+    ax: Axes,
+    x: np.ndarray,
+    mean: np.ndarray,
+    line: Line,
+    spread: np.ndarray | None = None,
+    interval: tuple[np.ndarray, np.ndarray] | None = None,
+    *,
+    limits: tuple[float, float] = (-np.inf, np.inf),
+    thin: bool = False,
+) -> None:
+    """A line of means, within a pale band of `spread` to either side and a darker one from `interval`'s low to high."""
+    if spread is not None:
         # Not percentiles: of shares that are mostly 0 the mean can lie outside of them.
-        spread = np.nanstd(values, axis=0)
         low, high = np.clip([mean - spread, mean + spread], *limits)
-        ax.fill_between(x, low, high, color=line.color, alpha=0.13, linewidth=0)
+        ax.fill_between(x, low, high, color=line.color, alpha=PALE, linewidth=0)
+    if interval is not None:
+        ax.fill_between(x, *interval, color=line.color, alpha=DARK, linewidth=0)
     ax.plot(
         x, mean, color=line.color, linestyle=line.dash, marker=line.marker, label=line.label,
         linewidth=1.1 if thin else None, markersize=(2.5 if thin else 4.5) if len(x) < 20 else 0,

@@ -1,0 +1,119 @@
+"""A study's folder, read back: no model is needed for it, and nothing is taken on trust that can be checked."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from mechvlm.errors import InputError
+from mechvlm.study.statistics import phases_of
+
+FORMAT = 1
+"""The folder's layout; counted up where an older version could no longer read it. Folders without a number are the first."""
+
+COLUMNS = {
+    "contextualization": ("model", "example", "pair", "layer", "value"),
+    "baseline": ("model", "pair", "layer", "value"),
+    "lens": ("model", "example", "tokens", "captions", "measure", "layer", "value"),
+    "norm_attention": (
+        "model", "dest", "dest_position", "layer", "src", "piece", "modality", "norm", "weight", "n",
+    ),
+    "phases": ("model",),
+    "answers": ("model", "example", "answer"),
+    "words": ("model", "example", "layer", "word", "positions"),
+}  # fmt: skip
+RECORDED = ("models", "dataset", "settings", "seconds")
+
+
+def read_study(folder: Path) -> dict[str, Any]:
+    """What `Study` is made of, from a finished study's folder. `Study.open` says what is raised."""
+    record = _record(folder)
+    tables = {path.stem: _table(path) for path in sorted((folder / "data").glob("*.parquet"))}
+    for name in COLUMNS:
+        if name not in tables:
+            raise InputError(f"{folder} is not whole: data/{name}.parquet is missing. Copy or run the study again.")
+    for model, about in record["models"].items():
+        for name in ("contextualization", "lens"):
+            held = tables[name].loc[tables[name]["model"] == model, "example"].nunique()
+            if held != about["n_examples"]:
+                raise InputError(
+                    f"{folder / 'data' / name}.parquet holds {held} examples of {model}, where run.json counts "
+                    f"{about['n_examples']}: they are not of one study. Copy or run it again."
+                )
+    settings = record["settings"]
+    return {
+        "tables": tables,
+        "phases": {
+            model: phases_of(tables["contextualization"], model, settings["seed"]) for model in record["models"]
+        },
+        "skipped": _skipped(folder / "skipped.csv"),
+        "settings": settings,
+        "models": record["models"],
+        "dataset": record["dataset"],
+        "gallery": [],
+        "views": {},
+        "seconds": record["seconds"],
+        "out": folder,
+    }
+
+
+def _record(folder: Path) -> dict[str, Any]:
+    """run.json, which is written last: a folder that holds it is whole."""
+    path = folder / "run.json"
+    if not folder.is_dir():
+        what = "is a file" if folder.exists() else "is not there"
+        raise InputError(f"{folder} {what}; a study is opened by its folder, the one that holds run.json and data/.")
+    if not path.is_file():
+        if any(folder.rglob("*.parquet")):
+            raise InputError(
+                f"The study in {folder} is not finished: it has tables and no run.json. Run the command that began it "
+                "again."
+            )
+        raise InputError(f"{folder} holds no study: there is no run.json. `mechvlm study --out DIR` writes one.")
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise _damaged(path, error) from error
+    if not isinstance(record, dict):
+        raise _damaged(path, f"it holds a {type(record).__name__}")
+    written = record.get("format", 1)
+    if isinstance(written, int) and written > FORMAT:
+        raise InputError(
+            f"{folder} was written by a newer mechvlm ({record.get('versions', {}).get('mechvlm', 'of unknown version')}, "
+            f"folder format {written}; this one reads up to {FORMAT}). Update: pip install -U mechvlm."
+        )
+    if missing := [key for key in RECORDED if key not in record]:
+        raise _damaged(path, f"it lacks {', '.join(missing)}")
+    if "seed" not in record["settings"]:
+        raise _damaged(path, "its settings lack the seed")
+    for model, about in record["models"].items():
+        for key in ("n_layers", "n_examples", "dtype", "seconds"):
+            if key not in about:
+                raise _damaged(path, f"it says no {key} of {model}")
+    return record
+
+
+def _table(path: Path) -> pd.DataFrame:
+    try:
+        table = pd.read_parquet(path)
+    except (OSError, ValueError) as error:  # pyarrow's own are both
+        raise _damaged(path, error) from error
+    if missing := [column for column in COLUMNS.get(path.stem, ()) if column not in table]:
+        raise _damaged(path, f"it lacks the columns {', '.join(missing)}")
+    return table
+
+
+def _skipped(path: Path) -> pd.DataFrame:
+    try:
+        # "" is a model's name here (none had seen the example), and an id may be "007" or "NA".
+        return pd.read_csv(path, keep_default_na=False, dtype=str)[["model", "example", "reason"]]
+    except (OSError, ValueError, KeyError) as error:
+        raise _damaged(path, error) from error
+
+
+def _damaged(path: str | os.PathLike, reason: object) -> InputError:
+    return InputError(
+        f"{path} is missing or damaged ({str(reason).strip().splitlines()[0]}). Copy or run the study again."
+    )
