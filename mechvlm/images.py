@@ -1,10 +1,10 @@
 """Opening images, and following one through its processor: resize, centre crop, patches."""
 
 from dataclasses import dataclass, field
-from io import BytesIO
+from io import BufferedIOBase, BytesIO
 from os import PathLike
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -24,7 +24,7 @@ class StoredImage:
     row: int
     column: str
 
-    def open(self, mode: str = "rb") -> BinaryIO:
+    def open(self, mode: str = "rb") -> BufferedIOBase:
         """The image's file, in binary as `Path.open("rb")` gives it.
 
         Raises:

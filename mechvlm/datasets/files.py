@@ -42,7 +42,9 @@ class Folder:
             raise InputError(f"no file can have the name {name[:40]!r}... ({error})") from None
         if not there:
             path_shown = storable(str(path))
-            raise InputError(f"no image at {path_shown}: {'it is a folder' if path.is_dir() else 'there is no such file'}")
+            raise InputError(
+                f"no image at {path_shown}: {'it is a folder' if path.is_dir() else 'there is no such file'}"
+            )
         return path
 
     @staticmethod
