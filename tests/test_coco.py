@@ -140,7 +140,7 @@ def test_no_captions_file(tmp_path):
     with pytest.raises(InputError, match=r"It holds instances_val2017.json"):
         load_dataset(f"coco:{tmp_path}")
     for query in ("images=", "photos=x", "images=a&images=b"):
-        with pytest.raises(InputError, match="after the . stand"):
+        with pytest.raises(InputError, match=r"after the . stand"):
             load_dataset(f"coco:{tmp_path}?{query}")
 
 

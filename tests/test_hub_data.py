@@ -125,5 +125,5 @@ def test_what_cannot_be_had(tmp_path, monkeypatch):
         return real(name, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", missing)
-    with pytest.raises(InputError, match="needs the library datasets .*pip install datasets"):
+    with pytest.raises(InputError, match=r"needs the library datasets .*pip install datasets"):
         load_dataset("hf:nobody/nothing")
