@@ -230,4 +230,24 @@ def test_the_bundled_models_are_what_their_cards_say(name, swaps, prompt, low, h
     assert low <= percent["group"] <= high
     if name == "tiny-llava":
         matched, mismatched = (found.by_condition[i, found.measures.index("precision")] for i in (0, 1))
-        assert torch.equal(matched, mismatched)  # the same words, off tokens that see no text
+        torch.testing.assert_close(matched, mismatched, equal_nan=True)  # the same words, off tokens that see no text
+
+
+def test_the_picture(found, tmp_path):
+    import matplotlib.pyplot as plt
+
+    scores = found.scores.to_frame()
+    ax = found.plot()
+    assert [bar.get_height() for bar in ax.patches] == pytest.approx(scores["percent"].tolist())
+    assert "n = 3 pairs" in ax.get_title(loc="left")
+    panels = {one.get_title(loc="left"): one for one in ax.figure.axes if one is not ax}
+    assert len(panels) == 4
+    line = panels["cosine of image and caption"].get_lines()[-1]
+    matched, mismatched = found.by_condition[:, found.measures.index("contextualization")].mean((-1, -2))
+    assert line.get_ydata() == pytest.approx((matched - mismatched).numpy(), abs=1e-6)
+    ax.figure.savefig(tmp_path / "w.png")
+    plt.close(ax.figure)
+    figure, given = plt.subplots()
+    assert found.plot(given) is given
+    assert figure.axes == [given]
+    plt.close(figure)
