@@ -131,7 +131,7 @@ def test_a_thread_of_pixels_is_refused_where_it_would_be_blown_up(bundled):
     if bundled.record.visual_tokens == "queries":  # resized to a square, however long it is
         assert bundled.inputs(thread, "a").encoding["pixel_values"].shape[-2:] == (96, 96)
     else:
-        with pytest.raises(mv.InputError, match="20000 x 1: so narrow .* 1920000 x 96"):
+        with pytest.raises(mv.InputError, match=r"20000 x 1: so narrow .* 1920000 x 96"):
             bundled.inputs(thread, "a")
 
 
