@@ -1,7 +1,7 @@
 """Opening images, and following one through its processor: resize, centre crop, patches."""
 
 from dataclasses import dataclass, field
-from io import BufferedIOBase, BytesIO
+from io import BufferedReader, BytesIO
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ class StoredImage:
     row: int
     column: str
 
-    def open(self, mode: str = "rb") -> BufferedIOBase:
+    def open(self, mode: str = "rb") -> BytesIO | BufferedReader:
         """The image's file, in binary as `Path.open("rb")` gives it.
 
         Raises:

@@ -84,16 +84,16 @@ def _content(file: Path) -> tuple[list, list]:
     shape = '{"images": [{"id", "file_name"}, ...], "annotations": [{"image_id", "caption"}, ...]}'
     if not isinstance(content, dict):
         raise InputError(f"{file} holds a {type(content).__name__}, not COCO's {shape}.")
-    parts = content.get("images"), content.get("annotations")
-    if not all(isinstance(part, list) for part in parts):
+    images, annotations = content.get("images"), content.get("annotations")
+    if not isinstance(images, list) or not isinstance(annotations, list):
         raise InputError(f"{file} holds {', '.join(map(repr, content)) or 'nothing'}, not COCO's {shape}.")
-    first = next((a for a in parts[1] if isinstance(a, dict)), {})
-    if parts[1] and not any(isinstance(a, dict) and "caption" in a for a in parts[1]):
+    first = next((a for a in annotations if isinstance(a, dict)), {})
+    if annotations and not any(isinstance(a, dict) and "caption" in a for a in annotations):
         raise InputError(
             f"{file} has annotations without captions (the first holds {', '.join(map(repr, first)) or 'nothing'}): it is "
             "another of COCO's files, and captions_*.json is needed."
         )
-    return parts
+    return images, annotations
 
 
 def _names(listed: list) -> tuple[dict[str, str], list[SetAside]]:

@@ -140,10 +140,10 @@ def _sides(entry: Any, number: int, image) -> list[Example]:
         raise entry
     if not isinstance(entry, dict):
         raise InputError(f"a {type(entry).__name__}, not an object with image_0, image_1, caption_0 and caption_1")
-    captions = [entry.get(f"caption_{side}") for side in (0, 1)]
-    if not all(isinstance(text, str) and text.strip() for text in captions):
+    given = [entry.get(f"caption_{side}") for side in (0, 1)]
+    captions = [storable(text).strip() for text in given if isinstance(text, str) and text.strip()]
+    if len(captions) < 2:
         raise InputError('no "caption_0" or no "caption_1"')
-    captions = [storable(text).strip() for text in captions]
     own = entry.get("id")
     pair = storable(str(number if own is None else own))
     tags = {key: entry[key] for key in TAGS if key in entry}
@@ -159,9 +159,10 @@ def _sides(entry: Any, number: int, image) -> list[Example]:
 def _file(images: Folder, name: Any) -> Path:
     if not isinstance(name, str) or not name:
         raise InputError('no "image_0" or no "image_1", the name of a file in images/')
+    reasons = []
     for suffix in SUFFIXES:
         try:
             return images.image(name + suffix)
         except InputError as error:
-            first = error if not suffix else first
-    raise first
+            reasons.append(error)
+    raise reasons[0]
