@@ -18,7 +18,7 @@ def coco(n: int = 6, captions: int = 5) -> dict:
     ]  # fmt: skip
     annotations = [
         {"image_id": image["id"], "id": 10 * image["id"] + k, "caption": f"A {WORDS[image['id'] % 6]} seen {k} times."}
-        for k in range(captions)
+        for k in reversed(range(captions))
         for image in reversed(images)
     ]
     info = {"description": "COCO 2017 Dataset", "version": "1.0", "year": 2017}

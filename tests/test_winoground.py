@@ -24,6 +24,7 @@ BY_HAND = [
     ([[1, 2], [2, 1]], (False, False, False)),
     ([[1, 1], [1, 1]], (False, False, False)),  # equal is not right
     ([[2, 2], [1, 3]], (True, False, False)),
+    ([[2, 1], [1, 1]], (False, False, False)),  # nor is one equality of two
 ]
 
 
@@ -31,10 +32,10 @@ def test_scores_by_hand():
     scores = pair_scores(torch.tensor([s for s, _ in BY_HAND]).float())
     assert list(zip(*(part.tolist() for part in scores), strict=True)) == [right for _, right in BY_HAND]
     frame = scores.to_frame().set_index("score")
-    assert frame["percent"].to_dict() == pytest.approx({"text": 50, "image": 100 / 3, "group": 100 / 6})
+    assert frame["percent"].to_dict() == pytest.approx({"text": 300 / 7, "image": 200 / 7, "group": 100 / 7})
     assert (frame["low"] <= frame["percent"]).all()
     assert (frame["high"] >= frame["percent"]).all()
-    assert frame["n"].tolist() == [6, 6, 6]
+    assert frame["n"].tolist() == [7, 7, 7]
 
 
 def test_random_values_give_chance():
