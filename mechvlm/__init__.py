@@ -10,12 +10,16 @@ if TYPE_CHECKING:
     from mechvlm.experiments.information_flow import information_flow
     from mechvlm.experiments.multimodal_neurons import multimodal_neurons
     from mechvlm.experiments.object_ablation import object_ablation
+    from mechvlm.experiments.pair_results import WinogroundResult
     from mechvlm.experiments.results import CausalTraceResult, InformationFlowResult, ObjectAblationResult
+    from mechvlm.experiments.winoground import caption_logprob, winoground
     from mechvlm.inputs import Inputs
     from mechvlm.interventions import ablate, knock_out, patch, steer
     from mechvlm.loading import load
+    from mechvlm.pairs import PairScores, pair_scores
     from mechvlm.phases import fit_phases
     from mechvlm.probes.contextualization import Contextualization, ContextualizationResult
+    from mechvlm.probes.likelihood import Likelihood, LikelihoodResult
     from mechvlm.probes.logit_attribution import LogitAttribution, LogitAttributionResult
     from mechvlm.probes.logit_lens import LogitLens, LogitLensResult
     from mechvlm.probes.neurons import MultimodalNeuronsResult
@@ -34,13 +38,17 @@ _HOMES = {
     "experiments.causal_trace": ("causal_trace",),
     "experiments.information_flow": ("information_flow",),
     "experiments.object_ablation": ("object_ablation",),
+    "experiments.pair_results": ("WinogroundResult",),
     "experiments.results": ("CausalTraceResult", "InformationFlowResult", "ObjectAblationResult"),
     "experiments.multimodal_neurons": ("multimodal_neurons",),
+    "experiments.winoground": ("caption_logprob", "winoground"),
     "inputs": ("Inputs",),
     "interventions": ("ablate", "knock_out", "patch", "steer"),
     "loading": ("load",),
+    "pairs": ("PairScores", "pair_scores"),
     "phases": ("fit_phases",),
     "probes.contextualization": ("Contextualization", "ContextualizationResult"),
+    "probes.likelihood": ("Likelihood", "LikelihoodResult"),
     "probes.logit_attribution": ("LogitAttribution", "LogitAttributionResult"),
     "probes.logit_lens": ("LogitLens", "LogitLensResult"),
     "probes.neurons": ("MultimodalNeuronsResult",),
@@ -57,12 +65,13 @@ _HOME = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
     "VLM", "CausalTraceResult", "Comparison", "Contextualization", "ContextualizationResult", "InformationFlowResult",
-    "InputError", "Inputs", "LogitAttribution", "LogitAttributionResult", "LogitLens", "LogitLensResult", "Modality",
-    "ModelError", "MultimodalNeuronsResult", "NonFiniteError", "NormAttention", "NormAttentionResult", "ObjectAblationResult",
-    "PatchGrid", "QueryReading", "QueryReadingResult", "Study", "TokenMap", "ViewError", "ablate", "causal_trace",
-    "compare", "contextualization", "fit_phases", "information_flow", "knock_out", "load", "logit_attribution", "logit_lens",
-    "multimodal_neurons", "norm_attention", "object_ablation", "patch", "precision_recall", "query_reading", "read",
-    "steer", "view",
+    "InputError", "Inputs", "Likelihood", "LikelihoodResult", "LogitAttribution", "LogitAttributionResult", "LogitLens",
+    "LogitLensResult", "Modality", "ModelError", "MultimodalNeuronsResult", "NonFiniteError", "NormAttention",
+    "NormAttentionResult", "ObjectAblationResult", "PairScores", "PatchGrid", "QueryReading", "QueryReadingResult",
+    "Study", "TokenMap", "ViewError", "WinogroundResult", "ablate", "caption_logprob", "causal_trace", "compare",
+    "contextualization", "fit_phases", "information_flow", "knock_out", "load", "logit_attribution", "logit_lens",
+    "multimodal_neurons", "norm_attention", "object_ablation", "pair_scores", "patch", "precision_recall",
+    "query_reading", "read", "steer", "view", "winoground",
 ]  # fmt: skip
 
 

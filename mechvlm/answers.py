@@ -1,4 +1,4 @@
-"""Which token an answer begins with: what the causal experiments measure the probability of."""
+"""An answer's tokens, as they follow its prompt: the first one, which causal experiments measure, or all of them."""
 
 from collections.abc import Sequence
 from numbers import Integral
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mechvlm.errors import InputError
 from mechvlm.inputs import Inputs
+from mechvlm.tokens import Modality, TokenMap
 from mechvlm.vlm import VLM
 
 
@@ -38,6 +39,11 @@ def _first(vlm: VLM, text: str, answer: Any) -> int:
         if not 0 <= int(answer) < vlm.d_vocab:
             raise InputError(f"The answer {answer} is no token id: the vocabulary has 0 to {vlm.d_vocab - 1}.")
         return int(answer)
+    return _written(vlm, text, answer)[0]
+
+
+def _written(vlm: VLM, text: str, answer: Any) -> list[int]:
+    """The answer's tokens after the prompt `text`."""
     if not isinstance(answer, str) or not answer.strip():
         raise InputError(f"An answer is a word or a token id, not {answer!r}.")
     if text.endswith(" "):
@@ -49,4 +55,45 @@ def _first(vlm: VLM, text: str, answer: Any) -> int:
         raise InputError(
             f"The tokenizer joins {answer!r} with the end of the prompt {text[-30:]!r}: give its token id instead."
         )
-    return both[len(prompt)]
+    return both[len(prompt) :]
+
+
+def answered(vlm: VLM, inputs: Inputs, answers: Sequence[str]) -> tuple[Inputs, tuple[int, ...]]:
+    """The inputs with each example's answer written after its prompt, and how many tokens each answer has.
+
+    The answer's tokens are the last ones of its example. What a Q-Former is given stays the prompt alone, as when the model
+    writes the answer itself.
+
+    Raises:
+        InputError: for another number of answers than examples, an empty answer, one whose first token the tokenizer joins
+            with the prompt, or one that leaves no room.
+    """
+    if len(answers) != len(inputs):
+        raise InputError(f"{len(answers)} answers were given for {len(inputs)} examples: give one each.")
+    written = [_written(vlm, text, answer) for text, answer in zip(inputs.texts, answers, strict=True)]
+    longest, limit = max(map(len, written)), vlm.config.text_config.max_position_embeddings
+    pad = vlm.tokenizer.pad_token_id or 0
+    rows, masks, maps = [], [], []
+    for row, (tokens, old) in enumerate(zip(written, inputs.token_maps, strict=True)):
+        if vlm.config.image_token_index in tokens:
+            raise InputError(f"The answer of example {row} holds the image token, which belongs to the prompt.")
+        n = len(old.all) + len(tokens)
+        if n > limit:
+            raise InputError(f"The answer of example {row} leaves no room: {n} tokens, where the model takes {limit}.")
+        shift = longest - len(tokens)  # padding stays on the left
+        answer, before = torch.tensor(tokens), inputs.encoding["attention_mask"][row]
+        ids = torch.cat([torch.full((shift,), pad), inputs.encoding["input_ids"][row], answer])
+        rows.append(ids)
+        masks.append(torch.cat([before.new_zeros(shift), before, before.new_ones(len(tokens))]))
+        maps.append(_answered_map(vlm, ids, old, len(tokens)))
+    encoding = {**inputs.encoding, "input_ids": torch.stack(rows), "attention_mask": torch.stack(masks)}
+    made = Inputs(encoding, tuple(maps), inputs.images, inputs.prompts, inputs.texts, inputs.model)
+    return made, tuple(map(len, written))
+
+
+def _answered_map(vlm: VLM, ids: Tensor, old: TokenMap, n: int) -> TokenMap:
+    padding = torch.full((len(ids) - n - len(old),), int(Modality.PADDING))
+    text = torch.full((n,), int(Modality.TEXT))
+    text[torch.isin(ids[-n:], torch.tensor(vlm.tokenizer.all_special_ids))] = Modality.SPECIAL
+    strings = tuple(vlm.tokenizer.convert_ids_to_tokens(ids.tolist()))
+    return TokenMap(ids, strings, torch.cat([padding, old.modality, text]), old.grids, old.patches)

@@ -34,7 +34,8 @@ def parser() -> argparse.ArgumentParser:
         "--dataset",
         default="scenes",
         metavar="NAME",
-        help="scenes, or folder:DIR with a captions.jsonl (default: scenes)",
+        help="scenes; folder:DIR with a captions.jsonl; coco:DIR; winoground or winoground:DIR; "
+        "hf:NAME?image=COLUMN&caption=COLUMN&split=NAME (default: scenes)",
     )
     add("--prompt", metavar="TEXT", help='asked of every image (default: "Describe the scene.")')
     add("--n", type=int, metavar="N", help="examples to draw (default: 200 scenes, or all of a folder)")

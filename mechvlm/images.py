@@ -1,7 +1,10 @@
 """Opening images, and following one through its processor: resize, centre crop, patches."""
 
+from dataclasses import dataclass, field
+from io import BufferedReader, BytesIO
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -13,7 +16,33 @@ MAX_PIXELS = 100_000_000
 """Larger images are refused before they are decoded: 100 megapixels, 300 MB as RGB."""
 
 
-def open_image(image: Image.Image | str | PathLike) -> Image.Image:
+@dataclass(frozen=True)
+class StoredImage:
+    """An image in a row of a table (of the library `datasets`): its file's bytes, read when they are needed and not kept."""
+
+    table: Any = field(repr=False)
+    row: int
+    column: str
+
+    def open(self, mode: str = "rb") -> BytesIO | BufferedReader:
+        """The image's file, in binary as `Path.open("rb")` gives it.
+
+        Raises:
+            InputError: where the row holds no image.
+        """
+        value = self.table[self.row][self.column]
+        value = value if isinstance(value, dict) else {"bytes": value}
+        if value.get("bytes"):
+            return BytesIO(value["bytes"])
+        if value.get("path"):
+            return Path(value["path"]).open("rb")
+        raise InputError(f"Row {self.row} holds no image in {self.column!r}.")
+
+
+ImageLike = Image.Image | str | PathLike | StoredImage
+
+
+def open_image(image: ImageLike) -> Image.Image:
     """The image in RGB, turned as its EXIF data says.
 
     Raises:
@@ -21,30 +50,33 @@ def open_image(image: Image.Image | str | PathLike) -> Image.Image:
     """
     if isinstance(image, str) and "://" in image:
         raise InputError(f"The image {image!r} is an address: fetch it first, and give the file.")
-    if not isinstance(image, Image.Image):
-        path = Path(image)
-        if not path.is_file():
-            raise InputError(
-                f"No image at {path}: " + ("it is a folder." if path.is_dir() else "there is no such file.")
-            )
-        if path.stat().st_size == 0:
-            raise InputError(f"The image {path} is empty (0 bytes). Fetch it again.")
+    if isinstance(image, Image.Image):
         try:
-            # PIL's own guard against decompression bombs sits lower and only warns; ours below refuses.
-            limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
-            try:
-                with Image.open(path) as opened:
-                    return _rgb(opened, str(path))
-            finally:
-                Image.MAX_IMAGE_PIXELS = limit
-        except InputError:
-            raise
-        except Exception as error:
-            raise InputError(f"The image {path} cannot be read ({error}). Is it whole, and an image?") from error
+            return _rgb(image, "given")
+        except OSError as error:  # opened lazily, and truncated
+            raise InputError(f"The image given cannot be read ({error}). Is its file whole?") from error
+    name = f"of row {image.row}" if isinstance(image, StoredImage) else str(Path(image))
     try:
-        return _rgb(image, "given")
-    except OSError as error:  # opened lazily, and truncated
-        raise InputError(f"The image given cannot be read ({error}). Is its file whole?") from error
+        file = image.open() if isinstance(image, StoredImage) else _there(Path(image))
+        # PIL's own guard against decompression bombs sits lower and only warns; ours below refuses.
+        limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+        try:
+            with Image.open(file) as opened:
+                return _rgb(opened, name)
+        finally:
+            Image.MAX_IMAGE_PIXELS = limit
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(f"The image {name} cannot be read ({error}). Is it whole, and an image?") from error
+
+
+def _there(path: Path) -> Path:
+    if not path.is_file():
+        raise InputError(f"No image at {path}: " + ("it is a folder." if path.is_dir() else "there is no such file."))
+    if path.stat().st_size == 0:
+        raise InputError(f"The image {path} is empty (0 bytes). Fetch it again.")
+    return path
 
 
 def _rgb(image: Image.Image, name: str) -> Image.Image:

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from os import PathLike
 
 import torch
 from PIL import Image
@@ -10,10 +9,8 @@ from torch import Tensor
 
 from mechvlm.architectures import Architecture
 from mechvlm.errors import InputError
-from mechvlm.images import check_resize, open_image, patch_grid
+from mechvlm.images import ImageLike, check_resize, open_image, patch_grid
 from mechvlm.tokens import Modality, TokenMap
-
-ImageLike = Image.Image | str | PathLike
 
 
 @dataclass(frozen=True)
@@ -124,9 +121,9 @@ def build_inputs(
 
 def _pair(images, prompts) -> list[tuple[tuple[ImageLike, ...], str]]:
     _check_kinds(images, prompts)
-    one_image = isinstance(images, Image.Image | str | PathLike)
+    one_image = isinstance(images, ImageLike)
     groups = [images] if one_image else list(images)
-    groups = [(g,) if isinstance(g, Image.Image | str | PathLike) else tuple(g) for g in groups]
+    groups = [(g,) if isinstance(g, ImageLike) else tuple(g) for g in groups]
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
     if not groups or not texts:
         raise InputError(f"There is nothing to run: {len(groups)} images and {len(texts)} prompts were given.")
@@ -145,7 +142,7 @@ def _pair(images, prompts) -> list[tuple[tuple[ImageLike, ...], str]]:
 def _check_kinds(images, prompts) -> None:
     for group in images if isinstance(images, list | tuple) else [images]:
         for image in group if isinstance(group, list | tuple) else [group]:
-            if not isinstance(image, Image.Image | str | PathLike):
+            if not isinstance(image, ImageLike):
                 raise InputError(
                     f"An image is a PIL image or the path of one, not {type(image).__name__}; of an array of 0..255, make one "
                     "with PIL.Image.fromarray(array)."

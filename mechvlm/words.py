@@ -153,6 +153,7 @@ def lens_precision_recall(
     stop_words: bool | Collection[str] = False,
     non_words: bool = False,
     lang: str = "en",
+    single: bool = False,
 ) -> pd.DataFrame:
     """`precision_recall` at each layer of one example, with its control: a frame of layer, measure, control, value.
 
@@ -161,19 +162,31 @@ def lens_precision_recall(
     is "captions" are against the image's own, those of "other captions" are the mean of the values against each
     other image, NaN left out. The other control, text positions, is the same call on their tokens.
 
+    "captions" takes an image's captions together: their union finds more words than each of them. With `single=True` there
+    are also rows "single captions" and "other single captions": the mean of the values against each caption alone that has
+    a word, of the image and of the others.
+
     Raises ValueError as `precision_recall` does.
     """
     left_out = _left_out(stop_words, lang)
-    own = _caption_counts(captions, lemmas, left_out, lang)
-    others = [_caption_counts(one, lemmas, left_out, lang) for one in other_captions]
+
+    def counts(some: Sequence[str | Sequence[str]]) -> list[Counter[str]]:
+        return [_caption_counts(one, lemmas, left_out, lang) for one in some]
+
+    against = {"captions": counts([captions]), "other captions": counts(other_captions)}
+    if single:
+        for control, all_captions in (("single captions", [captions]), ("other single captions", other_captions)):
+            each = counts([one for some in all_captions for one in _one_by_one(some)])
+            # Against a caption without a word precision would be 0 whatever is decoded.
+            against[control] = [words for words in each if words] or each[:1]
     rows = []
     for layer, decoded in enumerate(tokens):
         pieces = _checked(decoded, by)
         readings = _readings(pieces, lemmas, left_out, lang)
-        controls = {"captions": [_score(pieces, readings, own, by, non_words)]}
-        if others:
-            controls["other captions"] = [_score(pieces, readings, other, by, non_words) for other in others]
-        for control, scores in controls.items():
+        for control, some in against.items():
+            if not some:
+                continue
+            scores = [_score(pieces, readings, words, by, non_words) for words in some]
             for measure in ("precision", "recall"):
                 values = [value for score in scores if not math.isnan(value := getattr(score, measure))]
                 rows.append((layer, measure, control, sum(values) / len(values) if values else math.nan))
@@ -242,6 +255,10 @@ def _caption_counts(captions: str | Sequence[str], lemmas: bool, left_out: froze
             if word and (counted := _counted(word, lemmas, left_out, lang)):
                 counts[counted] += 1
     return counts
+
+
+def _one_by_one(captions: str | Sequence[str]) -> list[str]:
+    return [captions] if isinstance(captions, str) else [caption for caption in captions if caption.strip()]
 
 
 def _checked(decoded: Sequence[Sequence[str]], by: str) -> Sequence[Sequence[str]]:

@@ -125,13 +125,10 @@ def swaps(model, pairs, text) -> dict:
     """Winoground's three scores (Thrush et al. 2022); chance is 1/4, 1/4 and 1/6."""
     pairs = list(pairs)
     images = [image for pair in pairs for image in pair.images() for _ in range(2)]
-    told = iter(model.scores(images, text, [c for pair in pairs for _ in range(2) for c in pair.captions]))
-    scores = {"text": [], "image": [], "group": []}
-    for a0, a1, b0, b1 in zip(told, told, told, told, strict=True):
-        by_text, by_image = a0 > a1 and b1 > b0, a0 > b0 and b1 > a1
-        for k, v in (("text", by_text), ("image", by_image), ("group", by_text and by_image)):
-            scores[k].append(v)
-    return {k: rate(v) for k, v in scores.items()}
+    told = model.scores(images, text, [c for pair in pairs for _ in range(2) for c in pair.captions])
+    # Image by image, and of each both captions.
+    found = mv.pair_scores(torch.tensor(told, dtype=torch.float64).reshape(-1, 2, 2).mT)
+    return {k: rate(v.tolist()) for k, v in found._asdict().items()}
 
 
 def lens(vlm, name, scenes, images) -> dict:

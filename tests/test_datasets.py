@@ -130,3 +130,28 @@ def test_an_unknown_name_lists_the_known_ones(spec):
 def test_too_few():
     with pytest.raises(InputError, match="at least 1"):
         load_dataset("scenes", 0)
+
+
+# -- the draw ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_larger_draw_begins_with_the_smaller_one(good):
+    whole = [e.id for e in load_dataset(good, seed=5).examples]
+    for n in range(1, 6):
+        assert [e.id for e in load_dataset(good, n, seed=5).examples] == whole[:n]
+    assert (load_dataset(good, 2, seed=5).seed, load_dataset(good, 2, seed=5).n_usable) == (5, 6)
+
+
+def test_the_draw_depends_on_seed_and_ids_alone(good, tmp_path):
+    whole = [e.id for e in load_dataset(good).examples]
+    listing = tmp_path / "good" / "captions.jsonl"
+    listing.write_text("\n".join(reversed(listing.read_text().splitlines())))
+    assert [e.id for e in load_dataset(good).examples] == whole
+    (tmp_path / "good" / whole[2]).unlink()  # one more or less moves no other
+    assert [e.id for e in load_dataset(good).examples] == whole[:2] + whole[3:]
+
+
+def test_every_example_is_as_likely_as_another(good):
+    """Of 600 draws of 2 from 6, each example is in a third: 200, with a standard deviation of 11.5."""
+    drawn = [e.id for seed in range(600) for e in load_dataset(good, 2, seed=seed).examples]
+    assert all(abs(drawn.count(f"{i}.png") - 200) < 46 for i in range(6))

@@ -24,7 +24,7 @@ LOAD = {
     "bundled",
     "loading",
 }
-MEASURE = {"results", "probes", "words", "segments", "phases", "intervals"}
+MEASURE = {"results", "probes", "words", "segments", "phases", "intervals", "pairs"}
 ALLOWED = {
     **{room: LOAD for room in LOAD},
     "datasets": {"errors", "images", "datasets"},
@@ -35,7 +35,7 @@ ALLOWED = {
     "probes": MEASURE | {"tokens", "accessors", "batches"},
     "reading": LOAD | MEASURE | {"progress"},
     "interventions": LOAD,
-    "experiments": LOAD | MEASURE | {"reading", "interventions", "experiments", "progress"},
+    "experiments": LOAD | MEASURE | {"datasets", "reading", "interventions", "experiments", "progress"},
     "view": MEASURE | {"errors", "tokens", "inputs", "experiments", "view"},
     "lens_cache": LOAD | {"lens_bridge"},
     "lens_bridge": LOAD,

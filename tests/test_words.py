@@ -203,3 +203,25 @@ def test_bad_input_is_named(decoded, captions, options, message):
 def test_one_stop_word_must_be_in_a_set():
     with pytest.raises(TypeError, match="True, False or a set"):
         caption_words("a dog", stop_words="the")
+
+
+def test_single_captions_beside_their_union():
+    """Five captions together, each alone, and the other image's likewise, against the plain calls."""
+    tokens = [[["▁cat"], ["▁mat"], ["▁dog"]], [["▁tree"], ["▁cat"], ["▁7"]]]
+    own = ["a cat on a mat", "a cat", "the mat of a cat", "an animal", "of the"]  # the last one has no word
+    others = [["a dog", "a dog runs"], "trees"]
+    plain = lens_precision_recall(tokens, own, others)
+    found = lens_precision_recall(tokens, own, others, single=True)
+    assert found[found["control"].isin(("captions", "other captions"))].reset_index(drop=True).equals(plain)
+    value = found.set_index(["control", "layer", "measure"])["value"]
+    for control, captions in (
+        ("single captions", own[:4]),
+        ("other single captions", ["a dog", "a dog runs", "trees"]),
+    ):
+        for layer, decoded in enumerate(tokens):
+            for measure in ("precision", "recall"):
+                each = [getattr(precision_recall(decoded, one), measure) for one in captions]
+                assert value[control, layer, measure] == pytest.approx(sum(each) / len(each))
+    assert value["captions", 0, "recall"] == pytest.approx(2 / 3)  # cat, mat of cat, mat, animal
+    assert value["single captions", 0, "recall"] == pytest.approx((1 + 1 + 1 + 0) / 4)
+    assert value["single captions", 0, "precision"] == pytest.approx((2 + 1 + 2 + 0) / 3 / 4)

@@ -8,6 +8,8 @@ from typing import Any
 
 from PIL import Image
 
+from mechvlm.images import StoredImage
+
 
 @dataclass(frozen=True)
 class Example:
@@ -15,12 +17,12 @@ class Example:
 
     Attributes:
         id: stable over runs and machines; tables are keyed by it.
-        image: the picture itself, or the file it is read from when it is needed.
+        image: the picture itself, or the file or row it is read from when it is needed.
         captions: what people (or a generator) say of it; at least one.
         meta: what the data set knows beyond that (a scene's objects, say).
     """
 
     id: str
-    image: Image.Image | Path
+    image: Image.Image | Path | StoredImage
     captions: tuple[str, ...]
     meta: dict[str, Any] = field(default_factory=dict, repr=False)

@@ -8,20 +8,14 @@
 
 import json
 from os import PathLike
-from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any
 
 from mechvlm.datasets.example import Example
+from mechvlm.datasets.files import Folder, SetAside, storable, texts
 from mechvlm.errors import InputError
 
 CAPTIONS = "captions.jsonl"
-
-
-class SetAside(NamedTuple):
-    """An example that cannot be used, and why."""
-
-    id: str
-    reason: str
 
 
 def read_folder(folder: str | PathLike) -> tuple[list[Example], list[SetAside]]:
@@ -48,6 +42,7 @@ def read_folder(folder: str | PathLike) -> tuple[list[Example], list[SetAside]]:
         ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{listing} cannot be read ({error}). It should be a text file in UTF-8.") from error
+    images = Folder(folder)
     examples: dict[str, Example] = {}
     aside = []
     for number, line in enumerate(lines, start=1):
@@ -55,7 +50,7 @@ def read_folder(folder: str | PathLike) -> tuple[list[Example], list[SetAside]]:
             continue
         name = f"{CAPTIONS} line {number}"
         try:
-            example = _example(folder, line)
+            example = _example(images, line)
             if example.id in examples:
                 name = example.id
                 raise InputError(
@@ -71,7 +66,7 @@ def read_folder(folder: str | PathLike) -> tuple[list[Example], list[SetAside]]:
     return list(examples.values()), aside
 
 
-def _example(folder: Path, line: str) -> Example:
+def _example(folder: Folder, line: str) -> Example:
     try:
         entry: Any = json.loads(line)
     except (ValueError, RecursionError) as error:
@@ -79,26 +74,10 @@ def _example(folder: Path, line: str) -> Example:
     if not isinstance(entry, dict) or not isinstance(entry.get("image"), str) or not entry["image"]:
         raise InputError('no "image", the name of a file in the folder')
     image = entry["image"]
-    # A listing from elsewhere must not make a report show pictures from the rest of the disk.
-    if PurePosixPath(image).is_absolute() or ".." in PurePosixPath(image).parts or "\\" in image:
-        raise InputError(f"the image {image!r} lies outside the folder")
-    captions = entry.get("captions", entry.get("caption"))
-    captions = [captions] if isinstance(captions, str) else captions
-    if not isinstance(captions, list) or not all(isinstance(c, str) for c in captions):
+    path = folder.image(image)
+    captions = texts(entry.get("captions", entry.get("caption")))
+    if captions is None:
         raise InputError(f'the image {image!r} has no "captions", a list of strings')
-    captions = tuple(_storable(c).strip() for c in captions if c.strip())
     if not captions:
         raise InputError(f"every caption of the image {image!r} is empty")
-    path = folder / image
-    try:
-        there = path.is_file()
-    except OSError as error:  # a name too long
-        raise InputError(f"no file can have the name {image[:40]!r}... ({error})") from None
-    if not there:
-        raise InputError(f"no image at {path}: {'it is a folder' if path.is_dir() else 'there is no such file'}")
-    return Example(_storable(str(entry.get("id") or image)), path, captions)
-
-
-def _storable(text: str) -> str:
-    """JSON can spell half a surrogate pair, which no table can store."""
-    return text.encode("utf-8", "replace").decode()
+    return Example(storable(str(entry.get("id") or image)), path, captions)

@@ -299,4 +299,4 @@ def _position_ticks(ax: Axes, positions: list[int]) -> None:
 
 
 # Other files draw more results, with what stands above: they are imported last, and add themselves to `draw`.
-from mechvlm.view import attribution_plots, causal_plots  # noqa: E402, F401
+from mechvlm.view import attribution_plots, causal_plots, pair_plots  # noqa: E402, F401

@@ -1,0 +1,168 @@
+"""Winoground (Thrush et al. 2022, arXiv:2204.03162): pairs of images whose two captions hold the same words.
+
+`winoground:DIR` reads an `examples.jsonl` and the folder `images` beside it, in the form of facebook/winoground:
+
+    {"id": 0, "image_0": "ex_0_img_0", "image_1": "ex_0_img_1", "caption_0": "...", "caption_1": "...", "tag": "Object",
+     "secondary_tag": "", "num_main_preds": 1, "collapsed_tag": "Object"}
+
+`winoground` reads facebook/winoground itself, which needs access.
+"""
+
+import json
+from collections.abc import Iterable, Sequence
+from os import PathLike
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from PIL import Image
+
+from mechvlm.datasets.example import Example
+from mechvlm.datasets.files import Folder, SetAside, storable
+from mechvlm.errors import InputError
+from mechvlm.images import StoredImage
+
+HUB = "facebook/winoground"
+LISTING = "examples.jsonl"
+TAGS = ("tag", "secondary_tag", "num_main_preds", "collapsed_tag")
+SUFFIXES = ("", ".png", ".jpg", ".jpeg")
+
+
+class Pair(NamedTuple):
+    """Two images and two captions: caption i is true of image i, and false of the other."""
+
+    id: str
+    images: tuple[Image.Image | Path | StoredImage, Image.Image | Path | StoredImage]
+    captions: tuple[str, str]
+
+
+def pairs_of(examples: Iterable[Example]) -> list[Pair]:
+    """The pairs of which both sides are among the examples, in the order of their first sides.
+
+    Raises:
+        InputError: where there is not one.
+    """
+    sides: dict[str, dict[int, Example]] = {}
+    for example in examples:
+        if "pair" in example.meta:
+            sides.setdefault(example.meta["pair"], {})[example.meta["side"]] = example
+    pairs = [
+        Pair(pair, (two[0].image, two[1].image), (two[0].captions[0], two[1].captions[0]))
+        for pair, two in sides.items()
+        if len(two) == 2
+    ]
+    if not pairs:
+        raise InputError("None of these examples is a pair with another: Winoground's are (winoground:DIR).")
+    return pairs
+
+
+def read_winoground(where: str | PathLike) -> tuple[list[Example], list[SetAside]]:
+    """Both sides of every usable pair, and the pairs set aside with their reasons.
+
+    Pair 12 gives the examples "12-0" and "12-1", each an image with its own caption. Their `meta` holds `pair`, `side` (0 or
+    1), `other_caption`, the one that is true of the other image, and the tags. A pair of which anything is wrong is set
+    aside whole. Images are only looked for, not opened.
+
+    Raises:
+        InputError: where there is no `examples.jsonl` or no images, or not one usable pair.
+    """
+    where = Path(where)
+    listings = [where] if where.is_file() else [where / LISTING, where / "data" / LISTING]
+    listing = next((file for file in listings if file.is_file()), None)
+    if listing is None:
+        raise InputError(
+            f"{where} {'holds no ' + LISTING if where.is_dir() else 'is not there'}; winoground:DIR needs a folder with "
+            f"{LISTING} and images/, as {HUB} has them."
+        )
+    folder = listing.parent / "images"
+    if not folder.is_dir():
+        zipped = (listing.parent / "images.zip").is_file()
+        raise InputError(f"{folder} is not there. " + ("Unpack images.zip." if zipped else f"{HUB} has the images."))
+    try:
+        lines = listing.read_text(encoding="utf-8-sig").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{listing} cannot be read ({error}). It should be a text file in UTF-8.") from error
+    images, entries = Folder(folder), []
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            name = f"{LISTING} line {number}"
+            try:
+                entries.append((name, json.loads(line)))
+            except (ValueError, RecursionError) as error:
+                entries.append((name, InputError(f"not JSON ({error})")))
+    return _read(entries, lambda entry, key: _file(images, entry.get(key)), str(listing))
+
+
+def read_hub() -> tuple[list[Example], list[SetAside]]:
+    """facebook/winoground through the library `datasets`, which keeps its own copy once it has it.
+
+    Raises:
+        InputError: without access (it says how to get it), or where the data set is not as it was.
+    """
+    from mechvlm.datasets import hub
+
+    try:
+        table = hub.open_table(HUB, split="test")
+    except InputError as error:
+        raise InputError(
+            f"{HUB} cannot be read: {error} It is gated. Accept its conditions on https://huggingface.co/datasets/{HUB}, then "
+            f"log in once with `hf auth login`. Or give its files: winoground:DIR, with {LISTING} and images/."
+        ) from None
+    wanted = ("image_0", "image_1", "caption_0", "caption_1")
+    missing = [name for name in wanted if name not in table.column_names]
+    if missing:
+        raise InputError(f"{HUB} has no columns {', '.join(missing)}; it has {', '.join(table.column_names)}.")
+    stored = {key: hub.stored(table, key) for key in wanted[:2]}
+    rest = table.remove_columns(list(wanted[:2]))
+    entries = [(f"row {row}", {**entry, "row": row}) for row, entry in enumerate(rest)]
+    return _read(entries, lambda entry, key: stored[key][entry["row"]], HUB)
+
+
+def _read(entries: Sequence[tuple[str, Any]], image, where: str) -> tuple[list[Example], list[SetAside]]:
+    pairs: dict[str, list[Example]] = {}
+    aside = []
+    for number, (name, entry) in enumerate(entries):
+        try:
+            two = _sides(entry, number, image)
+            pair = name = two[0].meta["pair"]
+            if pair in pairs:
+                raise InputError(f"entry {number + 1} uses this id again: the first with it is kept")
+            pairs[pair] = two
+        except InputError as error:
+            aside.append(SetAside(name, str(error)))
+    if not pairs:
+        why = f"{len(aside)} entries, none usable; {aside[0].id}: {aside[0].reason}" if aside else "it is empty"
+        raise InputError(f"{where} names no usable pair ({why}).")
+    return [example for two in pairs.values() for example in two], aside
+
+
+def _sides(entry: Any, number: int, image) -> list[Example]:
+    if isinstance(entry, InputError):
+        raise entry
+    if not isinstance(entry, dict):
+        raise InputError(f"a {type(entry).__name__}, not an object with image_0, image_1, caption_0 and caption_1")
+    given = [entry.get(f"caption_{side}") for side in (0, 1)]
+    captions = [storable(text).strip() for text in given if isinstance(text, str) and text.strip()]
+    if len(captions) < 2:
+        raise InputError('no "caption_0" or no "caption_1"')
+    own = entry.get("id")
+    pair = storable(str(number if own is None else own))
+    tags = {key: entry[key] for key in TAGS if key in entry}
+    return [
+        Example(
+            f"{pair}-{side}", image(entry, f"image_{side}"), (captions[side],),
+            {"pair": pair, "side": side, "other_caption": captions[1 - side], **tags},
+        )
+        for side in (0, 1)
+    ]  # fmt: skip
+
+
+def _file(images: Folder, name: Any) -> Path:
+    if not isinstance(name, str) or not name:
+        raise InputError('no "image_0" or no "image_1", the name of a file in images/')
+    reasons = []
+    for suffix in SUFFIXES:
+        try:
+            return images.image(name + suffix)
+        except InputError as error:
+            reasons.append(error)
+    raise reasons[0]

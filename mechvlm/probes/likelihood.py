@@ -1,0 +1,69 @@
+"""How likely the model finds a text that stands at the end of its input: teacher forcing."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from mechvlm.results import Result, to_cpu
+
+
+@dataclass(frozen=True, repr=False)
+class LikelihoodResult(Result):
+    """Log-probabilities of the tokens at the end of each example, each given all before it.
+
+    Attributes:
+        logprob: aligned at their ends; NaN before an example's first measured token.
+        model: the model's name.
+    """
+
+    units: ClassVar[str] = "log-probability (nats)"
+
+    logprob: Float[Tensor, "example token"]
+    model: str
+
+    @property
+    def total(self) -> Float[Tensor, " example"]:
+        """The sum over an example's tokens: the log-likelihood of its text."""
+        return self.logprob.nansum(-1)
+
+
+@dataclass(frozen=True)
+class Likelihood:
+    """Probe: log-probabilities of each example's last `n_tokens` tokens, from logits of these positions alone.
+
+    Args:
+        n_tokens: how many, per example: what `mechvlm.answers.answered` gives.
+    """
+
+    n_tokens: Sequence[int]
+
+    reads: ClassVar[frozenset[str]] = frozenset({"states"})
+
+    def prepare(self, vlm, inputs):
+        if len(self.n_tokens) != len(inputs):
+            raise ValueError(f"n_tokens holds {len(self.n_tokens)} numbers for {len(inputs)} examples.")
+        ids = inputs.encoding["input_ids"]
+        for number, (n, tokens) in enumerate(zip(self.n_tokens, inputs.token_maps, strict=True)):
+            if not 0 < n < len(tokens.all):
+                raise ValueError(f"{n} tokens were asked for of example {number}, which has {len(tokens.all)}.")
+        longest = max(self.n_tokens)  # padding is on the left: the last positions of all examples are tokens
+        return vlm.n_layers, ids[:, -longest:]
+
+    def at_state(self, plan, state):
+        n_layers, ids = plan
+        if state.layer < n_layers:
+            return None
+        before = state.resid[:, -ids.shape[1] - 1 : -1]  # the state at a position predicts the next token
+        logits = state.unembed(state.final_norm(before)).float()
+        chosen = logits.gather(-1, ids.to(logits.device)[..., None]).squeeze(-1)
+        return {"logprob": chosen - logits.logsumexp(-1)}
+
+    def result(self, plan, rows, vlm, inputs) -> LikelihoodResult:
+        logprob = to_cpu(rows[0]["logprob"])
+        longest = logprob.shape[1]
+        own = torch.arange(longest) >= longest - torch.tensor(list(self.n_tokens))[:, None]
+        return LikelihoodResult(logprob.where(own, torch.nan), vlm.name)
