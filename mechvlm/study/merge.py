@@ -74,15 +74,15 @@ def _words(plan: Plan, model: int) -> pd.DataFrame:
 def _baseline(plan: Plan, model: int) -> pd.DataFrame:
     """The anisotropy baseline of all examples together: model, pair, layer, value."""
     n = 0
-    sums: dict[str, torch.Tensor | int] = {}
+    sums = {name: torch.zeros(()).double() for name in ("sum_image", "sum_text", "same")}
     for number in range(len(plan)):
         table = read_table(plan.at(model, number), "context_sums").to_pydict()
         if not table["n"]:
             continue
         n += table["n"][0]
-        for name in ("sum_image", "sum_text", "same"):
+        for name in sums:
             # In float64: a hundred thousand examples are added.
-            sums[name] = sums.get(name, 0) + torch.tensor(table[name], dtype=torch.float64)
+            sums[name] = sums[name] + torch.tensor(table[name], dtype=torch.float64)
     value = anisotropy_baseline(sums["sum_image"], sums["sum_text"], sums["same"].T, n).float().numpy()
     n_layers = value.shape[1]
     pairs, layers = np.repeat(PAIRS, n_layers), np.tile(np.arange(n_layers), len(PAIRS))

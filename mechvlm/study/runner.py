@@ -230,7 +230,8 @@ def _gallery(plan: Plan) -> "tuple[list[tuple[Example, Image.Image]], dict[tuple
 
 def _seconds(plan: Plan) -> float:
     """What the pieces that are there took: earlier runs' time."""
-    return sum(read_about(piece)["seconds"] for piece in plan.folder.iterdir()) if plan.folder.is_dir() else 0.0
+    pieces = list(plan.folder.iterdir()) if plan.folder.is_dir() else []
+    return sum((read_about(piece)["seconds"] for piece in pieces), 0.0)
 
 
 def _worded(data: Dataset) -> Dataset:

@@ -40,7 +40,7 @@ VIEWS = pa.schema(
         "heat": pa.binary(),
         "token": pa.string(),
         "layer": pa.int64(),
-    }  # fmt: skip
+    }
 )
 
 

@@ -1,0 +1,153 @@
+"""Kills a study with SIGKILL again and again, and compares what it comes to with a study that was left alone.
+
+    python tests/killed.py KILLS SEED
+
+Half of the kills come after a random time, half at a random one of the study's own steps on the disk: when it opens, renames or
+deletes something in its folder, so also in the middle of a shard, between its last byte and its name, and while results are put
+together. Prints JSON: kills, folders, and where the kills fell. It is a process of its own because children are forked from it,
+and forking is safe only before any thread has run.
+"""
+
+import beartype  # noqa: F401  (before nnsight)
+
+import json
+import os
+import random
+import signal
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+import torch
+from conftest import noise_image
+from models import llava
+
+import mechvlm as mv
+from mechvlm.datasets import Dataset, Example, fingerprint
+from mechvlm.study import figures, run
+from mechvlm.study.folder import SHARDS, STAGE
+
+EXAMPLES, BATCH, FIGURES = 7, 2, b"a figure"
+EVENTS = {"open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "shutil.rmtree"}
+
+
+def study(vlm, data: Dataset, out: Path, kill_at: int = 0, steps: list | None = None) -> None:
+    """The study in this process; it kills itself at its `kill_at`-th step on the disk, or counts them."""
+    inside, seen = str(out), 0
+
+    def watch(event: str, arguments: tuple) -> None:
+        nonlocal seen
+        if event not in EVENTS or not str(arguments[0]).startswith(inside):
+            return
+        seen += 1
+        if steps is not None:
+            steps.append(event)
+        if seen == kill_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(watch)
+    run([vlm], data, prompt="what is this", batch_size=BATCH, out=out)
+
+
+def forked(work, *arguments) -> int:
+    """The child's process id."""
+    child = os.fork()
+    if child:
+        return child
+    try:
+        work(*arguments)
+        os._exit(0)
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+        os._exit(1)
+
+
+def place(out: Path) -> str:
+    """Where a study is: what its folder holds."""
+    names = {p.name for p in out.iterdir()} if out.is_dir() else set()
+    if "run.json" in names:
+        return "after run.json"
+    if "data" in names:
+        return "between results"
+    if STAGE in names:
+        return "while results are written"
+    shards = {p.name for p in (out / SHARDS).iterdir()} if SHARDS in names else set()
+    if any(name.endswith(".tmp") for name in shards):
+        return "while a shard is written"
+    return f"{sum('gallery' not in s for s in shards)} shards done" if shards else "before the first shard"
+
+
+def tables(out: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in sorted((out / "data").glob("*.parquet"))}
+
+
+def small_figures(drawn: dict, folder: Path) -> None:
+    """Real ones take seconds, and are made anew from the tables in any case."""
+    folder.mkdir()
+    for name in drawn:
+        for kind in ("png", "svg"):
+            (folder / f"{name}.{kind}").write_bytes(FIGURES)
+
+
+def main(kills: int, seed: int, home: Path) -> dict:
+    torch.set_num_threads(1)
+    vlm = mv.load(*llava(layers=2))
+    # Shards of one batch, so that there are several.
+    import mechvlm.study.settings as settings
+
+    settings.SHARD = BATCH
+    figures.save_all = small_figures
+    figures.draw_all = lambda tables, found: {name: (None, "") for name in figures.NAMES}
+    examples = tuple(Example(f"e{i}", noise_image(i), (f"a picture number {i} of a dog",)) for i in range(EXAMPLES))
+    data = Dataset("made", examples, (), fingerprint(examples))
+
+    clock = time.perf_counter()
+    whole = home / "whole"
+    assert os.waitpid(forked(study, vlm, data, whole), 0)[1] == 0
+    seconds = time.perf_counter() - clock
+    expected = tables(whole)
+
+    def count(file: Path) -> None:
+        steps: list[str] = []
+        study(vlm, data, home / "counted", steps=steps)
+        file.write_text(str(len(steps)))
+
+    assert os.waitpid(forked(count, home / "steps"), 0)[1] == 0
+    n_steps = int((home / "steps").read_text())
+
+    rng = random.Random(seed)
+    done, folders, where = 0, 0, Counter()
+    while done < kills:
+        out = home / f"killed-{folders}"
+        folders += 1
+        for _ in range(10):
+            at_step = rng.random() < 0.5
+            child = forked(study, vlm, data, out, rng.randint(1, n_steps) if at_step else 0)
+            if not at_step:
+                time.sleep(rng.uniform(0, seconds))
+                os.kill(child, signal.SIGKILL)
+            status = os.waitpid(child, 0)[1]
+            if not os.WIFSIGNALED(status):
+                assert status == 0
+                break
+            done += 1
+            where[place(out)] += 1
+        else:
+            assert os.waitpid(forked(study, vlm, data, out), 0)[1] == 0
+        found = tables(out)
+        assert found.keys() == expected.keys()
+        for name in expected:
+            assert found[name] == expected[name], f"{name} differs in {out}, seed {seed}"
+        left = {p.name for p in out.iterdir()}
+        assert left == {p.name for p in whole.iterdir()}, left
+        assert not list(out.rglob("*.tmp"))
+    return {"kills": done, "folders": folders, "steps": n_steps, "seconds": seconds, "where": dict(sorted(where.items()))}
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as made:
+        print(json.dumps(main(int(sys.argv[1]), int(sys.argv[2]), Path(made))))
