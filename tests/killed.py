@@ -8,8 +8,6 @@ together. Prints JSON: kills, folders, and where the kills fell. It is a process
 and forking is safe only before any thread has run.
 """
 
-import beartype  # noqa: F401  (before nnsight)
-
 import json
 import os
 import random
@@ -148,7 +146,13 @@ def main(kills: int, seed: int, home: Path) -> dict:
         left = {p.name for p in out.iterdir()}
         assert left == {p.name for p in whole.iterdir()}, left
         assert not list(out.rglob("*.tmp"))
-    return {"kills": done, "folders": folders, "steps": n_steps, "seconds": seconds, "where": dict(sorted(where.items()))}
+    return {
+        "kills": done,
+        "folders": folders,
+        "steps": n_steps,
+        "seconds": seconds,
+        "where": dict(sorted(where.items())),
+    }
 
 
 if __name__ == "__main__":

@@ -169,7 +169,10 @@ def in_order(spec):
 @pytest.mark.parametrize("size", [1, 3, 16])
 def test_bad_examples_are_set_aside_and_the_rest_is_unchanged(with_bad, llava_vlm, tmp_path, size):
     bad, good = map(in_order, with_bad)
-    made, among_good = run([llava_vlm], bad, batch_size=size, out=tmp_path / "bad"), run([llava_vlm], good, batch_size=4)
+    made, among_good = (
+        run([llava_vlm], bad, batch_size=size, out=tmp_path / "bad"),
+        run([llava_vlm], good, batch_size=4),
+    )
     same(made, among_good, tables=("contextualization", "baseline", "norm_attention"))
     lens = [s.tables["lens"] for s in (made, among_good)]
     own, own_among_good = (t[t["captions"] == "own"].reset_index(drop=True) for t in lens)
