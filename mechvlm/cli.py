@@ -56,12 +56,9 @@ def parser() -> argparse.ArgumentParser:
     add("--device", metavar="NAME", help="cpu, cuda, cuda:1, mps (default: cpu)")
     add("--dtype", metavar="NAME", help="float32, bfloat16, float16 (default: the checkpoint's; float32 if bundled)")
     add(
-        "--batch-size",
-        type=int,
-        default=16,
-        metavar="N",
+        "--batch-size", type=int, default=16, metavar="N",
         help="examples a forward; changes no more of a result than its last bits (default: 16)",
-    )
+    )  # fmt: skip
     add(
         "--out", metavar="DIR",
         help="a new or empty folder, or that of a study with the same settings, which then goes on where it stopped "
@@ -145,6 +142,7 @@ def _study(arguments: argparse.Namespace) -> int:
     from mechvlm.progress import StudyBar
 
     out = _out_of(arguments)
+    finished = (Path(out) / "run.json").is_file()
     with _Stop() as stop:
         try:
             with StudyBar() as bar:
@@ -177,6 +175,8 @@ def _study(arguments: argparse.Namespace) -> int:
             # Whatever a library made of it on its way here.
             _say("Stopped." + _how_to_go_on(arguments, out))
             return 128 + (stop.signal or signal.SIGINT)
+    if finished:
+        print(f"The study in {out} was finished before: nothing is read again.")
     _summarise(study)
     return 0
 

@@ -192,7 +192,7 @@ def test_other_models_data_and_versions_are_refused(vlm, data, whole, monkeypatc
         study(fresh, data, whole.out)
     assert "weights" not in str(refused.value)
     monkeypatch.setattr(asked, "_version", lambda package: "0.0")
-    with pytest.raises(InputError, match="versions torch was .*, is 0.0"):
+    with pytest.raises(InputError, match=r"versions torch was .*, is 0.0"):
         study(vlm, data, whole.out)
 
 
@@ -225,7 +225,7 @@ def test_a_damaged_shard_is_named_and_made_anew(vlm, data, whole, tmp_path):
         study(vlm, data, out, progress=stopped_after(4))
     lens = out / "shards" / "0-00001" / "lens.parquet"
     lens.write_bytes(lens.read_bytes()[:-20])
-    with pytest.raises(InputError, match="0-00001 is damaged .* Delete that folder"):
+    with pytest.raises(InputError, match=r"0-00001 is damaged .* Delete that folder"):
         study(vlm, data, out)
     shutil.rmtree(lens.parent)
     study(vlm, data, out)
