@@ -1,10 +1,11 @@
 """Kills a study with SIGKILL again and again, and compares what it comes to with a study that was left alone.
 
     python tests/killed.py KILLS SEED
+    python tests/killed.py every
 
 Half of the kills come after a random time, half at a random one of the study's own steps on the disk: when it opens, renames or
 deletes something in its folder, so also in the middle of a shard, between its last byte and its name, and while results are put
-together. Prints JSON: kills, folders, and where the kills fell. It is a process of its own because children are forked from it,
+together. With `every`, it comes once at each of those steps. Prints JSON: kills, folders, and where the kills fell. It is a process of its own because children are forked from it,
 and forking is safe only before any thread has run.
 """
 
@@ -92,7 +93,7 @@ def small_figures(drawn: dict, folder: Path) -> None:
             (folder / f"{name}.{kind}").write_bytes(FIGURES)
 
 
-def main(kills: int, seed: int, home: Path) -> dict:
+def main(kills: int | None, seed: int, home: Path) -> dict:
     torch.set_num_threads(1)
     vlm = mv.load(*llava(layers=2))
     # Shards of one batch, so that there are several.
@@ -120,25 +121,7 @@ def main(kills: int, seed: int, home: Path) -> dict:
     assert os.waitpid(forked(count, home / "steps"), 0)[1] == 0
     n_steps = int((home / "steps").read_text())
 
-    rng = random.Random(seed)
-    done, folders, where = 0, 0, Counter()
-    while done < kills:
-        out = home / f"killed-{folders}"
-        folders += 1
-        for _ in range(10):
-            at_step = rng.random() < 0.5
-            child = forked(study, vlm, data, out, rng.randint(1, n_steps) if at_step else 0)
-            if not at_step:
-                time.sleep(rng.uniform(0, seconds))
-                os.kill(child, signal.SIGKILL)
-            status = os.waitpid(child, 0)[1]
-            if not os.WIFSIGNALED(status):
-                assert status == 0
-                break
-            done += 1
-            where[place(out)] += 1
-        else:
-            assert os.waitpid(forked(study, vlm, data, out), 0)[1] == 0
+    def check(out: Path) -> None:
         found = tables(out)
         assert found.keys() == expected.keys()
         for name in expected:
@@ -146,6 +129,38 @@ def main(kills: int, seed: int, home: Path) -> dict:
         left = {p.name for p in out.iterdir()}
         assert left == {p.name for p in whole.iterdir()}, left
         assert not list(out.rglob("*.tmp"))
+
+    def killed(out: Path, step: int, delay: float | None = None) -> bool:
+        """Whether the study was killed, and not done before."""
+        nonlocal done
+        child = forked(study, vlm, data, out, step)
+        if delay is not None:
+            time.sleep(delay)
+            os.kill(child, signal.SIGKILL)
+        status = os.waitpid(child, 0)[1]
+        assert os.WIFSIGNALED(status) or status == 0
+        if os.WIFSIGNALED(status):
+            done += 1
+            where[place(out)] += 1
+        return os.WIFSIGNALED(status)
+
+    rng, where = random.Random(seed), Counter()
+    done = folders = 0
+    while done < (n_steps if kills is None else kills):
+        out = home / f"killed-{folders}"
+        folders += 1
+        if kills is None:
+            assert killed(out, folders)
+        else:
+            attempts = (
+                (rng.randint(1, n_steps), None) if rng.random() < 0.5 else (0, rng.uniform(0, seconds))
+                for _ in range(10)
+            )
+            while (attempt := next(attempts, None)) and killed(out, *attempt):
+                pass
+        # What is finished stays as it is, the rest is finished.
+        assert not killed(out, 0)
+        check(out)
     return {
         "kills": done,
         "folders": folders,
@@ -157,4 +172,5 @@ def main(kills: int, seed: int, home: Path) -> dict:
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as made:
-        print(json.dumps(main(int(sys.argv[1]), int(sys.argv[2]), Path(made))))
+        asked = (None, 0) if sys.argv[1] == "every" else (int(sys.argv[1]), int(sys.argv[2]))
+        print(json.dumps(main(*asked, Path(made))))

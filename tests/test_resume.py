@@ -324,6 +324,23 @@ def test_an_example_without_room_of_its_own_is_set_aside(vlm, data, monkeypatch,
     assert made.models[vlm.name]["halved"] == [{"first": "e2", "examples": 2}]
 
 
+def test_what_has_no_room_in_the_gallery_is_left_out_and_recorded(vlm, data, monkeypatch, tmp_path):
+    from mechvlm.study import gallery
+
+    show = gallery.show
+
+    def limited(vlm, image, prompt):
+        if image is data.examples[2].image:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return show(vlm, image, prompt)
+
+    monkeypatch.setattr(gallery, "show", limited)
+    made = study(vlm, data, tmp_path / "out")
+    assert [example.id for example, _ in made.gallery] == ["e0", "e1", "e3", "e4", "e5"]
+    assert made.models[vlm.name]["left_out_of_gallery"] == [{"example": "e2", "reason": "CUDA out of memory."}]
+    assert len(list((tmp_path / "out" / "views").glob("*.html"))) == 5
+
+
 def test_other_errors_are_no_lack_of_memory(vlm, data, monkeypatch):
     def fail(self, images, prompts):
         raise RuntimeError("a bug")
