@@ -3,10 +3,10 @@
     python tests/killed.py KILLS SEED
     python tests/killed.py every
 
-Half of the kills come after a random time, half at a random one of the study's own steps on the disk: when it opens, renames or
-deletes something in its folder, so also in the middle of a shard, between its last byte and its name, and while results are put
-together. With `every`, it comes once at each of those steps. Prints JSON: kills, folders, and where the kills fell. It is a process of its own because children are forked from it,
-and forking is safe only before any thread has run.
+Half of the kills come after a random time, half at a random one of the study's own steps on the disk: when it opens for
+writing, renames or deletes something in its folder, so also in the middle of a shard, between its last byte and its name, and
+while results are put together. With `every`, one comes at each of those steps. Prints JSON: kills, folders, and where the kills
+fell. It is a process of its own because children are forked from it, and forking is safe only before any thread has run.
 """
 
 import json
