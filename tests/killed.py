@@ -110,7 +110,8 @@ def main(kills: int | None, seed: int, home: Path) -> dict:
     clock = time.perf_counter()
     whole = home / "whole"
     assert os.waitpid(forked(study, vlm, data, whole), 0)[1] == 0
-    seconds = time.perf_counter() - clock
+    # On a machine that is busy just then, no kill waits for long: it falls earlier in the study.
+    seconds = min(time.perf_counter() - clock, 1.5)
     expected = tables(whole)
 
     def count(file: Path) -> None:
