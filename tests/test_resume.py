@@ -45,7 +45,7 @@ def data() -> Dataset:
 def small(monkeypatch):
     """Shards of one batch, so that there are several of them; figures take the time here that nothing is tested in."""
     monkeypatch.setattr(asked, "SHARD", 2)
-    monkeypatch.setattr(figures, "draw_all", lambda tables, found: {name: (None, "") for name in figures.NAMES})
+    monkeypatch.setattr(figures, "draw_all", lambda *_: {name: (None, "") for name in figures.NAMES})
     monkeypatch.setattr(figures, "save_all", _small_figures)
 
 
@@ -68,7 +68,7 @@ def whole(vlm, data, tmp_path_factory):
     """A study that was left alone."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(asked, "SHARD", 2)
-        patch.setattr(figures, "draw_all", lambda tables, found: {name: (None, "") for name in figures.NAMES})
+        patch.setattr(figures, "draw_all", lambda *_: {name: (None, "") for name in figures.NAMES})
         patch.setattr(figures, "save_all", _small_figures)
         return study(vlm, data, tmp_path_factory.mktemp("whole") / "out")
 
