@@ -3,6 +3,7 @@
 import numpy as np
 import pandas as pd
 
+from mechvlm.study.settings import MEASURES
 from mechvlm.study.statistics import phases_of
 from mechvlm.study.study import Study
 
@@ -48,7 +49,8 @@ def made_study(models: dict[str, int], n: int = 12, seed: int = 0, n_image: int 
         tables=whole,
         phases={model: phases_of(whole["contextualization"], model, seed) for model in models},
         skipped=pd.DataFrame([], columns=["model", "example", "reason"]),
-        settings={"models": list(models), "prompt": PROMPT, "seed": seed} | about.pop("settings", {}),
+        settings={"models": list(models), "prompt": PROMPT, "seed": seed, "measures": MEASURES}
+        | about.pop("settings", {}),
         models={
             model: {"n_layers": n_layers, "n_examples": n, "dtype": "float32", "seconds": 1.0}
             for model, n_layers in models.items()

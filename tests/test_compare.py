@@ -10,7 +10,7 @@ from made_study import made_study
 import mechvlm as mv
 from mechvlm.errors import InputError
 from mechvlm.study import run
-from mechvlm.study.store import MEASURES
+from mechvlm.study.settings import MEASURES
 from mechvlm.view.plots import style
 
 MODELS = {"org/small": 3, "large": 32}

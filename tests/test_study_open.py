@@ -57,7 +57,11 @@ def test_an_opened_study_is_the_one_that_was_written(study, opened):
     without = {name: {k: v for k, v in about.items() if k != "sha256"} for name, about in opened.models.items()}
     assert without == study.models
     assert (opened.dataset, opened.seconds, opened.out) == (study.dataset, study.seconds, study.out)
-    assert (opened.gallery, opened.views) == ([], {})
+    assert [(e.id, e.captions) for e, _ in opened.gallery] == [(e.id, e.captions) for e, _ in study.gallery]
+    assert [image.tobytes() for _, image in opened.gallery] == [image.tobytes() for _, image in study.gallery]
+    assert {key: (v.html, v.token, v.layer, v.heat.tobytes()) for key, v in opened.views.items()} == {
+        key: (v.html, v.token, v.layer, v.heat.tobytes()) for key, v in study.views.items()
+    }
 
 
 def test_its_phases_are_those_of_the_run(study, opened):
@@ -293,7 +297,7 @@ def test_the_summary_s_intervals_are_the_curves(opened):
 
 @pytest.fixture
 def copy(study, tmp_path):
-    return shutil.copytree(study.out, tmp_path / "copy", ignore=shutil.ignore_patterns("views", "figures"))
+    return shutil.copytree(study.out, tmp_path / "copy", ignore=shutil.ignore_patterns("figures"))
 
 
 def record(folder, **changes):
@@ -327,6 +331,8 @@ DAMAGES = [
     (lambda f: record(f, models={"a": {}}), r"run\.json is missing or damaged \(it says no n_layers"),
     (lambda f: (f / "skipped.csv").unlink(), r"skipped\.csv is missing or damaged"),
     (lambda f: (f / "skipped.csv").write_text("a,b\n"), r"skipped\.csv is missing or damaged"),
+    (lambda f: cut(f / "views" / "gallery.parquet"), r"views/gallery\.parquet is missing or damaged"),
+    (lambda f: next((f / "views").glob("01-*.html")).unlink(), r"views/01-.*\.html is missing or damaged"),
     (lambda f: (f / "run.json").unlink(), r"is not finished: .* Run the command that began it again"),
     (lambda f: record(f, format=99, versions={"mechvlm": "9.0"}), r"newer mechvlm \(9\.0, folder format 99.*pip install -U"),
 ]  # fmt: skip

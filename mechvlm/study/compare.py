@@ -99,12 +99,8 @@ def _check(studies: list[Study]) -> None:
 
 
 def _unlike(one: Study, other: Study) -> dict[str, tuple]:
-    """How the measures were made, where both say so. Phases are no curve, and are not compared."""
-    mine, theirs = (study.settings.get("measures") for study in (one, other))
-    if mine is None or theirs is None:  # one that this very version has just run
-        from mechvlm.study.store import MEASURES as CURRENT
-
-        mine, theirs = mine or CURRENT, theirs or CURRENT
+    """How the measures were made. Phases are no curve, and are not compared."""
+    mine, theirs = (study.settings["measures"] for study in (one, other))
     keys = [key for key in {**mine, **theirs} if key != "phases"]
     # JSON has lists only.
     return {key: (_plain(mine.get(key)), _plain(theirs.get(key))) for key in keys}

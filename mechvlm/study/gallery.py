@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Iterable
-from typing import NamedTuple
 
 import matplotlib as mpl
 import numpy as np
@@ -16,6 +15,7 @@ from mechvlm.probes.logit_lens import LogitLens
 from mechvlm.probes.norm_attention import NormAttention
 from mechvlm.probes.query_reading import QueryReading
 from mechvlm.reading import read
+from mechvlm.study.study import Shown
 from mechvlm.tokens import TokenMap
 from mechvlm.view.packing import ROWS
 from mechvlm.view.page import View
@@ -30,17 +30,6 @@ SHELF = 4_000_000
 """The same, on each of the gallery's pages: 7 destinations at 7B, all of them for a small model."""
 SIDE = 256
 """Longer side of the small pictures, in pixels."""
-
-
-class Shown(NamedTuple):
-    """A gallery's example as one model reads it."""
-
-    html: str
-    """The page of its patch view."""
-    heat: Image.Image
-    """What `token` reads from the image at `layer`, as the page first shows it."""
-    token: str
-    layer: int
 
 
 def destinations(vlm: VLM, tokens: TokenMap, room: int = PAGE) -> Int[Tensor, " dest"]:

@@ -2,13 +2,17 @@
 
 import json
 import os
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from PIL import Image
 
+from mechvlm.datasets import Example
 from mechvlm.errors import InputError
 from mechvlm.study.statistics import phases_of
+from mechvlm.study.study import Shown
 
 FORMAT = 1
 """The folder's layout; counted up where an older version could no longer read it. Folders without a number are the first."""
@@ -23,6 +27,7 @@ COLUMNS = {
     "phases": ("model",),
     "answers": ("model", "example", "answer"),
     "words": ("model", "example", "layer", "word", "positions"),
+    "gallery": ("model", "example", "captions", "image", "heat", "token", "layer", "file"),
 }  # fmt: skip
 RECORDED = ("models", "dataset", "settings", "seconds")
 
@@ -30,9 +35,9 @@ RECORDED = ("models", "dataset", "settings", "seconds")
 def read_study(folder: Path) -> dict[str, Any]:
     """What `Study` is made of, from a finished study's folder. `Study.open` says what is raised."""
     record = _record(folder)
-    tables = {path.stem: _table(path) for path in sorted((folder / "data").glob("*.parquet"))}
+    tables = read_tables(folder)
     for name in COLUMNS:
-        if name not in tables:
+        if name != "gallery" and name not in tables:
             raise InputError(f"{folder} is not whole: data/{name}.parquet is missing. Copy or run the study again.")
     for model, about in record["models"].items():
         for name in ("contextualization", "lens"):
@@ -43,6 +48,7 @@ def read_study(folder: Path) -> dict[str, Any]:
                     f"{about['n_examples']}: they are not of one study. Copy or run it again."
                 )
     settings = record["settings"]
+    shown, views = _gallery(folder)
     return {
         "tables": tables,
         "phases": {
@@ -52,11 +58,38 @@ def read_study(folder: Path) -> dict[str, Any]:
         "settings": settings,
         "models": record["models"],
         "dataset": record["dataset"],
-        "gallery": [],
-        "views": {},
+        "gallery": shown,
+        "views": views,
         "seconds": record["seconds"],
         "out": folder,
     }
+
+
+def read_tables(folder: Path) -> dict[str, pd.DataFrame]:
+    """The tables in a study's `data/`, by name."""
+    return {path.stem: _table(path) for path in sorted((folder / "data").glob("*.parquet"))}
+
+
+def picture(data: bytes) -> Image.Image:
+    """The picture of a PNG file's bytes."""
+    image = Image.open(BytesIO(data))
+    image.load()
+    return image
+
+
+def _gallery(folder: Path) -> tuple[list[tuple[Example, Image.Image]], dict[tuple[str, str], Shown]]:
+    """The few examples that the report shows, and their patch views by (model, example id)."""
+    path = folder / "views" / "gallery.parquet"
+    gallery: dict[str, tuple[Example, Image.Image]] = {}
+    views = {}
+    for row in _table(path).itertuples():
+        try:
+            image, html = picture(row.image), (folder / row.file).read_text(encoding="utf-8")
+            views[row.model, row.example] = Shown(html, picture(row.heat), row.token, row.layer)
+        except (OSError, ValueError) as error:
+            raise _damaged(folder / row.file, error) from error
+        gallery.setdefault(row.example, (Example(row.example, image, tuple(row.captions)), image))
+    return list(gallery.values()), views
 
 
 def _record(folder: Path) -> dict[str, Any]:
@@ -66,10 +99,10 @@ def _record(folder: Path) -> dict[str, Any]:
         what = "is a file" if folder.exists() else "is not there"
         raise InputError(f"{folder} {what}; a study is opened by its folder, the one that holds run.json and data/.")
     if not path.is_file():
-        if any(folder.rglob("*.parquet")):
+        if (folder / "settings.json").is_file() or any(folder.rglob("*.parquet")):
             raise InputError(
-                f"The study in {folder} is not finished: it has tables and no run.json. Run the command that began it "
-                "again."
+                f"The study in {folder} is not finished: there is no run.json yet. Run the command that began it again: "
+                "it goes on from there."
             )
         raise InputError(f"{folder} holds no study: there is no run.json. `mechvlm study --out DIR` writes one.")
     try:

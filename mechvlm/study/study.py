@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pandas as pd
 from PIL import Image
@@ -17,7 +17,17 @@ from mechvlm.study import statistics
 if TYPE_CHECKING:
     from mechvlm.study.compare import Comparison
     from mechvlm.study.drawn import Drawn
-    from mechvlm.study.gallery import Shown
+
+
+class Shown(NamedTuple):
+    """A gallery's example as one model reads it."""
+
+    html: str
+    """The page of its patch view."""
+    heat: Image.Image
+    """What `token` reads from the image at `layer`, as the page first shows it."""
+    token: str
+    layer: int
 
 
 @dataclass(frozen=True)
@@ -29,12 +39,11 @@ class Study:
             "phases", "answers", "words"; `mechvlm.study.store` says what is in them.
         phases: by model. None for a model of fewer than 3 states, which has no curve to segment.
         skipped: model, example, reason: what was set aside ("" for model: before any model saw it).
-        settings: everything that was asked for, after defaults; of an opened study also "measures", how each was made.
+        settings: everything that was asked for, after defaults, and "measures": how each was made.
         models: by name: class, revision, dtype, device, layers, examples read, threads, seconds.
         dataset: the examples' name, number and fingerprint.
-        gallery: a few examples, with a small picture each; empty where the study was opened.
-        views: their patch views, by (model, example id), where a folder was asked for; empty where the study was opened:
-            the pages stand in its folder.
+        gallery: a few examples, with a small picture each; of an opened study the small pictures are the images.
+        views: their patch views, by (model, example id), where a folder was asked for.
         seconds: of the whole run, files included.
         out: the folder, None where none was asked for.
     """
@@ -46,13 +55,13 @@ class Study:
     models: dict[str, dict[str, Any]]
     dataset: dict[str, Any]
     gallery: list[tuple[Example, Image.Image]] = field(repr=False)
-    views: "dict[tuple[str, str], Shown]" = field(repr=False)
+    views: dict[tuple[str, str], Shown] = field(repr=False)
     seconds: float
     out: Path | None = None
 
     @classmethod
     def open(cls, folder: str | os.PathLike) -> "Study":
-        """A written study again, from its folder alone: no model is loaded, and no image.
+        """A written study again, from its folder alone: no model is loaded, and none of the data's images.
 
         The phases are fitted again, from the table and with the recorded seed: they equal the run's.
 
