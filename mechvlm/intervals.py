@@ -8,6 +8,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 N_RESAMPLES = 2000
+AT_ONCE = 100
+"""Resamples whose draws are numbers of eight bytes at once: with a hundred thousand examples all of them would take gigabytes."""
 CHUNK = 2**23
 """Numbers that the resampled means may take up at once (64 MB): a large `rest` is worked off in chunks."""
 
@@ -40,8 +42,9 @@ def mean_interval(values: Float[Tensor, "example *rest"], level: float = 0.95, s
     x = values.detach().cpu().double().numpy().reshape(n, -1)
     seen = ~np.isnan(x)
     x = np.where(seen, x, 0.0)
-    # How often each draw holds each example: its mean is then a matrix product.
-    draws = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=N_RESAMPLES).astype(float)
+    # How often each draw holds each example (a byte: never 256 times): its mean is then a matrix product.
+    rng, pieces = np.random.default_rng(seed), range(0, N_RESAMPLES, AT_ONCE)
+    draws = [rng.multinomial(n, np.full(n, 1 / n), size=AT_ONCE).astype(np.uint8) for _ in pieces]
     low, high = np.full((2, x.shape[1]), np.nan)
     tail = 100 * (1 - level) / 2
     with np.errstate(invalid="ignore"):
@@ -49,7 +52,10 @@ def mean_interval(values: Float[Tensor, "example *rest"], level: float = 0.95, s
         columns = np.flatnonzero(seen.sum(0) > 1)
         for start in range(0, len(columns), CHUNK // N_RESAMPLES):
             some = columns[start : start + CHUNK // N_RESAMPLES]
-            means = (draws @ x[:, some]) / (draws @ seen[:, some])  # NaN where only NaN examples were drawn
+            # NaN where only NaN examples were drawn.
+            means = np.concatenate(
+                [(d @ x[:, some]) / (d @ seen[:, some]) for d in (few.astype(float) for few in draws)]
+            )
             percentile = np.nanpercentile if np.isnan(means).any() else np.percentile  # the first one is slow
             low[some], high[some] = percentile(means, [tail, 100 - tail], axis=0)
     back = (torch.from_numpy(a).reshape(rest).to(values.dtype) for a in (mean, low, high))

@@ -22,19 +22,21 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from mechvlm.probes.contextualization import ContextualizationResult
 from mechvlm.results import Result
 from mechvlm.segments import (
     MOVED,
+    cross_validate,
     directions_of,
     explains_most,
     fit_runs,
     fit_segments,
     interval_errors,
     partitions,
+    resampled_means,
     turning_layers,
 )  # fmt: skip
 
@@ -183,9 +185,7 @@ def fit_phases(
         n_segments, first = explains_most(inter[0], max_segments)
     else:
         n_segments, first, evidence, support = _select(inter, max_segments, min(n_bootstrap, N_SELECTIONS), rng)
-        # The mean of a resample is a weighted mean of the examples: one matrix product for all of them.
-        weights = rng.multinomial(n_examples, np.full(n_examples, 1 / n_examples), size=n_bootstrap) / n_examples
-        resampled = {name: weights @ value for name, value in values.items()}
+        resampled = resampled_means(values, n_bootstrap, rng)
 
     mean = inter.mean(0)
     directions = directions_of(n_segments, first)
@@ -234,7 +234,7 @@ def _select(
     counts = counts[(counts @ np.eye(fold.max() + 1)[fold] > 0).sum(1) > 1]
     counts = np.concatenate([np.ones((1, n_examples), dtype=counts.dtype), counts])
     candidates = [(0, None)] + [(n, first) for n in range(1, max_segments + 1) for first in MOVED]
-    errors, standard_errors = _cross_validate(centred, counts, fold, candidates)
+    errors, standard_errors = cross_validate(centred, counts, fold, candidates)
 
     # Rounding must not decide between numbers that predict alike.
     slack = 1e-9 * (centred**2).sum(1).mean()
@@ -250,34 +250,6 @@ def _select(
     )
     support = float((chosen[1:] == chosen[0]).mean()) if len(chosen) > 1 else math.nan
     return n_segments, first, evidence, support
-
-
-def _cross_validate(
-    curves: Float[np.ndarray, "example layer"],
-    counts: Int[np.ndarray, "resample example"],
-    fold: Int[np.ndarray, " example"],
-    candidates: Sequence[tuple[int, str | None]],
-) -> tuple[Float[np.ndarray, "resample candidate"], Float[np.ndarray, "resample candidate"]]:
-    """Held-out squared error per example, and its standard error, for each resample (how often it has each example)."""
-    n_resamples, n_examples = counts.shape
-    n_layers = curves.shape[1]
-    max_segments = candidates[-1][0]
-    squared = np.empty((n_resamples, len(candidates), n_examples))
-    for held_out in range(fold.max() + 1):
-        train = counts * (fold != held_out)
-        means = train @ curves / train.sum(1, keepdims=True)
-        errors_of = interval_errors(means)
-        fits = np.zeros((n_resamples, len(candidates), n_layers))  # no segment: 0, the mean of a centred curve
-        for first in MOVED:
-            for n, ends in enumerate(partitions(errors_of, max_segments, first), start=1):
-                fits[:, candidates.index((n, first))] = fit_runs(means, ends, first)[0]
-        test = curves[fold == held_out]
-        squared[:, :, fold == held_out] = (
-            (test**2).sum(1) - 2 * fits @ test.T + (fits**2).sum(-1, keepdims=True)
-        )  # fmt: skip
-    error = np.einsum("rce,re->rc", squared, counts) / n_examples
-    variance = np.einsum("rce,re->rc", (squared - error[..., None]) ** 2, counts) / (n_examples - 1)
-    return error, np.sqrt(variance / n_examples)
 
 
 def _change(

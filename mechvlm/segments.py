@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
 MOVED = {"rise": "rises", "fall": "falls"}
+AT_ONCE = 1000  # examples, and
+RESAMPLES_AT_ONCE = 100  # resamples, that are worked on at once: memory does not grow with their number
 
 
 class SegmentFit(NamedTuple):
@@ -159,3 +162,48 @@ def explains_most(curve: Float[np.ndarray, " layer"], max_segments: int) -> tupl
 
 
 # --- what it means ---
+
+
+def cross_validate(
+    curves: Float[np.ndarray, "example layer"],
+    counts: Int[np.ndarray, "resample example"],
+    fold: Int[np.ndarray, " example"],
+    candidates: Sequence[tuple[int, str | None]],
+) -> tuple[Float[np.ndarray, "resample candidate"], Float[np.ndarray, "resample candidate"]]:
+    """Held-out squared error per example, and its standard error, for each resample (how often it has each example)."""
+    n_resamples, n_examples = counts.shape
+    n_layers = curves.shape[1]
+    max_segments = candidates[-1][0]
+    # Sums over the examples of their held-out errors and the errors' squares: [resample candidate example] would be gigabytes.
+    total, of_squares = np.zeros((2, n_resamples, len(candidates)))
+    for held_out in range(fold.max() + 1):
+        train = counts * (fold != held_out)
+        means = train @ curves / train.sum(1, keepdims=True)
+        errors_of = interval_errors(means)
+        fits = np.zeros((n_resamples, len(candidates), n_layers))  # no segment: 0, the mean of a centred curve
+        for first in MOVED:
+            for n, ends in enumerate(partitions(errors_of, max_segments, first), start=1):
+                fits[:, candidates.index((n, first))] = fit_runs(means, ends, first)[0]
+        for some in np.array_split(np.flatnonzero(fold == held_out), n_examples // AT_ONCE + 1):
+            test = curves[some]
+            squared = (test**2).sum(1) - 2 * fits @ test.T + (fits**2).sum(-1, keepdims=True)
+            total += np.einsum("rce,re->rc", squared, counts[:, some])
+            of_squares += np.einsum("rce,re->rc", squared**2, counts[:, some])
+    error = total / n_examples
+    variance = np.maximum(of_squares - n_examples * error**2, 0) / (n_examples - 1)
+    return error, np.sqrt(variance / n_examples)
+
+
+def resampled_means(
+    values: dict[str, Float[np.ndarray, "example layer"]], n_resamples: int, rng: np.random.Generator
+) -> dict[str, Float[np.ndarray, "resample layer"]]:
+    """The means of each curve over examples drawn with replacement, the same ones for every curve."""
+    n_examples = len(next(iter(values.values())))
+    found: dict[str, list] = {name: [] for name in values}
+    for start in range(0, n_resamples, RESAMPLES_AT_ONCE):
+        size = min(RESAMPLES_AT_ONCE, n_resamples - start)
+        # The mean of a resample is a weighted mean of the examples: one matrix product for all of them.
+        weights = rng.multinomial(n_examples, np.full(n_examples, 1 / n_examples), size=size) / n_examples
+        for name, value in values.items():
+            found[name].append(weights @ value)
+    return {name: np.concatenate(parts) for name, parts in found.items()}
