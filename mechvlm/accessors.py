@@ -95,7 +95,7 @@ class PatternAccessor(Accessor[Tensor]):
     """
 
     def __init__(self, layers, attention: Callable, write: Callable):
-        super().__init__("pattern", layers, attention, write)
+        Accessor.__init__(self, "pattern", layers, attention, write)
 
     def __getitem__(self, index) -> Tensor:  # type: ignore[override]
         layer, rows = index if isinstance(index, tuple) else (index, None)
