@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mechvlm.accessors import Accessor, Attention, PatternAccessor, build_accessors
 from mechvlm.architectures import Architecture, part
-from mechvlm.weights import weight_of
+from mechvlm.weights import Part
 
 
 class Decoder:
@@ -87,17 +87,17 @@ class Decoder:
 
     # -- weights -------------------------------------------------------------------------------------------------------
 
-    def weight(self, envoy) -> Tensor:
-        """The weight of one of the model's modules, given as nnsight's envoy."""
-        return weight_of(envoy, part(self.model, self.record.embed))
+    def part(self, envoy) -> Part:
+        """One of the model's modules, given as nnsight's envoy, with its weight wherever the block runs."""
+        return Part(envoy, part(self.model, self.record.embed))
 
     @property
     def W_E(self) -> Float[Tensor, "d_vocab d_model"]:
-        return self.weight(part(self.model, self.record.embed))
+        return self.part(part(self.model, self.record.embed)).weight
 
     @property
     def W_U(self) -> Float[Tensor, "d_model d_vocab"]:
-        return self.weight(self.unembed).T
+        return self.part(self.unembed).weight.T
 
     @property
     def W_Q(self) -> "Weights":
@@ -117,7 +117,7 @@ class Decoder:
 
     def _projection(self, layer: int, name: str) -> Tensor:
         attention = getattr(self.layers[layer], self.record.attention)
-        return self.weight(getattr(attention, getattr(self.record, name)))
+        return self.part(getattr(attention, getattr(self.record, name))).weight
 
     def _in_heads(self, layer: int, name: str) -> Tensor:
         weight = rearrange(

@@ -13,6 +13,7 @@ from mechvlm.decoder import Decoder
 from mechvlm.errors import ModelError
 from mechvlm.inputs import ImageLike, Inputs, build_inputs
 from mechvlm.remote import backend_for
+from mechvlm.weights import Part
 
 
 class VLM(Decoder):
@@ -73,13 +74,13 @@ class VLM(Decoder):
         """The dtype of the token embedding; on NDIF the server decides in which one it runs."""
         return part(self.hf, self.record.embed).weight.dtype
 
-    def weight(self, envoy) -> Tensor:
+    def part(self, envoy) -> Part:
         if self.without_weights:
             raise ModelError(
                 f"{self.name} runs on NDIF: no weights are here. Use them inside the trace, "
                 "`with vlm.trace(inputs): w = nnsight.save(vlm.W_U[:, 7])`, or load the model without remote=True."
             )
-        return super().weight(envoy)
+        return super().part(envoy)
 
     def inputs(
         self, images: ImageLike | Sequence[ImageLike | Sequence[ImageLike]], prompts: str | Sequence[str]

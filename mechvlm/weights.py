@@ -1,34 +1,56 @@
-"""A module's weight, wherever the trace's block runs.
+"""A module of the model with its weight, wherever the trace's block runs.
 
 A server runs the blocks of users whom it does not trust in a process that holds no weights: there every module is on the
 meta device, and can only be called. What it is called with gives its weight back, exactly.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 
-def weight_of(module, embed) -> Tensor:
-    """The weight of a linear module [out in], an embedding or an RMSNorm, given as nnsight's envoy.
+class Part:
+    """A linear module, an RMSNorm or an embedding within a trace: callable, with its `weight` and `bias`.
 
-    `embed` is the token embedding, whose output shows the dtype in which the model computes.
+    `envoy` is nnsight's, `embed` that of the token embedding, whose output shows the dtype in which the model computes.
     """
-    own = module.weight
-    if own.device.type != "meta":
-        return own
-    if module.path == embed.path:
-        return module(torch.arange(own.shape[0]))
-    like = embed(torch.zeros(1, dtype=torch.long))
-    if own.ndim == 1:  # an RMSNorm divides ones by the root of 1 + eps
-        return module(torch.ones_like(own, device=like.device, dtype=like.dtype)) * (1 + module.variance_epsilon) ** 0.5
-    eye = torch.eye(own.shape[1], device=like.device, dtype=like.dtype)
-    return (module(eye) if module.bias is None else module(eye) - module(torch.zeros_like(eye))).T
 
+    def __init__(self, envoy: Any, embed: Any):
+        self.envoy, self._embed = envoy, embed
+        self._weight: Tensor | None = None
 
-def bias_of(module, embed) -> Tensor | None:
-    """The bias of a linear module [out], or None."""
-    own = module.bias
-    if own is None or own.device.type != "meta":
-        return own
-    like = embed(torch.zeros(1, dtype=torch.long))
-    return module(torch.zeros(1, module.weight.shape[1], device=like.device, dtype=like.dtype))[0]
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.envoy(x)
+
+    @property
+    def weight(self) -> Tensor:
+        """[out in] of a linear module, [d_model] of a norm, [d_vocab d_model] of an embedding."""
+        if self._weight is None:
+            own = self.envoy.weight
+            self._weight = self._read(own) if own.device.type == "meta" else own
+        return self._weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        own = getattr(self.envoy, "bias", None)
+        if own is None or own.device.type != "meta":
+            return own
+        return self.envoy(self._like(torch.zeros(1, self.envoy.weight.shape[1])))[0]
+
+    @property
+    def variance_epsilon(self) -> float:
+        return self.envoy.variance_epsilon
+
+    def _like(self, x: Tensor) -> Tensor:
+        return x.to(self._embed(torch.zeros(1, dtype=torch.long)))
+
+    def _read(self, own: Tensor) -> Tensor:
+        """The weight by calling the module, where it has none that could be looked at."""
+        if self.envoy.path == self._embed.path:
+            return self.envoy(torch.arange(own.shape[0]))
+        if own.ndim == 1:  # an RMSNorm divides ones by the root of 1 + eps
+            return self.envoy(self._like(torch.ones(own.shape))) * (1 + self.variance_epsilon) ** 0.5
+        rows = self.envoy(self._like(torch.eye(own.shape[1])))
+        bias = self.bias
+        return (rows if bias is None else rows - bias).T
