@@ -6,13 +6,14 @@ To a server only this half travels (`mechvlm.remote`): plain functions and data,
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
 from mechvlm.accessors import Accessor, Attention, PatternAccessor, build_accessors
 from mechvlm.architectures import Architecture, part
-from mechvlm.weights import Part
+from mechvlm.weights import Part, is_here
 
 
 class Decoder:
@@ -30,17 +31,15 @@ class Decoder:
     pattern: PatternAccessor
     attention: Accessor[Attention]
 
-    def __init__(self, model: Any, record: Architecture, name: str):
-        self.model, self.record, self.name = model, record, name
-        self.config = self.hf.config
-        text = self.config.text_config
+    def __init__(self, model: Any, record: Architecture, name: str, config: Any, d_vocab: int):
+        self.model, self.record, self.name, self.config, self.d_vocab = model, record, name, config, d_vocab
+        text = config.text_config
         self.n_layers: int = text.num_hidden_layers
         self.n_heads: int = text.num_attention_heads
         self.n_kv_heads: int = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
         self.d_model: int = text.hidden_size
         self.d_head: int = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-        self.d_vocab: int = part(self.hf, record.unembed).weight.shape[0]
-        for site, accessor in build_accessors(self.layers, record, self.d_head).items():
+        for site, accessor in build_accessors(list(self.layers), record, self.d_head).items():
             setattr(self, site, accessor)
 
     @property
@@ -87,17 +86,26 @@ class Decoder:
 
     # -- weights -------------------------------------------------------------------------------------------------------
 
-    def part(self, envoy) -> Part:
-        """One of the model's modules, given as nnsight's envoy, with its weight wherever the block runs."""
-        return Part(envoy, part(self.model, self.record.embed))
+    def part(self, path: str, layer: int | None = None) -> Part:
+        """The final norm or the unembedding, by its path in the record, or a projection of a layer's attention, by its name.
+
+        Inside a trace it has its weight wherever the block runs.
+        """
+        embed = part(self.model, self.record.embed)
+        if layer is not None:
+            envoy = getattr(getattr(self.layers[layer], self.record.attention), path)
+            return Part(envoy, embed, self.n_heads * self.d_head if path == self.record.o_proj else self.d_model)
+        eps = self.config.text_config.rms_norm_eps if path == self.record.norm else None
+        return Part(part(self.model, path), embed, self.d_model, eps)
 
     @property
     def W_E(self) -> Float[Tensor, "d_vocab d_model"]:
-        return self.part(part(self.model, self.record.embed)).weight
+        embed = part(self.model, self.record.embed)
+        return embed.weight if is_here(embed) else embed(torch.arange(self.d_vocab))
 
     @property
     def W_U(self) -> Float[Tensor, "d_model d_vocab"]:
-        return self.part(self.unembed).weight.T
+        return self.part(self.record.unembed).weight.T
 
     @property
     def W_Q(self) -> "Weights":
@@ -116,8 +124,7 @@ class Decoder:
         return Weights(self.n_layers, "W_O", lambda layer: self._out_heads(layer))
 
     def _projection(self, layer: int, name: str) -> Tensor:
-        attention = getattr(self.layers[layer], self.record.attention)
-        return self.part(getattr(attention, getattr(self.record, name))).weight
+        return self.part(getattr(self.record, name), layer).weight
 
     def _in_heads(self, layer: int, name: str) -> Tensor:
         weight = rearrange(

@@ -104,13 +104,13 @@ def read(vlm: VLM, inputs: Inputs, *probes) -> tuple:
     wants = frozenset().union(*(probe.reads for probe in probes))
     real = torch.stack([m.modality != Modality.PADDING for m in inputs.token_maps])
     real = real if vlm.without_weights else real.to(vlm.device)
-    n, layers = vlm.n_layers, vlm.layers
+    n = vlm.n_layers
     crosses = vlm.cross_attentions if "queries" in wants else []
 
     with torch.no_grad(), vlm.trace(inputs, logits_to_keep=1):
         rows = nnsight.save([[] for _ in probes])
         finite = nnsight.save([])
-        norm, unembed = vlm.part(vlm.final_norm), vlm.part(vlm.unembed)
+        norm, unembed = vlm.part(vlm.record.norm), vlm.part(vlm.record.unembed)
         for number, cross in enumerate(crosses):
             (_, q, k, *_), options = getattr(cross.source, vlm.record.attention_call).inputs
             for probe, plan, kept in zip(probes, plans, rows, strict=True):
@@ -125,7 +125,7 @@ def read(vlm: VLM, inputs: Inputs, *probes) -> tuple:
                     kept.append(probe.at_state(plan, state))
             if layer == n or not wants & {"attention", "writes"}:
                 continue
-            o_proj = vlm.part(getattr(getattr(layers[layer], vlm.record.attention), vlm.record.o_proj))
+            o_proj = vlm.part(vlm.record.o_proj, layer)
             parts, w_o, b_o = vlm.attention[layer], o_proj.weight, o_proj.bias
             attended = Attended(layer + 1, parts, w_o)
             for probe, plan, kept in zip(probes, plans, rows, strict=True):

@@ -110,7 +110,7 @@ class Packer(CustomCloudPickler):
 
     def reducer_override(self, obj):
         if isinstance(obj, Decoder) and type(obj) is not Decoder:
-            return Decoder, (obj.model, obj.record, obj.name)
+            return Decoder, (obj.model, obj.record, obj.name, obj.config, obj.d_vocab)
         if isinstance(obj, Inputs):
             unseen = tuple(() for _ in obj.images)
             return Inputs, (obj.encoding, obj.token_maps, unseen, obj.prompts, obj.texts, obj.model)

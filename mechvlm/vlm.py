@@ -38,16 +38,16 @@ class VLM(Decoder):
         n_layers, n_heads, n_kv_heads, d_model, d_head, d_vocab: of the decoder.
     """
 
-    def __init__(
-        self, hf: Any, processor, *, name: str, revision: str | None = None, remote: bool | str = False
-    ):
+    def __init__(self, hf: Any, processor, *, name: str, revision: str | None = None, remote: bool | str = False):
         self.processor, self.revision, self.remote = processor, revision, remote
         self.tokenizer = processor.tokenizer
         with warnings.catch_warnings():
             # The Q-Former's modules named `output` are served under another name, which nothing here reads.
             warnings.filterwarnings("ignore", message=".*nnsight already serves.*")
             model = TransformersModel(hf, task="image-text-to-text", processor=processor, revision=revision)
-        super().__init__(model, architecture_of(type(model._module).__name__), name)
+        hf = model._module
+        record = architecture_of(type(hf).__name__)
+        super().__init__(model, record, name, hf.config, part(hf, record.unembed).weight.shape[0])
         for module in [*(getattr(layer, self.record.attention) for layer in self.layers), *self.cross_attentions]:
             # nnsight rewrites a forward when its source is first asked for, which is too late once that forward runs.
             getattr(module.source, self.record.attention_call)
@@ -74,13 +74,22 @@ class VLM(Decoder):
         """The dtype of the token embedding; on NDIF the server decides in which one it runs."""
         return part(self.hf, self.record.embed).weight.dtype
 
-    def part(self, envoy) -> Part:
+    @property
+    def W_E(self) -> Tensor:
+        self.require_weights("W_E")
+        return super().W_E
+
+    def part(self, path: str, layer: int | None = None) -> Part:
+        self.require_weights(path)
+        return super().part(path, layer)
+
+    def require_weights(self, what: str) -> None:
+        """Raises ModelError where the weights are on NDIF, and not here."""
         if self.without_weights:
             raise ModelError(
-                f"{self.name} runs on NDIF: no weights are here. Use them inside the trace, "
-                "`with vlm.trace(inputs): w = nnsight.save(vlm.W_U[:, 7])`, or load the model without remote=True."
+                f"{what} was asked for, and {self.name} runs on NDIF: no weights are here. Inside a trace they are there, "
+                "`with vlm.trace(inputs): w = nnsight.save(vlm.W_U[:, 7])`; or load the model without remote=True."
             )
-        return super().part(envoy)
 
     def inputs(
         self, images: ImageLike | Sequence[ImageLike | Sequence[ImageLike]], prompts: str | Sequence[str]

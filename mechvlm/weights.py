@@ -1,7 +1,7 @@
 """A module of the model with its weight, wherever the trace's block runs.
 
-A server runs the blocks of users whom it does not trust in a process that holds no weights: there every module is on the
-meta device, and can only be called. What it is called with gives its weight back, exactly.
+A server runs the blocks of users whom it does not trust in a process that holds no weights: there a module can only be
+called. What it is called with gives its weight back, exactly.
 """
 
 from typing import Any
@@ -11,46 +11,46 @@ from torch import Tensor
 
 
 class Part:
-    """A linear module, an RMSNorm or an embedding within a trace: callable, with its `weight` and `bias`.
+    """A linear module, or an RMSNorm, within a trace: callable, with its `weight` and `bias`.
 
-    `envoy` is nnsight's, `embed` that of the token embedding, whose output shows the dtype in which the model computes.
+    `envoy` is nnsight's; `embed` that of the token embedding, whose output shows the dtype in which the model computes;
+    `width` of what it reads; `eps` of a norm.
     """
 
-    def __init__(self, envoy: Any, embed: Any):
-        self.envoy, self._embed = envoy, embed
-        self._weight: Tensor | None = None
+    def __init__(self, envoy: Any, embed: Any, width: int, eps: float | None = None):
+        self.envoy, self._embed, self._width, self.variance_epsilon = envoy, embed, width, eps
+        self._known: dict[str, Tensor | None] = {}
 
     def __call__(self, x: Tensor) -> Tensor:
         return self.envoy(x)
 
     @property
     def weight(self) -> Tensor:
-        """[out in] of a linear module, [d_model] of a norm, [d_vocab d_model] of an embedding."""
-        if self._weight is None:
-            own = self.envoy.weight
-            self._weight = self._read(own) if own.device.type == "meta" else own
-        return self._weight
+        """[out in] of a linear module, [width] of a norm."""
+        if "weight" not in self._known:
+            self._known["weight"] = self.envoy.weight if is_here(self.envoy) else self._read()
+        return self._known["weight"]
 
     @property
     def bias(self) -> Tensor | None:
-        own = getattr(self.envoy, "bias", None)
-        if own is None or own.device.type != "meta":
-            return own
-        return self.envoy(self._like(torch.zeros(1, self.envoy.weight.shape[1])))[0]
+        """[out] of a linear module, or None."""
+        if "bias" not in self._known:
+            here = is_here(self.envoy)
+            self._known["bias"] = getattr(self.envoy, "bias", None) if here else self._call(torch.zeros)[0]
+        return self._known["bias"]
 
-    @property
-    def variance_epsilon(self) -> float:
-        return self.envoy.variance_epsilon
+    def _call(self, made) -> Tensor:
+        """The module's output for rows that `made` makes, in the model's dtype and on its device."""
+        like = self._embed(torch.zeros(1, dtype=torch.long))
+        return self.envoy(made(self._width, self._width, device=like.device, dtype=like.dtype))
 
-    def _like(self, x: Tensor) -> Tensor:
-        return x.to(self._embed(torch.zeros(1, dtype=torch.long)))
+    def _read(self) -> Tensor:
+        if self.variance_epsilon is not None:  # an RMSNorm divides ones by the root of 1 + eps
+            return self._call(torch.ones)[0] * (1 + self.variance_epsilon) ** 0.5
+        return (self._call(torch.eye) - self.bias).T
 
-    def _read(self, own: Tensor) -> Tensor:
-        """The weight by calling the module, where it has none that could be looked at."""
-        if self.envoy.path == self._embed.path:
-            return self.envoy(torch.arange(own.shape[0]))
-        if own.ndim == 1:  # an RMSNorm divides ones by the root of 1 + eps
-            return self.envoy(self._like(torch.ones(own.shape))) * (1 + self.variance_epsilon) ** 0.5
-        rows = self.envoy(self._like(torch.eye(own.shape[1])))
-        bias = self.bias
-        return (rows if bias is None else rows - bias).T
+
+def is_here(envoy) -> bool:
+    """Whether the process that runs this holds the module's weight."""
+    weight = getattr(envoy, "weight", None)
+    return weight is not None and weight.device.type != "meta"

@@ -1,4 +1,4 @@
-"""What NDIF runs here: its own model actors without the two methods that need CUDA, and a controller that sizes local folders.
+"""What NDIF runs here: its own model actor without the two methods that need CUDA, and a controller that sizes local folders.
 
 NDIF is told of these by name (`NDIF_MODEL_IMPORT_PATH`, `NDIF_CONTROLLER_IMPORT_PATH`); everything else is as it is published.
 """
@@ -9,49 +9,33 @@ from pathlib import Path
 
 import ray
 from ndif.services.ray.deployments.controller.controller import _ControllerActor
-from ndif.services.ray.deployments.modeling.base import BaseModelDeployment
 from ndif.services.ray.sandbox.model import SandboxModelDeployment
 from nnsight.modeling.huggingface import HuggingFaceModel
 from nnsight.modeling.mixins.remotable import CheckpointInfo, Remotable
 from transformers import AutoConfig
 
 
-def load_on_cpu(self):
-    model = HuggingFaceModel.from_model_key(
-        self.model_key, dispatch=True, dtype=self.dtype_name, device="cpu", **self.kwargs
-    )
-    model._module.requires_grad_(False)
-    return model
-
-
-def forget_request(self):
-    self.kill_switch.clear()
-    self.kill_reason = self.execution_ident = None
-    self.model.interleaver.cancel()
-    gc.collect()
-
-
-class Plain(BaseModelDeployment):
-    """A trusted user's: their block runs beside the weights."""
+class OnCPU(SandboxModelDeployment):
+    """NDIF's model actor: a trusted user's block runs beside the weights, any other in a process of its own without them."""
 
     CACHEABLE = False
-    load_from_disk = load_on_cpu
-    cleanup = forget_request
 
-
-class Sandbox(SandboxModelDeployment):
-    """As for users that a shared NDIF does not trust: their block runs in a process of its own, without weights."""
-
-    CACHEABLE = False
-    load_from_disk = load_on_cpu
+    def load_from_disk(self):
+        model = HuggingFaceModel.from_model_key(
+            self.model_key, dispatch=True, dtype=self.dtype_name, device="cpu", **self.kwargs
+        )
+        model._module.requires_grad_(False)
+        return model
 
     def cleanup(self):
         self.discard_sandbox()
-        forget_request(self)
+        self.kill_switch.clear()
+        self.kill_reason = self.execution_ident = None
+        self.model.interleaver.cancel()
+        gc.collect()
 
 
-PlainActor = ray.remote(num_cpus=0, max_restarts=-1)(Plain)
-SandboxActor = ray.remote(num_cpus=0, max_restarts=-1)(Sandbox)
+Actor = ray.remote(num_cpus=0, max_restarts=-1)(OnCPU)
 
 
 def describe_folder(cls, model_key, dtype, trust_remote_code=False):

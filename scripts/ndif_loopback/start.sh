@@ -37,7 +37,8 @@ serve() {  # the parts of the server, each with a log of its own
 }
 (serve)
 if [ $# -eq 0 ]; then
-  echo "NDIF answers at $NDIF_HOST with $NDIF_MODEL_IMPORT_PATH; \`pytest -m ndif\` runs beside it. Ctrl-C ends it."
-  sleep infinity
+  echo "NDIF answers at $NDIF_HOST; \`pytest -m ndif\` runs beside it. Ctrl-C ends it."
+  trap exit INT TERM
+  sleep infinity & wait
 fi
 "$@"
