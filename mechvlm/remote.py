@@ -12,14 +12,20 @@ managers, `super()` without arguments and references to modules of one's own do 
 itself is lost: results are what it saves.
 """
 
+import ast
+import collections
+import dataclasses
+import functools
 import inspect
 import io
+import types
 from collections.abc import Callable
 from types import FunctionType
 from typing import Any
 
 import nnsight
 import torch
+from cloudpickle import cloudpickle
 from jaxtyping import AbstractArray
 from nnsight.intervention.backends.local import LocalSimulationBackend
 from nnsight.intervention.backends.remote import RemoteBackend
@@ -99,8 +105,9 @@ def dumps(tracer) -> bytes:
     """A trace as it travels: how the model is called, the block's source, and what the block names."""
     pull_env()  # notebooks' and scripts' own functions travel by value too
     frame = tracer.info.frame
-    block = reduce_block(tracer.node, frame.f_globals, dict(frame.f_locals))
+    source, outer, inner = reduce_block(tracer.node, frame.f_globals, dict(frame.f_locals))
     buffer = io.BytesIO()
+    block = source, _without_modules(source, outer), _without_modules(source, inner)
     Packer(buffer, protocol=DEFAULT_PROTOCOL).dump((tracer, block))
     return buffer.getvalue()
 
@@ -114,24 +121,104 @@ class Packer(CustomCloudPickler):
         if isinstance(obj, Inputs):
             unseen = tuple(() for _ in obj.images)
             return Inputs, (obj.encoding, obj.token_maps, unseen, obj.prompts, obj.texts, obj.model)
+        if isinstance(obj, functools.cached_property):
+            return functools.cached_property, (obj.func,)  # without its lock
         if isinstance(obj, type):
             if issubclass(obj, AbstractArray):
                 return getattr, (torch, "Tensor")  # a server has no jaxtyping: shapes are not checked there
-            if all(hasattr(obj, name) for name in ("reads", "prepare", "result")):
-                return type, (obj.__name__, (), _within_the_forward(obj))
+            by_value = not cloudpickle._should_pickle_by_reference(obj)
+            if by_value and (dataclasses.is_dataclass(obj) or _is_probe(obj)):
+                made = types.new_class, (obj.__name__, () if _is_probe(obj) else obj.__bases__)
+                return *made, (_written(obj), _fields(obj)), None, None, fill_class
+            if by_value and issubclass(obj, tuple) and hasattr(obj, "_field_defaults"):
+                defaults = tuple(obj._field_defaults.values())
+                made = named_tuple, (obj.__name__, obj._fields, defaults)
+                return *made, (_written(obj), None), None, None, fill_class
         return super().reducer_override(obj)
 
     def _dynamic_function_reduce(self, func: FunctionType):
         # jaxtyping's checks wrap a function, which nnsight would then look up in jaxtyping's own scope.
         plain = inspect.unwrap(func)
-        return super()._dynamic_function_reduce(plain if isinstance(plain, FunctionType) else func)
+        made, args, scope, *rest = super()._dynamic_function_reduce(plain if isinstance(plain, FunctionType) else func)
+        if isinstance(args[0], str):  # a function as its source
+            scope = _without_modules(args[0], scope)
+        return made, args, scope, *rest
 
 
-def _within_the_forward(probe: type) -> dict[str, Any]:
-    """What of a probe's class is used in the forward: its functions, without those that run here."""
-    here = ("prepare", "result")
-    found = {}
-    for base in reversed(probe.__mro__[:-1]):
-        found |= {k: v for k, v in vars(base).items() if isinstance(v, FunctionType) and k not in here}
-        found |= {k: v for k, v in vars(base).items() if k == "reads" or isinstance(v, (int, float, str, tuple))}
-    return {k: v for k, v in found.items() if not k.startswith("__")}
+# -- classes: what somebody wrote of them travels, and what Python made of that is made again there (in its own bytecode) --
+
+
+def named_tuple(name: str, names: tuple[str, ...], defaults: tuple) -> type:
+    return type(name, (collections.namedtuple(name, names, defaults=defaults),), {})  # noqa: PYI024
+
+
+def fill_class(cls: type, state: tuple) -> None:
+    """On the server: give a class what was written in it, and make it the dataclass that it was."""
+    written, dataclass = state
+    for name, value in written.items():
+        setattr(cls, name, value)
+        if hasattr(value, "__set_name__"):
+            value.__set_name__(cls, name)
+    if dataclass is not None:
+        names, frozen = dataclass
+        cls.__annotations__ = {name: object for name in names}
+        dataclasses.dataclass(frozen=frozen, eq=False)(cls)
+
+
+def _is_probe(cls: type) -> bool:
+    return all(hasattr(cls, name) for name in ("reads", "prepare", "result"))
+
+
+def _fields(cls: type):
+    if not dataclasses.is_dataclass(cls):
+        return None
+    return [f.name for f in dataclasses.fields(cls)], cls.__dataclass_params__.frozen
+
+
+def _written(cls: type) -> dict[str, Any]:
+    """The functions, properties and constants of a class; of a probe without those that run here, with its bases'."""
+    found: dict[str, Any] = {}
+    for base in reversed(cls.__mro__[:-1]) if _is_probe(cls) else [cls]:
+        for name, value in vars(base).items():
+            function = inspect.unwrap(value) if isinstance(value, FunctionType) else None
+            made = function is not None and function.__code__.co_filename != inspect.getsourcefile(base)
+            internal = name.startswith(("__", "_abc", "_field", "_is_protocol")) and function is None
+            if not (made or internal or isinstance(value, types.MemberDescriptorType)):
+                found[name] = value
+    return {k: v for k, v in found.items() if not (_is_probe(cls) and k in ("prepare", "result"))}
+
+
+# -- modules: of mechvlm's only what is used, since a server has them not -----------------------------------------------
+
+
+def _without_modules(source: str, scope: dict[str, Any]) -> dict[str, Any]:
+    """The scope, with namespaces in the place of mechvlm's modules that hold what the source uses of them."""
+    return {
+        name: _used(value, _chains(source, name)) if _is_ours(value) else value for name, value in scope.items()
+    }
+
+
+def _is_ours(value: Any) -> bool:
+    return isinstance(value, types.ModuleType) and value.__name__.split(".")[0] == "mechvlm"
+
+
+def _chains(source: str, name: str) -> list[list[str]]:
+    """What stands behind a name's dots in the source: [["ablate"], ["interventions", "steer"]]."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        chain: list[str] = []
+        while isinstance(node, ast.Attribute):
+            chain.insert(0, node.attr)
+            node = node.value
+        if chain and isinstance(node, ast.Name) and node.id == name:
+            found.append(chain)
+    return found
+
+
+def _used(module: types.ModuleType, chains: list[list[str]]) -> types.SimpleNamespace:
+    held = {}
+    for first in {chain[0] for chain in chains}:
+        value = getattr(module, first)
+        rest = [chain[1:] for chain in chains if chain[0] == first and len(chain) > 1]
+        held[first] = _used(value, rest) if _is_ours(value) else value
+    return types.SimpleNamespace(**held)
