@@ -140,8 +140,9 @@ class Packer(CustomCloudPickler):
         # jaxtyping's checks wrap a function, which nnsight would then look up in jaxtyping's own scope.
         plain = inspect.unwrap(func)
         made, args, scope, *rest = super()._dynamic_function_reduce(plain if isinstance(plain, FunctionType) else func)
-        if isinstance(args[0], str):  # a function as its source
+        if isinstance(args[0], str):  # a function as its source; its annotations say nothing there
             scope = _without_modules(args[0], scope)
+            args = tuple(None if value is plain.__annotations__ else value for value in args)
         return made, args, scope, *rest
 
 

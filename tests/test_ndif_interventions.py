@@ -1,0 +1,88 @@
+"""On a real NDIF server: interventions and the experiments built on them do what they do here."""
+
+import nnsight
+import pytest
+import torch
+
+import mechvlm as mv
+from ndif_lane import TOLERANCE, difference, pair, server, tensor_bytes, traffic, user  # noqa: F401
+
+pytestmark = pytest.mark.ndif
+
+
+def changed(vlm, inputs, intervene):
+    with torch.no_grad(), vlm.trace(inputs):
+        intervene(vlm)
+        logits = nnsight.save(vlm.logits[:, -1])
+    return logits
+
+
+def knocked_out(vlm, inputs):
+    with torch.no_grad(), vlm.trace(inputs):
+        images, last = [m.image for m in inputs.token_maps], inputs.token_maps[0].last
+        mv.knock_out(vlm, src=images, dst=torch.tensor([last]), layers=range(2, 5), heads=[[0], None, [1, 2]])
+        weights = nnsight.save(vlm.pattern[5, [last]])
+        logits = nnsight.save(vlm.logits[:, -1])
+    return weights, logits
+
+
+def ablated(how, at):
+    def run(vlm, inputs):
+        with torch.no_grad(), vlm.trace(inputs):
+            mv.ablate(vlm, [m.image[:9] for m in inputs.token_maps], layers=[1, 3], how=how, at=at)
+            logits = nnsight.save(vlm.logits[:, -1])
+        return logits
+
+    return run
+
+
+def patched(vlm, inputs):
+    _, other = vlm.run_with_cache(inputs, ["blocks.1.hook_resid_post", "blocks.2.attn.hook_z"])
+    with torch.no_grad(), vlm.trace(inputs):
+        mv.patch(vlm, other["blocks.1.hook_resid_post"].flip(0), [m.image for m in inputs.token_maps], layers=1)
+        mv.patch(vlm, other, inputs.token_maps[0].last, layers=2, at="z", heads=[0])
+        logits = nnsight.save(vlm.logits[:, -1])
+    return logits
+
+
+def steered(vlm, inputs):
+    with torch.no_grad(), vlm.trace(inputs):
+        mv.steer(vlm, vlm.W_U[:, 7], inputs.token_maps[0].last, layers=2, scale=0.5)
+        mv.steer(vlm, torch.ones(vlm.d_model), inputs.token_maps[0].last, layers=3, at="mlp_out")
+        logits = nnsight.save(vlm.logits[:, -1])
+    return logits
+
+
+INTERVENTIONS = {
+    "knock_out": knocked_out,
+    "ablate zero": ablated("zero", "resid_pre"),
+    "ablate mean": ablated("mean", "attn_out"),
+    "ablate resample": ablated("resample", "z"),
+    "patch": patched,
+    "steer": steered,
+}
+
+
+@pytest.mark.parametrize("name", INTERVENTIONS)
+def test_interventions(pair, user, name):  # noqa: F811
+    there, here = INTERVENTIONS[name](pair.there, pair.inputs), INTERVENTIONS[name](pair.here, pair.inputs)
+    assert difference(there, here) <= TOLERANCE
+    logits = there[-1] if isinstance(there, tuple) else there
+    assert difference(logits, changed(pair.here, pair.inputs, lambda vlm: None)) > 1e-2  # something was changed
+    assert difference(logits, changed(pair.there, pair.inputs, lambda vlm: None)) > 1e-2
+
+
+def test_run_with_cache(pair, user, traffic):  # noqa: F811
+    names = ["hook_embed", "blocks.1.hook_resid_mid", "blocks.2.attn.hook_pattern", "blocks.2.mlp.hook_post"]
+    (logits, there), (expected, here) = (v.run_with_cache(pair.inputs, names) for v in (pair.there, pair.here))
+    assert list(there) == names == list(here)
+    assert traffic.requests == 1
+    assert difference([logits, *there.values()], [expected, *here.values()]) <= TOLERANCE
+
+
+def test_generate(pair, user, traffic):  # noqa: F811
+    said = pair.there.generate(pair.inputs, max_new_tokens=12)
+    assert said == pair.here.generate(pair.inputs, max_new_tokens=12)
+    assert all(said)
+    assert traffic.requests == 1
+    assert traffic.received[0] < 5_000
