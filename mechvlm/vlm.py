@@ -4,6 +4,7 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
+import nnsight
 import torch
 from nnsight import TransformersModel
 from torch import Tensor
@@ -186,9 +187,13 @@ class VLM(Decoder):
     @torch.no_grad()
     def generate(self, inputs: Inputs, max_new_tokens: int = 40) -> list[str]:
         """The model's greedy answers, without prompt and special tokens; one per example."""
-        out = self.hf.generate(
-            **self.encoding(inputs), max_new_tokens=max_new_tokens, do_sample=False, num_beams=1,
-            pad_token_id=self.tokenizer.pad_token_id,
-        )  # fmt: skip
+        options = {
+            "max_new_tokens": max_new_tokens, "do_sample": False, "num_beams": 1, "pad_token_id": self.tokenizer.pad_token_id,
+        }  # fmt: skip
+        if (backend := backend_for(self)) is None:
+            out = self.hf.generate(**self.encoding(inputs), **options)
+        else:
+            with self.model.generate(**self.encoding(inputs), **options, backend=backend) as tracer:
+                out = nnsight.save(tracer.result)
         new = out[:, inputs.encoding["input_ids"].shape[1] :]
         return [text.strip() for text in self.tokenizer.batch_decode(new, skip_special_tokens=True)]

