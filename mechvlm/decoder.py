@@ -48,6 +48,15 @@ class Decoder:
         return self.model._module
 
     @property
+    def apart(self) -> bool:
+        """Whether the process that runs this holds no weights: a VLM on NDIF, or there a block in a sandbox."""
+        return not is_here(part(self.model, self.record.embed))
+
+    def trace(self, inputs: Any, **kwargs):
+        """A trace over one forward of `inputs`, in the middle of a request that holds several."""
+        return self.model.trace(**inputs.encoding, **kwargs)
+
+    @property
     def layers(self):
         """The decoder's layers, as nnsight's envoys."""
         return part(self.model, self.record.layers)

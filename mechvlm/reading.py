@@ -103,7 +103,7 @@ def read(vlm: VLM, inputs: Inputs, *probes) -> tuple:
     plans = [probe.prepare(vlm, inputs) for probe in probes]
     wants = frozenset().union(*(probe.reads for probe in probes))
     real = torch.stack([m.modality != Modality.PADDING for m in inputs.token_maps])
-    real = real if vlm.without_weights else real.to(vlm.device)
+    real = real if vlm.apart else real.to(vlm.device)
     n = vlm.n_layers
     crosses = vlm.cross_attentions if "queries" in wants else []
 

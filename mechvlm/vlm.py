@@ -6,6 +6,7 @@ from typing import Any
 
 import nnsight
 import torch
+from jaxtyping import Int
 from nnsight import TransformersModel
 from torch import Tensor
 
@@ -54,16 +55,11 @@ class VLM(Decoder):
             getattr(module.source, self.record.attention_call)
 
     def __repr__(self) -> str:
-        where = "on NDIF" if self.without_weights else f"{str(self.dtype).removeprefix('torch.')}, {self.device}"
+        where = "on NDIF" if self.apart else f"{str(self.dtype).removeprefix('torch.')}, {self.device}"
         return (
             f"VLM({self.name!r}, {self.record.hf_class}, n_layers={self.n_layers}, n_heads={self.n_heads}, "
             f"d_model={self.d_model}, {where})"
         )
-
-    @property
-    def without_weights(self) -> bool:
-        """Whether the weights are on NDIF, and not here."""
-        return part(self.hf, self.record.embed).weight.device.type == "meta"
 
     @property
     def device(self) -> torch.device:
@@ -86,7 +82,7 @@ class VLM(Decoder):
 
     def require_weights(self, what: str) -> None:
         """Raises ModelError where the weights are on NDIF, and not here."""
-        if self.without_weights:
+        if self.apart:
             raise ModelError(
                 f"{what} was asked for, and {self.name} runs on NDIF: no weights are here. Inside a trace they are there, "
                 "`with vlm.trace(inputs): w = nnsight.save(vlm.W_U[:, 7])`; or load the model without remote=True."
@@ -117,9 +113,16 @@ class VLM(Decoder):
         backend = backend_for(self, kwargs.pop("remote", None))
         return self.model.trace(**self.encoding(inputs), backend=backend, **kwargs)
 
+    @torch.no_grad()
+    def next_tokens(self, inputs: Inputs) -> Int[Tensor, " example"]:
+        """The token that the model would write after each example, by one forward."""
+        with self.trace(inputs, logits_to_keep=1):
+            found = nnsight.save(self.logits[:, -1].argmax(-1))
+        return found.cpu()
+
     def encoding(self, inputs: Inputs) -> dict[str, Tensor]:
         """What the Hugging Face model is called with, on its device."""
-        if self.without_weights:
+        if self.apart:
             return dict(inputs.encoding)  # the server puts them where the model is
         return {key: value.to(self.device) for key, value in inputs.encoding.items()}
 
