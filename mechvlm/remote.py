@@ -150,7 +150,7 @@ class Packer(CustomCloudPickler):
 
 
 def named_tuple(name: str, names: tuple[str, ...], defaults: tuple) -> type:
-    return type(name, (collections.namedtuple(name, names, defaults=defaults),), {})  # noqa: PYI024
+    return type(name, (collections.namedtuple(name, names, defaults=defaults),), {})
 
 
 def fill_class(cls: type, state: tuple) -> None:
@@ -194,9 +194,7 @@ def _written(cls: type) -> dict[str, Any]:
 
 def _without_modules(source: str, scope: dict[str, Any]) -> dict[str, Any]:
     """The scope, with namespaces in the place of mechvlm's modules that hold what the source uses of them."""
-    return {
-        name: _used(value, _chains(source, name)) if _is_ours(value) else value for name, value in scope.items()
-    }
+    return {name: _used(value, _chains(source, name)) if _is_ours(value) else value for name, value in scope.items()}
 
 
 def _is_ours(value: Any) -> bool:

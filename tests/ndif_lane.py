@@ -41,7 +41,9 @@ def user(request, monkeypatch):
     """Who asks: a sandboxed user's blocks run in a process without weights. A server without keys believes what it is told."""
     if request.param == "sandbox":
         envelope = RequestModel.metadata
-        monkeypatch.setattr(RequestModel, "metadata", lambda r: json.dumps({**json.loads(envelope(r)), "trusted": False}))
+        monkeypatch.setattr(
+            RequestModel, "metadata", lambda r: json.dumps({**json.loads(envelope(r)), "trusted": False})
+        )
     return request.param
 
 

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 import nnsight
 import pytest
 import torch
+from ndif_lane import TOLERANCE, difference, pair, server, tensor_bytes, traffic, user  # noqa: F401
 from nnsight.intervention.backends.remote import RemoteError
 
 import mechvlm as mv
-from ndif_lane import TOLERANCE, difference, pair, server, tensor_bytes, traffic, user  # noqa: F401
 
 pytestmark = pytest.mark.ndif
 

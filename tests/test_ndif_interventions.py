@@ -3,9 +3,9 @@
 import nnsight
 import pytest
 import torch
+from ndif_lane import TOLERANCE, difference, pair, server, tensor_bytes, traffic, user  # noqa: F401
 
 import mechvlm as mv
-from ndif_lane import TOLERANCE, difference, pair, server, tensor_bytes, traffic, user  # noqa: F401
 
 pytestmark = pytest.mark.ndif
 
@@ -86,3 +86,38 @@ def test_generate(pair, user, traffic):  # noqa: F811
     assert all(said[:2])
     assert traffic.requests == 1
     assert traffic.received[0] < 5_000
+
+
+EXPERIMENTS = {
+    "information_flow": (1, lambda vlm, p: mv.information_flow(vlm, p.inputs, window=3)),
+    "causal_trace, image": (1, lambda vlm, p: mv.causal_trace(vlm, p.inputs, ["red", "a", "blue"], corrupt="image")),
+    "causal_trace, words": (1, lambda vlm, p: mv.causal_trace(vlm, p.inputs, corrupt="words", at="mlp_out", window=3)),
+    "object_ablation": (
+        2,
+        lambda vlm, p: mv.object_ablation(vlm, p.inputs, p.boxes, p.answers, margins=(0, 1), draws=2),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_experiments(pair, user, traffic, name):  # noqa: F811
+    """Every forward of a batch's experiment runs there, in one request; object_ablation needs the mean token first."""
+    requests, run = EXPERIMENTS[name]
+    there, here = run(pair.there, pair), run(pair.here, pair)
+    assert difference(there, here) <= TOLERANCE
+    assert traffic.requests == requests
+    reading = pair.there.record.visual_tokens == "queries" and name == "object_ablation"
+    assert max(traffic.received) < (80_000 if reading else 10_000)
+
+
+def test_multimodal_neurons(pair, traffic, server):  # noqa: F811
+    there, here = (mv.multimodal_neurons(vlm, pair.inputs, pair.answers, k=3) for vlm in (pair.there, pair.here))
+    assert difference(there, here) <= TOLERANCE
+    # Gradients; the words of the strongest candidates; and the chosen neurons' activations.
+    assert traffic.requests == 3
+
+
+def test_gradients_need_trust(pair, user):  # noqa: F811
+    if user == "sandbox":
+        with pytest.raises(Exception, match="needs gradients, and NDIF runs what you send in a sandbox"):
+            mv.multimodal_neurons(pair.there, pair.inputs, pair.answers, k=3)
