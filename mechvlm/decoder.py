@@ -39,7 +39,7 @@ class Decoder:
         self.n_kv_heads: int = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
         self.d_model: int = text.hidden_size
         self.d_head: int = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-        for site, accessor in build_accessors(list(self.layers), record, self.d_head).items():
+        for site, accessor in build_accessors(list(self.layers), record, self.d_head, self.apart).items():
             setattr(self, site, accessor)
 
     @property
