@@ -173,7 +173,7 @@ def _is_probe(cls: type) -> bool:
 def _fields(cls: type):
     if not dataclasses.is_dataclass(cls):
         return None
-    return [f.name for f in dataclasses.fields(cls)], cls.__dataclass_params__.frozen
+    return [f.name for f in dataclasses.fields(cls)], cls.__dataclass_params__.frozen  # type: ignore[attr-defined]
 
 
 def _written(cls: type) -> dict[str, Any]:
