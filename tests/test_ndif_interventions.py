@@ -136,6 +136,8 @@ def test_multimodal_neurons(pair, traffic, server):
     assert difference(there, here) <= TOLERANCE
     # Gradients; the words of the strongest candidates; and the chosen neurons' activations.
     assert traffic.requests == 3
+    d_mlp = pair.there.config.text_config.intermediate_size
+    assert max(traffic.received) < 2 * 4 * len(pair.inputs) * pair.there.n_layers * d_mlp + 5_000
 
 
 def test_gradients_need_trust(pair, sandboxed):
