@@ -95,7 +95,7 @@ class PatternAccessor(Accessor[Tensor]):
     """
 
     def __init__(self, layers, attention: Callable, write: Callable):
-        super().__init__("pattern", layers, attention, write)
+        Accessor.__init__(self, "pattern", layers, attention, write)
 
     def __getitem__(self, index) -> Tensor:  # type: ignore[override]
         layer, rows = index if isinstance(index, tuple) else (index, None)
@@ -112,13 +112,20 @@ class PatternAccessor(Accessor[Tensor]):
         return attention_rows(a.q, a.k, a.mask, a.scale, rows, a.q.dtype)
 
 
-def build_accessors(layers, record: Architecture, d_head: int) -> dict[str, Accessor[Any]]:
-    """The accessors of a decoder, over the nnsight envoys of its layers."""
+def build_accessors(layers, record: Architecture, d_head: int, apart: bool = False) -> dict[str, Accessor[Any]]:
+    """The accessors of a decoder, over the nnsight envoys of its layers.
+
+    apart: for a block in NDIF's sandbox, to which a change in place of a tensor means nothing elsewhere.
+    """
 
     def attn(layer):
+        if apart:
+            layer.source  # noqa: B018
         return getattr(layer, record.attention)
 
     def proj(layer, name):
+        # Where nobody has asked for the source yet: once the attention runs it is too late to.
+        getattr(attn(layer).source, record.attention_call)
         return getattr(attn(layer), getattr(record, f"{name}_proj"))
 
     def heads(x):
@@ -134,7 +141,13 @@ def build_accessors(layers, record: Architecture, d_head: int) -> dict[str, Acce
     def write_resid_pre(layer, value):
         layer.input = value
 
+    def read_resid_mid(layer):
+        return getattr(layer.source, record.mid_sum).output if apart else getattr(layer, record.mid_norm).input
+
     def write_resid_mid(layer, value):
+        if apart:
+            getattr(layer.source, record.mid_sum).output = value
+            return
         # The norm's input is also what the MLP's output is added to: only a change in place reaches both.
         getattr(layer, record.mid_norm).input[:] = value
 
@@ -163,7 +176,7 @@ def build_accessors(layers, record: Architecture, d_head: int) -> dict[str, Acce
 
     plain = {
         "resid_pre": (lambda x: x.input, write_resid_pre),
-        "resid_mid": (lambda x: getattr(x, record.mid_norm).input, write_resid_mid),
+        "resid_mid": (read_resid_mid, write_resid_mid),
         "resid_post": (lambda x: x.output, write_resid_post),
         "attn_out": (lambda x: attn(x).output[0], write_attn_out),
         "mlp_out": (lambda x: getattr(x, record.mlp).output, write_mlp_out),

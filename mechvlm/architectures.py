@@ -50,6 +50,8 @@ class Architecture:
     down_proj: str = "down_proj"
     # The call that every attention implementation goes through, as nnsight names it in the attention's source.
     attention_call: str = "attention_interface_1"
+    # The sum of what entered a layer and what its attention wrote, as nnsight names it in the layer's source.
+    mid_sum: str = "hidden_states_1"
 
 
 ARCHITECTURES: dict[str, Architecture] = {

@@ -53,8 +53,7 @@ def measured_tokens(vlm, inputs: Inputs, answers: Answers) -> Int[Tensor, " exam
     """Token ids of the answers' first tokens; None: the token that the model itself would write first (one forward)."""
     if answers is not None:
         return answer_tokens(vlm, inputs, answers)
-    with torch.no_grad():
-        return vlm.hf(**vlm.encoding(inputs), logits_to_keep=1).logits[:, -1].argmax(-1).cpu()
+    return vlm.next_tokens(inputs)
 
 
 def pieces(vlm, tokens: Int[Tensor, " n"]) -> tuple[str, ...]:

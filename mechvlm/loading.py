@@ -14,6 +14,7 @@ from mechvlm import bundled
 from mechvlm.architectures import architecture_of
 from mechvlm.checks import check_model
 from mechvlm.errors import ModelError
+from mechvlm.remote import known_here
 from mechvlm.vlm import VLM
 
 
@@ -27,6 +28,7 @@ def load(
     revision: str | None = None,
     trust_remote_code: bool = False,
     check: bool = True,
+    remote: bool | str = False,
 ) -> VLM:
     """A vision-language model, ready to be read.
 
@@ -39,7 +41,9 @@ def load(
         device_map: as in transformers, to spread a model over devices ("auto").
         revision: of a hub id.
         trust_remote_code: run code that a repository brings. Off unless asked for.
-        check: hold the model to its record with one tiny forward (`mechvlm.checks.check_model`).
+        check: hold the model to its record with one tiny forward (`mechvlm.checks.check_model`); not of a model on NDIF.
+        remote: True runs every trace on NDIF (the host and the API key are those of nnsight's configuration) and loads no
+            weights; the server decides on dtype and device. "local" loads the model here and packs every trace as for NDIF.
 
     Raises:
         ModelError: for an unknown model, a class without a record, weights that are not safetensors, or a model that is
@@ -47,6 +51,19 @@ def load(
     """
     if isinstance(model, VLM):
         raise ModelError(f"{model.name} is loaded already, as a VLM.")
+    if remote not in (False, True, "local"):
+        raise ModelError(f"remote={remote!r} was asked for; it is True (NDIF), 'local' (rehearse here) or False.")
+    if remote is True:
+        here = {
+            "dtype": dtype,
+            "device": device,
+            "device_map": device_map,
+            "trust_remote_code": trust_remote_code or None,
+        }
+        if isinstance(model, nn.Module):
+            raise ModelError("The model is loaded already, here: give its hub id or its folder to run it on NDIF.")
+        if given := ", ".join(option for option, value in here.items() if value is not None):
+            raise ModelError(f"The weights stay on NDIF, which decides about {given}: leave it out with remote=True.")
     if isinstance(model, nn.Module):
         if processor is None:
             raise ModelError(
@@ -60,14 +77,14 @@ def load(
             )
         _require_decoder_only(model.config)
         _require_parts(processor)
-        vlm = VLM(model.eval(), processor, name=getattr(model, "name_or_path", "") or type(model).__name__)
+        name = getattr(model, "name_or_path", "") or type(model).__name__
+        vlm = VLM(model.eval(), processor, name=name, remote=remote)
     else:
         name = str(model)
         source, is_bundled = (str(bundled.path(name)), True) if name in bundled.NAMES else (name, False)
         dtype = _dtype(dtype, "float32" if is_bundled else "auto")
         source_options = {"revision": revision, "trust_remote_code": trust_remote_code}
         hf_class = class_of(name, revision, trust_remote_code)
-        hf = _weights(source, name, hf_class, dtype=dtype, device_map=device_map, **source_options)
         try:
             processor = processor or AutoProcessor.from_pretrained(source, **source_options)
         except (OSError, ValueError) as error:
@@ -76,8 +93,14 @@ def load(
                 "`processor.save_pretrained`, or pass it: mechvlm.load(model, processor)."
             ) from error
         _require_parts(processor)
+        if remote is True:
+            if Path(source).is_dir():
+                source = str(Path(source).resolve())
+                known_here(source)
+            return VLM(source, processor, name=name, revision=revision, remote=True)
+        hf = _weights(source, name, hf_class, dtype=dtype, device_map=device_map, **source_options)
         commit = getattr(hf.config, "_commit_hash", None) or revision
-        vlm = VLM(hf.eval(), processor, name=name, revision=commit)
+        vlm = VLM(hf.eval(), processor, name=name, revision=commit, remote=remote)
     if device is not None:
         if device_map is not None:
             raise ModelError(f"Give device ({device}) or device_map ({device_map}), not both.")

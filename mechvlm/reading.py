@@ -102,45 +102,53 @@ def read(vlm: VLM, inputs: Inputs, *probes) -> tuple:
         )
     plans = [probe.prepare(vlm, inputs) for probe in probes]
     wants = frozenset().union(*(probe.reads for probe in probes))
-    real = torch.stack([m.modality != Modality.PADDING for m in inputs.token_maps]).to(vlm.device)
-    n, layers, norm, unembed = vlm.n_layers, vlm.layers, vlm.final_norm, vlm.unembed
+    real = torch.stack([m.modality != Modality.PADDING for m in inputs.token_maps])
+    real = real if vlm.apart else real.to(vlm.device)
+    n = vlm.n_layers
     crosses = vlm.cross_attentions if "queries" in wants else []
 
     with torch.no_grad(), vlm.trace(inputs, logits_to_keep=1):
         rows = nnsight.save([[] for _ in probes])
         finite = nnsight.save([])
+        norm, unembed = vlm.part(vlm.record.norm), vlm.part(vlm.record.unembed)
         for number, cross in enumerate(crosses):
             (_, q, k, *_), options = getattr(cross.source, vlm.record.attention_call).inputs
             for probe, plan, kept in zip(probes, plans, rows, strict=True):
                 if "queries" in probe.reads:
-                    kept.append(probe.at_queries(plan, number, q, k, options["scaling"]))
+                    kept.append(exactly(probe.at_queries, plan, number, q, k, options["scaling"]))
         for layer in range(n + 1):
             resid = vlm.resid_pre[layer] if layer < n else vlm.resid_post[n - 1]
             finite.append(is_finite(resid, real))
             state = State(layer, resid, norm, unembed)
             for probe, plan, kept in zip(probes, plans, rows, strict=True):
                 if "states" in probe.reads:
-                    kept.append(probe.at_state(plan, state))
+                    kept.append(exactly(probe.at_state, plan, state))
             if layer == n or not wants & {"attention", "writes"}:
                 continue
-            o_proj = getattr(getattr(layers[layer], vlm.record.attention), vlm.record.o_proj)
+            o_proj = vlm.part(vlm.record.o_proj, layer)
             parts, w_o, b_o = vlm.attention[layer], o_proj.weight, o_proj.bias
             attended = Attended(layer + 1, parts, w_o)
             for probe, plan, kept in zip(probes, plans, rows, strict=True):
                 if "attention" in probe.reads:
-                    kept.append(probe.at_attention(plan, attended))
+                    kept.append(exactly(probe.at_attention, plan, attended))
             if "writes" in wants:
                 writes = vlm.z[layer], vlm.attn_out[layer], vlm.mlp_out[layer]
                 written = Written(layer + 1, *writes, parts, w_o, b_o, norm, unembed)
                 for probe, plan, kept in zip(probes, plans, rows, strict=True):
                     if "writes" in probe.reads:
-                        kept.append(probe.at_writes(plan, written))
+                        kept.append(exactly(probe.at_writes, plan, written))
 
     _refuse_nonfinite(torch.stack([f.cpu() for f in finite]), vlm)
     return tuple(
         probe.result(plan, [row for row in kept if row is not None], vlm, inputs)
         for probe, plan, kept in zip(probes, plans, rows, strict=True)
     )
+
+
+def exactly(measure: Callable, *args):
+    """measure(*args) in the precision that it asks for: NDIF runs blocks under autocast where a model is in half precision."""
+    with torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):
+        return measure(*args)
 
 
 def is_finite(resid: Tensor, real: Tensor) -> Tensor:

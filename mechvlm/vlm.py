@@ -1,21 +1,25 @@
 """A vision-language model with uniform names: its inputs, its trace, its activations and its weights."""
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
+import nnsight
 import torch
-from einops import rearrange
-from jaxtyping import Float
+from jaxtyping import Int
 from nnsight import TransformersModel
+from PIL import Image
 from torch import Tensor
 
-from mechvlm.accessors import Accessor, Attention, PatternAccessor, build_accessors
 from mechvlm.architectures import architecture_of, part
+from mechvlm.decoder import Decoder
+from mechvlm.errors import ModelError
 from mechvlm.inputs import ImageLike, Inputs, build_inputs
+from mechvlm.remote import backend_for
+from mechvlm.weights import Part
 
 
-class VLM:
+class VLM(Decoder):
     """A loaded model. `mechvlm.load` makes one.
 
     Activations, inside `with vlm.trace(inputs):`, indexed by layer, readable and assignable, named as TransformerLens does
@@ -26,7 +30,8 @@ class VLM:
     `mechvlm.accessors`).
 
     Weights, anywhere, indexed by layer: `W_Q`, `W_K`, `W_V` [head d_model d_head] (key and value heads repeated to the query
-    heads), `W_O` [head d_head d_model]; and `W_E` [d_vocab d_model], `W_U` [d_model d_vocab].
+    heads), `W_O` [head d_head d_model]; and `W_E` [d_vocab d_model], `W_U` [d_model d_vocab]. Of a model on NDIF only inside a
+    trace.
 
     Attributes:
         model: the nnsight model, for anything that has no name here.
@@ -34,84 +39,65 @@ class VLM:
         processor, tokenizer: its own.
         record: where the family keeps its parts.
         name, revision: what was loaded.
+        remote: True where every trace runs on NDIF, "local" where it is packed as for NDIF and runs here, else False.
         n_layers, n_heads, n_kv_heads, d_model, d_head, d_vocab: of the decoder.
     """
 
-    resid_pre: Accessor[Tensor]
-    resid_mid: Accessor[Tensor]
-    resid_post: Accessor[Tensor]
-    attn_out: Accessor[Tensor]
-    mlp_out: Accessor[Tensor]
-    q: Accessor[Tensor]
-    k: Accessor[Tensor]
-    v: Accessor[Tensor]
-    z: Accessor[Tensor]
-    pattern: PatternAccessor
-    attention: Accessor[Attention]
-
-    def __init__(self, hf: Any, processor, *, name: str, revision: str | None = None):
-        self.hf = hf
-        self.processor, self.name, self.revision = processor, name, revision
-        self.record = architecture_of(type(hf).__name__)
+    def __init__(self, hf: Any, processor, *, name: str, revision: str | None = None, remote: bool | str = False):
+        self.processor, self.revision, self.remote = processor, revision, remote
         self.tokenizer = processor.tokenizer
-        self.config = hf.config
+        self._dtype: torch.dtype | None = None
         with warnings.catch_warnings():
             # The Q-Former's modules named `output` are served under another name, which nothing here reads.
             warnings.filterwarnings("ignore", message=".*nnsight already serves.*")
-            self.model = TransformersModel(hf, task="image-text-to-text", processor=processor)
-        text = self.config.text_config
-        self.n_layers: int = text.num_hidden_layers
-        self.n_heads: int = text.num_attention_heads
-        self.n_kv_heads: int = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-        self.d_model: int = text.hidden_size
-        self.d_head: int = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-        self.d_vocab: int = part(hf, self.record.unembed).weight.shape[0]
+            model = TransformersModel(hf, task="image-text-to-text", processor=processor, revision=revision)
+        hf = model._module
+        record = architecture_of(type(hf).__name__)
+        super().__init__(model, record, name, hf.config, part(hf, record.unembed).weight.shape[0])
         for module in [*(getattr(layer, self.record.attention) for layer in self.layers), *self.cross_attentions]:
             # nnsight rewrites a forward when its source is first asked for, which is too late once that forward runs.
             getattr(module.source, self.record.attention_call)
-        for site, accessor in build_accessors(self.layers, self.record, self.d_head).items():
-            setattr(self, site, accessor)
 
     def __repr__(self) -> str:
+        where = "on NDIF" if self.apart else f"{str(self.dtype).removeprefix('torch.')}, {self.device}"
         return (
             f"VLM({self.name!r}, {self.record.hf_class}, n_layers={self.n_layers}, n_heads={self.n_heads}, "
-            f"d_model={self.d_model}, {str(self.dtype).removeprefix('torch.')}, {self.device})"
+            f"d_model={self.d_model}, {where})"
         )
 
     @property
     def device(self) -> torch.device:
-        """Where inputs go: the device of the token embedding."""
+        """Where inputs go: the device of the token embedding ("meta" where the weights are on NDIF)."""
         return part(self.hf, self.record.embed).weight.device
 
     @property
     def dtype(self) -> torch.dtype:
-        return part(self.hf, self.record.embed).weight.dtype
+        """The dtype in which the model runs. On NDIF the server decides: it is asked once, when this is first read."""
+        if not self.apart:
+            return part(self.hf, self.record.embed).weight.dtype
+        if self._dtype is None:
+            with self.trace(self.inputs(Image.new("RGB", (32, 32)), "a")) as tracer:
+                found = nnsight.save(str(part(self.model, self.record.embed).output.dtype))
+                tracer.stop()
+            self._dtype = getattr(torch, found.removeprefix("torch."))
+        return self._dtype
 
     @property
-    def layers(self):
-        """The decoder's layers, as nnsight's envoys."""
-        return part(self.model, self.record.layers)
+    def W_E(self) -> Tensor:
+        self.require_weights("W_E")
+        return super().W_E
 
-    @property
-    def final_norm(self):
-        """The norm before the unembedding, callable on any state inside a trace."""
-        return part(self.model, self.record.norm)
+    def part(self, path: str, layer: int | None = None) -> Part:
+        self.require_weights(path)
+        return super().part(path, layer)
 
-    @property
-    def unembed(self):
-        """The unembedding, callable on any normed state inside a trace."""
-        return part(self.model, self.record.unembed)
-
-    @property
-    def cross_attentions(self) -> list:
-        """The attentions with which the queries read the image (empty where visual tokens are patches)."""
-        if self.record.qformer_layers is None or self.record.cross_attention is None:
-            return []
-        every = self.config.qformer_config.cross_attention_frequency
-        return [
-            part(layer, self.record.cross_attention)
-            for layer in list(part(self.model, self.record.qformer_layers))[::every]
-        ]
+    def require_weights(self, what: str) -> None:
+        """Raises ModelError where the weights are on NDIF, and not here."""
+        if self.apart:
+            raise ModelError(
+                f"{what} was asked for, and {self.name} runs on NDIF: no weights are here. Inside a trace they are there, "
+                "`with vlm.trace(inputs): w = nnsight.save(vlm.W_U[:, 7])`; or load the model without remote=True."
+            )
 
     def inputs(
         self, images: ImageLike | Sequence[ImageLike | Sequence[ImageLike]], prompts: str | Sequence[str]
@@ -135,10 +121,20 @@ class VLM:
 
         `logits_to_keep=1` saves the logits of all positions but the last.
         """
-        return self.model.trace(**self.encoding(inputs), **kwargs)
+        backend = backend_for(self, kwargs.pop("remote", None))
+        return self.model.trace(**self.encoding(inputs), backend=backend, **kwargs)
+
+    @torch.no_grad()
+    def next_tokens(self, inputs: Inputs) -> Int[Tensor, " example"]:
+        """The token that the model would write after each example, by one forward."""
+        with self.trace(inputs, logits_to_keep=1):
+            found = nnsight.save(self.logits[:, -1].argmax(-1))
+        return found.cpu()
 
     def encoding(self, inputs: Inputs) -> dict[str, Tensor]:
         """What the Hugging Face model is called with, on its device."""
+        if self.apart:
+            return dict(inputs.encoding)  # the server puts them where the model is
         return {key: value.to(self.device) for key, value in inputs.encoding.items()}
 
     # -- TransformerLens, imported when it is asked for ----------------------------------------------------------------
@@ -204,78 +200,13 @@ class VLM:
     @torch.no_grad()
     def generate(self, inputs: Inputs, max_new_tokens: int = 40) -> list[str]:
         """The model's greedy answers, without prompt and special tokens; one per example."""
-        out = self.hf.generate(
-            **self.encoding(inputs), max_new_tokens=max_new_tokens, do_sample=False, num_beams=1,
-            pad_token_id=self.tokenizer.pad_token_id,
-        )  # fmt: skip
+        options = {
+            "max_new_tokens": max_new_tokens, "do_sample": False, "num_beams": 1, "pad_token_id": self.tokenizer.pad_token_id,
+        }  # fmt: skip
+        if (backend := backend_for(self)) is None:
+            out = self.hf.generate(**self.encoding(inputs), **options)
+        else:
+            with self.model.generate(**self.encoding(inputs), **options, backend=backend) as tracer:
+                out = nnsight.save(tracer.result)
         new = out[:, inputs.encoding["input_ids"].shape[1] :]
         return [text.strip() for text in self.tokenizer.batch_decode(new, skip_special_tokens=True)]
-
-    # -- activations that belong to no layer ---------------------------------------------------------------------------
-
-    @property
-    def logits(self) -> Float[Tensor, "batch pos d_vocab"]:
-        """Inside a trace: the model's logits."""
-        return self.unembed.output
-
-    @logits.setter
-    def logits(self, value: Tensor) -> None:
-        self.unembed.output = value
-
-    # -- weights -------------------------------------------------------------------------------------------------------
-
-    @property
-    def W_E(self) -> Float[Tensor, "d_vocab d_model"]:
-        return part(self.hf, self.record.embed).weight
-
-    @property
-    def W_U(self) -> Float[Tensor, "d_model d_vocab"]:
-        return part(self.hf, self.record.unembed).weight.T
-
-    @property
-    def W_Q(self) -> "Weights":
-        return Weights(self, "W_Q", lambda layer: self._in_heads(layer, "q_proj"))
-
-    @property
-    def W_K(self) -> "Weights":
-        return Weights(self, "W_K", lambda layer: self._in_heads(layer, "k_proj"))
-
-    @property
-    def W_V(self) -> "Weights":
-        return Weights(self, "W_V", lambda layer: self._in_heads(layer, "v_proj"))
-
-    @property
-    def W_O(self) -> "Weights":
-        return Weights(self, "W_O", self._out_heads)
-
-    def _projection(self, layer: int, name: str) -> Tensor:
-        block = part(self.hf, self.record.layers)[layer]
-        return getattr(getattr(block, self.record.attention), getattr(self.record, name)).weight
-
-    def _in_heads(self, layer: int, name: str) -> Tensor:
-        weight = rearrange(
-            self._projection(layer, name), "(head d_head) d_model -> head d_model d_head", d_head=self.d_head
-        )
-        return (
-            weight.repeat_interleave(self.n_heads // weight.shape[0], dim=0) if len(weight) < self.n_heads else weight
-        )
-
-    def _out_heads(self, layer: int) -> Tensor:
-        return rearrange(
-            self._projection(layer, "o_proj"), "d_model (head d_head) -> head d_head d_model", d_head=self.d_head
-        )
-
-
-class Weights:
-    """One weight of every layer, per head: views of the model's own parameters (grouped keys and values are repeated)."""
-
-    def __init__(self, vlm: VLM, name: str, read: Callable[[int], Tensor]):
-        self._n, self._name, self._read = vlm.n_layers, name, read
-
-    def __len__(self) -> int:
-        return self._n
-
-    def __getitem__(self, layer: int) -> Float[Tensor, "head _ _"]:
-        if not -self._n <= layer < self._n:
-            raise IndexError(f"{self._name}[{layer}]: the decoder has layers 0 to {self._n - 1}.")
-        return self._read(layer)

@@ -25,7 +25,7 @@ def test_a_run_is_the_model_s_own_forward(deep, three):
     with torch.no_grad():
         out = deep.hf(**deep.encoding(one), output_hidden_states=True)
     torch.testing.assert_close(clean.logits, out.logits[0, -1])
-    torch.testing.assert_close(run(deep, clean.resid[0]).logits, out.logits[0, -1])
+    torch.testing.assert_close(run(deep, one, embeddings=clean.resid[0]).logits, out.logits[0, -1])
     assert [x.shape for x in clean.kept] == [x.shape for x in clean.resid]
 
 

@@ -9,12 +9,11 @@ from torch import Tensor
 
 from mechvlm.batches import Answers, pieces
 from mechvlm.errors import InputError
-from mechvlm.experiments.examples import Example, Examples, positions
-from mechvlm.experiments.rerun import Edit, Run, run, sweep, windows
+from mechvlm.experiments.examples import Example, Examples, each, positions
+from mechvlm.experiments.rerun import Edit, run, sweep, windows
 from mechvlm.experiments.results import CausalTraceResult
 from mechvlm.inputs import Inputs
 from mechvlm.interventions import patch
-from mechvlm.progress import track
 from mechvlm.tokens import Modality
 from mechvlm.vlm import VLM
 
@@ -42,7 +41,8 @@ def causal_trace(
 
     Args:
         vlm: the model.
-        inputs: any number of examples, as one batch or several. Each is run alone, its windows batched.
+        inputs: any number of examples, as one batch or several. Each is run alone, its windows batched; on NDIF
+            those of one batch are one request.
         answers: a word or token id for all examples, or one each; by default the model's own first token.
         corrupt: "noise" on the visual tokens' embeddings and "words" the same on the text tokens' (Gaussian, 3 standard
             deviations of those embeddings); "blank" a grey image; "image" that of the next example with another one.
@@ -65,29 +65,21 @@ def causal_trace(
     spans = windows(vlm.n_layers, window)
     examples = Examples(vlm, inputs, answers)
     named = _named(groups, len(examples))
-    p, p_corrupt, p_restored, tokens = [], [], [], []
-    for example in track(examples, "causal trace"):
-        clean = run(vlm, example.inputs, keep=at)
-        token = example.token(clean.logits)
-        broken = run(vlm, _corrupted(vlm, example, examples, clean, corrupt, seed))
-        if torch.equal(broken.resid[0], clean.resid[0]):
-            raise InputError(
-                f"corrupt={corrupt!r} changes nothing of example {example.number}: choose another corruption."
-            )
-        where = [_group(example, given) for given in named[example.number].values()]
-
-        def change(layer: int, rows: list[Edit], where=where, clean=clean) -> None:
-            first = rows[0].pos
-            pos = [[i - first for i in where[edit.key[0]]] if layer in edit.layers else None for edit in rows]
-            if any(pos):
-                patch(vlm, clean.kept[layer][:, first:], pos, layer, at=at)
-
-        edits = [Edit((g, span), span, min(pos)) for g, pos in enumerate(where) for span in dict.fromkeys(spans)]
-        logits = sweep(vlm, broken, edits, change)
-        p.append(clean.p(token))
-        p_corrupt.append(broken.p(token))
-        p_restored.append([[float(logits[g, span].softmax(-1)[token]) for g in range(len(where))] for span in spans])
-        tokens.append(token)
+    found = each(
+        vlm,
+        examples,
+        _restored,
+        lambda example: (
+            _other(vlm, example, examples, corrupt),
+            [_group(example, given) for given in named[example.number].values()],
+            spans,
+            corrupt,
+            at,
+            seed,
+        ),
+        "causal trace",
+    )
+    tokens, p, p_corrupt, p_restored = zip(*found, strict=True)
     first = 0 if at == "resid_pre" else 1
     return CausalTraceResult(
         p=torch.tensor(p), p_corrupt=torch.tensor(p_corrupt), p_restored=torch.tensor(p_restored).permute(1, 2, 0),
@@ -113,21 +105,51 @@ def _group(example: Example, given) -> list[int]:
     return (positions(tokens, given) if isinstance(given, str) else tokens.select(given)).tolist()
 
 
-def _corrupted(
-    vlm: VLM, example: Example, examples: Examples, clean: Run, corrupt: str, seed: int
-) -> Inputs | Float[Tensor, "1 pos d_model"]:
-    """What the corrupted forward starts from."""
-    inputs, tokens = example.inputs, example.inputs.tokens
+def _restored(
+    vlm: VLM, example: Example, other: Inputs | None, where: list[list[int]], spans: list[range], corrupt: str, at: str,
+    seed: int,
+) -> tuple[int, float, float, list[list[float]]]:  # fmt: skip
+    """The answer's token, its probability, that of the corrupted run, and with each group restored [window group]."""
+    clean = run(vlm, example.inputs, keep=at)
+    token = example.token(clean.logits)
+    if other is not None:
+        broken = run(vlm, other)
+    else:
+        broken = run(vlm, example.inputs, embeddings=_noisy(example, clean.resid[0], corrupt, seed))
+    if torch.equal(broken.resid[0], clean.resid[0]):
+        raise InputError(f"corrupt={corrupt!r} changes nothing of example {example.number}: choose another corruption.")
+
+    def change(layer: int, rows: list[Edit]) -> None:
+        first = rows[0].pos
+        pos = [[i - first for i in where[edit.key[0]]] if layer in edit.layers else None for edit in rows]
+        if any(pos):
+            patch(vlm, clean.kept[layer][:, first:], pos, layer, at=at)
+
+    edits = [Edit((g, span), span, min(pos)) for g, pos in enumerate(where) for span in dict.fromkeys(spans)]
+    logits = sweep(vlm, broken, edits, change)
+    restored = [[float(logits[g, span].softmax(-1)[token]) for g in range(len(where))] for span in spans]
+    return token, clean.p(token), broken.p(token), restored
+
+
+def _noisy(example: Example, old: Tensor, corrupt: str, seed: int) -> Float[Tensor, "1 pos d_model"]:
+    """The embeddings with noise on those of the image ("noise") or of the words."""
+    tokens = example.inputs.tokens
+    words = tokens.question[tokens.modality[tokens.question] == Modality.TEXT]
+    pos = tokens.image if corrupt == "noise" else words
+    if not len(pos):
+        raise InputError(f"Example {example.number} has no words before its last position to corrupt.")
+    embeddings = old.clone()
+    at = old[:, pos].float()
+    noise = torch.randn(at.shape, generator=torch.Generator().manual_seed(seed + example.number)).to(at.device)
+    embeddings[:, pos] = (at + NOISE * at.std() * noise).to(embeddings)
+    return embeddings
+
+
+def _other(vlm: VLM, example: Example, examples: Examples, corrupt: str) -> Inputs | None:
+    """The example with another image, where the corruption is one."""
     if corrupt in ("noise", "words"):
-        words = tokens.question[tokens.modality[tokens.question] == Modality.TEXT]
-        pos = tokens.image if corrupt == "noise" else words
-        if not len(pos):
-            raise InputError(f"Example {example.number} has no words before its last position to corrupt.")
-        embeddings = clean.resid[0].clone()
-        old = embeddings[:, pos].float()
-        noise = torch.randn(old.shape, generator=torch.Generator().manual_seed(seed + example.number)).to(old.device)
-        embeddings[:, pos] = (old + NOISE * old.std() * noise).to(embeddings)
-        return embeddings
+        return None
+    inputs, tokens = example.inputs, example.inputs.tokens
     images = inputs.images[0]
     if corrupt == "blank":
         others = [Image.new("RGB", image.size, (127, 127, 127)) for image in images]

@@ -1,6 +1,7 @@
 """What the experiments have in common: examples one by one with their answers, and groups of positions by name."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from itertools import groupby
 from typing import NamedTuple
 
 import torch
@@ -10,6 +11,8 @@ from torch import Tensor
 from mechvlm.answers import answer_tokens
 from mechvlm.batches import Answers, as_batches, by_batch
 from mechvlm.inputs import Inputs
+from mechvlm.progress import track
+from mechvlm.remote import together
 from mechvlm.tokens import TokenMap
 from mechvlm.vlm import VLM
 
@@ -40,9 +43,30 @@ class Examples(Sequence[Example]):
     def __len__(self) -> int:
         return len(self._rows)
 
+    def batches(self) -> list[list[Example]]:
+        """The examples by the batch that they were given in."""
+        numbers = range(len(self))
+        return [[self[n] for n in some] for _, some in groupby(numbers, lambda n: id(self._rows[n][0]))]
+
     def __getitem__(self, number):
         batch, row = self._rows[number]
         return Example(number, batch[row], None if self._answers is None else self._answers[number])
+
+
+def each(vlm: VLM, examples: "Examples", work: Callable, arguments: Callable[[Example], tuple], what: str) -> list:
+    """work(vlm, example, *arguments(example)) of every example, in order, with a progress bar that says `what`.
+
+    On NDIF the examples of one batch are one request, and only what `work` returns comes back.
+    """
+    groups = examples.batches() if vlm.remote else [[example] for example in examples]
+    found = []
+    for group in track(groups, what):
+        found += together(vlm, _all, work, [(example, *arguments(example)) for example in group])
+    return found
+
+
+def _all(vlm: VLM, work: Callable, jobs: list[tuple]) -> list:
+    return [work(vlm, *job) for job in jobs]
 
 
 def positions(tokens: TokenMap, names: str) -> Int[Tensor, " n"]:

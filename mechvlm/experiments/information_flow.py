@@ -6,12 +6,11 @@ import torch
 
 from mechvlm.batches import Answers, pieces
 from mechvlm.errors import InputError
-from mechvlm.experiments.examples import Examples, positions
+from mechvlm.experiments.examples import Example, Examples, each, positions
 from mechvlm.experiments.rerun import Edit, run, sweep, windows
 from mechvlm.experiments.results import InformationFlowResult
 from mechvlm.inputs import Inputs
 from mechvlm.interventions import knock_out
-from mechvlm.progress import track
 from mechvlm.vlm import VLM
 
 FLOWS = ("image -> question", "image -> last", "question -> last", "last -> last")
@@ -33,7 +32,8 @@ def information_flow(
 
     Args:
         vlm: the model; its attention must be sdpa or eager.
-        inputs: any number of examples, as one batch or several. Each is run alone, its windows batched.
+        inputs: any number of examples, as one batch or several. Each is run alone, its windows batched; on NDIF
+            those of one batch are one request.
         answers: a word or token id for all examples, or one each; by default the model's own first token.
         window: layers knocked out together; at the ends of the decoder fewer.
         flows: "source -> destination", in names of `TokenMap.select`; several are joined, "image -> question + last".
@@ -48,27 +48,14 @@ def information_flow(
     spans = windows(vlm.n_layers, window)
     if not flows or any(flow.count("->") != 1 for flow in flows):
         raise ValueError(f"A flow reads 'source -> destination', such as {FLOWS[0]!r}; got {list(flows)}.")
-    p, p_knocked, tokens = [], [], []
-    for example in track(Examples(vlm, inputs, answers), "information flow"):
-        clean = run(vlm, example.inputs)
-        token = example.token(clean.logits)
-        edges = [_edges(example, flow) for flow in flows]
-
-        def change(layer: int, rows: list[Edit], edges=edges) -> None:
-            here = [edges[edit.key[0]] if layer in edit.layers else (None, None) for edit in rows]
-            if any(src for src, _ in here):
-                knock_out(vlm, [src for src, _ in here], [dst for _, dst in here], layer)
-
-        # Near the ends windows may be the same: each is run once.
-        edits = [
-            Edit((flow, span), span, min(dst)) for flow, (_, dst) in enumerate(edges) for span in dict.fromkeys(spans)
-        ]
-        logits = sweep(vlm, clean, edits, change)
-        p.append(clean.p(token))
-        p_knocked.append(
-            [[float(logits[flow, span].softmax(-1)[token]) for span in spans] for flow in range(len(flows))]
-        )
-        tokens.append(token)
+    found = each(
+        vlm,
+        Examples(vlm, inputs, answers),
+        _knocked_out,
+        lambda example: ([_edges(example, flow) for flow in flows], spans),
+        "information flow",
+    )
+    tokens, p, p_knocked = zip(*found, strict=True)
     return InformationFlowResult(
         p=torch.tensor(p), p_knocked=torch.tensor(p_knocked).permute(1, 2, 0), flows=tuple(flows),
         windows=tuple((span.start, span.stop) for span in spans),
@@ -76,7 +63,24 @@ def information_flow(
     )  # fmt: skip
 
 
-def _edges(example, flow: str) -> tuple[list[int], list[int]]:
+def _knocked_out(vlm: VLM, example: Example, edges: list, spans: list[range]) -> tuple[int, float, list[list[float]]]:
+    """The answer's token, its probability, and that with each flow knocked out in each window [flow window]."""
+    clean = run(vlm, example.inputs)
+    token = example.token(clean.logits)
+
+    def change(layer: int, rows: list[Edit]) -> None:
+        here = [edges[edit.key[0]] if layer in edit.layers else (None, None) for edit in rows]
+        if any(src for src, _ in here):
+            knock_out(vlm, [src for src, _ in here], [dst for _, dst in here], layer)
+
+    # Near the ends windows may be the same: each is run once.
+    edits = [Edit((flow, span), span, min(dst)) for flow, (_, dst) in enumerate(edges) for span in dict.fromkeys(spans)]
+    logits = sweep(vlm, clean, edits, change)
+    knocked = [[float(logits[flow, span].softmax(-1)[token]) for span in spans] for flow in range(len(edges))]
+    return token, clean.p(token), knocked
+
+
+def _edges(example: Example, flow: str) -> tuple[list[int], list[int]]:
     """Sources, and those destinations that stand after (or at) one of them."""
     source, _, destination = flow.partition("->")
     tokens = example.inputs.tokens

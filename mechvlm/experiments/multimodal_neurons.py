@@ -11,10 +11,11 @@ from torch import Tensor
 
 from mechvlm.architectures import part
 from mechvlm.batches import Answers, as_batches, by_batch, measured_tokens, pieces
-from mechvlm.errors import InputError, NonFiniteError
+from mechvlm.errors import InputError, ModelError, NonFiniteError
 from mechvlm.inputs import Inputs
 from mechvlm.probes.neurons import MultimodalNeuronsResult, decode_columns, reads_as_words
 from mechvlm.progress import track
+from mechvlm.remote import together
 from mechvlm.tokens import Modality
 from mechvlm.vlm import VLM
 
@@ -34,7 +35,8 @@ def multimodal_neurons(
     most are words.
 
     Each batch costs a forward with its backward, and a second forward for the chosen neurons' activations. The backward keeps
-    what a training step would of the decoder, without gradients of the parameters: make batches small for large models.
+    what a training step would of the decoder, without gradients of the parameters: make batches small for large models. On
+    NDIF it needs a key that the server trusts: a sandbox has no gradients.
 
     Args:
         vlm: the model.
@@ -60,9 +62,8 @@ def multimodal_neurons(
             "the vocabulary."
         )
     tokens = [measured_tokens(vlm, one, some) for one, some in zip(batches, asked, strict=True)]
-    found = [
-        _sums(vlm, *pair) for pair in track(list(zip(batches, tokens, strict=True)), "neurons: gradients, batches")
-    ]
+    pairs = list(zip(batches, tokens, strict=True))
+    found = [together(vlm, _sums, *pair) for pair in track(pairs, "neurons: gradients, batches")]
     attribution, activity = (torch.cat(parts) for parts in zip(*found, strict=True))
     _refuse_nonfinite(attribution, vlm)
 
@@ -97,6 +98,11 @@ def _down_proj(vlm: VLM, layer):
 
 def _sums(vlm: VLM, inputs: Inputs, tokens: Tensor) -> tuple[Tensor, Tensor]:
     """Per example, layer and neuron, over the image's positions: Σ a * gradient, and the mean of a. Float32, on the CPU."""
+    if vlm.apart:
+        raise ModelError(
+            "multimodal_neurons needs gradients, and NDIF runs what you send in a sandbox, which has none. Ask NDIF to trust "
+            "your key, or load the model here."
+        )
     image = torch.stack([m.modality == Modality.IMAGE for m in inputs.token_maps])
     layers = vlm.layers
     with torch.enable_grad(), vlm.trace(inputs, logits_to_keep=1):
@@ -129,7 +135,6 @@ def _choose(
     vlm: VLM, attribution: Float[Tensor, "layer neuron"], activity: Float[Tensor, "layer neuron"], k: int, k_words: int
 ) -> _Neurons:
     """The k neurons of highest attribution whose output decodes to words."""
-    norm, w_u = part(vlm.hf, vlm.record.norm).weight, part(vlm.hf, vlm.record.unembed).weight
     order = attribution.flatten().argsort(descending=True)
     order = order[: int((attribution > 0).sum())]
     chosen: list[tuple[int, int, int]] = []
@@ -138,10 +143,7 @@ def _choose(
         layers, indices = some // attribution.shape[1], some % attribution.shape[1]
         signs = torch.where(activity[layers, indices] < 0, -1, 1)
         neurons = list(zip(layers.tolist(), indices.tolist(), signs.tolist(), strict=True))
-        with torch.no_grad():
-            columns = torch.stack([sign * _column(vlm, layer, i).to(w_u.device) for layer, i, sign in neurons], dim=1)
-            ids, _ = decode_columns(columns, norm.to(w_u.device), w_u, k_words)
-        for neuron, row in zip(neurons, ids.cpu(), strict=True):
+        for neuron, row in zip(neurons, together(vlm, _decoded, neurons, k_words), strict=True):
             if reads_as_words(decoded := pieces(vlm, row)):
                 chosen.append(neuron)
                 words.append(decoded)
@@ -154,6 +156,14 @@ def _choose(
         )
     layers, indices, signs = torch.tensor(chosen[:k]).T
     return _Neurons(layers, indices, signs, tuple(words[:k]))
+
+
+def _decoded(vlm: VLM, neurons: list[tuple[int, int, int]], k_words: int) -> Int[Tensor, "neuron k"]:
+    """The tokens that each (layer, index, sign) raises most."""
+    norm, w_u = part(vlm.hf, vlm.record.norm).weight, part(vlm.hf, vlm.record.unembed).weight
+    with torch.no_grad():
+        columns = torch.stack([sign * _column(vlm, layer, i).to(w_u.device) for layer, i, sign in neurons], dim=1)
+        return decode_columns(columns, norm.to(w_u.device), w_u, k_words)[0].cpu()
 
 
 def _column(vlm: VLM, layer: int, index: int) -> Tensor:

@@ -1,21 +1,22 @@
 """Ablating the visual tokens of an object: is it still named, and would as many other tokens have done the same?"""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
 
-import nnsight
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from mechvlm.batches import Answers, as_batches, pieces
 from mechvlm.errors import InputError
-from mechvlm.experiments.examples import Example, Examples
+from mechvlm.experiments.examples import Example, Examples, each
 from mechvlm.experiments.rerun import Edit, run, sweep
 from mechvlm.experiments.results import ObjectAblationResult
 from mechvlm.inputs import Inputs
 from mechvlm.interventions import ablate
-from mechvlm.progress import track
-from mechvlm.reading import query_reading
+from mechvlm.probes.query_reading import QueryReading
+from mechvlm.reading import read
 from mechvlm.vlm import VLM
 
 CONDITIONS = ("own", "random", "highest norm")
@@ -40,7 +41,8 @@ def object_ablation(
 
     Args:
         vlm: the model.
-        inputs: any number of examples, as one batch or several, of one image each.
+        inputs: any number of examples, as one batch or several, of one image each; on NDIF those of one batch are two
+            requests.
         boxes: the object of each example, (left, top, right, bottom) in pixels of the original image.
         answers: what the object is rightly named, a word or token id for all examples, or one each.
         margins: how many patches around the object go with it.
@@ -67,61 +69,87 @@ def object_ablation(
         )
     if answers is None:
         raise InputError("object_ablation needs the right answers: what each object is named.")
-    mean = _mean_token(vlm, batches)
-    shape = (len(CONDITIONS), len(margins), len(examples))
-    correct_ablated, p_ablated = torch.full(shape, torch.nan), torch.full(shape, torch.nan)
-    correct, p, n_tokens, tokens = [], [], torch.zeros(shape[1:], dtype=torch.long), []
-    for example in track(examples, "object ablation"):
-        clean = run(vlm, example.inputs)
-        token = example.token(clean.logits)
-        image = example.inputs.tokens.image
-        norms = clean.resid[0][0, image].float().norm(dim=-1).cpu()
-        generator = torch.Generator().manual_seed(seed + example.number)
-        chosen: dict[tuple, list[int]] = {}
-        for m, own in enumerate(_object(vlm, example, boxes[example.number], margins)):
-            n_tokens[m, example.number] = len(own)
-            chosen[0, m, 0] = own.tolist()
-            outside = torch.isin(image, own, invert=True)
-            others, norm = image[outside], norms[outside]
-            if len(others) >= len(own):  # else there is nothing to compare with
-                for draw in range(draws):
-                    chosen[1, m, draw] = others[torch.randperm(len(others), generator=generator)[: len(own)]].tolist()
-                chosen[2, m, 0] = others[norm.topk(len(own)).indices].tolist()
-
-        def change(layer: int, rows: list[Edit], chosen=chosen) -> None:
-            if layer == 0:
-                first = rows[0].pos
-                ablate(vlm, [[i - first for i in chosen[edit.key]] for edit in rows], 0, how="mean", source=mean)
-
-        logits = sweep(vlm, clean, [Edit(key, range(1), int(image[0])) for key in chosen], change)
-        for condition, m in {key[:2] for key in chosen}:
-            same = torch.stack([row for key, row in logits.items() if key[:2] == (condition, m)])
-            correct_ablated[condition, m, example.number] = (same.argmax(-1) == token).float().mean()
-            p_ablated[condition, m, example.number] = same.softmax(-1)[:, token].mean()
-        correct.append(int(clean.logits.argmax()) == token)
-        p.append(clean.p(token))
-        tokens.append(token)
+    mean, readings = _look(vlm, batches)
+    found = each(
+        vlm,
+        examples,
+        _ablated,
+        lambda example: (_object(example, boxes[example.number], margins, readings), mean, draws, seed),
+        "object ablation",
+    )
+    tokens, correct, p, n_tokens, by_condition = zip(*found, strict=True)
+    correct_ablated, p_ablated = torch.stack(by_condition, -1)
     return ObjectAblationResult(
         correct=torch.tensor(correct), correct_ablated=correct_ablated, p=torch.tensor(p), p_ablated=p_ablated,
-        n_tokens=n_tokens, conditions=CONDITIONS, margins=tuple(int(m) for m in margins),
+        n_tokens=torch.tensor(n_tokens).T, conditions=CONDITIONS, margins=tuple(int(m) for m in margins),
         answers=pieces(vlm, torch.tensor(tokens)), model=vlm.name,
     )  # fmt: skip
 
 
-def _mean_token(vlm: VLM, batches: Sequence[Inputs]) -> Float[Tensor, "1 d_model"]:
-    """The mean over all visual tokens of what enters the decoder; only the image is read for it, not the decoder."""
-    total, count = torch.zeros(vlm.d_model, dtype=torch.float64), 0
+def _ablated(
+    vlm: VLM, example: Example, owned: list[list[int]], mean: Tensor, draws: int, seed: int
+) -> tuple[int, bool, float, list[int], Float[Tensor, "2 condition margin"]]:
+    """The answer's token, whether the model gives it, its probability, how many tokens are ablated with each margin, and the
+    share of right answers and the probability under each condition (NaN where there is nothing to compare with)."""
+    clean = run(vlm, example.inputs)
+    token = example.token(clean.logits)
+    image = example.inputs.tokens.image
+    norms = clean.resid[0][0, image].float().norm(dim=-1).cpu()
+    generator = torch.Generator().manual_seed(seed + example.number)
+    chosen: dict[tuple, list[int]] = {}
+    for m, own in enumerate(owned):
+        chosen[0, m, 0] = own
+        outside = torch.isin(image, torch.tensor(own), invert=True)
+        others, norm = image[outside], norms[outside]
+        if len(others) >= len(own):
+            for draw in range(draws):
+                chosen[1, m, draw] = others[torch.randperm(len(others), generator=generator)[: len(own)]].tolist()
+            chosen[2, m, 0] = others[norm.topk(len(own)).indices].tolist()
+
+    def change(layer: int, rows: list[Edit]) -> None:
+        if layer == 0:
+            first = rows[0].pos
+            ablate(vlm, [[i - first for i in chosen[edit.key]] for edit in rows], 0, how="mean", source=mean)
+
+    logits = sweep(vlm, clean, [Edit(key, range(1), int(image[0])) for key in chosen], change)
+    found = torch.full((2, len(CONDITIONS), len(owned)), torch.nan)
+    for condition, m in {key[:2] for key in chosen}:
+        same = torch.stack([row for key, row in logits.items() if key[:2] == (condition, m)])
+        found[0, condition, m] = (same.argmax(-1) == token).float().mean()
+        found[1, condition, m] = same.softmax(-1)[:, token].mean()
+    return token, int(clean.logits.argmax()) == token, clean.p(token), [len(own) for own in owned], found
+
+
+@dataclass(frozen=True)
+class _Entering:
+    """Probe: the sum over all visual tokens of what enters the decoder [d_model], and their number."""
+
+    reads: ClassVar[frozenset[str]] = frozenset({"states"})
+
+    def prepare(self, vlm, inputs):
+        return [(row, m.image) for row, m in enumerate(inputs.token_maps)]
+
+    def at_state(self, plan, state):
+        return None if state.layer else {"sum": sum(state.resid[row, pos].double().sum(0) for row, pos in plan)}
+
+    def result(self, plan, rows, vlm, inputs):
+        return rows[0]["sum"].cpu(), sum(len(pos) for _, pos in plan)
+
+
+def _look(vlm: VLM, batches: Sequence[Inputs]) -> tuple[Float[Tensor, "1 d_model"], list[Tensor]]:
+    """The mean visual token as it enters the decoder, and of queries where each example's read the image [query row col]."""
+    total, count, readings = torch.zeros(vlm.d_model, dtype=torch.float64), 0, []
+    probes = (_Entering(), *([QueryReading()] if vlm.cross_attentions else []))
     for batch in batches:
-        rows = [(row, m.image) for row, m in enumerate(batch.token_maps)]
-        with torch.no_grad(), vlm.trace(batch) as tracer:
-            sums = nnsight.save(sum(vlm.resid_pre[0][row, pos].double().sum(0) for row, pos in rows))
-            tracer.stop()
-        total += sums.cpu()
-        count += sum(len(pos) for _, pos in rows)
-    return (total / count).float()[None]
+        (entering, n), *reading = read(vlm, batch, *probes)
+        total, count = total + entering, count + n
+        readings += [one for found in reading for one in found.map]
+    return (total / count).float()[None], readings
 
 
-def _object(vlm: VLM, example: Example, box: Sequence[float | int], margins: Sequence[int]) -> list[Tensor]:
+def _object(
+    example: Example, box: Sequence[float | int], margins: Sequence[int], readings: list[Tensor]
+) -> list[list[int]]:
     """Positions of the object's tokens, for each margin."""
     tokens = example.inputs.tokens
     if len(tokens.grids) != 1:
@@ -136,7 +164,7 @@ def _object(vlm: VLM, example: Example, box: Sequence[float | int], margins: Seq
     least = min(0.5, float(covered.max()))
     grown = [grid.inside(box, least, margin) for margin in margins]
     if tokens.patches:
-        return [tokens.image[patches.flatten()] for patches in grown]
-    reads = query_reading(vlm, example.inputs).map[0]  # query row col
+        return [tokens.image[patches.flatten()].tolist() for patches in grown]
+    reads = readings[example.number]
     n = max(1, len(tokens.image) // QUERY_SHARE)
-    return [tokens.image[(reads * patches).sum((1, 2)).topk(n).indices] for patches in grown]
+    return [tokens.image[(reads * patches).sum((1, 2)).topk(n).indices].tolist() for patches in grown]

@@ -27,12 +27,14 @@ class Run:
     """One example's finished forward, from which others start.
 
     Attributes:
+        inputs: of the example.
         resid: what entered each layer, [1 pos d_model] each.
         keys, values: of each layer's attention, [1 kv_head pos d_head] each, keys after the rotary embedding.
         kept: what `keep` asked for, by layer.
         logits: of the last position, [d_vocab] in float32.
     """
 
+    inputs: Inputs
     resid: list[Tensor]
     keys: list[Tensor]
     values: list[Tensor]
@@ -44,16 +46,20 @@ class Run:
         return float(self.logits.softmax(-1)[token])
 
 
-def run(vlm: VLM, inputs: Inputs | Float[Tensor, "1 pos d_model"], keep: str | None = None) -> Run:
-    """One example's forward, from its inputs or from the embeddings that enter the decoder.
+def run(
+    vlm: VLM, inputs: Inputs, keep: str | None = None, embeddings: Float[Tensor, "1 pos d_model"] | None = None
+) -> Run:
+    """One example's forward, from its inputs, or with other embeddings entering the decoder.
 
     `keep` names an accessor ("mlp_out", say) that is kept too.
     """
-    if isinstance(inputs, Inputs):
+    if embeddings is None or vlm.apart:
         forward = vlm.trace(inputs, logits_to_keep=1)
     else:
-        forward = part(vlm.model, vlm.record.decoder).trace(inputs_embeds=inputs)
+        forward = part(vlm.model, vlm.record.decoder).trace(inputs_embeds=embeddings)
     with torch.no_grad(), forward:
+        if embeddings is not None and vlm.apart:
+            vlm.resid_pre[0] = embeddings
         resid, keys, values, kept = nnsight.save([]), nnsight.save([]), nnsight.save([]), nnsight.save([])
         for layer in range(vlm.n_layers):
             resid.append(vlm.resid_pre[layer])
@@ -63,14 +69,14 @@ def run(vlm: VLM, inputs: Inputs | Float[Tensor, "1 pos d_model"], keep: str | N
             if keep is not None:
                 kept.append(resid[-1] if keep == "resid_pre" else getattr(vlm, keep)[layer])
         logits = nnsight.save(vlm.unembed(vlm.final_norm(vlm.resid_post[vlm.n_layers - 1][:, -1])))
-    return Run(resid, keys, values, kept, logits[0].float())
+    return Run(inputs, resid, keys, values, kept, logits[0].float())
 
 
 class _Prefix(DynamicLayer):
     """Keys and values of the positions before the first one that is computed: all rows read the same ones."""
 
     def __init__(self, keys: Tensor, values: Tensor):
-        super().__init__()
+        DynamicLayer.__init__(self)  # not super(): this class travels
         self.dtype, self.device = keys.dtype, keys.device
         self.keys, self.values = keys, values
         self.is_initialized = True
@@ -93,11 +99,28 @@ def rerun(
 
     Tested: equals whole forwards with the same interventions.
     """
+    if vlm.apart:
+        return _whole(vlm, run, rows, layer, change)
     first = run.resid[layer][:, pos:].expand(rows, -1, -1)
     past = Cache(layers=[_Prefix(k[:, :, :pos], v[:, :, :pos]) for k, v in zip(run.keys, run.values, strict=True)])
     with torch.no_grad(), part(vlm.model, vlm.record.decoder).trace(inputs_embeds=first, past_key_values=past):
         for below in range(layer):
             vlm.layers[below].skip(first)
+        for at in range(layer, vlm.n_layers):
+            change(at)
+        logits = nnsight.save(vlm.unembed(vlm.final_norm(vlm.resid_post[vlm.n_layers - 1][:, -1])))
+    return logits.float()
+
+
+def _whole(vlm: VLM, run: Run, rows: int, layer: int, change: Callable[[int], None]) -> Tensor:
+    """The same over all positions, for NDIF's sandbox: it traces whole models only, and passes on no cache of ours."""
+    first = run.resid[layer].expand(rows, -1, -1)
+    encoding = {key: torch.cat([value] * rows) for key, value in run.inputs.encoding.items()}
+    with torch.no_grad(), vlm.model.trace(**encoding, logits_to_keep=1):
+        for below in range(layer):
+            vlm.layers[below].skip(first)
+        if layer == 0:
+            vlm.resid_pre[0] = first
         for at in range(layer, vlm.n_layers):
             change(at)
         logits = nnsight.save(vlm.unembed(vlm.final_norm(vlm.resid_post[vlm.n_layers - 1][:, -1])))
@@ -121,6 +144,8 @@ def sweep(
 
     `change(layer, rows)` intervenes at a layer: what row i does there is up to `rows[i]`.
     """
+    if vlm.apart:
+        edits = [Edit(edit.key, edit.layers, 0) for edit in edits]
     found: dict[tuple, Tensor] = {}
     length = run.resid[0].shape[1]
     for pos in sorted({edit.pos for edit in edits}):

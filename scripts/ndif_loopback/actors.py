@@ -1,0 +1,61 @@
+"""What NDIF runs here: its own model actor without the two methods that need CUDA, and a controller that sizes local folders.
+
+NDIF is told of these by name (`NDIF_MODEL_IMPORT_PATH`, `NDIF_CONTROLLER_IMPORT_PATH`); everything else is as it is published.
+"""
+
+import gc
+import json
+from pathlib import Path
+
+import ray
+from ndif.services.ray.deployments.controller.controller import _ControllerActor
+from ndif.services.ray.sandbox.model import SandboxModelDeployment
+from nnsight.modeling.huggingface import HuggingFaceModel
+from nnsight.modeling.mixins.remotable import CheckpointInfo, Remotable
+from transformers import AutoConfig
+
+
+class OnCPU(SandboxModelDeployment):
+    """NDIF's model actor: a trusted user's block runs beside the weights, any other in a process of its own without them."""
+
+    CACHEABLE = False
+
+    def load_from_disk(self):
+        model = HuggingFaceModel.from_model_key(
+            self.model_key, dispatch=True, dtype=self.dtype_name, device="cpu", **self.kwargs
+        )
+        model._module.requires_grad_(False)
+        return model
+
+    def cleanup(self):
+        self.discard_sandbox()
+        self.kill_switch.clear()
+        self.kill_reason = self.execution_ident = None
+        self.model.interleaver.cancel()
+        gc.collect()
+
+
+Actor = ray.remote(num_cpus=0, max_restarts=-1)(OnCPU)
+
+
+def describe_folder(cls, model_key, dtype, trust_remote_code=False):
+    """NDIF asks the hub how large a model is; a folder's size is read here."""
+    named = json.loads(model_key.partition(":")[2])
+    folder = Path(named["repo_id"])
+    weights = sorted(folder.glob("*.safetensors"))
+    if not weights:
+        raise FileNotFoundError(f"There is no model {named['repo_id']!r} here.")
+    return CheckpointInfo(
+        size_bytes=sum(file.stat().st_size for file in weights),
+        config=AutoConfig.from_pretrained(folder),
+        revision=named.get("revision"),
+    )
+
+
+@ray.remote(num_cpus=1, num_gpus=0, max_restarts=-1, resources={"head": 1})
+class Controller(_ControllerActor):
+    def __init__(self, *args, **kwargs):
+        # ndif 0.1.2 passes an argument that nnsight 0.8.1 no longer takes.
+        Remotable.describe_checkpoint = classmethod(describe_folder)
+        Remotable.max_tp_size = classmethod(lambda cls, model_key, trust_remote_code=False: None)
+        _ControllerActor.__init__(self, *args, **kwargs)

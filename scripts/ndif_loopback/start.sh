@@ -1,0 +1,45 @@
+#!/usr/bin/env bash
+# start.sh            runs a real NDIF on this machine's loopback until Ctrl-C
+# start.sh COMMAND    runs a command beside it, in a network that holds nothing else, and ends both
+set -euo pipefail
+. "$(dirname "${BASH_SOURCE[0]}")/settings.sh"
+[ -x "$NDIF_LAB/venv/bin/python" ] || { echo "No server is installed in $NDIF_LAB: run $here/install.sh once." >&2; exit 1; }
+
+if [ -z "${NDIF_INSIDE:-}" ]; then
+  # Whatever is started dies with the process namespace that it lives in.
+  apart=(--pid --fork --mount-proc --kill-child=KILL)
+  [ $# -eq 0 ] || apart+=(--net)
+  [ "$(id -u)" -eq 0 ] || apart+=(--user --map-root-user)
+  NDIF_INSIDE=1 exec unshare "${apart[@]}" "${BASH_SOURCE[0]}" "$@"
+fi
+[ $# -eq 0 ] || ip link set lo up
+
+serve() {  # the parts of the server, each with a log of its own
+  local log=$NDIF_LAB/log
+  mkdir -p "$log" "$NDIF_HOME"
+  cd "$NDIF_LAB"
+  export PATH=$NDIF_LAB/venv/bin:$PATH PYTHONPATH=$NDIF_LAB/ndif:$here
+  redis-server --port 6399 --bind 127.0.0.1 --save "" --appendonly no >"$log/redis.log" 2>&1 &
+  moto_server -H 127.0.0.1 -p 9009 >"$log/objects.log" 2>&1 &
+  NDIF_SERVICE=ray ray start --head --node-ip-address=127.0.0.1 --port=6395 --ray-client-server-port=10001 \
+    --num-cpus=4 --num-gpus=1 --resources='{"head":10,"cuda_memory_bytes":8000000000,"cpu_memory_bytes":8000000000}' \
+    --include-dashboard=true --dashboard-host=127.0.0.1 --dashboard-port=8275 --disable-usage-stats \
+    --temp-dir="$(mktemp -d)" --object-store-memory=200000000 >"$log/ray.log" 2>&1
+  RAY_ADDRESS=127.0.0.1:6395 python -m ndif.services.ray.deployments.controller.controller >"$log/controller.log" 2>&1
+  NDIF_SERVICE=api gunicorn --config python:ndif.services.api.gunicorn_conf --bind 127.0.0.1:8009 \
+    ndif.services.api.app:app >"$log/api.log" 2>&1 &
+  for _ in $(seq 240); do
+    curl -sf "$NDIF_HOST/connected" >/dev/null && return
+    sleep 0.5
+  done
+  return 1
+}
+trap 'echo "The server did not start; see the logs in $NDIF_LAB/log." >&2' ERR
+(serve)
+trap - ERR
+if [ $# -eq 0 ]; then
+  echo "NDIF answers at $NDIF_HOST; \`pytest -m ndif\` runs beside it. Ctrl-C ends it."
+  trap exit INT TERM
+  sleep infinity & wait
+fi
+"$@"
