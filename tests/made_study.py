@@ -14,7 +14,13 @@ PROMPT = "Describe the scene."
 def made_study(models: dict[str, int], n: int = 12, seed: int = 0, n_image: int = 16, **about) -> Study:
     """A study of `models` (name: n_layers) over n examples, whose curves rise, fall, rise and fall."""
     rng = np.random.default_rng(seed)
-    tables: dict[str, list] = {"contextualization": [], "baseline": [], "lens": [], "norm_attention": []}
+    tables: dict[str, list] = {
+        "contextualization": [],
+        "baseline": [],
+        "lens": [],
+        "norm_attention": [],
+        "attention_share": [],
+    }
     ids = [f"e{i:03}" for i in range(n)]
     for shift, (model, n_layers) in enumerate(models.items()):
         layers = np.arange(n_layers + 1)
@@ -44,6 +50,13 @@ def made_study(models: dict[str, int], n: int = 12, seed: int = 0, n_image: int 
                 keys = {"model": model, "dest": dest, "dest_position": position, "layer": layer, "n": n}
                 rows = pd.DataFrame({**source, **norm, "modality": modality[: position + 1]}).assign(**keys)
                 tables["norm_attention"].append(rows)
+            for measure in ("norm", "weight"):
+                for name in ids:
+                    values = np.clip(0.5 + rng.normal(0, 0.1, n_layers), 0, 1)
+                    keys = {"model": model, "example": name, "dest": dest, "measure": measure}
+                    tables["attention_share"].append(
+                        pd.DataFrame({**keys, "layer": range(1, n_layers + 1), "value": values})
+                    )
     whole = {name: pd.concat(parts, ignore_index=True) for name, parts in tables.items()}
     return Study(
         tables=whole,

@@ -87,6 +87,12 @@ def test_words_equal_a_direct_call(study, examples, llava_vlm, blip_vlm, name):
 def test_contextualization_and_norms_equal_single_reads(study, examples, llava_vlm, blip_vlm, name):
     vlm = {LLAVA: llava_vlm, BLIP: blip_vlm}[name]
     norms, weights = [], []
+    shares = (
+        study.tables["attention_share"]
+        .query("model == @name")
+        .set_index(["example", "measure", "dest", "layer"])
+        .sort_index()
+    )
     for example in examples:
         inputs = vlm.inputs(example.image, "what is this")
         context, norm = mv.read(vlm, inputs, mv.Contextualization(), mv.NormAttention())
@@ -94,6 +100,11 @@ def test_contextualization_and_norms_equal_single_reads(study, examples, llava_v
         for pair in ("inter", "image", "text"):
             found = rows.query("pair == @pair").sort_values("layer")["value"]
             np.testing.assert_allclose(found, getattr(context, pair)[:, 0], atol=1e-5)
+        image = inputs.tokens.image
+        for dest, at in (("last_text", 0), ("last_image", 1)):
+            for measure, values in (("norm", norm.norm[:, 0, at]), ("weight", norm.weight[:, 0, :, at].mean(1))):
+                found = shares.loc[(example.id, measure, dest), "value"]
+                np.testing.assert_allclose(found, values[:, image].sum(-1) / values.sum(-1), atol=1e-5)
         norms.append(norm.norm[:, 0])
         weights.append(norm.weight[:, 0].mean(1))
     table = study.tables["norm_attention"].query("model == @name")
@@ -133,7 +144,7 @@ def test_phases_are_those_of_the_curves(study):
 
 def test_one_example_is_enough(llava_vlm, tmp_path):
     made = run([llava_vlm], "scenes", n=1, out=tmp_path / "one")
-    assert set(made.tables["lens"]["captions"]) == {"own"}
+    assert set(made.tables["lens"]["captions"]) == {"own", "single"}
     assert made.tables["baseline"]["value"].isna().all()
     assert (tmp_path / "one" / "report.html").is_file()
 
@@ -282,6 +293,7 @@ def test_figures_can_be_drawn_from_the_files_alone(study):
     labels = [t.get_text() for t in lens.legends[0].get_texts()]
     assert labels == [
         "image tokens, own captions",
+        "image tokens, each caption alone",
         "image tokens, another image's captions",
         "text tokens, own captions",
         " ",

@@ -21,7 +21,6 @@ from mechvlm.datasets import Dataset, Example, SetAside, fingerprint
 from mechvlm.errors import InputError
 from mechvlm.study import run
 from mechvlm.study.figures import FIGURES
-from mechvlm.study.norm_figure import image_share
 from mechvlm.view.plots import style
 
 FOUR = ("phases", "lens", "contextualization", "norm_attention")
@@ -107,11 +106,8 @@ def test_every_caption_has_its_seeds_and_counts(opened, name):
     assert "LlavaForConditionalGeneration n = 5 (1 set aside)" in caption
     assert "InstructBlipForConditionalGeneration n = 5 (1 set aside)" in caption
     assert "of 6 drawn from made with seed 3; 1 set aside before any model read them" in caption
-    if name == "norm_attention":
-        assert "neither bands nor intervals" in caption
-    else:
-        assert "pale bands their standard deviation" in caption
-        assert "95% bootstrap interval of the mean (2,000 resamples of the examples, seed 3)" in caption
+    assert "pale bands their standard deviation" in caption
+    assert "95% bootstrap interval of the mean (2,000 resamples of the examples, seed 3)" in caption
     if name == "phases":
         assert "95% bootstrap intervals of the turning layers (1,000 resamples of the examples, seed 3)" in caption
 
@@ -145,21 +141,15 @@ def test_every_figure_has_its_controls():
     shares = [ax for ax in drawn["norm_attention"].figure.axes if ax.get_title(loc="left") == "image tokens' share"]
     assert len(shares) == 4
     np.testing.assert_allclose(lines(shares[0])["under uniform attention"][:, 0], 16 / 22)
+    own = (
+        made.tables["attention_share"]
+        .query("model == 'a' and dest == 'last_text'")
+        .groupby(["measure", "layer"])["value"]
+    )
+    for label, measure in (("by norm written", "norm"), ("by raw attention weight", "weight")):
+        np.testing.assert_allclose(lines(shares[0])[label][:, 0], own.mean()[measure])
     titles = {ax.get_title(loc="left") for ax in drawn["norm_attention"].figure.axes}
     assert {f"raw weight, mean over heads (uniform: {1 / n:.2g})" for n in (22, 17)} <= titles
-
-
-def test_the_images_share_by_hand():
-    table = pd.DataFrame(
-        {
-            "layer": [1, 1, 1, 2, 2, 2], "src": [0, 1, 2] * 2, "modality": ["special", "image", "image"] * 2,
-            "norm": [1.0, 2.0, 1.0, 0.0, 3.0, 1.0], "weight": [0.5, 0.25, 0.25, 0.9, 0.1, 0.0],
-        }
-    )  # fmt: skip
-    found = image_share(table)
-    np.testing.assert_allclose(found["norm"], [3 / 4, 1])
-    np.testing.assert_allclose(found["weight"], [0.5, 0.1])
-    np.testing.assert_allclose(found["uniform"], [2 / 3, 2 / 3])
 
 
 def test_bands_are_the_deviation_and_the_interval():
@@ -218,7 +208,7 @@ def test_the_frame_is_tidy_and_holds_every_value(opened):
     frame = opened.frame()
     assert list(frame.columns) == ["model", "example", "layer", "measure", "value"]
     assert not frame.duplicated(["model", "example", "layer", "measure"]).any()
-    assert len(frame) == len(opened.tables["contextualization"]) + len(opened.tables["lens"])
+    assert len(frame) == sum(len(opened.tables[name]) for name in ("contextualization", "lens", "attention_share"))
     for measure, tokens, captions in [
         ("precision", "image", "own"), ("recall_other", "image", "other"), ("recall_text", "text", "own"),
     ]:  # fmt: skip

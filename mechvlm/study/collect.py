@@ -28,6 +28,7 @@ SCHEMAS = {
     "lens": pa.schema(
         [*KEYS, ("tokens", TEXT), ("captions", TEXT), ("measure", TEXT), ("layer", WHOLE), ("value", DOUBLE)]
     ),
+    "attention_share": pa.schema([*KEYS, ("dest", TEXT), ("measure", TEXT), ("layer", WHOLE), ("value", SINGLE)]),
     "words": pa.schema([*KEYS, ("layer", WHOLE), ("word", TEXT), ("positions", WHOLE)]),
     "skipped": pa.schema([*KEYS, ("reason", TEXT)]),
     "context_sums": pa.schema(
@@ -47,8 +48,12 @@ SCHEMAS = {
         }
     ),
 }
-"""A shard's tables. The first two are the final ones' rows as they are; `words` holds the first examples that can be shown; the
+"""A shard's tables. The first three are the final ones' rows as they are; `words` holds the first examples that can be shown; the
 sums are one row a layer, and one row a layout of tokens with flat [layer dest src]."""
+
+
+SINGLE_OF = {"own": "single", "other": "other_single"}
+"""What the mean over single captions is called."""
 
 
 class LensRows:
@@ -66,18 +71,22 @@ class LensRows:
     def add(self, example: Example, other: Example, tokens: TokenMap, lens: LogitLensResult) -> None:
         """`lens` holds this example's points only, at every position; without an `other` example, `other` is `example`."""
         image, text = lens.at(tokens.image).pieces(), lens.at(tokens.text).pieces()
-        self._append(example, "image", "own", lens_precision_recall(image, example.captions))
+        single = len(example.captions) > 1
+        self._append(example, "image", "own", lens_precision_recall(image, example.captions, single=single))
         self._append(example, "text", "own", lens_precision_recall(text, example.captions))
         if other is not example:
-            self._append(example, "image", "other", lens_precision_recall(image, other.captions))
+            single = len(other.captions) > 1
+            self._append(example, "image", "other", lens_precision_recall(image, other.captions, single=single))
 
     def frame(self) -> pd.DataFrame:
         """model, example, tokens, captions, measure, layer, value."""
         return pd.concat(self.frames, ignore_index=True) if self.frames else pd.DataFrame()
 
     def _append(self, example: Example, tokens: str, captions: str, scores: pd.DataFrame) -> None:
+        # Taken together, more captions hold more words: beside their union, each alone.
+        named = scores["control"].map({"captions": captions, "single captions": SINGLE_OF[captions]})
+        keys = {"model": self.model, "example": example.id, "tokens": tokens, "captions": named}
         scores = scores[["measure", "layer", "value"]]
-        keys = {"model": self.model, "example": example.id, "tokens": tokens, "captions": captions}
         self.frames.append(scores.assign(**keys)[[*keys, *scores.columns]])
 
 
@@ -111,22 +120,30 @@ class ContextRows:
 
 
 class NormRows:
-    """Norm-based attention summed over one model's examples, by position.
+    """Norm-based attention: each example's share of the image, and by position the sum over examples.
 
     All examples share the prompt, so their positions hold the same tokens. Where a model's processor makes more visual
     tokens of one image than of another they do not: sums are kept by layout.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, model: str) -> None:
+        self.model = model
         self.sums: dict[tuple, dict] = {}
+        self.shares: list[pd.DataFrame] = []
 
-    def add(self, maps: tuple[TokenMap, ...], result: NormAttentionResult) -> None:
-        for row, tokens in enumerate(maps):
+    def add(self, examples: list[Example], maps: tuple[TokenMap, ...], result: NormAttentionResult) -> None:
+        for row, (example, tokens) in enumerate(zip(examples, maps, strict=True)):
             # Padding stands on the left: without it, equal prompts lie at equal positions in every batch.
             kept = tokens.all
             layout = tuple(tokens.ids[kept].tolist())
             norm = result.norm[:, row][..., kept].double().numpy()
             weight = result.weight[:, row].mean(1)[..., kept].double().numpy()
+            image = np.isin(kept.numpy(), tokens.image.numpy())
+            both = np.stack([norm, weight])  # [measure layer dest src]
+            shares = (both[..., image].sum(-1) / both.sum(-1)).transpose(2, 0, 1)
+            axes = {"dest": result.names, "measure": ("norm", "weight"), "layer": result.layers}
+            rows = long_frame(torch.from_numpy(shares), **axes)
+            self.shares.append(rows.assign(model=self.model, example=example.id))
             if layout not in self.sums:
                 self.sums[layout] = {
                     "n": 0, "ids": list(layout), "norm": np.zeros_like(norm), "weight": np.zeros_like(weight),
@@ -138,6 +155,10 @@ class NormRows:
             total["n"] += 1
             total["norm"] += norm
             total["weight"] += weight
+
+    def share(self) -> pd.DataFrame:
+        """model, example, dest, measure, layer, value."""
+        return pd.concat(self.shares, ignore_index=True) if self.shares else pd.DataFrame()
 
     def frame(self) -> pd.DataFrame:
         """One row a layout of tokens: n, ids, pieces, modality, names, dest, layers, norm, weight (flat)."""

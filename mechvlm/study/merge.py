@@ -18,7 +18,7 @@ from mechvlm.study.shards import GALLERY, Plan
 
 def write_tables(plan: Plan, data: Path) -> None:
     """Write every table but "phases" into the folder `data`, as Parquet."""
-    for name in ("contextualization", "lens"):
+    for name in ("contextualization", "lens", "attention_share"):
         with (data / f"{name}.parquet").open("wb") as file, pq.ParquetWriter(file, SCHEMAS[name]) as writer:
             for model in range(len(plan.names)):
                 for number in range(len(plan)):

@@ -10,9 +10,9 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.patches import Rectangle
 from matplotlib.transforms import ScaledTranslation, blended_transform_factory
 
-from mechvlm.study.drawn import DOTTED, GREY, Drawn, counts, legend, short
+from mechvlm.study.drawn import DOTTED, GREY, Drawn, bands, counts, legend, short
 from mechvlm.study.study import Study
-from mechvlm.view.plots import Line, heatmap, text
+from mechvlm.view.plots import DARK, PALE, Line, heatmap, text
 
 DESTINATIONS = {"last_text": "last text token", "last_image": "last image token"}
 SOURCE = {"image": "#0072B2", "text": "#009E73", "special": "#888888"}
@@ -43,47 +43,47 @@ def norm_figure(study: Study) -> Drawn:
             bar = figure.colorbar(mesh, ax=ax, pad=0.012, aspect=12)
             bar.set_label(labels[measure], fontsize=8)
             bar.outline.set_visible(False)
-        _shares(right, mine)
+        _shares(right, study, model, dest, 1 - (sources["modality"] != "image").mean())
         left.set_title(f"{short(model, models)}: {DESTINATIONS[dest]}  (n = {int(mine['n'].iloc[0])})")
         middle.set_title(f"raw weight, mean over heads (uniform: {1 / len(sources):.2g})", fontweight="normal")
         right.set_title("image tokens' share", fontweight="normal")
-    legend(figure, grid[0, 2], bands=False)
+    legend(figure, grid[0, 2])
     return Drawn(figure, (
         "Norm-based attention (Kobayashi et al. 2020) of the last text token and of the last image token to the tokens "
         "before them, layer by layer, mean over the n examples whose tokens lie at the same positions: the norm of what "
         "each source writes, heads summed first, in units of the residual stream. Controls: the raw attention weights, mean "
         "over heads; and uniform attention, which gives each source one over their number. Right, the image tokens' share "
-        "of the sum over all sources, by either, and under uniform attention. The strip under each map says which sources "
-        "are image (blue, drawn narrower), text (green) and special tokens (grey). Each map has its own color scale. The "
-        f"means are kept by position and not by example, so they have neither bands nor intervals. {counts(study)}"
+        "of the sum over all sources in each example, by either, and under uniform attention. The strip under each map says "
+        "which sources are image (blue, drawn narrower), text (green) and special tokens (grey). Each map has its own color "
+        "scale. "
+        f"{bands(study.settings['seed'])} {counts(study)}"
     ))  # fmt: skip
 
 
-def image_share(norms: pd.DataFrame) -> pd.DataFrame:
-    """The image tokens' share of the sum over sources, of one model and destination, by layer (index): norm, weight, uniform."""
-    image = norms[norms["modality"] == "image"].groupby("layer")
-    every = norms.groupby("layer")
-    shares = (image[["norm", "weight"]].sum() / every[["norm", "weight"]].sum()).assign(
-        uniform=image["src"].nunique() / every["src"].nunique()
-    )
-    return shares.reindex(sorted(norms["layer"].unique()))
-
-
-def _shares(ax: Axes, mine: pd.DataFrame) -> None:
-    """The image's share, on the maps' rows."""
-    shares = image_share(mine)
-    rows = np.arange(len(shares))
+def _shares(ax: Axes, study: Study, model: str, dest: str, uniform: float) -> None:
+    """The image's share, on the maps' rows: mean, standard deviation and interval over examples."""
+    curves = study.curves()
     for measure, line in SHARES.items():
+        mine = curves[(curves["model"] == model) & (curves["measure"] == f"{measure}_share_{dest}")].sort_values(
+            "layer"
+        )
+        rows = np.arange(len(mine))
+        for low, high, alpha in (
+            (mine["mean"] - mine["sd"], mine["mean"] + mine["sd"], PALE), (mine["low"], mine["high"], DARK),
+        ):  # fmt: skip
+            ax.fill_betweenx(rows, low, high, color=line.color, alpha=alpha, linewidth=0)
         ax.plot(
-            shares[measure].to_numpy(), rows, color=line.color, linestyle=line.dash, marker=line.marker, label=line.label,
+            mine["mean"].to_numpy(), rows, color=line.color, linestyle=line.dash, marker=line.marker, label=line.label,
             markersize=3.5 if len(rows) < 20 else 0, linewidth=1.3,
         )  # fmt: skip
-    ax.plot(shares["uniform"], rows, color=GREY, linestyle=DOTTED, linewidth=1.3, label="under uniform attention")
+    ax.plot(
+        np.full(len(rows), uniform), rows, color=GREY, linestyle=DOTTED, linewidth=1.3, label="under uniform attention"
+    )
     ax.set_xlim(-0.04, 1.04)
     ax.set_ylim(-0.5, len(rows) - 0.5)
     ax.set_xticks([0, 0.5, 1], ["0", "0.5", "1"])
     step = -(-len(rows) // 9)
-    ax.set_yticks(rows[::step], [str(layer) for layer in shares.index[::step]])
+    ax.set_yticks(rows[::step], [str(layer) for layer in mine["layer"][::step]])
 
 
 def _rows(norms: pd.DataFrame, model: str, dest: str) -> pd.DataFrame:

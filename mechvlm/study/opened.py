@@ -24,6 +24,7 @@ COLUMNS = {
     "norm_attention": (
         "model", "dest", "dest_position", "layer", "src", "piece", "modality", "norm", "weight", "n",
     ),
+    "attention_share": ("model", "example", "dest", "measure", "layer", "value"),
     "phases": ("model",),
     "answers": ("model", "example", "answer"),
     "words": ("model", "example", "layer", "word", "positions"),

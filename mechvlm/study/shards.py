@@ -97,7 +97,7 @@ def make_shard(
     clock = time.perf_counter()
     name, all_examples, indices = plan.names[model], plan.data.examples, plan.examples(number)
     probes = LogitLens(k=1, positions="all"), Contextualization(), NormAttention(dst=("last_text", "last_image"))
-    lens_rows, context_rows, norm_rows = LensRows(name), ContextRows(name), NormRows()
+    lens_rows, context_rows, norm_rows = LensRows(name), ContextRows(name), NormRows(name)
     aside: list[dict] = []
     halved: list[dict] = []
     words: list[dict] = []
@@ -114,13 +114,15 @@ def make_shard(
                     if shown < GALLERY:
                         words += frequent_words(name, example, tokens, own)
                         shown += 1
-                context_rows.add([all_examples[i] for i in some], context)
-                norm_rows.add(maps, norms)
+                examples = [all_examples[i] for i in some]
+                context_rows.add(examples, context)
+                norm_rows.add(examples, maps, norms)
             done += len(batch)
             progress(done)
     curves, sums = context_rows.frames()
     frames = {
         "contextualization": curves, "context_sums": sums, "lens": lens_rows.frame(), "norm_sums": norm_rows.frame(),
+        "attention_share": norm_rows.share(),
         "words": pd.DataFrame(words), "skipped": pd.DataFrame([{"model": name, **one} for one in aside]),
     }  # fmt: skip
     about = {

@@ -23,12 +23,14 @@ def tidy(tables: dict[str, pd.DataFrame]) -> pd.DataFrame:
     Measures: `cosine_inter`, `cosine_image`, `cosine_text` (mean cosine, -1 to 1); `precision`, `recall` (share, 0 to 1) of
     the words on image tokens against the example's own captions, with their controls `precision_other`, `recall_other`
     (another image's captions) and `precision_text`, `recall_text` (words on text tokens). NaN is 0/0. In general a name
-    ends in what departs from image tokens and own captions.
+    ends in what departs from image tokens and own captions. `norm_share_last_text`, `norm_share_last_image`: the image
+    tokens' share of the norms written to that destination (0 to 1), and `weight_share_...` of the raw weights.
     """
-    cosine, lens = tables["contextualization"], tables["lens"]
+    cosine, lens, share = (tables[name] for name in ("contextualization", "lens", "attention_share"))
     named = [
         cosine.assign(measure="cosine_" + cosine["pair"]),
         lens.assign(measure=lens["measure"] + _ending(lens["tokens"], "image") + _ending(lens["captions"], "own")),
+        share.assign(measure=share["measure"] + "_share_" + share["dest"]),
     ]
     columns = ["model", "example", "layer", "measure", "value"]
     return pd.concat([one[columns] for one in named], ignore_index=True)

@@ -17,10 +17,13 @@ Tables, one value a row; `example` is the data set's id, layers count from 0 (em
 
     contextualization    model, example, pair ("inter", "image", "text"), layer, value (mean cosine)
     baseline             model, pair, layer, value: the mean cosine of tokens of different examples
-    lens                 model, example, tokens ("image", "text"), captions ("own", "other"), measure ("precision",
-                         "recall"), layer, value (share; empty for 0/0); "other" are those of the data set's next example
+    lens                 model, example, tokens ("image", "text"), captions ("own", "other"; where there are several,
+                         also "single", "other_single": the mean over each alone), measure ("precision", "recall"), layer,
+                         value (share; empty for 0/0); "other" are those of the data set's next example
     norm_attention       model, dest, dest_position, layer, src, piece, modality, norm (residual-stream units), weight
                          (mean over heads), n: means over n examples
+    attention_share      model, example, dest, measure ("norm", "weight"), layer, value: the image tokens' share of the sum
+                         over all sources
     phases               model, and the columns of `mechvlm.phases.Phases.to_frame`
     answers, words       of the few examples that the report shows: the model's answer; the words that most of its
                          visual tokens decode to, by layer, with the number of positions

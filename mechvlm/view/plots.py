@@ -48,6 +48,7 @@ LINES = {
     "image": Line("within image", "#D55E00", "--", "s"),
     "text": Line("within text", "#009E73", "-.", "^"),
     "own": Line("image tokens, own captions", "#0072B2", "-", "o"),
+    "single": Line("image tokens, each caption alone", "#56B4E9", "-.", "d"),
     "other": Line("image tokens, another image's captions", "#E69F00", "--", "s"),
     "prompt": Line("text tokens, own captions", "#666666", ":", "^"),
 }
