@@ -68,6 +68,21 @@ def parser() -> argparse.ArgumentParser:
         "--resume", action="store_true",
         help=f"go on with the study in --out, which must be there; without --out with the last unfinished {OUT}",
     )  # fmt: skip
+    add(
+        "--device-map", choices=("auto", "balanced", "sequential"),
+        help="instead of --device: spread one large model over several GPUs (of each worker, with --ray)",
+    )  # fmt: skip
+    add(
+        "--ray", metavar="auto|ADDRESS",
+        help="read on a Ray cluster: auto is the one that RAY_ADDRESS or `ray start` says, or where there is none one on this "
+        "machine for this run. Its nodes must have the same packages, and find models and images under the same names, in a "
+        "shared folder for instance; --out is needed here alone. Goes on with what was begun without --ray, and the reverse",
+    )  # fmt: skip
+    add("--workers", type=int, metavar="N", help="with --ray: how many; each one holds the model")
+    add(
+        "--gpus-per-worker", type=float, metavar="G",
+        help="with --ray: GPUs of each worker, or a part of one (default: 1 with --device cuda or --device-map, otherwise 0)",
+    )  # fmt: skip
     view = commands.add_parser("view", help="write one image's patch view, a page to explore", description=VIEW)
     add = view.add_argument
     add("model", metavar="MODEL", help="a bundled name, a hub id or a folder")
@@ -96,6 +111,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     typed = list(sys.argv[1:] if argv is None else argv)
     arguments = parser().parse_args(typed)
     arguments.typed = typed
+    _check_usage(arguments)
     if arguments.version:
         print(f"mechvlm {_version()}")
         return 0
@@ -117,6 +133,18 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         _say(f"Error: {error}")
         return 3 if type(error).__name__ == "StoppedError" else 1
+
+
+def _check_usage(arguments: argparse.Namespace) -> None:
+    """Options that need or exclude each other; argparse knows no such thing."""
+    if arguments.command != "study":
+        return
+    if arguments.ray is None and (arguments.workers is not None or arguments.gpus_per_worker is not None):
+        parser().error("--workers and --gpus-per-worker are those of a Ray cluster: give --ray auto or its address too")
+    if arguments.ray is not None and arguments.workers is None:
+        parser().error("--ray needs to know how many: give --workers N")
+    if arguments.device is not None and arguments.device_map is not None:
+        parser().error("--device and --device-map exclude each other")
 
 
 def _expected(error: Exception) -> bool:
@@ -164,9 +192,13 @@ def _study(arguments: argparse.Namespace) -> int:
                     seed=arguments.seed,
                     device=arguments.device,
                     dtype=arguments.dtype,
+                    device_map=arguments.device_map,
                     batch_size=arguments.batch_size,
                     out=out,
                     progress=progress,
+                    ray=arguments.ray,
+                    workers=arguments.workers,
+                    gpus_per_worker=arguments.gpus_per_worker,
                 )
                 bar.finish()
         except BaseException as error:
