@@ -74,9 +74,8 @@ def parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     add(
         "--ray", metavar="auto|ADDRESS",
-        help="read on a Ray cluster: auto is the one that RAY_ADDRESS or `ray start` says, or where there is none one on this "
-        "machine for this run. Its nodes must have the same packages, and find models and images under the same names, in a "
-        "shared folder for instance; --out is needed here alone. Goes on with what was begun without --ray, and the reverse",
+        help="read on a Ray cluster: auto is that of RAY_ADDRESS, or without it one on this machine for this run. Its nodes need "
+        "the same packages, and models and images in folders that all of them see; --out is written here alone",
     )  # fmt: skip
     add("--workers", type=int, metavar="N", help="with --ray: how many; each one holds the model")
     add(
@@ -136,7 +135,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _check_usage(arguments: argparse.Namespace) -> None:
-    """Options that need or exclude each other; argparse knows no such thing."""
+    """Options that need or exclude each other."""
     if arguments.command != "study":
         return
     if arguments.ray is None and (arguments.workers is not None or arguments.gpus_per_worker is not None):

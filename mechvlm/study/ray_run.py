@@ -234,14 +234,19 @@ class RayWorkers:
         """Another worker for one that ended, unless the same piece of work ended `limit` of them."""
         import ray
 
+        last = [line for line in str(error).splitlines() if line.strip()]
+        if getattr(error, "actor_init_failed", False):
+            raise InputError(
+                f"A worker cannot begin on the Ray cluster: {last[-1].strip()}. Every node needs what is installed here, in the "
+                "same versions: pip install 'mechvlm[ray]'"
+            )
         with suppress(Exception):
             ray.kill(worker)
         self.lost[work] += 1
         if self.lost[work] >= limit:
-            last = " ".join(str(error).split())
             raise StoppedError(
                 f"The study stopped: {self.lost[work]} workers ended while {work}. Is the memory of their nodes too small? What "
-                f"is done is kept; the same command goes on from there. Ray says of the last one: {last}"
+                f"is done is kept; the same command goes on from there. Ray says of the last one: {last[-1].strip()}"
             )
         self._hire()
 
@@ -288,19 +293,19 @@ class RayWorkers:
 
 
 def _init(address: str, n: int) -> None:
-    """Connect to the cluster, or for "auto" where there is none start one here, which ends with this process."""
+    """Connect to the cluster; "auto" is that of RAY_ADDRESS, or without it one on this machine, which ends with this process.
+
+    What Ray itself calls "auto" joins any cluster that runs on this machine, also one that is somebody else's.
+    """
     import ray
 
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
+    where = os.environ.get("RAY_ADDRESS", "local") if address == "auto" else address
+    own = {"num_cpus": max(n, os.cpu_count() or 1), "include_dashboard": False} if where == "local" else {}
     with _sigterm_kept():
         try:
-            ray.init(address=address, **quiet)
+            ray.init(address=where, log_to_driver=False, logging_level=logging.ERROR, **own)
         except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
-            if address == "auto" and "RAY_ADDRESS" not in os.environ and isinstance(error, ConnectionError):
-                ray.init(address="local", num_cpus=max(n, os.cpu_count() or 1), include_dashboard=False, **quiet)
-                return
-            where = os.environ.get("RAY_ADDRESS", address) if address == "auto" else address
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise InputError(
                 f"No Ray cluster can be used at {where} ({reason}). `ray start --head` starts one, and says its address."

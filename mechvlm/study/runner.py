@@ -74,9 +74,8 @@ def run(
             None writes nothing.
         progress: called with what is going on, how much of it is done, and how much there is; of what is read, the examples
             of all models together.
-        ray: "auto" or the address of a Ray cluster, whose workers then read the examples; auto is the cluster that RAY_ADDRESS or
-            `ray start` says, or where there is none one on this machine, for this run. Tables, folder and going on are the same,
-            with and without it.
+        ray: "auto" or the address of a Ray cluster, whose workers then read the examples; auto is that of RAY_ADDRESS, or
+            without it one on this machine, for this run. Tables, folder and going on are the same, with and without it.
         workers: how many, with `ray`; each one holds the model.
         gpus_per_worker: with `ray`; 1 with a `device` "cuda" or a `device_map`, and otherwise 0, by default.
 
