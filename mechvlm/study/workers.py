@@ -1,7 +1,7 @@
 """Who makes a study's shards: this process (`Here`), or many on a cluster (`mechvlm.study.ray_run`)."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from mechvlm.datasets import Example
 from mechvlm.loading import load
@@ -9,6 +9,7 @@ from mechvlm.study.shards import Plan, check_prompt, make_gallery, make_shard
 from mechvlm.vlm import VLM
 
 
+@runtime_checkable
 class Workers(Protocol):
     """What a study asks of whoever makes its shards, one model after the other; `model` is its number in the plan."""
 
