@@ -267,6 +267,9 @@ class RayWorkers:
         self.jobs[getattr(worker, method).remote(*arguments)] = worker, method, arguments
 
     def _connect(self) -> None:
+        # Read when Ray is imported. It would print, whatever it is told, each worker's end; the study says what matters of it.
+        os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", ".*")
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         import ray
 
         n, gpus = self.cluster.n, self.cluster.gpus
@@ -299,7 +302,6 @@ def _init(address: str, n: int) -> None:
     """
     import ray
 
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     where = os.environ.get("RAY_ADDRESS", "local") if address == "auto" else address
     own = {"num_cpus": max(n, os.cpu_count() or 1), "include_dashboard": False} if where == "local" else {}
     with _sigterm_kept():
