@@ -53,7 +53,12 @@ def parser() -> argparse.ArgumentParser:
     add("--prompt", metavar="TEXT", help='asked of every image (default: "Describe the scene.")')
     add("--n", type=int, metavar="N", help="examples to draw (default: 200 scenes, or all of a folder)")
     add("--seed", type=int, default=0, metavar="N", help="of the draw and of the bootstraps (default: 0)")
-    add("--device", metavar="NAME", help="cpu, cuda, cuda:1, mps (default: cpu)")
+    one_of = study.add_mutually_exclusive_group().add_argument
+    one_of("--device", metavar="NAME", help="cpu, cuda, cuda:1, mps (default: cpu)")
+    one_of(
+        "--device-map", choices=("auto", "balanced", "sequential"),
+        help="spread one large model over several GPUs (with --ray, of each worker)",
+    )  # fmt: skip
     add("--dtype", metavar="NAME", help="float32, bfloat16, float16 (default: the checkpoint's; float32 if bundled)")
     add(
         "--batch-size", type=int, default=16, metavar="N",
@@ -67,10 +72,6 @@ def parser() -> argparse.ArgumentParser:
     add(
         "--resume", action="store_true",
         help=f"go on with the study in --out, which must be there; without --out with the last unfinished {OUT}",
-    )  # fmt: skip
-    add(
-        "--device-map", choices=("auto", "balanced", "sequential"),
-        help="instead of --device: spread one large model over several GPUs (of each worker, with --ray)",
     )  # fmt: skip
     add(
         "--ray", metavar="auto|ADDRESS",
@@ -110,7 +111,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     typed = list(sys.argv[1:] if argv is None else argv)
     arguments = parser().parse_args(typed)
     arguments.typed = typed
-    _check_usage(arguments)
+    if arguments.command == "study":
+        _check_usage(arguments)
     if arguments.version:
         print(f"mechvlm {_version()}")
         return 0
@@ -135,15 +137,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _check_usage(arguments: argparse.Namespace) -> None:
-    """Options that need or exclude each other."""
-    if arguments.command != "study":
-        return
     if arguments.ray is None and (arguments.workers is not None or arguments.gpus_per_worker is not None):
         parser().error("--workers and --gpus-per-worker are those of a Ray cluster: give --ray auto or its address too")
     if arguments.ray is not None and arguments.workers is None:
         parser().error("--ray needs to know how many: give --workers N")
-    if arguments.device is not None and arguments.device_map is not None:
-        parser().error("--device and --device-map exclude each other")
 
 
 def _expected(error: Exception) -> bool:

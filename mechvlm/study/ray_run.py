@@ -187,13 +187,19 @@ class RayWorkers:
         say: Callable[[], None],
     ) -> None:
         """Hand the pieces out, one to each worker that has nothing to do, until all are written."""
-        left = pieces[::-1]
-        while left or any(under_way == method for _, under_way, _ in self.jobs.values()):
+        left, back = pieces[::-1], []
+        while left or back or any(under_way == method for _, under_way, _ in self.jobs.values()):
             while left and self.idle:
                 self._give(self.idle.pop(), method, *left.pop())
+            # Only now, so that no worker waits for the disk.
+            for made in back:
+                write(*made)
+            back = []
             for arguments, files in self._outcomes(say):
-                left.append(arguments) if files is None else write(arguments, files)
-        say()
+                if files is None:
+                    left.append(arguments)
+                else:
+                    back.append((arguments, files))
 
     def _outcomes(self, say: Callable[[], None]) -> Iterator[tuple[tuple, dict[str, bytes] | None]]:
         """The pieces that came back within `POLL` seconds, by their arguments; None for one whose worker ended."""
@@ -201,7 +207,7 @@ class RayWorkers:
         from ray.exceptions import RayError, RayTaskError
 
         say()
-        done, _ = ray.wait(list(self.jobs), timeout=POLL)
+        done, _ = ray.wait(list(self.jobs), timeout=POLL) if self.jobs else ([], [])
         for job in done:
             worker, method, arguments = self.jobs.pop(job)
             work = self._named(method, arguments)
