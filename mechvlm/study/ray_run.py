@@ -187,7 +187,8 @@ class RayWorkers:
         say: Callable[[], None],
     ) -> None:
         """Hand the pieces out, one to each worker that has nothing to do, until all are written."""
-        left, back = pieces[::-1], []
+        left = pieces[::-1]
+        back: list[tuple[tuple, dict[str, bytes]]] = []
         while left or back or any(under_way == method for _, under_way, _ in self.jobs.values()):
             while left and self.idle:
                 self._give(self.idle.pop(), method, *left.pop())
