@@ -54,7 +54,12 @@ def parser() -> argparse.ArgumentParser:
     add("--prompt", metavar="TEXT", help='asked of every image (default: "Describe the scene.")')
     add("--n", type=int, metavar="N", help="examples to draw (default: 200 scenes, or all of a folder)")
     add("--seed", type=int, default=0, metavar="N", help="of the draw and of the bootstraps (default: 0)")
-    add("--device", metavar="NAME", help="cpu, cuda, cuda:1, mps (default: cpu)")
+    one_of = study.add_mutually_exclusive_group().add_argument
+    one_of("--device", metavar="NAME", help="cpu, cuda, cuda:1, mps (default: cpu)")
+    one_of(
+        "--device-map", choices=("auto", "balanced", "sequential"),
+        help="spread one large model over several GPUs (with --ray, of each worker)",
+    )  # fmt: skip
     add("--dtype", metavar="NAME", help="float32, bfloat16, float16 (default: the checkpoint's; float32 if bundled)")
     add(
         "--batch-size", type=int, default=16, metavar="N",
@@ -68,6 +73,16 @@ def parser() -> argparse.ArgumentParser:
     add(
         "--resume", action="store_true",
         help=f"go on with the study in --out, which must be there; without --out with the last unfinished {OUT}",
+    )  # fmt: skip
+    add(
+        "--ray", metavar="auto|ADDRESS",
+        help="read on a Ray cluster: auto is that of RAY_ADDRESS, or without it one on this machine for this run. Its nodes need "
+        "the same packages, and models and images in folders that all of them see; --out is written here alone",
+    )  # fmt: skip
+    add("--workers", type=int, metavar="N", help="with --ray: how many; each one holds the model")
+    add(
+        "--gpus-per-worker", type=float, metavar="G",
+        help="with --ray: GPUs of each worker, or a part of one (default: 1 with --device cuda or --device-map, otherwise 0)",
     )  # fmt: skip
     view = commands.add_parser("view", help="write one image's patch view, a page to explore", description=VIEW)
     add = view.add_argument
@@ -97,6 +112,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     typed = list(sys.argv[1:] if argv is None else argv)
     arguments = parser().parse_args(typed)
     arguments.typed = typed
+    if arguments.command == "study":
+        _check_usage(arguments)
     if arguments.version:
         print(f"mechvlm {_version()}")
         return 0
@@ -118,6 +135,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         _say(f"Error: {error}")
         return 3 if type(error).__name__ == "StoppedError" else 1
+
+
+def _check_usage(arguments: argparse.Namespace) -> None:
+    if arguments.ray is None and (arguments.workers is not None or arguments.gpus_per_worker is not None):
+        parser().error("--workers and --gpus-per-worker are those of a Ray cluster: give --ray auto or its address too")
+    if arguments.ray is not None and arguments.workers is None:
+        parser().error("--ray needs to know how many: give --workers N")
 
 
 def _expected(error: Exception) -> bool:
@@ -165,9 +189,13 @@ def _study(arguments: argparse.Namespace) -> int:
                     seed=arguments.seed,
                     device=arguments.device,
                     dtype=arguments.dtype,
+                    device_map=arguments.device_map,
                     batch_size=arguments.batch_size,
                     out=out,
                     progress=progress,
+                    ray=arguments.ray,
+                    workers=arguments.workers,
+                    gpus_per_worker=arguments.gpus_per_worker,
                 )
                 bar.finish()
         except BaseException as error:

@@ -84,7 +84,7 @@ def made(monkeypatch) -> list[tuple[int, int]]:
         make(plan, vlm, model, number, progress)
         numbers.append((model, number))
 
-    monkeypatch.setattr("mechvlm.study.runner.make_shard", counted)
+    monkeypatch.setattr("mechvlm.study.workers.make_shard", counted)
     return numbers
 
 
@@ -345,7 +345,7 @@ def test_other_errors_are_no_lack_of_memory(vlm, data, monkeypatch):
     def fail(self, images, prompts):
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr("mechvlm.study.runner.check_prompt", lambda vlm, prompt: None)
+    monkeypatch.setattr("mechvlm.study.workers.check_prompt", lambda vlm, prompt: None)
     monkeypatch.setattr(type(vlm), "inputs", fail)
     with pytest.raises(RuntimeError, match="a bug"):
         study(vlm, data, None)
@@ -381,7 +381,7 @@ def test_a_signal_stops_it_and_says_how_to_go_on(capsys, folder, tmp_path, monke
 
     options = ["study", "--model", folder, "--n", 5, "--batch-size", 2, "--prompt", PROMPT]
     with monkeypatch.context() as patch:
-        patch.setattr("mechvlm.study.runner.make_shard", stop_at_second)
+        patch.setattr("mechvlm.study.workers.make_shard", stop_at_second)
         got, printed, err = call(capsys, *options)
     assert got == code
     assert printed == ""

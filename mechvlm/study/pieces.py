@@ -28,13 +28,27 @@ LOCK = ".lock"
 
 def write_piece(folder: Path, tables: dict[str, pa.Table], about: dict) -> None:
     """Write a piece: each table as NAME.parquet, and `about` as about.json. One that is there already is left as it is."""
-    passing = folder.with_name(f".{folder.name}-{uuid.uuid4().hex}{PASSING}")
-    try:
-        passing.mkdir(parents=True)
+    with _whole(folder) as passing:
         for name, table in tables.items():
             with (passing / f"{name}.parquet").open("wb") as file:
                 pq.write_table(table, file)
         (passing / "about.json").write_text(json.dumps(about), encoding="utf-8")
+
+
+def write_files(folder: Path, files: dict[str, bytes]) -> None:
+    """Write a piece that was made elsewhere, from its files by name. One that is there already is left as it is."""
+    with _whole(folder) as passing:
+        for name, content in files.items():
+            (passing / name).write_bytes(content)
+
+
+@contextmanager
+def _whole(folder: Path) -> Iterator[Path]:
+    """A folder under another name to write to, which becomes `folder` when the block ends."""
+    passing = folder.with_name(f".{folder.name}-{uuid.uuid4().hex}{PASSING}")
+    try:
+        passing.mkdir(parents=True)
+        yield passing
         sync(passing)
         try:
             passing.rename(folder)

@@ -15,16 +15,18 @@ from mechvlm import bundled
 from mechvlm.datasets import Dataset, Example, SetAside, fingerprint, load_dataset
 from mechvlm.errors import InputError, StoppedError
 from mechvlm.images import open_image
-from mechvlm.loading import class_of, load
+from mechvlm.loading import class_of
 from mechvlm.study import merge, store
 from mechvlm.study.folder import SHARDS, clear, opened, stage
 from mechvlm.study.opened import picture, read_tables
 from mechvlm.study.pieces import read_about, read_table
+from mechvlm.study.ray_run import cluster_of
 from mechvlm.study.settings import MEASURES, settings_of, shard_size
-from mechvlm.study.shards import Plan, check_prompt, make_gallery, make_shard, missing
+from mechvlm.study.shards import Plan, missing
 from mechvlm.study.statistics import phases_of
 from mechvlm.study.store import Progress
 from mechvlm.study.study import Shown, Study
+from mechvlm.study.workers import Here, Workers
 from mechvlm.vlm import VLM
 from mechvlm.words import caption_words
 
@@ -41,9 +43,13 @@ def run(
     seed: int = 0,
     device: str | None = None,
     dtype: str | None = None,
+    device_map: str | dict | None = None,
     batch_size: int = 16,
     out: str | Path | None = None,
     progress: Progress | None = None,
+    ray: str | None = None,
+    workers: int | None = None,
+    gpus_per_worker: float | None = None,
 ) -> Study:
     """The four-phase study: logit lens, contextualization and norm-based attention of every example, by layer.
 
@@ -60,11 +66,16 @@ def run(
         seed: of the draw and of the bootstraps.
         device: as `mechvlm.load` takes it.
         dtype: as `mechvlm.load` takes it.
+        device_map: as `mechvlm.load` takes it, instead of `device`: "auto" spreads one large model over several GPUs.
         batch_size: examples a forward. It changes speed and memory, and of results the last bits.
         out: a folder for report, views, figures, tables and `run.json`: new, empty, or that of a study with the same settings.
             None writes nothing.
         progress: called with what is going on, how much of it is done, and how much there is; of what is read, the examples
             of all models together.
+        ray: "auto" or the address of a Ray cluster, whose workers then read the examples; auto is that of RAY_ADDRESS, or
+            without it one on this machine, for this run. Tables, folder and going on are the same, with and without it.
+        workers: how many, with `ray`; each one holds the model.
+        gpus_per_worker: with `ray`; 1 with a `device` "cuda" or a `device_map`, and otherwise 0, by default.
 
     Beside the one forward a batch, each of the `mechvlm.study.shards.GALLERY` examples that the report shows is answered, and
     with `out` read once more by itself: for its patch view, which needs more destinations than the whole data set could afford.
@@ -77,7 +88,7 @@ def run(
     Raises:
         InputError: for a data set, prompt or folder that cannot be used, or where no example could be read.
         ModelError: for a model that cannot be loaded.
-        StoppedError: when nothing more can be written, on a full disk for instance.
+        StoppedError: when nothing more can be written, on a full disk for instance, or when workers end again and again.
     """
     started = time.perf_counter()
     progress = progress or (lambda stage, done, total: None)
@@ -91,11 +102,16 @@ def run(
     for model in models:
         if isinstance(model, str):
             class_of(model)  # before the first model runs, not after it
-    check_device(device)
+    if device is not None and device_map is not None:
+        raise InputError(f"Give device ({device}) or device_map ({device_map}), not both.")
+    cluster = cluster_of(models, ray, workers, gpus_per_worker, device, device_map)
+    if cluster is None:
+        check_device(device)
     data = _worded(dataset if isinstance(dataset, Dataset) else load_dataset(dataset, n, seed))
     settings = {
         "models": list(names), "dataset": data.name, "prompt": prompt, "n": len(data), "seed": seed, "device": device,
-        "dtype": dtype, "batch_size": batch_size, "out": None if out is None else str(out), "measures": MEASURES,
+        "dtype": dtype, "device_map": device_map, "batch_size": batch_size, "out": None if out is None else str(out),
+        "measures": MEASURES,
     }  # fmt: skip
     with ExitStack() as stack:
         weights: dict[str, dict] = {}
@@ -105,8 +121,9 @@ def run(
             folder = Path(out)
             progress("settings", 0, 0)
             full = settings_of(
-                models, data, prompt=prompt, seed=seed, device=device, dtype=dtype, batch_size=batch_size
-            )
+                models, data, prompt=prompt, seed=seed, device=device, dtype=dtype, batch_size=batch_size,
+                device_map=device_map,
+            )  # fmt: skip
             weights = full["weights"]
             if stack.enter_context(opened(folder, full)):
                 return Study.open(folder)
@@ -114,7 +131,9 @@ def run(
         # The whole run's clock goes on from what earlier ones took.
         started -= _seconds(plan)
         try:
-            loaded = [_read_all(plan, i, model, weights, device, dtype, progress) for i, model in enumerate(models)]
+            here = Here(plan, models, weights, {"device": device, "dtype": dtype, "device_map": device_map})
+            with here if cluster is None else cluster.workers(here) as hands:
+                loaded = [_read_all(plan, i, hands, progress) for i in range(len(names))]
             with stage(folder) as staged:
                 progress("tables", 0, 0)
                 merge.write_tables(plan, staged / "data")
@@ -131,29 +150,18 @@ def run(
     return study
 
 
-def _read_all(
-    plan: Plan, number: int, model: str | VLM, weights: dict, device: str | None, dtype: str | None, progress: Progress
-) -> float:
-    """Make what is missing of one model's shards, and its gallery; gives the seconds that loading took."""
+def _read_all(plan: Plan, number: int, hands: Workers, progress: Progress) -> float:
+    """Have what is missing of one model's shards made, and its gallery; gives the seconds that loading took."""
     name, todo, n = plan.names[number], missing(plan, number), len(plan.data)
     if not todo and plan.gallery(number).is_dir():
         return 0.0
     clock = time.perf_counter()
-    progress(f"{name}: loading", 0, 0)
-    if isinstance(model, VLM):
-        vlm = model
-    else:
-        # The commit that settings.json names, whatever the hub holds by now.
-        vlm = load(model, device=device, dtype=dtype, revision=weights.get(model, {}).get("revision"))
-    check_prompt(vlm, plan.prompt)
+    hands.load(number, lambda: progress(f"{name}: loading", 0, 0))
     took = time.perf_counter() - clock
-    total = n * len(plan.names)
     # Of the shards that are there, all examples are done.
-    at = n * number + n - sum(len(plan.examples(shard)) for shard in todo)
+    total, at = n * len(plan.names), n * number + n - sum(len(plan.examples(shard)) for shard in todo)
     progress(f"{name}: reading", at, total)
-    for shard in todo:
-        make_shard(plan, vlm, number, shard, lambda done: progress(f"{name}: reading", at + done, total))  # noqa: B023
-        at += len(plan.examples(shard))
+    hands.shards(number, todo, lambda done: progress(f"{name}: reading", at + done, total))
     if not merge.n_read(plan, number):
         first = next(row for row in merge.skipped(plan).itertuples() if row.model == name)
         raise InputError(
@@ -164,7 +172,7 @@ def _read_all(
         ids = merge.shown(plan, number)
         by_id = {e.id: e for e in plan.data.examples if e.id in ids}
         say = f"{name}: answers and patch views"
-        make_gallery(plan, vlm, number, [by_id[id] for id in ids], lambda done: progress(say, done, len(ids)))
+        hands.gallery(number, [by_id[id] for id in ids], lambda done: progress(say, done, len(ids)))
     return took
 
 

@@ -46,6 +46,7 @@ def settings_of(
     device: str | None,
     dtype: str | None,
     batch_size: int,
+    device_map: str | dict | None = None,
 ) -> dict[str, Any]:
     """Everything that determines the results, for settings.json.
 
@@ -59,7 +60,7 @@ def settings_of(
         "dataset": {"name": data.name, "n": len(data), "fingerprint": data.fingerprint},
         "prompt": prompt,
         "seed": seed,
-        "device": torch.device(device or "cpu").type,
+        "device": torch.device(device or "cpu").type if device_map is None else f"device_map {device_map}",
         "dtype": dtype,
         "batch_size": batch_size,
         "shard": shard_size(batch_size),
