@@ -2,7 +2,10 @@
 
 import argparse
 import itertools
+import shlex
+import signal
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -15,6 +18,14 @@ the words that visual tokens decode to, contextualization and norm-based attenti
 interaction. With no arguments: both bundled models on 200 generated scenes, in well under a minute. Writes a folder with
 report.html, views/, figures/, data/, skipped.csv and run.json."""
 
+EXIT_CODES = """exit codes:
+  0    done, also where examples were set aside (skipped.csv says why), or the study in --out was finished already
+  1    it cannot be done with what was given: the message says what to change
+  2    usage
+  3    stopped half-way, on a full disk for instance; the same command with the same --out goes on
+  130  stopped by Ctrl-C, 143 by SIGTERM; the same command with the same --out goes on
+A study that was killed goes on in the same way; at most a few batches are read again."""
+
 VIEW = """Write the patch view of one image and prompt, a page that works offline: what each token of the prompt reads from
 each patch, by layer and head, and the words that each patch reads as."""
 
@@ -24,7 +35,10 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="mechvlm", description="Look inside vision-language models.")
     top.add_argument("--version", action="store_true", help="show the version and stop")
     commands = top.add_subparsers(dest="command", metavar="COMMAND")
-    study = commands.add_parser("study", help="run the four-phase study and write a report", description=STUDY)
+    study = commands.add_parser(
+        "study", help="run the four-phase study and write a report", description=STUDY, epilog=EXIT_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
     add = study.add_argument
     add(
         "--model", action="append", metavar="NAME",
@@ -41,10 +55,18 @@ def parser() -> argparse.ArgumentParser:
     add("--seed", type=int, default=0, metavar="N", help="of the draw and of the bootstraps (default: 0)")
     add("--device", metavar="NAME", help="cpu, cuda, cuda:1, mps (default: cpu)")
     add("--dtype", metavar="NAME", help="float32, bfloat16, float16 (default: the checkpoint's; float32 if bundled)")
-    add("--batch-size", type=int, default=16, metavar="N", help="examples a forward; changes no result (default: 16)")
+    add(
+        "--batch-size", type=int, default=16, metavar="N",
+        help="examples a forward; changes no more of a result than its last bits (default: 16)",
+    )  # fmt: skip
     add(
         "--out", metavar="DIR",
-        help=f"a new or empty folder (default: {OUT}, or {OUT}-2, ... where that exists)",
+        help="a new or empty folder, or that of a study with the same settings, which then goes on where it stopped "
+        f"(default: {OUT}, or {OUT}-2, ... where that exists)",
+    )  # fmt: skip
+    add(
+        "--resume", action="store_true",
+        help=f"go on with the study in --out, which must be there; without --out with the last unfinished {OUT}",
     )  # fmt: skip
     view = commands.add_parser("view", help="write one image's patch view, a page to explore", description=VIEW)
     add = view.add_argument
@@ -66,17 +88,23 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; gives the exit code: 0, 1 for what cannot be used or done, 2 for usage, 130 for Ctrl-C."""
-    arguments = parser().parse_args(argv)
+    """Run the command line; gives the exit code.
+
+    0, 1 for what cannot be used or done, 2 for usage, 3 for what stopped half-way and can be gone on with, 130 for Ctrl-C, 143
+    for SIGTERM.
+    """
+    typed = list(sys.argv[1:] if argv is None else argv)
+    arguments = parser().parse_args(typed)
+    arguments.typed = typed
     if arguments.version:
         print(f"mechvlm {_version()}")
         return 0
     if arguments.command is None:
         parser().print_help()
         return 2
-    commands: dict[str, Callable[[argparse.Namespace], None]] = {"study": _study, "view": _view, "models": _models}
+    commands: dict[str, Callable[[argparse.Namespace], int]] = {"study": _study, "view": _view, "models": _models}
     try:
-        commands[arguments.command](arguments)
+        return commands[arguments.command](arguments)
     except KeyboardInterrupt:
         _say("Stopped.")
         return 130
@@ -88,15 +116,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not _expected(error):
             raise
         _say(f"Error: {error}")
-        return 1
-    return 0
+        return 3 if type(error).__name__ == "StoppedError" else 1
 
 
 def _expected(error: Exception) -> bool:
     """Whether an error is about what the user gave or the machine lacks, so that its message says all."""
-    from mechvlm.errors import InputError, ModelError, NonFiniteError, ViewError
+    from mechvlm.errors import InputError, ModelError, NonFiniteError, StoppedError, ViewError
 
-    if isinstance(error, InputError | ModelError | NonFiniteError | ViewError):
+    if isinstance(error, InputError | ModelError | NonFiniteError | StoppedError | ViewError):
         return True
     if type(error).__name__ == "OutOfMemoryError":
         error.args = (
@@ -111,43 +138,96 @@ def _say(message: str) -> None:
     print(message, file=sys.stderr)
 
 
-def _study(arguments: argparse.Namespace) -> None:
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+def _study(arguments: argparse.Namespace) -> int:
+    from mechvlm.progress import StudyBar
 
-    quiet = Console(stderr=True)
-    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=quiet) as bars:
-        task = bars.add_task("starting", total=None)
-        # Importing torch and nnsight is half of a short run: the bar is there before.
-        _quiet_libraries()
-        from mechvlm import bundled
-        from mechvlm.study import run
-        from mechvlm.study.runner import PROMPT
+    out = _out_of(arguments)
+    finished = (Path(out) / "run.json").is_file()
+    with _Stop() as stop:
+        try:
+            with StudyBar() as bar:
+                # Importing torch and nnsight is half of a short run: the bar is there before.
+                _quiet_libraries()
+                from mechvlm import bundled
+                from mechvlm.study import run
+                from mechvlm.study.runner import PROMPT
 
-        seen = "starting"
+                def progress(stage: str, done: int, total: int) -> None:
+                    stop.check()
+                    bar.show(stage, done, total)
 
-        def progress(stage: str, done: int, total: int) -> None:
-            nonlocal task, seen
-            if stage != seen:
-                bars.update(task, total=1, completed=1)
-                task, seen = bars.add_task(stage, total=total or None), stage
-            bars.update(task, completed=done, total=total or None)
-
-        study = run(
-            arguments.model or bundled.NAMES,
-            arguments.dataset,
-            prompt=PROMPT if arguments.prompt is None else arguments.prompt,
-            n=arguments.n,
-            seed=arguments.seed,
-            device=arguments.device,
-            dtype=arguments.dtype,
-            batch_size=arguments.batch_size,
-            out=arguments.out or _free(OUT),
-            progress=progress,
-        )
-        bars.update(task, total=1, completed=1)
+                study = run(
+                    arguments.model or bundled.NAMES,
+                    arguments.dataset,
+                    prompt=PROMPT if arguments.prompt is None else arguments.prompt,
+                    n=arguments.n,
+                    seed=arguments.seed,
+                    device=arguments.device,
+                    dtype=arguments.dtype,
+                    batch_size=arguments.batch_size,
+                    out=out,
+                    progress=progress,
+                )
+                bar.finish()
+        except BaseException as error:
+            if not stop.signal and not isinstance(error, KeyboardInterrupt):
+                raise
+            # Whatever a library made of it on its way here.
+            _say("Stopped." + _how_to_go_on(arguments, out))
+            return 128 + (stop.signal or signal.SIGINT)
+    if finished:
+        print(f"The study in {out} was finished before: nothing is read again.")
     _summarise(study)
+    return 0
+
+
+class _Stop:
+    """SIGTERM, which schedulers send, and Ctrl-C stop a study in the same way: at once, or where something swallowed the
+    interrupt, before the next batch."""
+
+    def __enter__(self) -> "_Stop":
+        self.signal = 0
+        # Elsewhere than in the main thread Python allows no handlers.
+        main = threading.current_thread() is threading.main_thread()
+        self.before = {one: signal.signal(one, self._stop) for one in (signal.SIGINT, signal.SIGTERM)} if main else {}
+        return self
+
+    def __exit__(self, *_) -> None:
+        for one, handler in self.before.items():
+            signal.signal(one, handler)
+
+    def _stop(self, number: int, frame) -> None:
+        self.signal = number
+        raise KeyboardInterrupt
+
+    def check(self) -> None:
+        if self.signal:
+            raise KeyboardInterrupt
+
+
+def _out_of(arguments: argparse.Namespace) -> str:
+    """The study's folder: the one that was named, a new one, or with --resume the last unfinished one of the default name."""
+    from mechvlm.errors import InputError
+
+    if not arguments.resume:
+        return arguments.out or _free(OUT)
+    if arguments.out:
+        if not (Path(arguments.out) / "settings.json").is_file():
+            raise InputError(f"{arguments.out} holds no study to go on with. Leave out --resume to begin one there.")
+        return arguments.out
+    begun = [p.parent for p in Path().glob(f"{OUT}*/settings.json") if not (p.parent / "run.json").exists()]
+    if not begun:
+        raise InputError(f"There is no unfinished {OUT} here to go on with. Name its folder with --out.")
+    return str(max(begun, key=lambda folder: (folder / "settings.json").stat().st_mtime))
+
+
+def _how_to_go_on(arguments: argparse.Namespace, out: str) -> str:
+    """What to type to go on with a study that stopped; empty where it had not begun."""
+    if not (Path(out) / "settings.json").is_file():
+        return ""
+    typed = [one for one in arguments.typed if one != "--resume"]
+    where = [] if arguments.out else ["--out", out]
+    return f" What is done stays in {out}. Go on with:\n  {shlex.join(['mechvlm', *typed, *where])}"
 
 
 def _summarise(study) -> None:
@@ -191,7 +271,7 @@ def _summarise(study) -> None:
     print(f"{study.seconds:.0f} s. Open {study.out / 'report.html'}")
 
 
-def _view(arguments: argparse.Namespace) -> None:
+def _view(arguments: argparse.Namespace) -> int:
     from rich.console import Console
 
     out = Path(arguments.out or _free(PAGE))
@@ -223,6 +303,7 @@ def _view(arguments: argparse.Namespace) -> None:
             f"The last {len(dest)} of {n_text} text tokens can be picked; the page would be too large with all of them."
         )
     print(f"{out.stat().st_size / 1e6:.1f} MB. Open {out}")
+    return 0
 
 
 def _check_file(out: Path) -> None:
@@ -248,7 +329,7 @@ def _free(name: str) -> str:
     return next(n for n in names if not Path(n).exists() or (Path(n).is_dir() and not any(Path(n).iterdir())))
 
 
-def _models(arguments: argparse.Namespace) -> None:
+def _models(arguments: argparse.Namespace) -> int:
     from mechvlm import bundled
     from mechvlm.architectures import ARCHITECTURES
 
@@ -259,6 +340,7 @@ def _models(arguments: argparse.Namespace) -> None:
     print("Hugging Face classes that can be read (hub ids and folders):")
     for hf_class in ARCHITECTURES:
         print(f"  {hf_class}")
+    return 0
 
 
 def _quiet_libraries() -> None:

@@ -23,3 +23,7 @@ class NonFiniteError(ValueError):
 
 class ViewError(ValueError):
     """A view cannot be drawn: of results from other inputs, of an image that is gone, or larger than a browser can hold."""
+
+
+class StoppedError(RuntimeError):
+    """Long work stopped half-way, for a reason that lies outside of it. What was done is kept, and it can be gone on with."""

@@ -1,5 +1,6 @@
 """One progress bar for everything that takes its time."""
 
+import time
 from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from typing import TypeVar
@@ -22,3 +23,57 @@ def track(items: Sequence[T], what: str) -> Iterator[T]:
     hidden = len(items) < 2 or not somebody
     with Progress(*columns, console=console, transient=True, disable=hidden) as progress:
         yield from progress.track(items, description=what)
+
+
+def pace(done: int, left: int, seconds: float) -> str:
+    """How fast things went, `done` in so many seconds, and how long those that are left will take: "4.2/s, 3 min left"."""
+    if not done or seconds <= 0:
+        return ""
+    rate = done / seconds
+    # Below one a second, its inverse is what people can picture.
+    speed = f"{rate:.1f}/s" if rate >= 1 else f"{seconds / done:.1f} s each"
+    remaining = left / rate
+    if not left:
+        return speed
+    if remaining < 90:
+        return f"{speed}, {remaining:.0f} s left"
+    return f"{speed}, {remaining / 60:.0f} min left" if remaining < 5400 else f"{speed}, {remaining / 3600:.1f} h left"
+
+
+class StudyBar(Progress):
+    """A study's stages in a terminal, one line each; the examples of all models on one line, with their pace.
+
+    The pace is that of this run: what an earlier one did stands on the bar from the beginning, and counts for no speed.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(
+            TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+            TextColumn("{task.fields[pace]}", markup=False), console=Console(stderr=True),
+        )  # fmt: skip
+        self.line = self.add_task("starting", total=None, pace="")
+        self.stage = "starting"
+        self.reading: tuple[float, int] | None = None  # this stage's start, and what was done by then
+        self.read, self.spent = 0, 0.0  # by the stages of reading before it
+
+    def show(self, stage: str, done: int, total: int) -> None:
+        """As `mechvlm.study.run` calls its `progress`."""
+        now = time.monotonic()
+        if stage != self.stage:
+            self.finish()
+            self.line, self.stage = self.add_task(stage, total=total or None, pace=""), stage
+            self.reading = (now, done) if stage.endswith("reading") else None
+        text = ""
+        if self.reading is not None:
+            since, first = self.reading
+            text = pace(self.read + done - first, total - done, self.spent + now - since)
+            self.last = now, done
+        self.update(self.line, completed=done, total=total or None, pace=text)
+
+    def finish(self) -> None:
+        """The stage that is shown is done."""
+        if self.reading is not None:
+            (since, first), (now, done) = self.reading, self.last
+            self.read, self.spent, self.reading = self.read + done - first, self.spent + now - since, None
+        else:
+            self.update(self.line, total=1, completed=1)

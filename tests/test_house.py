@@ -43,7 +43,7 @@ ALLOWED = {
     "lens_cache": LOAD | {"lens_bridge"},
     "lens_bridge": LOAD,
     "study": LOAD | MEASURE | {"reading", "view", "datasets", "study"},
-    "cli": LOAD | {"study", "datasets", "cli"},
+    "cli": LOAD | {"study", "datasets", "progress", "cli"},
 }
 
 

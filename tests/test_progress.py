@@ -1,12 +1,13 @@
 """The progress bar, where it can be drawn and where it cannot."""
 
 import importlib.util
+import time
 
 import nbclient
 import nbformat
 import pytest
 
-from mechvlm.progress import track
+from mechvlm.progress import StudyBar, pace, track
 
 
 def test_it_gives_the_items():
@@ -21,3 +22,33 @@ def test_a_notebook_that_cannot_draw_it_is_left_clean():
     nbclient.NotebookClient(notebook, timeout=120).execute()
     (output,) = notebook.cells[0].outputs
     assert output.text == "[1, 2]\n"
+
+
+@pytest.mark.parametrize(
+    ("done", "left", "seconds", "said"),
+    [
+        (0, 9, 3.0, ""), (50, 100, 10.0, "5.0/s, 20 s left"), (50, 6000, 10.0, "5.0/s, 20 min left"),
+        (3, 100, 600.0, "200.0 s each, 5.6 h left"), (7, 0, 2.0, "3.5/s"),
+    ],
+)  # fmt: skip
+def test_the_pace_and_the_time_left(done, left, seconds, said):
+    assert pace(done, left, seconds) == said
+
+
+def test_the_studys_bar_counts_over_all_models_and_only_what_this_run_did(monkeypatch):
+    clock = 0.0
+    monkeypatch.setattr(time, "monotonic", lambda: clock)
+    bar = StudyBar()
+    bar.show("a: reading", 80, 200)  # by an earlier run
+    clock = 10.0
+    bar.show("a: reading", 100, 200)
+    assert bar.tasks[-1].completed == 100
+    assert bar.tasks[-1].fields["pace"] == "2.0/s, 50 s left"
+    clock = 300.0
+    bar.show("b: loading", 0, 0)
+    clock = 500.0
+    bar.show("b: reading", 100, 200)
+    clock = 520.0
+    bar.show("b: reading", 140, 200)
+    assert bar.tasks[-1].fields["pace"] == "2.0/s, 30 s left", "of both models; loading is no reading"
+    bar.finish()

@@ -17,6 +17,7 @@ import mechvlm as mv
 from mechvlm.datasets import Dataset, Example, fingerprint, load_dataset
 from mechvlm.errors import InputError
 from mechvlm.study import run, store
+from mechvlm.study.runner import PROMPT
 from mechvlm.study.summary import summary
 from mechvlm.words import precision_recall, word_of
 
@@ -168,8 +169,24 @@ def in_order(spec):
 @pytest.mark.parametrize("size", [1, 3, 16])
 def test_bad_examples_are_set_aside_and_the_rest_is_unchanged(with_bad, llava_vlm, tmp_path, size):
     bad, good = map(in_order, with_bad)
-    made = run([llava_vlm], bad, batch_size=size, out=tmp_path / "bad")
-    same(made, run([llava_vlm], good, batch_size=4))
+    made, among_good = (
+        run([llava_vlm], bad, batch_size=size, out=tmp_path / "bad"),
+        run([llava_vlm], good, batch_size=4),
+    )
+    same(made, among_good, tables=("contextualization", "baseline", "norm_attention"))
+    lens = [s.tables["lens"] for s in (made, among_good)]
+    own, own_among_good = (t[t["captions"] == "own"].reset_index(drop=True) for t in lens)
+    pd.testing.assert_frame_equal(own, own_among_good)
+    # The control is the next example of the data set, which may be one that cannot be read.
+    captions = {e.id: e.captions for e in bad.examples}
+    following = dict(zip(captions, [*list(captions)[1:], next(iter(captions))], strict=True))
+    assert following["2.png"] == "3.png"
+    assert following["3.png"] == "cut.jpg"
+    for example in good.examples:
+        lens = mv.logit_lens(llava_vlm, llava_vlm.inputs(example.image, PROMPT), k=1)
+        direct = [precision_recall(p, captions[following[example.id]]).recall for p in lens.pieces()]
+        rows = made.tables["lens"].query("example == @example.id and captions == 'other' and measure == 'recall'")
+        np.testing.assert_allclose(rows["value"], direct)
     skipped = pd.read_csv(tmp_path / "bad" / "skipped.csv", keep_default_na=False).set_index("example")
     expected = {
         "empty.png": "is empty (0 bytes)", "text.png": "cannot be read", "cut.jpg": "truncated",
@@ -231,9 +248,9 @@ def test_the_folder_is_whole_and_reads_back(study):
         f"figures/{n}.{s}" for n in ("phases", "lens", "contextualization", "norm_attention") for s in ("png", "svg")
     }
     views = {f"views/{i + 1:02}-{VLM}-e{i % 6}.html" for i, VLM in enumerate([LLAVA] * 6 + [BLIP] * 6)}
-    assert names == {"report.html", "run.json", "skipped.csv", "data/README.txt"} | drawn | views | {
-        f"data/{n}.parquet" for n in study.tables
-    }
+    single = {"report.html", "run.json", "settings.json", "skipped.csv", "data/README.txt", "views/gallery.parquet"}
+    assert names == single | drawn | views | {f"data/{n}.parquet" for n in study.tables}
+    assert not [p for p in study.out.rglob("*") if p.is_dir() and not any(p.iterdir())]
     for name, table in store.read_tables(study.out).items():
         pd.testing.assert_frame_equal(table, study.tables[name], check_dtype=False)
     with pytest.raises(InputError, match="no study's folder"):
@@ -250,16 +267,6 @@ def test_run_json_says_how_to_do_it_again(study, examples):
     assert {"python", "platform", "torch", "transformers", "nnsight", "mechvlm"} <= set(record["versions"])
     assert record["phases"][LLAVA]["explanation"] == study.phases[LLAVA].explanation
     assert record["findings"][0]["model"] == LLAVA
-
-
-def test_weights_of_a_folder_are_hashed(tmp_path, monkeypatch):
-    import hashlib
-
-    (tmp_path / "m").mkdir()
-    (tmp_path / "m" / "model.safetensors").write_bytes(b"weights")
-    expected = hashlib.sha256(b"weights").hexdigest()
-    assert store._weights(str(tmp_path / "m"), {"revision": None}) == {"sha256": expected}
-    assert store._weights("org/model", {"revision": "abc"}) == {}
 
 
 def test_figures_show_something(study):
@@ -313,7 +320,7 @@ def test_hostile_text_is_escaped(llava_vlm, tmp_path):
     made = run([llava_vlm], dataset(examples), prompt="what is <script>alert(2)</script> this", out=tmp_path / "out")
     assert len(made.views) == 3
     assert {p.parent for p in made.out.rglob("*.html")} == {made.out, made.out / "views"}
-    for file in (made.out / "views").iterdir():
+    for file in (made.out / "views").glob("*.html"):
         assert file.read_text().count("<script") == 3, "its own: that scripts run, the numbers, and what draws them"
     page = (made.out / "report.html").read_text()
     assert "&lt;script&gt;alert(" in page

@@ -103,10 +103,12 @@ def merge(results: list[ContextualizationResult]) -> ContextualizationResult:
     sums = {name: torch.stack([getattr(r, name) for r in results]).sum(0) for name in ("sum_image", "sum_text", "same")}
     curves = {pair: torch.cat([getattr(r, pair) for r in results], dim=1) for pair in PAIRS}
     n = curves["inter"].shape[1]
-    return ContextualizationResult(**{**vars(results[0]), **curves, **sums, "baseline": _baseline(n=n, **sums)})
+    return ContextualizationResult(
+        **{**vars(results[0]), **curves, **sums, "baseline": anisotropy_baseline(n=n, **sums)}
+    )
 
 
-def _baseline(sum_image: Tensor, sum_text: Tensor, same: Tensor, n: int) -> Float[Tensor, "3 layer"]:
+def anisotropy_baseline(sum_image: Tensor, sum_text: Tensor, same: Tensor, n: int) -> Float[Tensor, "3 layer"]:
     """Mean cosine over all ordered pairs of different examples: (|Σ_a ā|² - Σ_a |ā|²) / (n² - n), and so between sets.
 
     Every token of an example is equally likely to be drawn: this is the expectation of Ethayarajh's random tokens, exactly.
@@ -157,7 +159,7 @@ class Contextualization:
         inter, image, text = stack([row["dots"] for row in rows]).unbind(1)
         sums = {name: stack([row[name] for row in rows]) for name in ("sum_image", "sum_text")}
         same = torch.stack([inter.sum(-1), image.sum(-1), text.sum(-1)])
-        baseline = _baseline(same=same, n=len(inputs), **sums)
+        baseline = anisotropy_baseline(same=same, n=len(inputs), **sums)
         if not self.self_pairs:
             image, text = (without_self(x, m.sum(-1).float()) for x, m in zip((image, text), plan, strict=True))
         made = ContextualizationResult(

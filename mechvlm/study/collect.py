@@ -1,55 +1,79 @@
-"""From the results of one batch to rows of tables: nothing of the size of an activation is kept."""
+"""From the results of one batch to rows of a shard's tables: nothing of the size of an activation is kept.
+
+Each class collects the rows of one shard, a run of consecutive examples; `mechvlm.study.merge` puts shards together.
+"""
 
 from collections import Counter
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import torch
 
 from mechvlm.datasets import Example
 from mechvlm.probes.contextualization import PAIRS, ContextualizationResult, merge
 from mechvlm.probes.logit_lens import LogitLensResult
 from mechvlm.probes.norm_attention import NormAttentionResult
+from mechvlm.results import long_frame
 from mechvlm.tokens import Modality, TokenMap
 from mechvlm.words import lens_precision_recall, word_of
 
 GALLERY_WORDS = 6
 """Words a layer that the gallery shows of an example."""
 
-Pieces = list[list[list[str]]]
+TEXT, WHOLE, SINGLE, DOUBLE = pa.string(), pa.int64(), pa.float32(), pa.float64()
+KEYS = [("model", TEXT), ("example", TEXT)]
+SCHEMAS = {
+    "contextualization": pa.schema([*KEYS, ("pair", TEXT), ("layer", WHOLE), ("value", SINGLE)]),
+    "lens": pa.schema(
+        [*KEYS, ("tokens", TEXT), ("captions", TEXT), ("measure", TEXT), ("layer", WHOLE), ("value", DOUBLE)]
+    ),
+    "words": pa.schema([*KEYS, ("layer", WHOLE), ("word", TEXT), ("positions", WHOLE)]),
+    "skipped": pa.schema([*KEYS, ("reason", TEXT)]),
+    "context_sums": pa.schema(
+        [("n", WHOLE), ("layer", WHOLE), *((name, pa.list_(SINGLE)) for name in ("sum_image", "sum_text", "same"))]
+    ),
+    "norm_sums": pa.schema(
+        {
+            "n": WHOLE,
+            "ids": pa.list_(WHOLE),
+            "pieces": pa.list_(TEXT),
+            "modality": pa.list_(TEXT),
+            "names": pa.list_(TEXT),
+            "dest": pa.list_(WHOLE),
+            "layers": pa.list_(WHOLE),
+            "norm": pa.list_(DOUBLE),
+            "weight": pa.list_(DOUBLE),
+        }
+    ),
+}
+"""A shard's tables. The first two are the final ones' rows as they are; `words` holds the first examples that can be shown; the
+sums are one row a layer, and one row a layout of tokens with flat [layer dest src]."""
 
 
 class LensRows:
     """Precision and recall of one model's examples, with the two controls.
 
-    Each example's captions serve once as its own and once as another's: an example is held against the next usable
-    one's, the last against the first's. So both conditions see the same captions, and batches change no row.
+    Each example is held against its own captions and against those of the next one in the data set, the last against the
+    first's, whether or not that one's image can be read: both conditions see the same captions, and no example's row depends on
+    what became of another.
     """
 
     def __init__(self, model: str):
         self.model = model
         self.frames: list[pd.DataFrame] = []
-        self.first: Example | None = None
-        self.waiting: tuple[Example, Pieces] | None = None
 
-    def add(self, example: Example, tokens: TokenMap, lens: LogitLensResult) -> None:
-        """`lens` holds this example's points only, at every position."""
+    def add(self, example: Example, other: Example, tokens: TokenMap, lens: LogitLensResult) -> None:
+        """`lens` holds this example's points only, at every position; without an `other` example, `other` is `example`."""
         image, text = lens.at(tokens.image).pieces(), lens.at(tokens.text).pieces()
         self._append(example, "image", "own", lens_precision_recall(image, example.captions))
         self._append(example, "text", "own", lens_precision_recall(text, example.captions))
-        if self.waiting is not None:
-            self._against(self.waiting, example)
-        self.first = self.first or example
-        self.waiting = example, image
+        if other is not example:
+            self._append(example, "image", "other", lens_precision_recall(image, other.captions))
 
     def frame(self) -> pd.DataFrame:
-        """model, example, tokens, captions, measure, layer, value; call once, after the last example."""
-        if self.waiting is not None and self.first is not None and self.waiting[0] is not self.first:
-            self._against(self.waiting, self.first)
-        return pd.concat(self.frames, ignore_index=True)
-
-    def _against(self, waiting: tuple[Example, Pieces], other: Example) -> None:
-        example, pieces = waiting
-        self._append(example, "image", "other", lens_precision_recall(pieces, other.captions))
+        """model, example, tokens, captions, measure, layer, value."""
+        return pd.concat(self.frames, ignore_index=True) if self.frames else pd.DataFrame()
 
     def _append(self, example: Example, tokens: str, captions: str, scores: pd.DataFrame) -> None:
         scores = scores[["measure", "layer", "value"]]
@@ -58,7 +82,7 @@ class LensRows:
 
 
 class ContextRows:
-    """Contextualization of one model's examples, and the anisotropy baseline of all of them together."""
+    """Contextualization of one model's examples, and the sums that the anisotropy baseline is made of."""
 
     def __init__(self, model: str):
         self.model = model
@@ -70,31 +94,30 @@ class ContextRows:
         self.merged = result if self.merged is None else merge([self.merged, result])
 
     def frames(self) -> tuple[pd.DataFrame, pd.DataFrame]:
-        """(model, example, pair, layer, value) and the baseline (model, pair, layer, value)."""
-        assert self.merged is not None, "no example was added"
-        curves = self.merged.to_frame()
-        curves["example"] = np.asarray(self.ids, dtype=object)[curves["example"]]
-        n_layers = self.merged.baseline.shape[1]
-        baseline = pd.DataFrame(
+        """(model, example, pair, layer, value), example by example, and the sums (n, layer, sum_image, sum_text, same)."""
+        if self.merged is None:
+            return pd.DataFrame(), pd.DataFrame()
+        # [example pair layer]
+        curves = torch.stack([getattr(self.merged, pair) for pair in PAIRS]).permute(2, 0, 1)
+        rows = long_frame(curves, example=self.ids, pair=PAIRS, layer=range(curves.shape[2]))
+        rows.insert(0, "model", self.model)
+        sums = pd.DataFrame(
             {
-                "pair": np.repeat(PAIRS, n_layers),
-                "layer": np.tile(np.arange(n_layers), len(PAIRS)),
-                "value": self.merged.baseline.numpy().reshape(-1),
+                "n": len(self.ids), "layer": range(curves.shape[2]), "sum_image": list(self.merged.sum_image.numpy()),
+                "sum_text": list(self.merged.sum_text.numpy()), "same": list(self.merged.same.numpy().T),
             }
-        )
-        return _of(self.model, curves[["example", "pair", "layer", "value"]]), _of(self.model, baseline)
+        )  # fmt: skip
+        return rows, sums
 
 
 class NormRows:
-    """Mean norm-based attention over one model's examples, by position.
+    """Norm-based attention summed over one model's examples, by position.
 
     All examples share the prompt, so their positions hold the same tokens. Where a model's processor makes more visual
-    tokens of one image than of another they do not: then only the examples with the most frequent layout are shown, and
-    `n` says how many that is.
+    tokens of one image than of another they do not: sums are kept by layout.
     """
 
-    def __init__(self, model: str):
-        self.model = model
+    def __init__(self) -> None:
         self.sums: dict[tuple, dict] = {}
 
     def add(self, maps: tuple[TokenMap, ...], result: NormAttentionResult) -> None:
@@ -106,9 +129,9 @@ class NormRows:
             weight = result.weight[:, row].mean(1)[..., kept].double().numpy()
             if layout not in self.sums:
                 self.sums[layout] = {
-                    "n": 0, "norm": np.zeros_like(norm), "weight": np.zeros_like(weight), "names": result.names,
-                    "dest": (result.dest[row] - int(kept[0])).tolist(), "layers": result.layers,
-                    "pieces": [tokens.strings[p] for p in kept.tolist()],
+                    "n": 0, "ids": list(layout), "norm": np.zeros_like(norm), "weight": np.zeros_like(weight),
+                    "names": list(result.names), "dest": (result.dest[row] - int(kept[0])).tolist(),
+                    "layers": list(result.layers), "pieces": [tokens.strings[p] for p in kept.tolist()],
                     "modality": [Modality(int(tokens.modality[p])).name.lower() for p in kept],
                 }  # fmt: skip
             total = self.sums[layout]
@@ -117,35 +140,27 @@ class NormRows:
             total["weight"] += weight
 
     def frame(self) -> pd.DataFrame:
-        """model, dest, dest_position, layer, src, piece, modality, norm, weight, n; up to each destination."""
-        best = max(self.sums.values(), key=lambda total: total["n"])
-        n_src = len(best["pieces"])
-        frames = []
-        for column, (name, dest) in enumerate(zip(best["names"], best["dest"], strict=True)):
-            for row, layer in enumerate(best["layers"]):
-                frame = pd.DataFrame(
-                    {
-                        "dest": name, "dest_position": dest, "layer": layer, "src": range(n_src),
-                        "piece": best["pieces"], "modality": best["modality"],
-                        "norm": best["norm"][row, column] / best["n"],
-                        "weight": best["weight"][row, column] / best["n"], "n": best["n"],
-                    }
-                )  # fmt: skip
-                frames.append(frame[frame["src"] <= dest])
-        return _of(self.model, pd.concat(frames, ignore_index=True))
+        """One row a layout of tokens: n, ids, pieces, modality, names, dest, layers, norm, weight (flat)."""
+        flat = [s | {"norm": s["norm"].reshape(-1), "weight": s["weight"].reshape(-1)} for s in self.sums.values()]
+        return pd.DataFrame(flat)
 
 
-def frequent_words(example: Example, tokens: TokenMap, lens: LogitLensResult) -> list[dict]:
-    """The words that most visual tokens of one example decode to, by layer: example, layer, word, positions."""
+def frequent_words(model: str, example: Example, tokens: TokenMap, lens: LogitLensResult) -> list[dict]:
+    """The words that most visual tokens of one example decode to, by layer: model, example, layer, word, positions."""
     rows = []
     for layer, points in zip(lens.layers, lens.at(tokens.image).pieces(), strict=True):
         found = Counter(word for point in points for word in {word_of(piece) for piece in point} if word)
         ranked = sorted(found.items(), key=lambda item: (-item[1], item[0]))[:GALLERY_WORDS]
-        rows += [{"example": example.id, "layer": layer, "word": word, "positions": n} for word, n in ranked]
+        keys = {"model": model, "example": example.id, "layer": layer}
+        rows += [{**keys, "word": word, "positions": n} for word, n in ranked]
     return rows
 
 
-def _of(model: str, frame: pd.DataFrame) -> pd.DataFrame:
-    frame = frame.copy()
-    frame.insert(0, "model", model)
-    return frame
+def as_tables(frames: dict[str, pd.DataFrame]) -> dict[str, pa.Table]:
+    """Frames with the schemas above, also those without a row."""
+    tables = {}
+    for name, frame in frames.items():
+        schema = SCHEMAS[name]
+        frame = frame if len(frame) else pd.DataFrame(columns=schema.names)
+        tables[name] = pa.Table.from_pandas(frame, schema, preserve_index=False).replace_schema_metadata()
+    return tables

@@ -1,10 +1,12 @@
-"""run(): the study of Wei et al. 2024 on any models and any data set. One loop over batches, one forward a batch."""
+"""run(): the study of Wei et al. 2024 on any models and any data set. One loop over shards, one forward a batch."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
 
 import pandas as pd
 import torch
@@ -12,17 +14,16 @@ from PIL import Image
 
 from mechvlm import bundled
 from mechvlm.datasets import Dataset, Example, SetAside, fingerprint, load_dataset
-from mechvlm.errors import InputError, NonFiniteError
+from mechvlm.errors import InputError, StoppedError
 from mechvlm.images import open_image
 from mechvlm.loading import class_of, load
-from mechvlm.phases import Phases, fit_phases
-from mechvlm.probes.contextualization import Contextualization
-from mechvlm.probes.logit_lens import LogitLens
-from mechvlm.probes.norm_attention import NormAttention
-from mechvlm.reading import read
-from mechvlm.study.collect import ContextRows, LensRows, NormRows, frequent_words
+from mechvlm.study import merge, store
+from mechvlm.study.folder import SHARDS, clear, opened, stage
+from mechvlm.study.pieces import read_about, read_table
+from mechvlm.study.settings import settings_of, shard_size
+from mechvlm.study.shards import Plan, check_prompt, make_gallery, make_shard, missing
+from mechvlm.study.store import Progress, picture
 from mechvlm.study.study import Study
-from mechvlm.tokens import TokenMap
 from mechvlm.vlm import VLM
 from mechvlm.words import caption_words
 
@@ -30,13 +31,7 @@ if TYPE_CHECKING:
     from mechvlm.study.gallery import Shown
 
 PROMPT = "Describe the scene."
-GALLERY = 6
-"""Examples that the report shows."""
 THUMBNAIL = 256
-SMALL = 20_000_000
-"""Parameters below which a model runs on one thread."""
-
-Progress = Callable[[str, int, int], None]
 
 
 def run(
@@ -54,6 +49,11 @@ def run(
 ) -> Study:
     """The four-phase study: logit lens, contextualization and norm-based attention of every example, by layer.
 
+    With `out`, nothing that was read is lost when the process ends, however it does: the same call goes on where it stopped, and
+    its tables are, byte for byte, those of a run that never stopped (on the same kind of machine, as a sum's last bits depend on
+    it). What is done is kept in shards of `mechvlm.study.settings.SHARD` examples. Of a finished study the same call gives what
+    the folder holds.
+
     Args:
         models: bundled names, hub ids, folders, or models that `mechvlm.load` gave.
         dataset: as `mechvlm.datasets.load_dataset` takes it, or what it gave.
@@ -62,26 +62,30 @@ def run(
         seed: of the draw and of the bootstraps.
         device: as `mechvlm.load` takes it.
         dtype: as `mechvlm.load` takes it.
-        batch_size: examples a forward. It changes speed and memory, not results.
-        out: a folder for report, views, figures, tables and `run.json`: new or empty. None writes nothing.
-        progress: called with what is going on, how much of it is done, and how much there is.
+        batch_size: examples a forward. It changes speed and memory, and of results the last bits.
+        out: a folder for report, views, figures, tables and `run.json`: new, empty, or that of a study with the same settings.
+            None writes nothing.
+        progress: called with what is going on, how much of it is done, and how much there is; of what is read, the examples
+            of all models together.
 
-    Beside the one forward a batch, each of the `GALLERY` examples that the report shows is answered, and with `out` read
-    once more by itself: for its patch view, which needs more destinations than the whole data set could afford.
+    Beside the one forward a batch, each of the `mechvlm.study.shards.GALLERY` examples that the report shows is answered, and
+    with `out` read once more by itself: for its patch view, which needs more destinations than the whole data set could afford.
 
-    An example that cannot be read is set aside with its reason, and the rest goes on.
+    An example that cannot be read is set aside with its reason, and the rest goes on. A batch that does not fit into memory is
+    halved and tried again, which `run.json` records.
 
     Source: Wei et al. 2024, "A Study on Multi-modal Interaction in Vision Large Language Models".
 
     Raises:
         InputError: for a data set, prompt or folder that cannot be used, or where no example could be read.
         ModelError: for a model that cannot be loaded.
+        StoppedError: when nothing more can be written, on a full disk for instance.
     """
     started = time.perf_counter()
     progress = progress or (lambda stage, done, total: None)
-    names = [m.name if isinstance(m, VLM) else str(m) for m in models]
+    names = tuple(m.name if isinstance(m, VLM) else str(m) for m in models)
     if not names or len(set(names)) < len(names):
-        raise InputError(f"Give one or more models, each once; got {names}.")
+        raise InputError(f"Give one or more models, each once; got {list(names)}.")
     if batch_size < 1:
         raise InputError(f"A batch of {batch_size} examples was asked for; at least 1 is needed.")
     if seed < 0:
@@ -90,143 +94,153 @@ def run(
         if isinstance(model, str):
             class_of(model)  # before the first model runs, not after it
     check_device(device)
-    folder = None if out is None else Path(out)
-    if folder is not None:
-        _check_folder(folder)
     data = _worded(dataset if isinstance(dataset, Dataset) else load_dataset(dataset, n, seed))
     settings = {
-        "models": names, "dataset": data.name, "prompt": prompt, "n": len(data), "seed": seed, "device": device,
+        "models": list(names), "dataset": data.name, "prompt": prompt, "n": len(data), "seed": seed, "device": device,
         "dtype": dtype, "batch_size": batch_size, "out": None if out is None else str(out),
     }  # fmt: skip
-
-    parts: list[dict[str, pd.DataFrame]] = []
-    about: dict[str, dict[str, Any]] = {}
-    found: dict[str, Phases | None] = {}
-    gallery: dict[str, tuple[Example, Image.Image]] = {}
-    views: dict[tuple[str, str], Shown] = {}
-    skipped = [{"model": "", "example": one.id, "reason": one.reason} for one in data.set_aside]
-    for name, model in zip(names, models, strict=True):
-        clock = time.perf_counter()
-        progress(f"{name}: loading", 0, 0)
-        vlm = model if isinstance(model, VLM) else load(model, device=device, dtype=dtype)
-        with _threads_for(vlm) as threads:
-            tables, aside, shown = _measure(vlm, name, data, prompt, batch_size, progress)
-            if folder is not None:
-                views |= _explore(vlm, name, shown, prompt, progress)
-        progress(f"{name}: phases", 0, 0)
-        found[name] = _phases(tables["contextualization"], seed)
-        tables["phases"] = _phase_table(name, found[name])
-        parts.append(tables)
-        skipped += [{"model": name, "example": e.id, "reason": reason} for e, reason in aside]
-        for example in shown:
-            gallery.setdefault(example.id, (example, _thumbnail(example)))
-        about[name] = {
-            "class": vlm.record.hf_class, "revision": vlm.revision, "dtype": str(vlm.dtype).removeprefix("torch."),
-            "device": str(vlm.device), "n_layers": vlm.n_layers, "n_examples": len(data) - len(aside),
-            "threads": threads, "seconds": round(time.perf_counter() - clock, 2),
-        }  # fmt: skip
-        del vlm
-    study = Study(
-        tables={key: pd.concat([p[key] for p in parts], ignore_index=True) for key in parts[0]},
-        phases=found,
-        skipped=pd.DataFrame(skipped, columns=["model", "example", "reason"]),
-        settings=settings,
-        models=about,
-        dataset={"name": data.name, "n": len(data), "fingerprint": data.fingerprint},
-        gallery=list(gallery.values()),
-        views=views,
-        seconds=round(time.perf_counter() - started, 2),
-    )
-    if folder is not None:
-        # Only here, so that a study without a folder needs neither matplotlib nor jinja2.
-        from mechvlm.study import store
-
-        study = store.write(study, folder, progress, started)
+    with ExitStack() as stack:
+        weights: dict[str, dict] = {}
+        if out is None:
+            folder = Path(stack.enter_context(TemporaryDirectory(prefix="mechvlm-")))
+        else:
+            folder = Path(out)
+            progress("settings", 0, 0)
+            full = settings_of(
+                models, data, prompt=prompt, seed=seed, device=device, dtype=dtype, batch_size=batch_size
+            )
+            weights = full["weights"]
+            if stack.enter_context(opened(folder, full)):
+                return store.read_study(folder)
+        plan = Plan(folder / SHARDS, names, data, prompt, batch_size, shard_size(batch_size), views=out is not None)
+        # The whole run's clock goes on from what earlier ones took.
+        started -= _seconds(plan)
+        try:
+            loaded = [_read_all(plan, i, model, weights, device, dtype, progress) for i, model in enumerate(models)]
+            with stage(folder) as staged:
+                progress("tables", 0, 0)
+                merge.write_tables(plan, staged / "data")
+                study = _study(plan, staged, settings, weights, loaded, progress, started)
+                if out is not None:
+                    study = store.write(replace(study, out=folder), staged, progress, started)
+        except OSError as error:
+            raise StoppedError(
+                f"The study stopped: {error}. What is done stays in {folder}; where that is a full disk, make room. The same "
+                "command goes on from there."
+            ) from error
+        if out is not None:
+            clear(folder)
     return study
 
 
-def _measure(vlm: VLM, name: str, data: Dataset, prompt: str, batch_size: int, progress: Progress):
-    """One model over all examples: its tables, what was set aside as (example, reason), and the gallery's examples."""
-    _check_prompt(vlm, prompt)
-    probes = LogitLens(k=1, positions="all"), Contextualization(), NormAttention(dst=("last_text", "last_image"))
-    lens_rows, context_rows, norm_rows = LensRows(name), ContextRows(name), NormRows(name)
-    aside: list[tuple[Example, str]] = []
-    shown: list[Example] = []
-    words: list[dict] = []
-    done = 0
-    for start in range(0, len(data), batch_size):
-        batch = list(data.examples[start : start + batch_size])
-        progress(f"{name}: reading", start, len(data))
-        for examples, maps, (lens, context, norms) in _reads(vlm, batch, prompt, probes, aside):
-            for row, (example, tokens) in enumerate(zip(examples, maps, strict=True)):
-                own = lens.of(row)
-                lens_rows.add(example, tokens, own)
-                if len(shown) < GALLERY:
-                    shown.append(example)
-                    words += frequent_words(example, tokens, own)
-            context_rows.add(examples, context)
-            norm_rows.add(maps, norms)
-            done += len(examples)
-    progress(f"{name}: reading", len(data), len(data))
-    if not done:
-        raise InputError(
-            f"None of the {len(data)} examples could be read by {name}. The first, {aside[0][0].id}: {aside[0][1]}"
-        )
-    progress(f"{name}: answers", 0, 0)
-    answers = []
-    for start in range(0, len(shown), batch_size):
-        some = shown[start : start + batch_size]
-        texts = vlm.generate(vlm.inputs([e.image for e in some], prompt))
-        answers += [{"model": name, "example": e.id, "answer": t} for e, t in zip(some, texts, strict=True)]
-    curves, baseline = context_rows.frames()
-    word_table = pd.DataFrame(words, columns=["example", "layer", "word", "positions"])
-    word_table.insert(0, "model", name)
-    tables = {
-        "contextualization": curves,
-        "baseline": baseline,
-        "lens": lens_rows.frame(),
-        "norm_attention": norm_rows.frame(),
-        "answers": pd.DataFrame(answers, columns=["model", "example", "answer"]),
-        "words": word_table,
-    }
-    return tables, aside, shown
-
-
-def _explore(
-    vlm: VLM, name: str, shown: list[Example], prompt: str, progress: Progress
-) -> "dict[tuple[str, str], Shown]":
-    """The gallery's patch views, by (model, example id)."""
-    from mechvlm.study import gallery  # only with a folder: it needs matplotlib
-
-    views = {}
-    for done, example in enumerate(shown):
-        progress(f"{name}: patch views", done, len(shown))
-        views[name, example.id] = gallery.show(vlm, example.image, prompt)
-    return views
-
-
-def _reads(vlm: VLM, batch: list[Example], prompt: str, probes: tuple, aside: list) -> Iterator[tuple]:
-    """The batch in one forward; where an example spoils it, halves, until those that do stand alone."""
-    try:
-        inputs = vlm.inputs([e.image for e in batch], prompt)
-        results = read(vlm, inputs, *probes)
-    except (InputError, NonFiniteError) as error:
-        if len(batch) == 1:
-            aside.append((batch[0], str(error)))
-            return
-        half = len(batch) // 2
-        yield from _reads(vlm, batch[:half], prompt, probes, aside)
-        yield from _reads(vlm, batch[half:], prompt, probes, aside)
+def _read_all(
+    plan: Plan, number: int, model: str | VLM, weights: dict, device: str | None, dtype: str | None, progress: Progress
+) -> float:
+    """Make what is missing of one model's shards, and its gallery; gives the seconds that loading took."""
+    name, todo, n = plan.names[number], missing(plan, number), len(plan.data)
+    if not todo and plan.gallery(number).is_dir():
+        return 0.0
+    clock = time.perf_counter()
+    progress(f"{name}: loading", 0, 0)
+    if isinstance(model, VLM):
+        vlm = model
     else:
-        yield batch, inputs.token_maps, results
+        # The commit that settings.json names, whatever the hub holds by now.
+        vlm = load(model, device=device, dtype=dtype, revision=weights.get(model, {}).get("revision"))
+    check_prompt(vlm, plan.prompt)
+    took = time.perf_counter() - clock
+    total = n * len(plan.names)
+    # Of the shards that are there, all examples are done.
+    at = n * number + n - sum(len(plan.examples(shard)) for shard in todo)
+    progress(f"{name}: reading", at, total)
+    for shard in todo:
+        make_shard(plan, vlm, number, shard, lambda done: progress(f"{name}: reading", at + done, total))  # noqa: B023
+        at += len(plan.examples(shard))
+    if not merge.n_read(plan, number):
+        first = next(row for row in merge.skipped(plan).itertuples() if row.model == name)
+        raise InputError(
+            f"None of the {n} examples could be read by {name}. The first, {first.example}: {first.reason}"
+        )
+    if not plan.gallery(number).is_dir():
+        progress(f"{name}: answers and patch views", 0, 0)
+        ids = merge.shown(plan, number)
+        by_id = {e.id: e for e in plan.data.examples if e.id in ids}
+        say = f"{name}: answers and patch views"
+        make_gallery(plan, vlm, number, [by_id[id] for id in ids], lambda done: progress(say, done, len(ids)))
+    return took
+
+
+def _study(
+    plan: Plan, staged: Path, settings: dict, weights: dict, loaded: list[float], progress: Progress, started: float
+) -> Study:
+    """The study of the tables in `staged`, whose phases are fitted here, and of the pieces beside them."""
+    curves = pd.read_parquet(staged / "data" / "contextualization.parquet")
+    found, parts = {}, []
+    for name in plan.names:
+        progress(f"{name}: phases", 0, 0)
+        found[name] = store.phases_of(curves[curves["model"] == name], settings["seed"])
+        table = pd.DataFrame() if (phases := found[name]) is None else phases.to_frame()
+        table.insert(0, "model", name)
+        parts.append(table)
+    pd.concat(parts, ignore_index=True).to_parquet(staged / "data" / "phases.parquet", index=False)
+    del curves
+    about = {}
+    for i, name in enumerate(plan.names):
+        shards = [read_about(plan.at(i, number)) for number in range(len(plan))]
+        of_gallery = read_about(plan.gallery(i))
+        about[name] = {
+            **{key: of_gallery[key] for key in ("class", "revision", "dtype", "device", "n_layers", "threads")},
+            **{key: value for key, value in weights.get(name, {}).items() if key in ("sha256", "parameters") and value},
+            "n_examples": sum(shard["read"] for shard in shards),
+            "seconds": round(loaded[i] + of_gallery["seconds"] + sum(shard["seconds"] for shard in shards), 2),
+            # Batches that did not fit into memory and were halved: batches of another size change floats' last bits.
+            "halved": [one for shard in shards for one in shard["halved"]],
+            "left_out_of_gallery": of_gallery["left_out"],
+        }
+    shown, views = _gallery(plan)
+    return Study(
+        tables=store.read_tables(staged),
+        phases=found,
+        skipped=merge.skipped(plan),
+        settings=settings,
+        models=about,
+        dataset={"name": plan.data.name, "n": len(plan.data), "fingerprint": plan.data.fingerprint},
+        gallery=shown,
+        views=views,
+        seconds=round(time.perf_counter() - started, 2),
+    )
+
+
+def _gallery(plan: Plan) -> "tuple[list[tuple[Example, Image.Image]], dict[tuple[str, str], Shown]]":
+    """The examples that were answered, each with a small picture, and their patch views by (model, example id)."""
+    ids: list[str] = []
+    views: dict = {}
+    for model in range(len(plan.names)):
+        ids += read_table(plan.gallery(model), "answers")["example"].to_pylist()
+        if plan.views:
+            from mechvlm.study.gallery import Shown  # it needs matplotlib
+
+            for row in read_table(plan.gallery(model), "views").to_pylist():
+                views[row["model"], row["example"]] = Shown(
+                    row["html"], picture(row["heat"]), row["token"], row["layer"]
+                )
+    by_id = {e.id: e for e in plan.data.examples if e.id in ids}
+    return [(by_id[id], _thumbnail(by_id[id])) for id in dict.fromkeys(ids)], views
+
+
+def _seconds(plan: Plan) -> float:
+    """What the pieces that are there took: earlier runs' time."""
+    pieces = list(plan.folder.iterdir()) if plan.folder.is_dir() else []
+    return sum((read_about(piece)["seconds"] for piece in pieces), 0.0)
 
 
 def _worded(data: Dataset) -> Dataset:
     """Without the examples whose captions hold no word to look for: their precision would be 0 whatever is decoded."""
-    aside = [e for e in data.examples if not caption_words(e.captions)]
-    if not aside:
+    worded = [bool(caption_words(e.captions)) for e in data.examples]
+    if all(worded):
         return data
-    kept = tuple(e for e in data.examples if e not in aside)
+    kept = tuple(e for e, there in zip(data.examples, worded, strict=True) if there)
+    aside = [e for e, there in zip(data.examples, worded, strict=True) if not there]
     reason = "its captions hold no word that counts (two letters or more, no stop word)"
     if not kept:
         raise InputError(
@@ -235,50 +249,10 @@ def _worded(data: Dataset) -> Dataset:
     return Dataset(data.name, kept, (*data.set_aside, *(SetAside(e.id, reason) for e in aside)), fingerprint(kept))
 
 
-def _check_prompt(vlm: VLM, prompt: str) -> None:
-    """What is wrong with the prompt is wrong with every example: said once, and before the first."""
-    tokens: TokenMap = vlm.inputs(Image.new("RGB", (64, 64)), prompt).tokens
-    if not len(tokens.text):
-        raise InputError(f"The prompt {prompt!r} leaves {vlm.name} without a text token to compare with the image's.")
-
-
-def _phases(curves: pd.DataFrame, seed: int) -> Phases | None:
-    by_pair = {
-        pair: part.pivot(index="example", columns="layer", values="value").to_numpy(dtype="float64")
-        for pair, part in curves.groupby("pair")
-    }
-    inter, image, text = (by_pair[pair] for pair in ("inter", "image", "text"))
-    if inter.shape[1] < 3:
-        return None
-    return fit_phases(inter, image=image, text=text, seed=seed)
-
-
-def _phase_table(name: str, found: Phases | None) -> pd.DataFrame:
-    table = pd.DataFrame() if found is None else found.to_frame()
-    table.insert(0, "model", name)
-    return table
-
-
 def _thumbnail(example: Example) -> Image.Image:
     image = open_image(example.image)
     image.thumbnail((THUMBNAIL, THUMBNAIL))
     return image
-
-
-@contextmanager
-def _threads_for(vlm: VLM) -> Iterator[int]:
-    """One thread for a small model on the CPU; gives the number in use, and sets it back afterwards.
-
-    Its products are so small that threads gain nothing, and where another process runs too they wait for each other at
-    every one of them: on two busy cores the bundled models took seven times as long.
-    """
-    before = torch.get_num_threads()
-    small = sum(p.numel() for p in vlm.hf.parameters()) < SMALL and vlm.device.type == "cpu"
-    torch.set_num_threads(1 if small else before)
-    try:
-        yield torch.get_num_threads()
-    finally:
-        torch.set_num_threads(before)
 
 
 def check_device(device: str | None) -> None:
@@ -291,21 +265,3 @@ def check_device(device: str | None) -> None:
         raise InputError(
             f"The device {device!r} cannot be used ({reason}). Try cpu, or cuda where there is one."
         ) from error
-
-
-def _check_folder(out: Path) -> None:
-    """The folder can be made and written to: known now, and not after an hour's work. Nothing of the trial stays."""
-    try:
-        if out.is_dir() and any(out.iterdir()):
-            raise InputError(
-                f"The folder {out} is not empty; a study goes to a new or an empty one. Give another --out."
-            )
-        missing = [folder for folder in (out, *out.parents) if not folder.exists()]
-        out.mkdir(parents=True, exist_ok=True)
-        probe = out / ".writable"
-        probe.touch()
-        probe.unlink()
-        for folder in missing:
-            folder.rmdir()
-    except OSError as error:
-        raise InputError(f"Nothing can be written to {out} ({error.strerror}). Give another --out.") from error

@@ -1,18 +1,24 @@
 """A study's folder, written and read back.
 
+    settings.json           everything that determines the results; written first, and held against whoever goes on
     report.html             one page that works offline; its gallery opens the pages in views/
     views/*.html            the patch view of each of the gallery's examples, by model: run.json says which is which
+    views/gallery.parquet   what else the report shows of them: model, example, captions, image and heat (PNG), token, layer, file
     figures/*.png, *.svg    the four figures
     data/*.parquet          the tables below; data/README.txt says what is in them
     skipped.csv             what was set aside: model, example, reason
     run.json                models and revisions, versions, seed, the data's fingerprint, every setting, findings, captions
+
+While a study runs, its folder holds settings.json and, in shards/, one folder for each shard that is done (M-NNNNN, shard
+NNNNN of model M) and one for each model's gallery (M-gallery): Parquet tables and an about.json. What is not whole yet has a
+name that ends in .tmp. The rest appears at the end, run.json last, and then shards/ goes: what it held is in the tables.
 
 Tables, one value a row; `example` is the data set's id, layers count from 0 (embeddings):
 
     contextualization    model, example, pair ("inter", "image", "text"), layer, value (mean cosine)
     baseline             model, pair, layer, value: the mean cosine of tokens of different examples
     lens                 model, example, tokens ("image", "text"), captions ("own", "other"), measure ("precision",
-                         "recall"), layer, value (share; empty for 0/0)
+                         "recall"), layer, value (share; empty for 0/0); "other" are those of the data set's next example
     norm_attention       model, dest, dest_position, layer, src, piece, modality, norm (residual-stream units), weight
                          (mean over heads), n: means over n examples
     phases               model, and the columns of `mechvlm.phases.Phases.to_frame`
@@ -21,68 +27,147 @@ Tables, one value a row; `example` is the data set's id, layers count from 0 (em
 """
 
 import dataclasses
-import hashlib
 import json
 import math
 import os
 import platform
 import time
+from collections.abc import Callable
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
+from io import BytesIO
 from pathlib import Path
 
 import pandas as pd
 import torch
+from PIL import Image
 
-from mechvlm import bundled
+from mechvlm.datasets import Example
 from mechvlm.errors import InputError
-from mechvlm.study import figures, gallery, report
-from mechvlm.study.runner import Progress
+from mechvlm.phases import Phases, fit_phases
+from mechvlm.study import settings as asked
 from mechvlm.study.study import Study
 from mechvlm.study.summary import summary
 
-PACKAGES = ("mechvlm", "torch", "transformers", "nnsight", "numpy", "pandas", "matplotlib", "pillow", "simplemma")
-MEASURES = {
-    "logit lens": {"k": 1, "positions": "all", "final_norm": True},
-    "words": {"by": "word", "lemmas": True, "stop_words": "left out", "non_words": "left out"},
-    "contextualization": {"self_pairs": True, "special_tokens": False, "baseline_subtracted": False},
-    "norm-based attention": {"destinations": ["last_text", "last_image"], "heads": "summed before the norm"},
-    "phases": {"max_segments": 6, "n_bootstrap": 1000, "confidence": 0.95},
-}
+PACKAGES = (
+    "mechvlm",
+    "torch",
+    "transformers",
+    "nnsight",
+    "numpy",
+    "pandas",
+    "pyarrow",
+    "matplotlib",
+    "pillow",
+    "simplemma",
+)
+
+Progress = Callable[[str, int, int], None]
 
 
-def write(study: Study, out: Path, progress: Progress, started: float) -> Study:
-    """Write everything; gives the study with `out` and the seconds that it took in all.
+def write(study: Study, to: Path, progress: Progress, started: float) -> Study:
+    """Write everything but the tables, which are there, into the folder `to`; gives the study with the seconds it took in all."""
+    # Only here, so that a study without a folder needs neither matplotlib nor jinja2.
+    from mechvlm.study import figures, gallery, report
+
+    (to / "data" / "README.txt").write_text(__doc__ or "", encoding="utf-8")
+    study.skipped.to_csv(to / "skipped.csv", index=False)
+    progress("figures", 0, 0)
+    drawn = figures.draw_all(study.tables, study.phases)
+    figures.save_all(drawn, to / "figures")
+    progress("report", 0, 0)
+    study = dataclasses.replace(study, seconds=round(time.perf_counter() - started, 2))
+    record = describe(study)
+    captions = record["figures"] = {name: caption for name, (_, caption) in drawn.items()}
+    files = gallery.file_names(study.views)
+    record["views"] = [{"file": file, "model": key[0], "example": key[1]} for key, file in files.items()]
+    (to / "views").mkdir()
+    for key, file in files.items():
+        (to / file).write_text(study.views[key].html, encoding="utf-8")
+    _write_gallery(study, files, to)
+    page = report.render(study, record, captions, to / "figures", files)
+    (to / "report.html").write_text(page, encoding="utf-8")
+    (to / "run.json").write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    return study
+
+
+def _write_gallery(study: Study, files: dict[tuple[str, str], str], to: Path) -> None:
+    examples = {example.id: (example, png(image)) for example, image in study.gallery}
+    rows = [
+        {
+            "model": model, "example": id, "captions": list(examples[id][0].captions), "image": examples[id][1],
+            "heat": png(study.views[model, id].heat), "token": study.views[model, id].token,
+            "layer": study.views[model, id].layer, "file": file,
+        }
+        for (model, id), file in files.items()
+    ]  # fmt: skip
+    columns = ["model", "example", "captions", "image", "heat", "token", "layer", "file"]
+    pd.DataFrame(rows, columns=columns).to_parquet(to / "views" / "gallery.parquet", index=False)
+
+
+def read_study(out: str | os.PathLike) -> Study:
+    """A finished study from its folder, without a model or its data: `write` makes the same figures and report of it again.
 
     Raises:
-        InputError: when the folder cannot be written to.
+        InputError: where there is none.
     """
+    from mechvlm.study.gallery import Shown
+
+    out = Path(out)
+    tables = read_tables(out)
     try:
-        progress("tables", 0, 0)
-        (out / "data").mkdir(parents=True)
-        for name, table in study.tables.items():
-            table.to_parquet(out / "data" / f"{name}.parquet", index=False)
-        (out / "data" / "README.txt").write_text(__doc__ or "", encoding="utf-8")
-        study.skipped.to_csv(out / "skipped.csv", index=False)
-        progress("figures", 0, 0)
-        drawn = figures.draw_all(study.tables, study.phases)
-        figures.save_all(drawn, out / "figures")
-        progress("report", 0, 0)
-        study = dataclasses.replace(study, seconds=round(time.perf_counter() - started, 2), out=out)
-        record = describe(study)
-        captions = record["figures"] = {name: caption for name, (_, caption) in drawn.items()}
-        files = gallery.file_names(study.views)
-        record["views"] = [{"file": file, "model": key[0], "example": key[1]} for key, file in files.items()]
-        (out / "views").mkdir()
-        for key, file in files.items():
-            (out / file).write_text(study.views[key].html, encoding="utf-8")
-        page = report.render(study, record, captions, out / "figures", files)
-        (out / "report.html").write_text(page, encoding="utf-8")
-        # Last: a folder with a run.json is a whole one.
-        (out / "run.json").write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"The study cannot be written to {out} ({error}). Is the disk full?") from error
-    return study
+        record = json.loads((out / "run.json").read_text(encoding="utf-8"))
+        shown = pd.read_parquet(out / "views" / "gallery.parquet")
+        skipped = pd.read_csv(out / "skipped.csv", keep_default_na=False, dtype="str")
+        pages = {file: (out / file).read_text(encoding="utf-8") for file in shown["file"]}
+    except (OSError, ValueError) as error:
+        raise InputError(f"{out} holds no finished study ({error}).") from error
+    gallery: dict[str, tuple[Example, Image.Image]] = {}
+    views: dict[tuple[str, str], Shown] = {}
+    for row in shown.itertuples():
+        image = picture(row.image)
+        gallery.setdefault(row.example, (Example(row.example, image, tuple(row.captions)), image))
+        views[row.model, row.example] = Shown(pages[row.file], picture(row.heat), row.token, row.layer)
+    settings = {key: value for key, value in record["settings"].items() if key != "measures"}
+    curves = tables["contextualization"]
+    return Study(
+        tables=tables,
+        phases={name: phases_of(curves[curves["model"] == name], record["seed"]) for name in record["models"]},
+        skipped=skipped,
+        settings=settings,
+        models=record["models"],
+        dataset=record["dataset"],
+        gallery=list(gallery.values()),
+        views=views,
+        seconds=record["seconds"],
+        out=out,
+    )
+
+
+def phases_of(curves: pd.DataFrame, seed: int) -> Phases | None:
+    """The phases of one model's contextualization table; None with fewer than three states, which make no curve."""
+    by_pair = {
+        pair: part.pivot(index="example", columns="layer", values="value").to_numpy(dtype="float64")
+        for pair, part in curves.groupby("pair")
+    }
+    inter, image, text = (by_pair[pair] for pair in ("inter", "image", "text"))
+    if inter.shape[1] < 3:
+        return None
+    return fit_phases(inter, image=image, text=text, seed=seed)
+
+
+def png(image: Image.Image) -> bytes:
+    """A picture as the bytes of a PNG file, without loss."""
+    held = BytesIO()
+    image.save(held, "PNG")
+    return held.getvalue()
+
+
+def picture(data: bytes) -> Image.Image:
+    """The picture that `png` made bytes of."""
+    image = Image.open(BytesIO(data))
+    image.load()
+    return image
 
 
 def read_tables(out: str | os.PathLike) -> dict[str, pd.DataFrame]:
@@ -103,10 +188,10 @@ def describe(study: Study) -> dict:
     return {
         "study": "Wei et al. 2024, A Study on Multi-modal Interaction in Vision Large Language Models",
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-        "models": {name: about | _weights(name, about) for name, about in study.models.items()},
+        "models": study.models,
         "dataset": study.dataset,
         "seed": study.settings["seed"],
-        "settings": study.settings | {"measures": MEASURES},
+        "settings": study.settings | {"measures": asked.MEASURES},
         "versions": _versions(),
         "skipped": len(study.skipped),
         "seconds": study.seconds,
@@ -133,20 +218,6 @@ def _plain(value):
     """JSON has no NaN, and does not know numpy's numbers."""
     value = value.item() if hasattr(value, "item") else value
     return None if isinstance(value, float) and math.isnan(value) else value
-
-
-def _weights(name: str, about: dict) -> dict:
-    """A hub id has its revision; of a folder, the weights themselves are hashed."""
-    folder = bundled.path(name) if name in bundled.NAMES else Path(name)
-    files = sorted(folder.glob("*.safetensors")) if about["revision"] is None and folder.is_dir() else []
-    if not files:
-        return {}
-    digest = hashlib.sha256()
-    for file in files:
-        with file.open("rb") as opened:
-            digest.update(hashlib.file_digest(opened, "sha256").digest())
-    # Of one file, its own hash: what `sha256sum` says.
-    return {"sha256": hashlib.sha256(files[0].read_bytes()).hexdigest() if len(files) == 1 else digest.hexdigest()}
 
 
 def _versions() -> dict[str, str]:

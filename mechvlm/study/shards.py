@@ -1,0 +1,253 @@
+"""The work of a study, cut into shards: which are missing, and how one is made.
+
+A shard is a run of consecutive examples of one model. It is made whole, in batches that never cross its borders, from the
+settings alone: so it holds the same numbers whoever makes it, and whatever happened before.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+
+import pandas as pd
+import pyarrow as pa
+import torch
+from PIL import Image
+
+from mechvlm.datasets import Dataset, Example
+from mechvlm.errors import InputError, NonFiniteError
+from mechvlm.probes.contextualization import Contextualization
+from mechvlm.probes.logit_lens import LogitLens
+from mechvlm.probes.norm_attention import NormAttention
+from mechvlm.reading import read
+from mechvlm.study.collect import ContextRows, LensRows, NormRows, as_tables, frequent_words
+from mechvlm.study.pieces import write_piece
+from mechvlm.tokens import TokenMap
+from mechvlm.vlm import VLM
+
+GALLERY = 6
+"""Examples that the report shows."""
+SMALL = 20_000_000
+"""Parameters below which a model runs on one thread."""
+ANSWERS = pa.schema([(name, pa.string()) for name in ("model", "example", "answer")])
+VIEWS = pa.schema(
+    {
+        "model": pa.string(),
+        "example": pa.string(),
+        "html": pa.large_string(),
+        "heat": pa.binary(),
+        "token": pa.string(),
+        "layer": pa.int64(),
+    }
+)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a worker needs to make any of a study's shards.
+
+    Attributes:
+        folder: where they go.
+        names: the models', in order.
+        data: the examples, in order.
+        prompt: of every example.
+        batch_size: examples a forward.
+        shard: examples a shard, the last one of a model less.
+        views: whether the gallery has patch views.
+    """
+
+    folder: Path
+    names: tuple[str, ...]
+    data: Dataset
+    prompt: str
+    batch_size: int
+    shard: int
+    views: bool
+
+    def __len__(self) -> int:
+        """Shards of each model."""
+        return -(-len(self.data) // self.shard)
+
+    def at(self, model: int, number: int) -> Path:
+        return self.folder / f"{model}-{number:05}"
+
+    def gallery(self, model: int) -> Path:
+        return self.folder / f"{model}-gallery"
+
+    def examples(self, number: int) -> range:
+        """Which examples, by their index in the data set."""
+        return range(number * self.shard, min((number + 1) * self.shard, len(self.data)))
+
+
+def missing(plan: Plan, model: int) -> list[int]:
+    """The numbers of a model's shards that are not there yet."""
+    return [number for number in range(len(plan)) if not plan.at(model, number).is_dir()]
+
+
+def make_shard(
+    plan: Plan, vlm: VLM, model: int, number: int, progress: Callable[[int], None] = lambda done: None
+) -> None:
+    """Read one shard's examples and write it. `progress` is called with the examples done so far.
+
+    An example that cannot be read is set aside with its reason; so is one that does not fit into memory by itself, after its
+    batch was halved until it stood alone.
+    """
+    clock = time.perf_counter()
+    name, all_examples, indices = plan.names[model], plan.data.examples, plan.examples(number)
+    probes = LogitLens(k=1, positions="all"), Contextualization(), NormAttention(dst=("last_text", "last_image"))
+    lens_rows, context_rows, norm_rows = LensRows(name), ContextRows(name), NormRows()
+    aside: list[dict] = []
+    halved: list[dict] = []
+    words: list[dict] = []
+    shown = done = 0
+    with threads_for(vlm):
+        for start in range(indices.start, indices.stop, plan.batch_size):
+            batch = range(start, min(start + plan.batch_size, indices.stop))
+            for some, maps, (lens, context, norms) in _reads(plan, vlm, batch, probes, aside, halved):
+                for row, (index, tokens) in enumerate(zip(some, maps, strict=True)):
+                    example, other = all_examples[index], all_examples[(index + 1) % len(all_examples)]
+                    own = lens.of(row)
+                    lens_rows.add(example, other, tokens, own)
+                    # The gallery shows the first that could be read, of whichever shard.
+                    if shown < GALLERY:
+                        words += frequent_words(name, example, tokens, own)
+                        shown += 1
+                context_rows.add([all_examples[i] for i in some], context)
+                norm_rows.add(maps, norms)
+            done += len(batch)
+            progress(done)
+    curves, sums = context_rows.frames()
+    frames = {
+        "contextualization": curves, "context_sums": sums, "lens": lens_rows.frame(), "norm_sums": norm_rows.frame(),
+        "words": pd.DataFrame(words), "skipped": pd.DataFrame([{"model": name, **one} for one in aside]),
+    }  # fmt: skip
+    about = {
+        "read": len(context_rows.ids),
+        "first": context_rows.ids[:GALLERY],
+        "halved": halved,
+        "seconds": round(time.perf_counter() - clock, 3),
+    }  # fmt: skip
+    write_piece(plan.at(model, number), as_tables(frames), about)
+
+
+def make_gallery(plan: Plan, vlm: VLM, model: int, shown: list[Example], progress: Callable[[int], None]) -> None:
+    """Answer, and with `plan.views` explore, the examples that the report shows; write it as a piece beside the shards.
+
+    What does not fit into memory is left out, with its reason.
+    """
+    clock = time.perf_counter()
+    name = plan.names[model]
+    answers: list[dict] = []
+    views: list[dict] = []
+    left_out: list[dict] = []
+    with threads_for(vlm) as threads:
+        texts = _answers(vlm, shown, plan.prompt, plan.batch_size)
+        for done, example in enumerate(shown):
+            progress(done)
+            try:
+                if example.id not in texts:
+                    raise MemoryError("its answer does not fit into memory")
+                if plan.views:
+                    from mechvlm.study.gallery import show  # it needs matplotlib
+
+                    page = show(vlm, example.image, plan.prompt)
+                    heat = BytesIO()
+                    page.heat.save(heat, "PNG")
+                    keys = {"model": name, "example": example.id, "heat": heat.getvalue()}
+                    views.append(keys | {"html": page.html, "token": page.token, "layer": page.layer})
+                answers.append({"model": name, "example": example.id, "answer": texts[example.id]})
+            except (RuntimeError, MemoryError) as error:
+                if not out_of_memory(error):
+                    raise
+                left_out.append({"example": example.id, "reason": _first_line(error)})
+    about = {
+        "class": vlm.record.hf_class, "revision": vlm.revision, "dtype": str(vlm.dtype).removeprefix("torch."),
+        "device": str(vlm.device), "n_layers": vlm.n_layers, "threads": threads, "left_out": left_out,
+        "seconds": round(time.perf_counter() - clock, 3),
+    }  # fmt: skip
+    tables = {"answers": pa.Table.from_pylist(answers, ANSWERS), "views": pa.Table.from_pylist(views, VIEWS)}
+    write_piece(plan.gallery(model), tables, about)
+
+
+def _reads(plan: Plan, vlm: VLM, batch: range, probes: tuple, aside: list, halved: list) -> Iterator[tuple]:
+    """The batch in one forward; where an example spoils it or memory does not hold it, halves, until it stands alone."""
+    examples = [plan.data.examples[index] for index in batch]
+    try:
+        inputs = vlm.inputs([e.image for e in examples], plan.prompt)
+        results = read(vlm, inputs, *probes)
+    except (InputError, NonFiniteError) as error:
+        reason = str(error)
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        reason = f"it does not fit into the memory of {vlm.device}, even alone ({_first_line(error)})"
+        if len(batch) > 1:
+            halved.append({"first": examples[0].id, "examples": len(batch)})
+    else:
+        yield batch, inputs.token_maps, results
+        return
+    # Only here is what the failed forward held free again: while an error is handled, its traceback holds the tensors.
+    if vlm.device.type == "cuda":
+        torch.cuda.empty_cache()
+    if len(batch) == 1:
+        aside.append({"example": examples[0].id, "reason": reason})
+        return
+    half = len(batch) // 2
+    yield from _reads(plan, vlm, batch[:half], probes, aside, halved)
+    yield from _reads(plan, vlm, batch[half:], probes, aside, halved)
+
+
+def _answers(vlm: VLM, shown: list[Example], prompt: str, batch_size: int) -> dict[str, str]:
+    """The model's answers by example id; without those that do not fit into memory."""
+    texts: dict[str, str] = {}
+    for start in range(0, len(shown), batch_size):
+        some = shown[start : start + batch_size]
+        try:
+            texts |= zip((e.id for e in some), vlm.generate(vlm.inputs([e.image for e in some], prompt)), strict=True)
+            continue
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
+                raise
+        if len(some) > 1:
+            texts |= _answers(vlm, some, prompt, len(some) // 2)
+    return texts
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory is short. PyTorch says so in several ways, by device."""
+    said = str(error).lower()
+    return (
+        isinstance(error, torch.OutOfMemoryError | MemoryError)
+        or "out of memory" in said
+        or "can't allocate memory" in said
+        or "alloc_failed" in said
+    )
+
+
+def check_prompt(vlm: VLM, prompt: str) -> None:
+    """What is wrong with the prompt is wrong with every example: said once, and before the first."""
+    tokens: TokenMap = vlm.inputs(Image.new("RGB", (64, 64)), prompt).tokens
+    if not len(tokens.text):
+        raise InputError(f"The prompt {prompt!r} leaves {vlm.name} without a text token to compare with the image's.")
+
+
+@contextmanager
+def threads_for(vlm: VLM) -> Iterator[int]:
+    """One thread for a small model on the CPU; gives the number in use, and sets it back afterwards.
+
+    Its products are so small that threads gain nothing, and where another process runs too they wait for each other at
+    every one of them: on two busy cores the bundled models took seven times as long.
+    """
+    before = torch.get_num_threads()
+    small = sum(p.numel() for p in vlm.hf.parameters()) < SMALL and vlm.device.type == "cpu"
+    torch.set_num_threads(1 if small else before)
+    try:
+        yield torch.get_num_threads()
+    finally:
+        torch.set_num_threads(before)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
