@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mechvlm import view
-    from mechvlm.errors import InputError, ModelError, NonFiniteError, ViewError
+    from mechvlm.errors import InputError, ModelError, NonFiniteError, RemoteError, ViewError
     from mechvlm.experiments.causal_trace import causal_trace
     from mechvlm.experiments.information_flow import information_flow
     from mechvlm.experiments.multimodal_neurons import multimodal_neurons
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from mechvlm.experiments.results import CausalTraceResult, InformationFlowResult, ObjectAblationResult
     from mechvlm.inputs import Inputs
     from mechvlm.interventions import ablate, knock_out, patch, steer
+    from mechvlm.jobs import Job
     from mechvlm.loading import load
     from mechvlm.phases import fit_phases
     from mechvlm.probes.contextualization import Contextualization, ContextualizationResult
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 
 # Where each public name lives. They are imported when they are first used: `mechvlm --help` needs no torch.
 _HOMES = {
-    "errors": ("InputError", "ModelError", "NonFiniteError", "ViewError"),
+    "errors": ("InputError", "ModelError", "NonFiniteError", "RemoteError", "ViewError"),
     "experiments.causal_trace": ("causal_trace",),
     "experiments.information_flow": ("information_flow",),
     "experiments.object_ablation": ("object_ablation",),
@@ -36,6 +37,7 @@ _HOMES = {
     "experiments.multimodal_neurons": ("multimodal_neurons",),
     "inputs": ("Inputs",),
     "interventions": ("ablate", "knock_out", "patch", "steer"),
+    "jobs": ("Job",),
     "loading": ("load",),
     "phases": ("fit_phases",),
     "probes.contextualization": ("Contextualization", "ContextualizationResult"),
@@ -53,9 +55,9 @@ _HOME = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
     "VLM", "CausalTraceResult", "Contextualization", "ContextualizationResult", "InformationFlowResult", "InputError",
-    "Inputs", "LogitAttribution", "LogitAttributionResult", "LogitLens", "LogitLensResult", "Modality", "ModelError",
+    "Inputs", "Job", "LogitAttribution", "LogitAttributionResult", "LogitLens", "LogitLensResult", "Modality", "ModelError",
     "MultimodalNeuronsResult", "NonFiniteError", "NormAttention", "NormAttentionResult", "ObjectAblationResult",
-    "PatchGrid", "QueryReading", "QueryReadingResult", "TokenMap", "ViewError", "ablate", "causal_trace",
+    "PatchGrid", "QueryReading", "QueryReadingResult", "RemoteError", "TokenMap", "ViewError", "ablate", "causal_trace",
     "contextualization", "fit_phases", "information_flow", "knock_out", "load", "logit_attribution", "logit_lens",
     "multimodal_neurons", "norm_attention", "object_ablation", "patch", "precision_recall", "query_reading", "read",
     "steer", "view",

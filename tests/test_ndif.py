@@ -6,7 +6,7 @@ import nnsight
 import pytest
 import torch
 from ndif_lane import TOLERANCE, difference, pair, server, tensor_bytes, traffic, user  # noqa: F401
-from nnsight.intervention.backends.remote import RemoteError
+from mechvlm.errors import RemoteError
 
 import mechvlm as mv
 
