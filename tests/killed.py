@@ -25,7 +25,7 @@ from models import llava
 
 import mechvlm as mv
 from mechvlm.datasets import Dataset, Example, fingerprint
-from mechvlm.study import figures, run
+from mechvlm.study import figures, merge, run, settings, shards
 from mechvlm.study.folder import SHARDS, STAGE
 
 EXAMPLES, BATCH, FIGURES = 7, 2, b"a figure"
@@ -97,11 +97,10 @@ def main(kills: int | None, seed: int, home: Path) -> dict:
     torch.set_num_threads(1)
     vlm = mv.load(*llava(layers=2))
     # Shards of one batch, so that there are several.
-    import mechvlm.study.settings as settings
-
     settings.SHARD = BATCH
+    shards.GALLERY = merge.GALLERY = 2
     figures.save_all = small_figures
-    figures.draw_all = lambda tables, found: {name: (None, "") for name in figures.NAMES}
+    figures.draw_all = lambda *_: {name: (None, "") for name in figures.NAMES}
     examples = tuple(Example(f"e{i}", noise_image(i), (f"a picture number {i} of a dog",)) for i in range(EXAMPLES))
     data = Dataset("made", examples, (), fingerprint(examples))
 
