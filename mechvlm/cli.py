@@ -55,6 +55,7 @@ def parser() -> argparse.ArgumentParser:
     add("--seed", type=int, default=0, metavar="N", help="of the draw and of the bootstraps (default: 0)")
     add("--device", metavar="NAME", help="cpu, cuda, cuda:1, mps (default: cpu)")
     add("--dtype", metavar="NAME", help="float32, bfloat16, float16 (default: the checkpoint's; float32 if bundled)")
+    add("--remote", action="store_true", help="read on NDIF, which holds the weights; the API key is that of `nnsight login`")
     add(
         "--batch-size", type=int, default=16, metavar="N",
         help="examples a forward; changes no more of a result than its last bits (default: 16)",
@@ -76,6 +77,7 @@ def parser() -> argparse.ArgumentParser:
     add("--k", type=int, default=5, choices=range(1, 11), metavar="N", help="words a patch, 1 to 10 (default: 5)")
     add("--device", metavar="NAME", help="cpu, cuda, cuda:1, mps (default: cpu)")
     add("--dtype", metavar="NAME", help="float32, bfloat16, float16 (default: the checkpoint's; float32 if bundled)")
+    add("--remote", action="store_true", help="read on NDIF, which holds the weights; the API key is that of `nnsight login`")
     add(
         "--out", metavar="FILE",
         help=f"a file that is not there yet (default: {PAGE}, or {Path(PAGE).stem}-2.html, ... where that exists)",
@@ -121,9 +123,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _expected(error: Exception) -> bool:
     """Whether an error is about what the user gave or the machine lacks, so that its message says all."""
-    from mechvlm.errors import InputError, ModelError, NonFiniteError, StoppedError, ViewError
+    from mechvlm.errors import InputError, ModelError, NonFiniteError, RemoteError, StoppedError, ViewError
 
-    if isinstance(error, InputError | ModelError | NonFiniteError | StoppedError | ViewError):
+    if isinstance(error, InputError | ModelError | NonFiniteError | RemoteError | StoppedError | ViewError):
         return True
     if type(error).__name__ == "OutOfMemoryError":
         error.args = (
@@ -164,6 +166,7 @@ def _study(arguments: argparse.Namespace) -> int:
                     seed=arguments.seed,
                     device=arguments.device,
                     dtype=arguments.dtype,
+                    remote=arguments.remote,
                     batch_size=arguments.batch_size,
                     out=out,
                     progress=progress,
@@ -272,13 +275,14 @@ def _summarise(study) -> None:
 
 
 def _view(arguments: argparse.Namespace) -> int:
-    from rich.console import Console
+    from mechvlm.progress import STDERR
 
     out = Path(arguments.out or _free(PAGE))
-    with Console(stderr=True).status("starting") as status:
+    with STDERR.status("starting") as status:
         # What is wrong is said before the model is loaded, which can take minutes.
         _check_file(out)
         _quiet_libraries()
+        from mechvlm.connection import retrying
         from mechvlm.errors import InputError
         from mechvlm.images import open_image
         from mechvlm.loading import load
@@ -288,11 +292,11 @@ def _view(arguments: argparse.Namespace) -> int:
         image = open_image(arguments.image)
         check_device(arguments.device)
         status.update("loading the model")
-        vlm = load(arguments.model, device=arguments.device, dtype=arguments.dtype)
+        vlm = load(arguments.model, device=arguments.device, dtype=arguments.dtype, remote=arguments.remote)
         status.update("reading the image")
         inputs = vlm.inputs(image, arguments.prompt)
         dest = destinations(vlm, inputs.tokens)
-        view = patch_view(vlm, inputs, dest, arguments.k)
+        view = retrying(lambda: patch_view(vlm, inputs, dest, arguments.k))
         try:
             view.save(out)
         except OSError as error:

@@ -7,7 +7,7 @@ import io
 import json
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import httpx
@@ -38,15 +38,11 @@ KEEPALIVE = [(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)] + [
 """A connection that nothing comes through is asked for after 30 s: else one that is gone would be waited for for ever."""
 
 
-def retrying(
-    work: Callable[[], T],
-    waits: tuple[float, ...] = WAITS,
-    said: Callable[[RemoteError, float], None] = lambda error, wait: None,
-) -> T:
+def retrying(work: Callable[[], T], waits: Sequence[float] = WAITS) -> T:
     """work(), and after each of `waits` (s) once more, as long as what goes wrong may pass by itself.
 
     For what changes nothing on the server, as reading and generating do: where the connection was lost, nobody knows whether the
-    job ran, and running it once more costs no more than its quota. `said` is told of each failure, and of the wait that follows.
+    job ran, and running it once more costs no more than its quota.
 
     Raises:
         RemoteError: one that is not `retryable`, at once; or the last one.
@@ -57,8 +53,8 @@ def retrying(
         except RemoteError as error:
             if not error.retryable:
                 raise
-            said(error, wait)
-        time.sleep(wait)
+        with StatusLine(f"NDIF: not to be reached, tried again after {wait:g} s"):
+            time.sleep(wait)
     return work()
 
 

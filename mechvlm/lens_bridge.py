@@ -60,6 +60,7 @@ def build_bridge(vlm: VLM, fold_final_norm: bool = False) -> TransformerBridge:
     fold_final_norm: multiply the final norm's weight into a copy of the unembedding, and leave ones in its place. The logits
     are the same; the directions that TransformerLens reads from `W_U` are then what it takes them for.
     """
+    vlm.require_weights("A TransformerLens bridge")
     twin = _twin(vlm)
     if fold_final_norm:
         norm, unembed = part(twin, vlm.record.norm), part(twin, vlm.record.unembed)

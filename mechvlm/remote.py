@@ -38,8 +38,6 @@ from mechvlm.decoder import Decoder
 from mechvlm.errors import ModelError
 from mechvlm.inputs import Inputs
 
-nnsight.register("mechvlm")
-
 
 def known_here(folder: str) -> None:
     """Let nnsight name a model by a folder: the server finds it at the same path.
@@ -56,6 +54,8 @@ def backend_for(vlm, remote: bool | str | None = None, blocking: bool = True, jo
         ModelError: for a job that nobody waits for (`blocking=False`), or one that has an id, where nothing runs on NDIF.
     """
     remote = vlm.remote if remote is None else remote
+    if remote:
+        nnsight.register("mechvlm")  # from now on its functions are pickled by value: a server cannot import them
     if remote is True:
         return Request(vlm.model.to_model_key(), env=vlm.model._remoteable_get_env(), blocking=blocking, job_id=job_id)
     if not blocking or job_id is not None:
@@ -133,11 +133,10 @@ class Packer(CustomCloudPickler):
         if isinstance(obj, type):
             if issubclass(obj, AbstractArray):
                 return getattr, (torch, "Tensor")  # a server has no jaxtyping: shapes are not checked there
-            by_value = not cloudpickle._should_pickle_by_reference(obj)
-            if by_value and (dataclasses.is_dataclass(obj) or _is_probe(obj)):
+            if _by_value(obj) and (dataclasses.is_dataclass(obj) or _is_probe(obj)):
                 made = types.new_class, (obj.__name__, () if _is_probe(obj) else obj.__bases__)
-                return *made, (_written(obj), _fields(obj)), None, None, fill_class
-            if by_value and issubclass(obj, tuple) and hasattr(obj, "_field_defaults"):
+                return *made, (_written(obj), _dataclass(obj)), None, None, fill_class
+            if _by_value(obj) and issubclass(obj, tuple) and hasattr(obj, "_field_defaults"):
                 defaults = tuple(obj._field_defaults.values())
                 made = named_tuple, (obj.__name__, obj._fields, defaults)
                 return *made, (_written(obj), None), None, None, fill_class
@@ -168,32 +167,56 @@ def fill_class(cls: type, state: tuple) -> None:
         if hasattr(value, "__set_name__"):
             value.__set_name__(cls, name)
     if dataclass is not None:
-        names, frozen = dataclass
-        cls.__annotations__ = {name: object for name in names}
-        dataclasses.dataclass(frozen=frozen, eq=False)(cls)
+        factories, options = dataclass
+        cls.__annotations__ = {name: object for name in factories}
+        for name, factory in factories.items():
+            if factory is not None:
+                setattr(cls, name, dataclasses.field(default_factory=factory))
+        dataclasses.dataclass(**options)(cls)
 
 
 def _is_probe(cls: type) -> bool:
     return all(hasattr(cls, name) for name in ("reads", "prepare", "result"))
 
 
-def _fields(cls: type):
+def _dataclass(cls: type) -> tuple[dict[str, Callable | None], dict[str, bool]] | None:
+    """A dataclass's fields, with what makes their defaults where something does, and its options."""
     if not dataclasses.is_dataclass(cls):
         return None
-    return [f.name for f in dataclasses.fields(cls)], cls.__dataclass_params__.frozen
+    factories = {
+        f.name: None if f.default_factory is dataclasses.MISSING else f.default_factory for f in dataclasses.fields(cls)
+    }
+    params = cls.__dataclass_params__  # type: ignore[attr-defined]
+    return factories, {name: getattr(params, name) for name in ("frozen", "eq", "order", "unsafe_hash")}
 
 
 def _written(cls: type) -> dict[str, Any]:
     """The functions, properties and constants of a class; of a probe without those that run here, with its bases'."""
     found: dict[str, Any] = {}
-    for base in reversed(cls.__mro__[:-1]) if _is_probe(cls) else [cls]:
+    made_by_python = ("__", "_abc", "_is_protocol", "_field", "_make")
+    for base in [base for base in reversed(cls.__mro__) if _by_value(base)] if _is_probe(cls) else [cls]:
         for name, value in vars(base).items():
-            function = inspect.unwrap(value) if isinstance(value, FunctionType) else None
-            made = function is not None and function.__code__.co_filename != inspect.getsourcefile(base)
-            internal = name.startswith(("__", "_abc", "_field", "_is_protocol")) and function is None
-            if not (made or internal or isinstance(value, types.MemberDescriptorType)):
+            if isinstance(value, FunctionType):
+                kept = _has_source(inspect.unwrap(value), base.__module__)
+            else:  # slots and fields of tuples are data descriptors too
+                kept = isinstance(value, property) or not inspect.isdatadescriptor(value)
+                kept = kept and not name.startswith(made_by_python)
+            if kept:
                 found[name] = value
-    return {k: v for k, v in found.items() if not (_is_probe(cls) and k in ("prepare", "result"))}
+    return {name: value for name, value in found.items() if not (_is_probe(cls) and name in ("prepare", "result"))}
+
+
+def _has_source(function: Callable, module: str) -> bool:
+    """Whether somebody wrote it there: neither generated by `dataclass` nor wrapped around what was."""
+    try:
+        inspect.getsource(function)
+    except (OSError, TypeError):
+        return False
+    return function.__globals__["__name__"] == module  # type: ignore[attr-defined]
+
+
+def _by_value(cls: type) -> bool:
+    return not cloudpickle._should_pickle_by_reference(cls)
 
 
 # -- modules: of mechvlm's only what is used, since a server has them not -----------------------------------------------

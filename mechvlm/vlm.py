@@ -8,6 +8,7 @@ import nnsight
 import torch
 from jaxtyping import Int
 from nnsight import TransformersModel
+from PIL import Image
 from torch import Tensor
 
 from mechvlm.architectures import architecture_of, part
@@ -44,6 +45,7 @@ class VLM(Decoder):
     def __init__(self, hf: Any, processor, *, name: str, revision: str | None = None, remote: bool | str = False):
         self.processor, self.revision, self.remote = processor, revision, remote
         self.tokenizer = processor.tokenizer
+        self._dtype: torch.dtype | None = None
         with warnings.catch_warnings():
             # The Q-Former's modules named `output` are served under another name, which nothing here reads.
             warnings.filterwarnings("ignore", message=".*nnsight already serves.*")
@@ -69,8 +71,15 @@ class VLM(Decoder):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the token embedding; on NDIF the server decides in which one it runs."""
-        return part(self.hf, self.record.embed).weight.dtype
+        """The dtype in which the model runs. On NDIF the server decides: it is asked once, when this is first read."""
+        if not self.apart:
+            return part(self.hf, self.record.embed).weight.dtype
+        if self._dtype is None:
+            with self.trace(self.inputs(Image.new("RGB", (32, 32)), "a")) as tracer:
+                found = nnsight.save(str(part(self.model, self.record.embed).output.dtype))
+                tracer.stop()
+            self._dtype = getattr(torch, found.removeprefix("torch."))
+        return self._dtype
 
     @property
     def W_E(self) -> Tensor:
@@ -155,7 +164,6 @@ class VLM(Decoder):
         """
         from mechvlm.lens_bridge import build_bridge
 
-        self.require_weights("A bridge")
         return build_bridge(self)
 
     def run_with_cache(self, inputs: Inputs, names=None):

@@ -19,7 +19,7 @@ class Part:
 
     def __init__(self, envoy: Any, embed: Any, width: int, eps: float | None = None):
         self.envoy, self._embed, self._width, self.variance_epsilon = envoy, embed, width, eps
-        self._known: dict[str, Tensor | None] = {}
+        self._weight: Tensor | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
         return self.envoy(x)
@@ -27,17 +27,14 @@ class Part:
     @property
     def weight(self) -> Tensor:
         """[out in] of a linear module, [width] of a norm."""
-        if "weight" not in self._known:
-            self._known["weight"] = self.envoy.weight if is_here(self.envoy) else self._read()
-        return self._known["weight"]
+        if self._weight is None:
+            self._weight = self.envoy.weight if is_here(self.envoy) else self._read()
+        return self._weight
 
     @property
     def bias(self) -> Tensor | None:
         """[out] of a linear module, or None."""
-        if "bias" not in self._known:
-            here = is_here(self.envoy)
-            self._known["bias"] = getattr(self.envoy, "bias", None) if here else self._call(torch.zeros)[0]
-        return self._known["bias"]
+        return getattr(self.envoy, "bias", None) if is_here(self.envoy) else self._call(torch.zeros)[0]
 
     def _call(self, made) -> Tensor:
         """The module's output for rows that `made` makes, in the model's dtype and on its device."""
@@ -47,7 +44,7 @@ class Part:
     def _read(self) -> Tensor:
         if self.variance_epsilon is not None:  # an RMSNorm divides ones by the root of 1 + eps
             return self._call(torch.ones)[0] * (1 + self.variance_epsilon) ** 0.5
-        return (self._call(torch.eye) - self.bias).T
+        return (self._call(torch.eye) - self._call(torch.zeros)).T
 
 
 def is_here(envoy) -> bool:

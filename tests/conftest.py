@@ -14,6 +14,7 @@ from PIL import Image
 import mechvlm as mv
 from browser_lane import chromium, open_page  # noqa: F401
 from models import instructblip, llava
+from ndif_lane import pair, sandboxed, server, traffic, user  # noqa: F401
 
 torch.set_num_threads(1)
 

@@ -36,14 +36,18 @@ def server():
     nnsight.CONFIG.API.HOST, nnsight.CONFIG.APP.REMOTE_LOGGING = before
 
 
+@pytest.fixture
+def sandboxed(monkeypatch):
+    """As a user whose blocks run in a process without weights. A server without keys believes what it is told."""
+    envelope = RequestModel.metadata
+    monkeypatch.setattr(RequestModel, "metadata", lambda r: json.dumps({**json.loads(envelope(r)), "trusted": False}))
+
+
 @pytest.fixture(params=["trusted", "sandbox"])
-def user(request, monkeypatch):
-    """Who asks: a sandboxed user's blocks run in a process without weights. A server without keys believes what it is told."""
+def user(request):
+    """Who asks."""
     if request.param == "sandbox":
-        envelope = RequestModel.metadata
-        monkeypatch.setattr(
-            RequestModel, "metadata", lambda r: json.dumps({**json.loads(envelope(r)), "trusted": False})
-        )
+        request.getfixturevalue("sandboxed")
     return request.param
 
 
@@ -88,7 +92,7 @@ def difference(a, b) -> float:
             assert torch.equal(a, b)
             return 0.0
         assert torch.equal(a.isnan(), b.isnan())
-        return float((a - b).nan_to_num().abs().max()) if a.numel() else 0.0
+        return float((a - b).detach().nan_to_num().abs().max()) if a.numel() else 0.0
     if dataclasses.is_dataclass(a):
         assert type(a) is type(b)
         return max(difference(getattr(a, f.name), getattr(b, f.name)) for f in dataclasses.fields(a))

@@ -80,7 +80,7 @@ def test_rooms_import_only_what_stands_above_them():
 
 def test_only_some_rooms_know_nnsight():
     knowing = {p.relative_to(ROOT).as_posix() for p in ROOT.rglob("*.py") if "nnsight" in _packages(p)}
-    experiments = {f"experiments/{name}.py" for name in ("rerun", "object_ablation", "multimodal_neurons")}
+    experiments = {f"experiments/{name}.py" for name in ("rerun", "multimodal_neurons")}
     assert knowing == {"vlm.py", "remote.py", "reading.py", "checks.py", "lens_cache.py"} | experiments
 
 

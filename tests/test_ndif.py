@@ -5,10 +5,10 @@ from dataclasses import dataclass
 import nnsight
 import pytest
 import torch
-from ndif_lane import TOLERANCE, difference, pair, server, tensor_bytes, traffic, user  # noqa: F401
-from mechvlm.errors import RemoteError
+from ndif_lane import TOLERANCE, difference, tensor_bytes
 
 import mechvlm as mv
+from mechvlm.errors import RemoteError
 
 pytestmark = pytest.mark.ndif
 
@@ -25,16 +25,20 @@ OVERHEAD = 5_000
 """Bytes of a result that are not its tensors' own: names, shapes and alignment, some hundred a layer."""
 
 
-def test_the_server_cannot_import_mechvlm(pair):  # noqa: F811
+def test_the_server_cannot_import_mechvlm(pair):
     """Else a function that does not travel would go unnoticed."""
-    with pytest.raises(RemoteError, match="No module named 'mechvlm'"), pair.there.trace(pair.inputs):
-        import mechvlm.vlm
 
-        found = nnsight.save(mechvlm.vlm.__name__)
-        del found
+    def ask():
+        with pair.there.trace(pair.inputs):
+            import mechvlm.vlm
+
+            nnsight.save(mechvlm.vlm.__name__)
+
+    with pytest.raises(RemoteError, match="No module named 'mechvlm'"):
+        ask()
 
 
-def test_no_weights_are_loaded(pair):  # noqa: F811
+def test_no_weights_are_loaded(pair):
     there, here = pair.there, pair.here
     assert {p.device.type for p in there.hf.parameters()} == {"meta"}
     for name in ("n_layers", "n_heads", "n_kv_heads", "d_model", "d_head", "d_vocab", "record", "name"):
@@ -42,8 +46,15 @@ def test_no_weights_are_loaded(pair):  # noqa: F811
     assert "on NDIF" in repr(there)
 
 
+def test_the_server_says_its_dtype(pair, traffic):
+    """The bundled models are stored in float16, and this server runs in float32."""
+    there = mv.load(pair.there.name, remote=True)
+    assert there.dtype == there.dtype == torch.float32
+    assert traffic.requests == 1
+
+
 @pytest.mark.parametrize("name", PROBES)
-def test_probes(pair, user, traffic, name):  # noqa: F811
+def test_probes(pair, user, traffic, name):
     """The same to 1e-5, by one request, of which no more comes back than the result holds."""
     probe = PROBES[name]()
     if name == "query reading" and pair.there.record.visual_tokens == "patches":
@@ -61,7 +72,7 @@ def test_probes(pair, user, traffic, name):  # noqa: F811
     assert name.endswith("all pairs") or traffic.received[0] < states / 4
 
 
-def test_many_probes_are_one_request(pair, user, traffic):  # noqa: F811
+def test_many_probes_are_one_request(pair, user, traffic):
     probes = [make() for name, make in PROBES.items() if name != "query reading"]
     there, here = mv.read(pair.there, pair.inputs, *probes), mv.read(pair.here, pair.inputs, *probes)
     assert difference(there, here) <= TOLERANCE
@@ -88,13 +99,13 @@ class Norms:
         return torch.stack([row["norm"].cpu() for row in rows])
 
 
-def test_a_probe_of_ones_own(pair, user):  # noqa: F811
+def test_a_probe_of_ones_own(pair, user):
     (there,), (here,) = mv.read(pair.there, pair.inputs, Norms()), mv.read(pair.here, pair.inputs, Norms())
     assert there.shape == (pair.there.n_layers + 1, 3)
     assert float(((there - here) / here).abs().max()) <= TOLERANCE
 
 
-def test_trace(pair, user, traffic):  # noqa: F811
+def test_trace(pair, user, traffic):
     """An ordinary trace, with whatever is named in it: the inputs' positions, the weights."""
 
     def run(vlm):
@@ -118,7 +129,7 @@ def test_trace(pair, user, traffic):  # noqa: F811
     assert traffic.requests == 1
 
 
-def test_weights_are_not_here(pair):  # noqa: F811
+def test_weights_are_not_here(pair):
     there = pair.there
     for asked in (
         lambda: there.W_U,
@@ -131,7 +142,7 @@ def test_weights_are_not_here(pair):  # noqa: F811
             asked()
 
 
-def test_what_the_server_decides(server):  # noqa: F811
+def test_what_the_server_decides(server):
     with pytest.raises(mv.ModelError, match="decides about dtype, device"):
         mv.load("tiny-llava", remote=True, dtype="float16", device="cpu")
     with pytest.raises(mv.ModelError, match="remote='ndif'"):

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import shutil
 import time
 import traceback
@@ -116,7 +117,7 @@ def test_a_model_that_is_not_hosted(there, inputs, key, tmp_path):
     other = mv.load(tmp_path / "other", remote=True)
     error = error_of(lambda: save_state(other, inputs))
     assert f"does not host {tmp_path / 'other'}" in str(error)
-    assert f"It runs {bundled.path('tiny-llava')}" in str(error)
+    assert re.search(f"It runs .*{bundled.path('tiny-llava')}.* at the moment", str(error))
     assert not error.retryable
 
 
@@ -227,11 +228,8 @@ def test_a_connection_that_is_lost(there, inputs, line, traffic, key, monkeypatc
     assert "The job was running." in str(error)
     assert error.retryable
     cuts.clear()
-    said = []
-    (found,) = retrying(
-        lambda: mv.read(there, inputs, mv.LogitLens()), waits=(0.1,), said=lambda error, wait: said.append(str(error))
-    )
-    assert len(cuts) == len(said) == 1
+    (found,) = retrying(lambda: mv.read(there, inputs, mv.LogitLens()), waits=(0.1,))
+    assert len(cuts) == 1
     (here,) = mv.read(mv.load("tiny-llava"), inputs, mv.LogitLens())
     assert difference(found, here) <= TOLERANCE
     assert traffic.requests == 3

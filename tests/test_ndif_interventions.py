@@ -3,7 +3,8 @@
 import nnsight
 import pytest
 import torch
-from ndif_lane import TOLERANCE, difference, pair, server, tensor_bytes, traffic, user  # noqa: F401
+from ndif_lane import TOLERANCE, difference
+from nnsight.intervention.backends.remote import RemoteError
 
 import mechvlm as mv
 
@@ -45,6 +46,24 @@ def patched(vlm, inputs):
     return logits
 
 
+def everywhere(vlm, inputs):
+    """Each site is assigned, one after the other, and read before and after."""
+    with torch.no_grad(), vlm.trace(inputs):
+        seen = nnsight.save([])
+        image = inputs.token_maps[0].image
+        seen.append(vlm.q[1])
+        pattern = vlm.pattern[1]
+        vlm.pattern[1] = (pattern + 1 / pattern.shape[-1]) / 2
+        for layer, site in enumerate(("resid_pre", "z", "attn_out", "resid_mid", "mlp_out", "resid_post")):
+            accessor = getattr(vlm, site)
+            seen.append(accessor[layer + 2].clone())
+            mv.ablate(vlm, image[:5], layer + 2, at=site)
+            mv.ablate(vlm, image[5:9], layer + 2, at=site)
+        vlm.logits = vlm.logits + 1
+        seen.append(vlm.logits)
+    return seen
+
+
 def steered(vlm, inputs):
     with torch.no_grad(), vlm.trace(inputs):
         mv.steer(vlm, vlm.W_U[:, 7], inputs.token_maps[0].last, layers=2, scale=0.5)
@@ -58,21 +77,23 @@ INTERVENTIONS = {
     "ablate zero": ablated("zero", "resid_pre"),
     "ablate mean": ablated("mean", "attn_out"),
     "ablate resample": ablated("resample", "z"),
+    "every site": everywhere,
     "patch": patched,
     "steer": steered,
 }
 
 
 @pytest.mark.parametrize("name", INTERVENTIONS)
-def test_interventions(pair, user, name):  # noqa: F811
+def test_interventions(pair, user, name):
     there, here = INTERVENTIONS[name](pair.there, pair.inputs), INTERVENTIONS[name](pair.here, pair.inputs)
     assert difference(there, here) <= TOLERANCE
-    logits = there[-1] if isinstance(there, tuple) else there
+    logits = there[-1] if isinstance(there, tuple | list) else there
+    logits = logits[:, -1] if logits.ndim == 3 else logits
     assert difference(logits, changed(pair.here, pair.inputs, lambda vlm: None)) > 1e-2  # something was changed
     assert difference(logits, changed(pair.there, pair.inputs, lambda vlm: None)) > 1e-2
 
 
-def test_run_with_cache(pair, user, traffic):  # noqa: F811
+def test_run_with_cache(pair, user, traffic):
     names = ["hook_embed", "blocks.1.hook_resid_mid", "blocks.2.attn.hook_pattern", "blocks.2.mlp.hook_post"]
     (logits, there), (expected, here) = (v.run_with_cache(pair.inputs, names) for v in (pair.there, pair.here))
     assert list(there) == names == list(here)
@@ -80,7 +101,7 @@ def test_run_with_cache(pair, user, traffic):  # noqa: F811
     assert difference([logits, *there.values()], [expected, *here.values()]) <= TOLERANCE
 
 
-def test_generate(pair, user, traffic):  # noqa: F811
+def test_generate(pair, user, traffic):
     said = pair.there.generate(pair.inputs, max_new_tokens=12)
     assert said == pair.here.generate(pair.inputs, max_new_tokens=12)
     assert all(said[:2])
@@ -100,7 +121,7 @@ EXPERIMENTS = {
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
-def test_experiments(pair, user, traffic, name):  # noqa: F811
+def test_experiments(pair, user, traffic, name):
     """Every forward of a batch's experiment runs there, in one request; object_ablation needs the mean token first."""
     requests, run = EXPERIMENTS[name]
     there, here = run(pair.there, pair), run(pair.here, pair)
@@ -110,14 +131,15 @@ def test_experiments(pair, user, traffic, name):  # noqa: F811
     assert max(traffic.received) < (80_000 if reading else 10_000)
 
 
-def test_multimodal_neurons(pair, traffic, server):  # noqa: F811
+def test_multimodal_neurons(pair, traffic, server):
     there, here = (mv.multimodal_neurons(vlm, pair.inputs, pair.answers, k=3) for vlm in (pair.there, pair.here))
     assert difference(there, here) <= TOLERANCE
     # Gradients; the words of the strongest candidates; and the chosen neurons' activations.
     assert traffic.requests == 3
+    d_mlp = pair.there.config.text_config.intermediate_size
+    assert max(traffic.received) < 2 * 4 * len(pair.inputs) * pair.there.n_layers * d_mlp + 5_000
 
 
-def test_gradients_need_trust(pair, user):  # noqa: F811
-    if user == "sandbox":
-        with pytest.raises(Exception, match="needs gradients, and NDIF runs what you send in a sandbox"):
-            mv.multimodal_neurons(pair.there, pair.inputs, pair.answers, k=3)
+def test_gradients_need_trust(pair, sandboxed):
+    with pytest.raises(RemoteError, match="needs gradients, and NDIF runs what you send in a sandbox"):
+        mv.multimodal_neurons(pair.there, pair.inputs, pair.answers, k=3)

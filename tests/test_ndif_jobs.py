@@ -28,7 +28,7 @@ vlm = mv.load(sys.argv[2], remote=True)
 asked = naming(2, seed=3)
 inputs = vlm.inputs([a.image for a in asked], [a.prompt for a in asked])
 job = mv.read(vlm, inputs, mv.LogitLens(k=3), mv.Contextualization(), blocking=False, job_id=sys.argv[3])
-lens, context = job.result(timeout=120)
+lens, context = job.result(timeout=120.0)
 torch.save([lens.tokens, lens.probs, context.inter], sys.argv[4])
 """
 
@@ -72,7 +72,7 @@ def test_another_process_collects_it(server, pair, tmp_path):  # noqa: F811
 def test_a_job_that_was_asked_something_else(pair):  # noqa: F811
     job = mv.read(pair.there, pair.inputs, mv.LogitLens(), blocking=False)
     job.result()
-    for inputs, probe in ((pair.inputs[:2], mv.LogitLens()), (pair.inputs, mv.LogitLens(k=2))):
+    for inputs, probe in ((pair.inputs[0], mv.LogitLens()), (pair.inputs, mv.LogitLens(k=2))):
         with pytest.raises(mv.InputError, match="asked something else"):
             mv.read(pair.there, inputs, probe, blocking=False, job_id=job.id).result()
 
@@ -99,13 +99,12 @@ def test_a_job_that_is_not_done_in_time(pair):  # noqa: F811
     with pytest.raises(mv.RemoteError, match=r"not done after 0\.5 s\. It goes on") as caught:
         job.result(timeout=0.5)
     assert caught.value.retryable
-    assert len(job.result(timeout=60)["answer"]) == 3
+    assert len(job.result(timeout=60.0)["answer"]) == 3
 
 
 def test_a_job_that_failed(pair):  # noqa: F811
     with torch.no_grad(), pair.there.trace(pair.inputs, blocking=False) as tracer:
-        answer = nnsight.save(pair.there.resid_post[2] @ torch.zeros(3))
-        del answer
+        answer = nnsight.save(pair.there.resid_post[2] @ torch.zeros(3))  # noqa: F841
     job = pair.there.job(tracer.backend.job_id)
     with pytest.raises(mv.RemoteError, match=r"resid_post\[2\] @ torch.zeros"):
         job.result()

@@ -1,9 +1,10 @@
 """run(): the study of Wei et al. 2024 on any models and any data set. One loop over shards, one forward a batch."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
@@ -14,7 +15,7 @@ from PIL import Image
 
 from mechvlm import bundled
 from mechvlm.datasets import Dataset, Example, SetAside, fingerprint, load_dataset
-from mechvlm.errors import InputError, StoppedError
+from mechvlm.errors import InputError, RemoteError, StoppedError
 from mechvlm.images import open_image
 from mechvlm.loading import class_of, load
 from mechvlm.study import merge, store
@@ -43,6 +44,7 @@ def run(
     seed: int = 0,
     device: str | None = None,
     dtype: str | None = None,
+    remote: bool = False,
     batch_size: int = 16,
     out: str | Path | None = None,
     progress: Progress | None = None,
@@ -62,6 +64,8 @@ def run(
         seed: of the draw and of the bootstraps.
         device: as `mechvlm.load` takes it.
         dtype: as `mechvlm.load` takes it.
+        remote: read on NDIF, by one request a batch. What changes nothing there is sent again, after a while, where a connection
+            is lost; where none comes back, the study stops, and goes on as any other does.
         batch_size: examples a forward. It changes speed and memory, and of results the last bits.
         out: a folder for report, views, figures, tables and `run.json`: new, empty, or that of a study with the same settings.
             None writes nothing.
@@ -79,7 +83,8 @@ def run(
     Raises:
         InputError: for a data set, prompt or folder that cannot be used, or where no example could be read.
         ModelError: for a model that cannot be loaded.
-        StoppedError: when nothing more can be written, on a full disk for instance.
+        StoppedError: when nothing more can be written, on a full disk for instance, or NDIF cannot be reached any more.
+        RemoteError: when NDIF refuses the study; it says why.
     """
     started = time.perf_counter()
     progress = progress or (lambda stage, done, total: None)
@@ -107,22 +112,30 @@ def run(
             folder = Path(out)
             progress("settings", 0, 0)
             full = settings_of(
-                models, data, prompt=prompt, seed=seed, device=device, dtype=dtype, batch_size=batch_size
-            )
+                models, data, prompt=prompt, seed=seed, device=device, dtype=dtype, batch_size=batch_size,
+                remote=remote,
+            )  # fmt: skip
             weights = full["weights"]
             if stack.enter_context(opened(folder, full)):
                 return store.read_study(folder)
         plan = Plan(folder / SHARDS, names, data, prompt, batch_size, shard_size(batch_size), views=out is not None)
         # The whole run's clock goes on from what earlier ones took.
         started -= _seconds(plan)
+        bring = partial(load, device=device, dtype=dtype, remote=remote)
         try:
-            loaded = [_read_all(plan, i, model, weights, device, dtype, progress) for i, model in enumerate(models)]
+            loaded = [_read_all(plan, i, model, weights, bring, progress) for i, model in enumerate(models)]
             with stage(folder) as staged:
                 progress("tables", 0, 0)
                 merge.write_tables(plan, staged / "data")
                 study = _study(plan, staged, settings, weights, loaded, progress, started)
                 if out is not None:
                     study = store.write(replace(study, out=folder), staged, progress, started)
+        except RemoteError as error:
+            if not error.retryable or out is None:
+                raise
+            raise StoppedError(
+                f"The study stopped: {error} What is done stays in {folder}, and the same command goes on from there."
+            ) from error
         except OSError as error:
             raise StoppedError(
                 f"The study stopped: {error}. What is done stays in {folder}; where that is a full disk, make room. The same "
@@ -134,7 +147,7 @@ def run(
 
 
 def _read_all(
-    plan: Plan, number: int, model: str | VLM, weights: dict, device: str | None, dtype: str | None, progress: Progress
+    plan: Plan, number: int, model: str | VLM, weights: dict, bring: Callable[..., VLM], progress: Progress
 ) -> float:
     """Make what is missing of one model's shards, and its gallery; gives the seconds that loading took."""
     name, todo, n = plan.names[number], missing(plan, number), len(plan.data)
@@ -146,7 +159,7 @@ def _read_all(
         vlm = model
     else:
         # The commit that settings.json names, whatever the hub holds by now.
-        vlm = load(model, device=device, dtype=dtype, revision=weights.get(model, {}).get("revision"))
+        vlm = bring(model, revision=weights.get(model, {}).get("revision"))
     check_prompt(vlm, plan.prompt)
     took = time.perf_counter() - clock
     total = n * len(plan.names)

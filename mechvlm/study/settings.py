@@ -46,6 +46,7 @@ def settings_of(
     device: str | None,
     dtype: str | None,
     batch_size: int,
+    remote: bool = False,
 ) -> dict[str, Any]:
     """Everything that determines the results, for settings.json.
 
@@ -55,11 +56,11 @@ def settings_of(
     return {
         "format": FORMAT,
         "models": [m.name if isinstance(m, VLM) else m for m in models],
-        "weights": {(m.name if isinstance(m, VLM) else m): identity(m) for m in models},
+        "weights": {(m.name if isinstance(m, VLM) else m): identity(m, remote) for m in models},
         "dataset": {"name": data.name, "n": len(data), "fingerprint": data.fingerprint},
         "prompt": prompt,
         "seed": seed,
-        "device": torch.device(device or "cpu").type,
+        "device": "ndif" if remote or any(isinstance(m, VLM) and m.apart for m in models) else torch.device(device or "cpu").type,
         "dtype": dtype,
         "batch_size": batch_size,
         "shard": shard_size(batch_size),
@@ -68,8 +69,13 @@ def settings_of(
     }
 
 
-def identity(model: str | VLM) -> dict[str, Any]:
-    """Which weights a model has: class, revision, and sha256 of the weights and of the small files beside them."""
+def identity(model: str | VLM, remote: bool = False) -> dict[str, Any]:
+    """Which weights a model has: class, revision, and sha256 of the weights and of the small files beside them.
+
+    NDIF hosts a hub id as of a branch, and does not say which commit: its revision is None where none was asked for.
+    """
+    if isinstance(model, VLM) and model.apart:
+        return identity(model.name, remote=True) | {"revision": model.revision}
     if isinstance(model, VLM):
         digest = hashlib.sha256(str(model.device.type).encode())
         for name, value in model.hf.state_dict().items():
@@ -78,6 +84,8 @@ def identity(model: str | VLM) -> dict[str, Any]:
         return {"class": model.record.hf_class, "revision": model.revision, "parameters": digest.hexdigest()}
     folder = bundled.path(model) if model in bundled.NAMES else Path(model)
     found = {"class": class_of(model), "revision": None}
+    if not folder.is_dir() and remote:
+        return found
     if not folder.is_dir():
         return found | {"revision": getattr(AutoConfig.from_pretrained(model), "_commit_hash", None)}
     beside = sorted(p for p in folder.iterdir() if p.suffix in (".json", ".jinja", ".model", ".txt") and p.is_file())
