@@ -55,7 +55,11 @@ def parser() -> argparse.ArgumentParser:
     add("--seed", type=int, default=0, metavar="N", help="of the draw and of the bootstraps (default: 0)")
     add("--device", metavar="NAME", help="cpu, cuda, cuda:1, mps (default: cpu)")
     add("--dtype", metavar="NAME", help="float32, bfloat16, float16 (default: the checkpoint's; float32 if bundled)")
-    add("--remote", action="store_true", help="read on NDIF, which holds the weights; the API key is that of `nnsight login`")
+    add(
+        "--remote",
+        action="store_true",
+        help="read on NDIF, which holds the weights; the API key is that of `nnsight login`",
+    )
     add(
         "--batch-size", type=int, default=16, metavar="N",
         help="examples a forward; changes no more of a result than its last bits (default: 16)",
@@ -77,7 +81,11 @@ def parser() -> argparse.ArgumentParser:
     add("--k", type=int, default=5, choices=range(1, 11), metavar="N", help="words a patch, 1 to 10 (default: 5)")
     add("--device", metavar="NAME", help="cpu, cuda, cuda:1, mps (default: cpu)")
     add("--dtype", metavar="NAME", help="float32, bfloat16, float16 (default: the checkpoint's; float32 if bundled)")
-    add("--remote", action="store_true", help="read on NDIF, which holds the weights; the API key is that of `nnsight login`")
+    add(
+        "--remote",
+        action="store_true",
+        help="read on NDIF, which holds the weights; the API key is that of `nnsight login`",
+    )
     add(
         "--out", metavar="FILE",
         help=f"a file that is not there yet (default: {PAGE}, or {Path(PAGE).stem}-2.html, ... where that exists)",

@@ -144,7 +144,9 @@ class Connection(RemoteBackend):
         content = io.BytesIO()
         with httpx.stream("GET", url, timeout=TIMEOUT) as answer:
             if answer.status_code in (403, 404, 410):
-                raise RemoteError("NDIF keeps the result no longer: it has to be collected soon after. Ask for it again.")
+                raise RemoteError(
+                    "NDIF keeps the result no longer: it has to be collected soon after. Ask for it again."
+                )
             answer.raise_for_status()
             self._measure(int(answer.headers.get("Content-Length", 0)))
             for chunk in answer.iter_bytes():
@@ -155,9 +157,9 @@ class Connection(RemoteBackend):
     def _measure(self, size: int) -> None:
         if size > LARGEST:
             raise RemoteError(
-                f"The result is too large: {size / 1e6:,.1f} MB, where {LARGEST / 1e6:,.1f} MB are fetched at most. Save less: reduce "
-                "inside the block (a mean, a top k, some positions), ask for fewer layers, or for smaller batches. "
-                "mechvlm.connection.LARGEST holds the limit, in bytes."
+                f"The result is too large: {size / 1e6:,.1f} MB, where {LARGEST / 1e6:,.1f} MB are fetched at most. Save less: "
+                "reduce inside the block (a mean, a top k, some positions), ask for fewer layers, or send smaller batches. The "
+                "limit is mechvlm.connection.LARGEST, in bytes."
             )
 
     def _plainly(self, work: Callable, *args) -> Any:
@@ -243,7 +245,9 @@ def _lost(error: BaseException, at: Connection) -> str:
             "environment's NDIF_HOST) and whether this machine reaches it, or try again later."
         )
     if at.job_id:
-        return f"The connection to NDIF at {at.host} was lost ({reason}). The job {at.job_id} goes on: ask after it again."
+        return (
+            f"The connection to NDIF at {at.host} was lost ({reason}). The job {at.job_id} goes on: ask after it again."
+        )
     what = f"The job was {WORDS[at.status]}" if at.status is not None else "Whether the job was taken is not known"
     return (
         f"The connection to NDIF at {at.host} was lost ({reason}). {what}. Ask again: that changes nothing on the server, and "

@@ -56,14 +56,15 @@ class Job:
                 waited = time.monotonic() - begun
                 if found is None and self._request.status is None and waited > UNKNOWN:
                     raise RemoteError(
-                        f"NDIF at {self._request.host} knows no job {self.id!r}. Look at the id, and at the server that it was given to."
+                        f"NDIF at {self._request.host} knows no job {self.id!r}. Look at the id, and whether the job "
+                        "was given to this server."
                     )
                 status = "received" if found is None else found.status.value.lower()
                 line.say(f"NDIF: {status}")
                 if timeout is not None and waited + pause > timeout:
                     raise RemoteError(
-                        f"The job {self.id} is {status} on NDIF, and not done after {timeout:g} s. It goes on: ask for its result "
-                        "again, here or by its id elsewhere.",
+                        f"The job {self.id} is {status} on NDIF, and not done after {timeout:g} s. It goes on: ask for its "
+                        "result again, here or by its id elsewhere.",
                         retryable=True,
                     )
                 time.sleep(pause)

@@ -10,15 +10,15 @@ import traceback
 import nnsight
 import pytest
 import torch
+from cut_line import Line
+from ndif_lane import TOLERANCE, difference
 from nnsight.schema.response import Status
 
 import mechvlm as mv
-from cut_line import Line
 from mechvlm import bundled, connection
 from mechvlm.connection import retrying
 from mechvlm.datasets.naming import naming
 from mechvlm.remote import Request
-from ndif_lane import TOLERANCE, difference, server, traffic, user  # noqa: F401
 
 pytestmark = pytest.mark.ndif
 
@@ -30,7 +30,7 @@ LIMIT = float(os.environ.get("NDIF_DEFAULT_EXECUTION_TIMEOUT_SECONDS", 60))
 
 
 @pytest.fixture(scope="module")
-def there(server):  # noqa: F811
+def there(server):
     return mv.load("tiny-llava", remote=True)
 
 
@@ -41,7 +41,7 @@ def inputs(there):
 
 
 @pytest.fixture
-def line(server, monkeypatch):  # noqa: F811
+def line(server, monkeypatch):
     line = Line(server)
     monkeypatch.setattr(nnsight.CONFIG.API, "HOST", line.address)
     return line
@@ -191,7 +191,7 @@ def first_letter(resid):
     return resid.letters[0]
 
 
-def test_an_error_in_the_block(there, inputs, user, key):  # noqa: F811
+def test_an_error_in_the_block(there, inputs, user, key):
     """Its own lines are shown, those of the server's packages are not."""
     key(WELL_FORMED)
     error = error_of(lambda: broken(there, inputs))
@@ -204,14 +204,14 @@ def test_an_error_in_the_block(there, inputs, user, key):  # noqa: F811
     assert not error.retryable
 
 
-def test_what_the_block_prints(there, inputs, user, monkeypatch, capsys):  # noqa: F811
+def test_what_the_block_prints(there, inputs, user, monkeypatch, capsys):
     monkeypatch.setattr(nnsight.CONFIG.APP, "REMOTE_LOGGING", True)
     with torch.no_grad(), there.trace(inputs):
         print("two examples:", len(there.resid_post[2]))
     assert "two examples: 2" in capsys.readouterr().out
 
 
-def test_a_connection_that_is_lost(there, inputs, line, traffic, key, monkeypatch):  # noqa: F811
+def test_a_connection_that_is_lost(there, inputs, line, traffic, key, monkeypatch):
     """While the job runs: it says so, and asked again gives what it gives here."""
     key(WELL_FORMED)
     note = Request.note
@@ -235,7 +235,7 @@ def test_a_connection_that_is_lost(there, inputs, line, traffic, key, monkeypatc
     assert traffic.requests == 3
 
 
-def test_a_connection_that_is_lost_costs_a_job_nothing(there, inputs, line, traffic, key):  # noqa: F811
+def test_a_connection_that_is_lost_costs_a_job_nothing(there, inputs, line, traffic, key):
     """It is asked after again, and submitted once."""
     key(WELL_FORMED)
     job = mv.read(there, inputs, mv.LogitLens(), blocking=False)

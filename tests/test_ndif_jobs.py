@@ -9,10 +9,10 @@ from pathlib import Path
 import nnsight
 import pytest
 import torch
+from ndif_lane import HOST, TOLERANCE, difference
 
 import mechvlm as mv
 from mechvlm import jobs
-from ndif_lane import HOST, TOLERANCE, difference, pair, server, traffic, user  # noqa: F401
 
 pytestmark = pytest.mark.ndif
 
@@ -40,7 +40,7 @@ def asked_of(vlm):
     return vlm.inputs([a.image for a in asked], [a.prompt for a in asked])
 
 
-def test_a_job_gives_what_waiting_gives(pair, user, traffic, monkeypatch):  # noqa: F811
+def test_a_job_gives_what_waiting_gives(pair, user, traffic, monkeypatch):
     key = "3f2b8a10-5a1e-4c56-9b7d-0c0ffee0beef"
     monkeypatch.setattr(nnsight.CONFIG.API, "APIKEY", key)
     probes = mv.LogitLens(), mv.NormAttention()
@@ -56,7 +56,7 @@ def test_a_job_gives_what_waiting_gives(pair, user, traffic, monkeypatch):  # no
     assert key not in f"{job!r}{job.id}{[repr(value) for value in vars(job).values()]}"
 
 
-def test_another_process_collects_it(server, pair, tmp_path):  # noqa: F811
+def test_another_process_collects_it(server, pair, tmp_path):
     """The same lines, and the id."""
     inputs = asked_of(pair.there)
     probes = mv.LogitLens(k=3), mv.Contextualization()
@@ -69,7 +69,7 @@ def test_another_process_collects_it(server, pair, tmp_path):  # noqa: F811
     assert difference(torch.load(found), [lens.tokens, lens.probs, context.inter]) <= TOLERANCE
 
 
-def test_a_job_that_was_asked_something_else(pair):  # noqa: F811
+def test_a_job_that_was_asked_something_else(pair):
     job = mv.read(pair.there, pair.inputs, mv.LogitLens(), blocking=False)
     job.result()
     for inputs, probe in ((pair.inputs[0], mv.LogitLens()), (pair.inputs, mv.LogitLens(k=2))):
@@ -77,7 +77,7 @@ def test_a_job_that_was_asked_something_else(pair):  # noqa: F811
             mv.read(pair.there, inputs, probe, blocking=False, job_id=job.id).result()
 
 
-def test_a_trace_that_nobody_waits_for(pair, user, traffic):  # noqa: F811
+def test_a_trace_that_nobody_waits_for(pair, user, traffic):
     """Of an ordinary trace, what it saved by its names."""
     with torch.no_grad(), pair.there.trace(pair.inputs, blocking=False) as tracer:
         norms = nnsight.save(pair.there.resid_post[2].norm(dim=-1))
@@ -89,7 +89,7 @@ def test_a_trace_that_nobody_waits_for(pair, user, traffic):  # noqa: F811
     assert traffic.requests == 1
 
 
-def test_a_job_that_is_not_done_in_time(pair):  # noqa: F811
+def test_a_job_that_is_not_done_in_time(pair):
     with torch.no_grad(), pair.there.trace(pair.inputs, blocking=False) as tracer:
         for _ in range(30):
             time.sleep(0.1)
@@ -102,7 +102,7 @@ def test_a_job_that_is_not_done_in_time(pair):  # noqa: F811
     assert len(job.result(timeout=60.0)["answer"]) == 3
 
 
-def test_a_job_that_failed(pair):  # noqa: F811
+def test_a_job_that_failed(pair):
     with torch.no_grad(), pair.there.trace(pair.inputs, blocking=False) as tracer:
         answer = nnsight.save(pair.there.resid_post[2] @ torch.zeros(3))  # noqa: F841
     job = pair.there.job(tracer.backend.job_id)
@@ -111,7 +111,7 @@ def test_a_job_that_failed(pair):  # noqa: F811
     assert job.status == "error"
 
 
-def test_a_job_that_the_server_does_not_know(pair, monkeypatch):  # noqa: F811
+def test_a_job_that_the_server_does_not_know(pair, monkeypatch):
     monkeypatch.setattr(jobs, "UNKNOWN", 0.3)
     with pytest.raises(mv.RemoteError, match="knows no job 'mistyped'") as caught:
         pair.there.job("mistyped").result()

@@ -155,11 +155,8 @@ def _read_all(
         return 0.0
     clock = time.perf_counter()
     progress(f"{name}: loading", 0, 0)
-    if isinstance(model, VLM):
-        vlm = model
-    else:
-        # The commit that settings.json names, whatever the hub holds by now.
-        vlm = bring(model, revision=weights.get(model, {}).get("revision"))
+    # The commit that settings.json names, whatever the hub holds by now.
+    vlm = model if isinstance(model, VLM) else bring(model, revision=weights.get(model, {}).get("revision"))
     check_prompt(vlm, plan.prompt)
     took = time.perf_counter() - clock
     total = n * len(plan.names)

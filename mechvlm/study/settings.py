@@ -53,6 +53,7 @@ def settings_of(
     A hub id has its revision; of a folder the files are hashed; of a loaded model its parameters. The data set is known by its
     fingerprint, so that the same files in another place are the same data.
     """  # fmt: skip
+    remote = remote or any(isinstance(m, VLM) and m.apart for m in models)
     return {
         "format": FORMAT,
         "models": [m.name if isinstance(m, VLM) else m for m in models],
@@ -60,7 +61,7 @@ def settings_of(
         "dataset": {"name": data.name, "n": len(data), "fingerprint": data.fingerprint},
         "prompt": prompt,
         "seed": seed,
-        "device": "ndif" if remote or any(isinstance(m, VLM) and m.apart for m in models) else torch.device(device or "cpu").type,
+        "device": "ndif" if remote else torch.device(device or "cpu").type,
         "dtype": dtype,
         "batch_size": batch_size,
         "shard": shard_size(batch_size),

@@ -166,7 +166,7 @@ def make_gallery(plan: Plan, vlm: VLM, model: int, shown: list[Example], progres
                 left_out.append({"example": example.id, "reason": _first_line(error)})
     about = {
         "class": vlm.record.hf_class, "revision": vlm.revision,
-        "dtype": None if vlm.apart else str(vlm.dtype).removeprefix("torch."),  # NDIF decides, and does not say
+        "dtype": str(retrying(lambda: vlm.dtype)).removeprefix("torch."),
         "device": "ndif" if vlm.apart else str(vlm.device), "n_layers": vlm.n_layers, "threads": threads, "left_out": left_out,
         "seconds": round(time.perf_counter() - clock, 3),
     }  # fmt: skip
