@@ -38,8 +38,8 @@ KEEPALIVE = [(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)] + [
 """A connection that nothing comes through is asked for after 30 s: else one that is gone would be waited for for ever."""
 
 
-def retrying(work: Callable[[], T], waits: Sequence[float] = WAITS) -> T:
-    """work(), and after each of `waits` (s) once more, as long as what goes wrong may pass by itself.
+def retrying(work: Callable[[], T], waits: Sequence[float] | None = None) -> T:
+    """work(), and after each of `waits` (s, by default `WAITS`) once more, as long as what goes wrong may pass by itself.
 
     For what changes nothing on the server, as reading and generating do: where the connection was lost, nobody knows whether the
     job ran, and running it once more costs no more than its quota.
@@ -47,7 +47,7 @@ def retrying(work: Callable[[], T], waits: Sequence[float] = WAITS) -> T:
     Raises:
         RemoteError: one that is not `retryable`, at once; or the last one.
     """
-    for wait in waits:
+    for wait in WAITS if waits is None else waits:
         try:
             return work()
         except RemoteError as error:

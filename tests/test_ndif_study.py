@@ -64,7 +64,7 @@ def test_a_study_goes_on_over_a_connection_that_is_lost(server, traffic, monkeyp
     """A batch that is lost is asked again; where the line stays cut the study stops, and the same command goes on."""
     line = Line(server)
     monkeypatch.setattr(nnsight.CONFIG.API, "HOST", line.address)
-    monkeypatch.setattr(connection.retrying, "__defaults__", ((0.2,),))
+    monkeypatch.setattr(connection, "WAITS", (0.2,))
     note, running = Request.note, []
 
     def cutting(self, response):
@@ -106,7 +106,7 @@ def test_a_view(server, traffic, tmp_path):
 
 def test_a_command_that_finds_no_server(monkeypatch, tmp_path, capfd):
     monkeypatch.setattr(nnsight.CONFIG.API, "HOST", "http://127.0.0.1:9")
-    monkeypatch.setattr(connection.retrying, "__defaults__", ((0.01,),))
+    monkeypatch.setattr(connection, "WAITS", (0.01,))
     image = tmp_path / "scene.png"
     next(scenes(1)).image.save(image)
     assert run_cli("view", "tiny-llava", image, "--prompt", "What?", "--remote", "--out", tmp_path / "view.html") == 1
