@@ -54,7 +54,12 @@ def load(
     if remote not in (False, True, "local"):
         raise ModelError(f"remote={remote!r} was asked for; it is True (NDIF), 'local' (rehearse here) or False.")
     if remote is True:
-        here = {"dtype": dtype, "device": device, "device_map": device_map}
+        here = {
+            "dtype": dtype,
+            "device": device,
+            "device_map": device_map,
+            "trust_remote_code": trust_remote_code or None,
+        }
         if isinstance(model, nn.Module):
             raise ModelError("The model is loaded already, here: give its hub id or its folder to run it on NDIF.")
         if given := ", ".join(option for option, value in here.items() if value is not None):

@@ -145,14 +145,14 @@ def read(vlm: VLM, inputs: Inputs, *probes, blocking: bool = True, job_id: str |
             (_, q, k, *_), options = getattr(cross.source, vlm.record.attention_call).inputs
             for probe, plan, kept in zip(probes, plans, rows, strict=True):
                 if "queries" in probe.reads:
-                    kept.append(probe.at_queries(plan, number, q, k, options["scaling"]))
+                    kept.append(exactly(probe.at_queries, plan, number, q, k, options["scaling"]))
         for layer in range(n + 1):
             resid = vlm.resid_pre[layer] if layer < n else vlm.resid_post[n - 1]
             finite.append(is_finite(resid, real))
             state = State(layer, resid, norm, unembed)
             for probe, plan, kept in zip(probes, plans, rows, strict=True):
                 if "states" in probe.reads:
-                    kept.append(probe.at_state(plan, state))
+                    kept.append(exactly(probe.at_state, plan, state))
             if layer == n or not wants & {"attention", "writes"}:
                 continue
             o_proj = vlm.part(vlm.record.o_proj, layer)
@@ -160,13 +160,13 @@ def read(vlm: VLM, inputs: Inputs, *probes, blocking: bool = True, job_id: str |
             attended = Attended(layer + 1, parts, w_o)
             for probe, plan, kept in zip(probes, plans, rows, strict=True):
                 if "attention" in probe.reads:
-                    kept.append(probe.at_attention(plan, attended))
+                    kept.append(exactly(probe.at_attention, plan, attended))
             if "writes" in wants:
                 writes = vlm.z[layer], vlm.attn_out[layer], vlm.mlp_out[layer]
                 written = Written(layer + 1, *writes, parts, w_o, b_o, norm, unembed)
                 for probe, plan, kept in zip(probes, plans, rows, strict=True):
                     if "writes" in probe.reads:
-                        kept.append(probe.at_writes(plan, written))
+                        kept.append(exactly(probe.at_writes, plan, written))
 
     if not blocking:
         return Job(tracer.backend, results)
@@ -191,6 +191,12 @@ def _answer_to(question: str, found: dict[str, Any]) -> dict[str, Any]:
             "submitted with, or vlm.job(id) for what it saved, as it is."
         )
     return found
+
+
+def exactly(measure: Callable, *args):
+    """measure(*args) in the precision that it asks for: NDIF runs blocks under autocast where a model is in half precision."""
+    with torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):
+        return measure(*args)
 
 
 def is_finite(resid: Tensor, real: Tensor) -> Tensor:

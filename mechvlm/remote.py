@@ -18,6 +18,7 @@ import dataclasses
 import functools
 import inspect
 import io
+import textwrap
 import types
 from collections.abc import Callable
 from types import FunctionType
@@ -145,11 +146,29 @@ class Packer(CustomCloudPickler):
     def _dynamic_function_reduce(self, func: FunctionType):
         # jaxtyping's checks wrap a function, which nnsight would then look up in jaxtyping's own scope.
         plain = inspect.unwrap(func)
+        _refuse_decorators(plain)
         made, args, scope, *rest = super()._dynamic_function_reduce(plain if isinstance(plain, FunctionType) else func)
         if isinstance(args[0], str):  # a function as its source; its annotations say nothing there
             scope = _without_modules(args[0], scope)
             args = tuple(None if value is plain.__annotations__ else value for value in args)
         return made, args, scope, *rest
+
+
+def _refuse_decorators(function: Callable) -> None:
+    """A function travels as its source, and is not decorated again: what a decorator did would be gone without a word."""
+    if function.__module__.split(".")[0] == "nnsight":  # its own, which a server has too
+        return
+    try:
+        (definition,) = ast.parse(textwrap.dedent(inspect.getsource(function))).body
+    except (OSError, TypeError, ValueError, SyntaxError):  # a lambda, or what has no source
+        return
+    told = [ast.unparse(one) for one in getattr(definition, "decorator_list", [])]
+    lost = [one for one in told if one.split(".")[-1] not in ("property", "cached_property", "setter", "staticmethod")]
+    if lost:
+        raise TypeError(
+            f"{function.__name__} is decorated with @{', @'.join(lost)}, which does not travel to NDIF: call a plain function in "
+            "the trace, and use context managers and caches around it, here."
+        )
 
 
 # -- classes: what somebody wrote of them travels, and what Python made of that is made again there (in its own bytecode) --

@@ -31,7 +31,8 @@ class VLM(Decoder):
     `mechvlm.accessors`).
 
     Weights, anywhere, indexed by layer: `W_Q`, `W_K`, `W_V` [head d_model d_head] (key and value heads repeated to the query
-    heads), `W_O` [head d_head d_model]; and `W_E` [d_vocab d_model], `W_U` [d_model d_vocab].
+    heads), `W_O` [head d_head d_model]; and `W_E` [d_vocab d_model], `W_U` [d_model d_vocab]. Of a model on NDIF only inside a
+    trace.
 
     Attributes:
         model: the nnsight model, for anything that has no name here.
@@ -39,6 +40,7 @@ class VLM(Decoder):
         processor, tokenizer: its own.
         record: where the family keeps its parts.
         name, revision: what was loaded.
+        remote: True where every trace runs on NDIF, "local" where it is packed as for NDIF and runs here, else False.
         n_layers, n_heads, n_kv_heads, d_model, d_head, d_vocab: of the decoder.
     """
 

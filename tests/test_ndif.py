@@ -142,6 +142,30 @@ def test_weights_are_not_here(pair):
             asked()
 
 
+@torch.no_grad()
+def decorated(x):
+    return plain(x)
+
+
+def plain(x):
+    return x.sum()
+
+
+def test_functions_of_ones_own(pair, user, traffic):
+    """Plain functions travel with what they call; what would lose its decorator is refused before anything is sent."""
+
+    def ask(vlm, function):
+        with torch.no_grad(), vlm.trace(pair.inputs):
+            found = nnsight.save(function(vlm.resid_post[0]))
+        return found
+
+    assert difference(ask(pair.there, plain), ask(pair.here, plain)) <= 1e-3
+    assert traffic.requests == 1
+    with pytest.raises(TypeError, match=r"decorated is decorated with @torch.no_grad\(\), which does not travel"):
+        ask(pair.there, decorated)
+    assert traffic.requests == 1
+
+
 def test_what_the_server_decides(server):
     with pytest.raises(mv.ModelError, match="decides about dtype, device"):
         mv.load("tiny-llava", remote=True, dtype="float16", device="cpu")

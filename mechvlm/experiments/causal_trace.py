@@ -41,7 +41,8 @@ def causal_trace(
 
     Args:
         vlm: the model.
-        inputs: any number of examples, as one batch or several. Each is run alone, its windows batched.
+        inputs: any number of examples, as one batch or several. Each is run alone, its windows batched; on NDIF
+            those of one batch are one request.
         answers: a word or token id for all examples, or one each; by default the model's own first token.
         corrupt: "noise" on the visual tokens' embeddings and "words" the same on the text tokens' (Gaussian, 3 standard
             deviations of those embeddings); "blank" a grey image; "image" that of the next example with another one.

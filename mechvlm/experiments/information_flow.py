@@ -32,7 +32,8 @@ def information_flow(
 
     Args:
         vlm: the model; its attention must be sdpa or eager.
-        inputs: any number of examples, as one batch or several. Each is run alone, its windows batched.
+        inputs: any number of examples, as one batch or several. Each is run alone, its windows batched; on NDIF
+            those of one batch are one request.
         answers: a word or token id for all examples, or one each; by default the model's own first token.
         window: layers knocked out together; at the ends of the decoder fewer.
         flows: "source -> destination", in names of `TokenMap.select`; several are joined, "image -> question + last".

@@ -35,7 +35,8 @@ def multimodal_neurons(
     most are words.
 
     Each batch costs a forward with its backward, and a second forward for the chosen neurons' activations. The backward keeps
-    what a training step would of the decoder, without gradients of the parameters: make batches small for large models.
+    what a training step would of the decoder, without gradients of the parameters: make batches small for large models. On
+    NDIF it needs a key that the server trusts: a sandbox has no gradients.
 
     Args:
         vlm: the model.

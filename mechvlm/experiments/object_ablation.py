@@ -41,7 +41,8 @@ def object_ablation(
 
     Args:
         vlm: the model.
-        inputs: any number of examples, as one batch or several, of one image each.
+        inputs: any number of examples, as one batch or several, of one image each; on NDIF those of one batch are two
+            requests.
         boxes: the object of each example, (left, top, right, bottom) in pixels of the original image.
         answers: what the object is rightly named, a word or token id for all examples, or one each.
         margins: how many patches around the object go with it.
