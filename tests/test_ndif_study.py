@@ -65,14 +65,14 @@ def test_a_study_goes_on_over_a_connection_that_is_lost(server, traffic, monkeyp
     line = Line(server)
     monkeypatch.setattr(nnsight.CONFIG.API, "HOST", line.address)
     monkeypatch.setattr(connection, "WAITS", (0.2,))
-    note, running = Request.note, []
+    note, taken = Request.note, []
 
     def cutting(self, response):
-        if response.status is Status.RUNNING:
-            running.append(response.id)
-            if len(running) == 2:
+        if response.status is Status.RECEIVED:
+            taken.append(response.id)
+            if len(taken) == 2:
                 line.cut()  # once: the second batch
-            if len(running) == 5:
+            if len(taken) == 5:
                 line.cut(seconds=4.0)  # longer than is waited for: the fourth
         return note(self, response)
 

@@ -55,6 +55,7 @@ def test_that_on_NDIF_runs_there(server, tmp_path):
     committed = nbformat.read(ROOT / "tutorials" / "7_local_and_ndif.ipynb", as_version=4)
     (tmp_path / "there.ipynb").write_text(nbformat.writes(committed).replace('REMOTE = \\"local\\"', "REMOTE = True"))
     ran = script.run(tmp_path / "there.ipynb")
+    script.still(ran)
     assert "REMOTE = True" in ran.cells[1].source
     assert "False" not in "".join(printed(ran))
     assert printed(ran) == printed(committed)
