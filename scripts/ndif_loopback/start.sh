@@ -36,10 +36,11 @@ serve() {  # the parts of the server, each with a log of its own
     curl -sf --fail-early "$NDIF_HOST/connected" http://127.0.0.1:8010/ping http://127.0.0.1:8011/ping >/dev/null && return
     sleep 0.5
   done
-  echo "The server did not answer within two minutes; see $log." >&2
   return 1
 }
+trap 'echo "The server did not start; see the logs in $NDIF_LAB/log." >&2' ERR
 (serve)
+trap - ERR
 if [ $# -eq 0 ]; then
   echo "NDIF answers at $NDIF_HOST; \`pytest -m ndif\` runs beside it. Ctrl-C ends it."
   trap exit INT TERM
