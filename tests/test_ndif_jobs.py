@@ -93,8 +93,7 @@ def test_a_job_that_is_not_done_in_time(pair):
     with torch.no_grad(), pair.there.trace(pair.inputs, blocking=False) as tracer:
         for _ in range(30):
             time.sleep(0.1)
-        answer = nnsight.save(pair.there.logits[:, -1].argmax(-1))
-        del answer
+        answer = nnsight.save(pair.there.logits[:, -1].argmax(-1))  # noqa: F841
     job = pair.there.job(tracer.backend.job_id)
     with pytest.raises(mv.RemoteError, match=r"not done after 0\.5 s\. It goes on") as caught:
         job.result(timeout=0.5)
