@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mechvlm import view
-    from mechvlm.errors import InputError, ModelError, NonFiniteError, ViewError
+    from mechvlm.errors import InputError, ModelError, NonFiniteError, RemoteError, ViewError
     from mechvlm.experiments.causal_trace import causal_trace
     from mechvlm.experiments.information_flow import information_flow
     from mechvlm.experiments.multimodal_neurons import multimodal_neurons
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from mechvlm.experiments.winoground import caption_logprob, winoground
     from mechvlm.inputs import Inputs
     from mechvlm.interventions import ablate, knock_out, patch, steer
+    from mechvlm.jobs import Job
     from mechvlm.loading import load
     from mechvlm.pairs import PairScores, pair_scores
     from mechvlm.phases import fit_phases
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 
 # Where each public name lives. They are imported when they are first used: `mechvlm --help` needs no torch.
 _HOMES = {
-    "errors": ("InputError", "ModelError", "NonFiniteError", "ViewError"),
+    "errors": ("InputError", "ModelError", "NonFiniteError", "RemoteError", "ViewError"),
     "experiments.causal_trace": ("causal_trace",),
     "experiments.information_flow": ("information_flow",),
     "experiments.object_ablation": ("object_ablation",),
@@ -44,6 +45,7 @@ _HOMES = {
     "experiments.winoground": ("caption_logprob", "winoground"),
     "inputs": ("Inputs",),
     "interventions": ("ablate", "knock_out", "patch", "steer"),
+    "jobs": ("Job",),
     "loading": ("load",),
     "pairs": ("PairScores", "pair_scores"),
     "phases": ("fit_phases",),
@@ -65,13 +67,13 @@ _HOME = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
     "VLM", "CausalTraceResult", "Comparison", "Contextualization", "ContextualizationResult", "InformationFlowResult",
-    "InputError", "Inputs", "Likelihood", "LikelihoodResult", "LogitAttribution", "LogitAttributionResult", "LogitLens",
-    "LogitLensResult", "Modality", "ModelError", "MultimodalNeuronsResult", "NonFiniteError", "NormAttention",
-    "NormAttentionResult", "ObjectAblationResult", "PairScores", "PatchGrid", "QueryReading", "QueryReadingResult",
-    "Study", "TokenMap", "ViewError", "WinogroundResult", "ablate", "caption_logprob", "causal_trace", "compare",
-    "contextualization", "fit_phases", "information_flow", "knock_out", "load", "logit_attribution", "logit_lens",
-    "multimodal_neurons", "norm_attention", "object_ablation", "pair_scores", "patch", "precision_recall",
-    "query_reading", "read", "steer", "view", "winoground",
+    "InputError", "Inputs", "Job", "Likelihood", "LikelihoodResult", "LogitAttribution", "LogitAttributionResult",
+    "LogitLens", "LogitLensResult", "Modality", "ModelError", "MultimodalNeuronsResult", "NonFiniteError",
+    "NormAttention", "NormAttentionResult", "ObjectAblationResult", "PairScores", "PatchGrid", "QueryReading",
+    "QueryReadingResult", "RemoteError", "Study", "TokenMap", "ViewError", "WinogroundResult", "ablate",
+    "caption_logprob", "causal_trace", "compare", "contextualization", "fit_phases", "information_flow", "knock_out",
+    "load", "logit_attribution", "logit_lens", "multimodal_neurons", "norm_attention", "object_ablation", "pair_scores",
+    "patch", "precision_recall", "query_reading", "read", "steer", "view", "winoground",
 ]  # fmt: skip
 
 

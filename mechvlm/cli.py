@@ -62,6 +62,11 @@ def parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     add("--dtype", metavar="NAME", help="float32, bfloat16, float16 (default: the checkpoint's; float32 if bundled)")
     add(
+        "--remote",
+        action="store_true",
+        help="read on NDIF, which holds the weights; the API key is that of `nnsight login`",
+    )
+    add(
         "--batch-size", type=int, default=16, metavar="N",
         help="examples a forward; changes no more of a result than its last bits (default: 16)",
     )  # fmt: skip
@@ -92,6 +97,11 @@ def parser() -> argparse.ArgumentParser:
     add("--k", type=int, default=5, choices=range(1, 11), metavar="N", help="words a patch, 1 to 10 (default: 5)")
     add("--device", metavar="NAME", help="cpu, cuda, cuda:1, mps (default: cpu)")
     add("--dtype", metavar="NAME", help="float32, bfloat16, float16 (default: the checkpoint's; float32 if bundled)")
+    add(
+        "--remote",
+        action="store_true",
+        help="read on NDIF, which holds the weights; the API key is that of `nnsight login`",
+    )
     add(
         "--out", metavar="FILE",
         help=f"a file that is not there yet (default: {PAGE}, or {Path(PAGE).stem}-2.html, ... where that exists)",
@@ -146,9 +156,9 @@ def _check_usage(arguments: argparse.Namespace) -> None:
 
 def _expected(error: Exception) -> bool:
     """Whether an error is about what the user gave or the machine lacks, so that its message says all."""
-    from mechvlm.errors import InputError, ModelError, NonFiniteError, StoppedError, ViewError
+    from mechvlm.errors import InputError, ModelError, NonFiniteError, RemoteError, StoppedError, ViewError
 
-    if isinstance(error, InputError | ModelError | NonFiniteError | StoppedError | ViewError):
+    if isinstance(error, InputError | ModelError | NonFiniteError | RemoteError | StoppedError | ViewError):
         return True
     if type(error).__name__ == "OutOfMemoryError":
         error.args = (
@@ -176,6 +186,7 @@ def _study(arguments: argparse.Namespace) -> int:
                 from mechvlm import bundled
                 from mechvlm.study import run
                 from mechvlm.study.runner import PROMPT
+                from mechvlm.study.terminal import show
 
                 def progress(stage: str, done: int, total: int) -> None:
                     stop.check()
@@ -190,6 +201,7 @@ def _study(arguments: argparse.Namespace) -> int:
                     device=arguments.device,
                     dtype=arguments.dtype,
                     device_map=arguments.device_map,
+                    remote=arguments.remote,
                     batch_size=arguments.batch_size,
                     out=out,
                     progress=progress,
@@ -206,7 +218,7 @@ def _study(arguments: argparse.Namespace) -> int:
             return 128 + (stop.signal or signal.SIGINT)
     if finished:
         print(f"The study in {out} was finished before: nothing is read again.")
-    _summarise(study)
+    show(study)
     return 0
 
 
@@ -259,56 +271,15 @@ def _how_to_go_on(arguments: argparse.Namespace, out: str) -> str:
     return f" What is done stays in {out}. Go on with:\n  {shlex.join(['mechvlm', *typed, *where])}"
 
 
-def _summarise(study) -> None:
-    from rich import box
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
-
-    from mechvlm.study.report import interval, number
-    from mechvlm.study.summary import summary
-
-    table = Table(
-        title="Words on visual tokens, inter-modal cosine and phases", box=box.SIMPLE_HEAD, title_justify="left"
-    )
-    for name in ("model", "layers", "n"):
-        table.add_column(name, justify="left" if name == "model" else "right", overflow="fold")
-    for name in (
-        "precision\nbest (layer)",
-        "at 0",
-        "other\ncaptions",
-        "recall\nbest (layer)",
-        "at 0",
-        "other\ncaptions",
-    ):
-        table.add_column(name, justify="right")
-    for name in ("cosine\nlow (layer)", "\nhigh (layer)", "phases", "s"):
-        table.add_column(name, justify="left" if name == "phases" else "right")
-    for row in summary(study).to_dict("records"):
-        cells = [row["model"], row["layers"], row["n"]]
-        for measure, layer in (("precision", "best_layer"), ("recall", "recall_layer")):
-            cells += [f"{number(row[measure])} ({number(row[layer], 0)})\n{interval(row, measure)}"]
-            cells += [number(row[f"{measure}_0"]), number(row[f"{measure}_other"])]
-        cells += [f"{row[end]:.2f} ({row[f'{end}_layer']})\n{interval(row, end)}" for end in ("lowest", "highest")]
-        cells += [row["phases"], f"{row['seconds']:.0f}"]
-        table.add_row(*(escape(str(cell)) for cell in cells))
-    # A table that is piped is not cut to 80 columns.
-    console = Console(width=None if sys.stdout.isatty() else 160)
-    console.print(table)
-    print("Beneath each mean, its 95 % bootstrap interval over examples.")
-    if len(study.skipped):
-        print(f"{len(study.skipped)} set aside; reasons in {study.out / 'skipped.csv'}")
-    print(f"{study.seconds:.0f} s. Open {study.out / 'report.html'}")
-
-
 def _view(arguments: argparse.Namespace) -> int:
-    from rich.console import Console
+    from mechvlm.progress import STDERR
 
     out = Path(arguments.out or _free(PAGE))
-    with Console(stderr=True).status("starting") as status:
+    with STDERR.status("starting") as status:
         # What is wrong is said before the model is loaded, which can take minutes.
         _check_file(out)
         _quiet_libraries()
+        from mechvlm.connection import retrying
         from mechvlm.errors import InputError
         from mechvlm.images import open_image
         from mechvlm.loading import load
@@ -318,11 +289,11 @@ def _view(arguments: argparse.Namespace) -> int:
         image = open_image(arguments.image)
         check_device(arguments.device)
         status.update("loading the model")
-        vlm = load(arguments.model, device=arguments.device, dtype=arguments.dtype)
+        vlm = load(arguments.model, device=arguments.device, dtype=arguments.dtype, remote=arguments.remote)
         status.update("reading the image")
         inputs = vlm.inputs(image, arguments.prompt)
         dest = destinations(vlm, inputs.tokens)
-        view = patch_view(vlm, inputs, dest, arguments.k)
+        view = retrying(lambda: patch_view(vlm, inputs, dest, arguments.k))
         try:
             view.save(out)
         except OSError as error:

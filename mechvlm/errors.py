@@ -27,3 +27,16 @@ class ViewError(ValueError):
 
 class StoppedError(RuntimeError):
     """Long work stopped half-way, for a reason that lies outside of it. What was done is kept, and it can be gone on with."""
+
+
+class RemoteError(RuntimeError):
+    """A request to NDIF gave no result.
+
+    Attributes:
+        retryable: whether the reason lies in the connection or in what the server is busy with, so that the same request may
+            succeed later. `mechvlm.connection.retrying` sends it again.
+    """
+
+    def __init__(self, message: str, *, retryable: bool = False):
+        super().__init__(message)
+        self.retryable = retryable

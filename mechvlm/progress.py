@@ -1,14 +1,26 @@
 """One progress bar for everything that takes its time."""
 
+import sys
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from importlib.util import find_spec
 from typing import TypeVar
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.errors import LiveError
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 T = TypeVar("T")
+
+STDERR = Console(stderr=True)
+"""Of all that is drawn: two on one screen must know of each other."""
+
+
+def somebody_looks() -> bool:
+    """Whether a line that moves would be seen: in a terminal, or in a notebook that has ipywidgets."""
+    # Without ipywidgets rich draws nothing in a notebook, and leaves a warning there instead.
+    return find_spec("ipywidgets") is not None if STDERR.is_jupyter else STDERR.is_terminal
 
 
 def track(items: Sequence[T], what: str) -> Iterator[T]:
@@ -16,13 +28,38 @@ def track(items: Sequence[T], what: str) -> Iterator[T]:
 
     Shown where somebody looks, in a terminal or in a notebook that has ipywidgets, and for more than one item.
     """
-    console = Console(stderr=True)
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    # Without ipywidgets rich draws nothing in a notebook, and leaves a warning there instead.
-    somebody = find_spec("ipywidgets") is not None if console.is_jupyter else console.is_terminal
-    hidden = len(items) < 2 or not somebody
-    with Progress(*columns, console=console, transient=True, disable=hidden) as progress:
+    hidden = len(items) < 2 or not somebody_looks()
+    with Progress(*columns, console=STDERR, transient=True, disable=hidden) as progress:
         yield from progress.track(items, description=what)
+
+
+class StatusLine:
+    """One line on stderr that says what is waited for, and for how long; it goes away when that is over.
+
+    Shown where somebody looks; under a bar, where one is drawn.
+    """
+
+    def __init__(self, text: str, shown: bool = True):
+        columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn())
+        self._line = Progress(*columns, console=STDERR, transient=True, disable=not (shown and somebody_looks()))
+        self._task = self._line.add_task(text, total=None)
+        self.text = text
+
+    def __enter__(self) -> "StatusLine":
+        with suppress(LiveError):  # rich before 14.1 draws one thing at a time: then there is a bar already
+            self._line.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._line.stop()
+
+    def say(self, text: str, aloud: bool = False) -> None:
+        """Change the line; `aloud` writes what is new as a line that stays, wherever stderr goes."""
+        if aloud and text != self.text:
+            print(text, file=sys.stderr)
+        self.text = text
+        self._line.update(self._task, description=text)
 
 
 def pace(done: int, left: int, seconds: float) -> str:
@@ -49,7 +86,7 @@ class StudyBar(Progress):
     def __init__(self) -> None:
         super().__init__(
             TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-            TextColumn("{task.fields[pace]}", markup=False), console=Console(stderr=True),
+            TextColumn("{task.fields[pace]}", markup=False), console=STDERR,
         )  # fmt: skip
         self.line = self.add_task("starting", total=None, pace="")
         self.stage = "starting"

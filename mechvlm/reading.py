@@ -5,8 +5,10 @@ residual stream is kept. Layers are states: 0 is what enters the decoder (the em
 layer, n_layers is what the final norm and the unembedding read.
 """
 
+import hashlib
+import re
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol, overload
 
 import nnsight
 import torch
@@ -14,14 +16,16 @@ from torch import Tensor
 
 from mechvlm.accessors import Attention
 from mechvlm.batches import Answers, as_batches, by_batch
-from mechvlm.errors import NonFiniteError
+from mechvlm.errors import InputError, NonFiniteError
 from mechvlm.inputs import Inputs
+from mechvlm.jobs import Job
 from mechvlm.probes.contextualization import Contextualization, ContextualizationResult
 from mechvlm.probes.logit_attribution import LogitAttribution, LogitAttributionResult, merge
 from mechvlm.probes.logit_lens import LogitLens, LogitLensResult
 from mechvlm.probes.norm_attention import NormAttention, NormAttentionResult
 from mechvlm.probes.query_reading import QueryReading, QueryReadingResult
 from mechvlm.progress import track
+from mechvlm.remote import backend_for
 from mechvlm.results import Result
 from mechvlm.tokens import Modality
 from mechvlm.vlm import VLM
@@ -84,10 +88,23 @@ class Probe(Protocol):
     def result(self, plan: Any, rows: list[dict[str, Tensor]], vlm: VLM, inputs: Inputs) -> Result: ...
 
 
-def read(vlm: VLM, inputs: Inputs, *probes) -> tuple:
+@overload
+def read(vlm: VLM, inputs: Inputs, *probes) -> tuple: ...
+
+
+@overload
+def read(vlm: VLM, inputs: Inputs, *probes, blocking: Literal[False], job_id: str | None = None) -> Job: ...
+
+
+def read(vlm: VLM, inputs: Inputs, *probes, blocking: bool = True, job_id: str | None = None) -> tuple | Job:
     """Run ONE forward and give each probe's result, in their order.
 
+    With `blocking=False`, of a model on NDIF, nobody waits: what comes back is a `mechvlm.jobs.Job`, whose `result()` is that
+    tuple. The same call with the job's id finds it again, in another process too, and sends nothing.
+
     Raises:
+        InputError: from the job's `result()`, when the job with this id was given other inputs or other probes.
+        RemoteError: where NDIF gave no result; it says why, and what to do.
         NonFiniteError: when a state holds NaN or infinity; it names the layer and the examples.
         ValueError: when no probe is given, or one asks for positions that are not there.
     """
@@ -107,7 +124,20 @@ def read(vlm: VLM, inputs: Inputs, *probes) -> tuple:
     n = vlm.n_layers
     crosses = vlm.cross_attentions if "queries" in wants else []
 
-    with torch.no_grad(), vlm.trace(inputs, logits_to_keep=1):
+    def results(found: dict[str, Any]) -> tuple:
+        rows = found["rows"]
+        _refuse_nonfinite(torch.stack([f.cpu() for f in found["finite"]]), vlm)
+        return tuple(
+            probe.result(plan, [row for row in kept if row is not None], vlm, inputs)
+            for probe, plan, kept in zip(probes, plans, rows, strict=True)
+        )
+
+    question = "" if blocking else _question(inputs, probes)
+    if job_id is not None:
+        return Job(backend_for(vlm, blocking=False, job_id=job_id), lambda found: results(_answer_to(question, found)))
+
+    with torch.no_grad(), vlm.trace(inputs, logits_to_keep=1, blocking=blocking) as tracer:
+        asked = nnsight.save([question])
         rows = nnsight.save([[] for _ in probes])
         finite = nnsight.save([])
         norm, unembed = vlm.part(vlm.record.norm), vlm.part(vlm.record.unembed)
@@ -138,11 +168,29 @@ def read(vlm: VLM, inputs: Inputs, *probes) -> tuple:
                     if "writes" in probe.reads:
                         kept.append(exactly(probe.at_writes, plan, written))
 
-    _refuse_nonfinite(torch.stack([f.cpu() for f in finite]), vlm)
-    return tuple(
-        probe.result(plan, [row for row in kept if row is not None], vlm, inputs)
-        for probe, plan, kept in zip(probes, plans, rows, strict=True)
-    )
+    if not blocking:
+        return Job(tracer.backend, results)
+    return results({"asked": asked, "rows": rows, "finite": finite})
+
+
+def _question(inputs: Inputs, probes: tuple) -> str:
+    """What a job is asked, as a digest that goes with it: whoever collects it shows the same."""
+    digest = hashlib.sha256(inputs.model.encode())
+    for name, value in sorted(inputs.encoding.items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.contiguous().cpu().numpy().tobytes())
+    # What has no repr of its own shows its address, which is another one in another process.
+    digest.update("\n".join(re.sub(r" at 0x[0-9a-f]+", "", repr(probe)) for probe in probes).encode())
+    return digest.hexdigest()
+
+
+def _answer_to(question: str, found: dict[str, Any]) -> dict[str, Any]:
+    if found.get("asked") != [question]:
+        raise InputError(
+            "This job was asked something else than is collected here. Give the model, the inputs and the probes that it was "
+            "submitted with, or vlm.job(id) for what it saved, as it is."
+        )
+    return found
 
 
 def exactly(measure: Callable, *args):

@@ -29,13 +29,14 @@ import torch
 from cloudpickle import cloudpickle
 from jaxtyping import AbstractArray
 from nnsight.intervention.backends.local import LocalSimulationBackend
-from nnsight.intervention.backends.remote import RemoteBackend
 from nnsight.intervention.serialization import DEFAULT_PROTOCOL, CustomCloudPickler, reduce_block
 from nnsight.modeling import huggingface
 from nnsight.ndif import pull_env
 from nnsight.schema.request import RequestModel
 
+from mechvlm.connection import Connection
 from mechvlm.decoder import Decoder
+from mechvlm.errors import ModelError
 from mechvlm.inputs import Inputs
 
 
@@ -47,15 +48,22 @@ def known_here(folder: str) -> None:
     huggingface._ID_CACHE[folder] = folder
 
 
-def backend_for(vlm, remote: bool | str | None = None) -> Any:
-    """What runs a trace of this VLM: a request to NDIF, its rehearsal here (remote="local"), or None for a trace here."""
+def backend_for(vlm, remote: bool | str | None = None, blocking: bool = True, job_id: str | None = None) -> Any:
+    """What runs a trace of this VLM: a request to NDIF, its rehearsal here (remote="local"), or None for a trace here.
+
+    Raises:
+        ModelError: for a job that nobody waits for (`blocking=False`), or one that has an id, where nothing runs on NDIF.
+    """
     remote = vlm.remote if remote is None else remote
-    if not remote:
-        return None
-    nnsight.register("mechvlm")  # from now on its functions are pickled by value: a server cannot import them
-    if remote == "local":
-        return Rehearsal(vlm.model)
-    return Request(vlm.model.to_model_key(), env=vlm.model._remoteable_get_env())
+    if remote:
+        nnsight.register("mechvlm")  # from now on its functions are pickled by value: a server cannot import them
+    if remote is True:
+        return Request(vlm.model.to_model_key(), env=vlm.model._remoteable_get_env(), blocking=blocking, job_id=job_id)
+    if not blocking or job_id is not None:
+        raise ModelError(
+            f"blocking=False leaves a job on NDIF, and {vlm.name} runs here: load it with remote=True, or leave it out."
+        )
+    return Rehearsal(vlm.model) if remote == "local" else None
 
 
 def together(vlm, work: Callable, *args):
@@ -71,7 +79,7 @@ def together(vlm, work: Callable, *args):
     return found
 
 
-class Request(RemoteBackend):
+class Request(Connection):
     """One request to NDIF, from the block to the values that it saved."""
 
     def _serialize(self, tracer) -> bytes:

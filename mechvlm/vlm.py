@@ -15,6 +15,7 @@ from mechvlm.architectures import architecture_of, part
 from mechvlm.decoder import Decoder
 from mechvlm.errors import ModelError
 from mechvlm.inputs import ImageLike, Inputs, build_inputs
+from mechvlm.jobs import Job
 from mechvlm.remote import backend_for
 from mechvlm.weights import Part
 
@@ -119,10 +120,19 @@ class VLM(Decoder):
     def trace(self, inputs: Inputs, **kwargs):
         """An ordinary nnsight trace over one forward of `inputs`; `kwargs` go to the model's forward.
 
-        `logits_to_keep=1` saves the logits of all positions but the last.
+        `logits_to_keep=1` saves the logits of all positions but the last. Where the model is on NDIF, `blocking=False` leaves the
+        job there, `with vlm.trace(inputs, blocking=False) as tracer:`, and `vlm.job(tracer.backend.job_id)` finds it again.
         """
-        backend = backend_for(self, kwargs.pop("remote", None))
+        backend = backend_for(self, kwargs.pop("remote", None), kwargs.pop("blocking", True))
         return self.model.trace(**self.encoding(inputs), backend=backend, **kwargs)
+
+    def job(self, job_id: str) -> Job:
+        """The job that a trace left on NDIF; its `result()` is a dict of what the block saved, by the names there.
+
+        Raises:
+            ModelError: where the model runs here.
+        """
+        return Job(backend_for(self, blocking=False, job_id=job_id), finish=dict)
 
     @torch.no_grad()
     def next_tokens(self, inputs: Inputs) -> Int[Tensor, " example"]:

@@ -21,7 +21,9 @@ LOAD = {
     "accessors",
     "weights",
     "decoder",
+    "connection",
     "remote",
+    "jobs",
     "vlm",
     "checks",
     "bundled",
@@ -30,6 +32,7 @@ LOAD = {
 MEASURE = {"results", "probes", "words", "segments", "phases", "intervals", "pairs"}
 ALLOWED = {
     **{room: LOAD for room in LOAD},
+    **{room: LOAD | {"progress"} for room in ("connection", "jobs")},
     "datasets": {"errors", "images", "datasets"},
     "progress": set(),
     # Measures see tensors, never a model: of LOAD they know positions and the attention's formula.
@@ -81,7 +84,8 @@ def test_rooms_import_only_what_stands_above_them():
 def test_only_some_rooms_know_nnsight():
     knowing = {p.relative_to(ROOT).as_posix() for p in ROOT.rglob("*.py") if "nnsight" in _packages(p)}
     experiments = {f"experiments/{name}.py" for name in ("rerun", "multimodal_neurons")}
-    assert knowing == {"vlm.py", "remote.py", "reading.py", "checks.py", "lens_cache.py"} | experiments
+    ndif = {"remote.py", "connection.py", "jobs.py"}
+    assert knowing == ndif | {"vlm.py", "reading.py", "checks.py", "lens_cache.py"} | experiments
 
 
 def _packages(path: Path) -> set[str]:

@@ -6,9 +6,9 @@ import nnsight
 import pytest
 import torch
 from ndif_lane import TOLERANCE, difference, tensor_bytes
-from nnsight.intervention.backends.remote import RemoteError
 
 import mechvlm as mv
+from mechvlm.errors import RemoteError
 
 pytestmark = pytest.mark.ndif
 

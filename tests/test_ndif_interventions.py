@@ -4,9 +4,9 @@ import nnsight
 import pytest
 import torch
 from ndif_lane import TOLERANCE, difference
-from nnsight.intervention.backends.remote import RemoteError
 
 import mechvlm as mv
+from mechvlm.errors import RemoteError
 
 pytestmark = pytest.mark.ndif
 

@@ -3,6 +3,8 @@
 import re
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 
@@ -27,6 +29,24 @@ def test_the_examples_run(tmp_path, monkeypatch):
     assert names["resid"].shape == (1, len(inputs.tokens), vlm.d_model)
     assert names["weights"].shape == (1, vlm.n_heads, 1, len(inputs.tokens))
     assert names["lens"].tokens.shape == (vlm.n_layers + 1, len(inputs.tokens.image), 5)
+
+
+@pytest.mark.ndif
+def test_the_example_on_NDIF_runs(server, tmp_path):
+    """Its block has an info string of its own: it needs a server."""
+    (code,) = re.findall(r"```python ndif\n(.*?)```", README, re.S)
+    file = tmp_path / "example.py"
+    file.write_text(code)
+    names: dict = {}
+    exec(compile(code, str(file), "exec"), names)
+    assert names["there"].apart
+    assert names["logits"].shape == (1, names["there"].d_vocab)
+    assert names["lens"].tokens.shape[0] == names["there"].n_layers + 1
+    assert names["found"]["norm"].shape == (1, len(names["inputs"].tokens))
+
+
+def test_every_python_block_is_run_somewhere():
+    assert set(re.findall(r"^```(\w.*)$", README, re.M)) == {"python", "python ndif", "sh", "sh setup"}
 
 
 def test_the_file_tree_is_the_packages():

@@ -270,7 +270,20 @@ def test_run_json_says_how_to_do_it_again(study, examples):
     record = json.loads((study.out / "run.json").read_text())
     assert record["dataset"] == {"name": "made", "n": 7, "fingerprint": fingerprint(examples)}
     assert record["seed"] == 0
-    asked = {"models", "dataset", "prompt", "n", "seed", "device", "dtype", "batch_size", "out", "measures"}
+    asked = {
+        "models",
+        "dataset",
+        "prompt",
+        "n",
+        "seed",
+        "device",
+        "device_map",
+        "remote",
+        "dtype",
+        "batch_size",
+        "out",
+        "measures",
+    }
     assert set(record["settings"]) == asked
     assert set(record["models"]) == {LLAVA, BLIP}
     assert {"python", "platform", "torch", "transformers", "nnsight", "mechvlm"} <= set(record["versions"])

@@ -30,8 +30,8 @@ def printed(notebook) -> list[str]:
     return [re.sub(r"\d\.?\d*e[-+]\d+", "", t) for t in text]
 
 
-def test_there_are_six():
-    assert [path.stem[0] for path in TUTORIALS] == list("123456")
+def test_there_are_seven():
+    assert [path.stem[0] for path in TUTORIALS] == list("1234567")
 
 
 @pytest.mark.tutorial
@@ -47,6 +47,18 @@ def test_it_runs(path):
     for before, now in zip(printed(committed), printed(ran), strict=True):
         assert words(now) == words(before)
         assert numbers(now) == pytest.approx(numbers(before), rel=0.1, abs=0.06)
+
+
+@pytest.mark.ndif
+def test_that_on_NDIF_runs_there(server, tmp_path):
+    """Committed as rehearsed; on a server it prints the same."""
+    committed = nbformat.read(ROOT / "tutorials" / "7_local_and_ndif.ipynb", as_version=4)
+    (tmp_path / "there.ipynb").write_text(nbformat.writes(committed).replace('REMOTE = \\"local\\"', "REMOTE = True"))
+    ran = script.run(tmp_path / "there.ipynb")
+    script.still(ran)
+    assert "REMOTE = True" in ran.cells[1].source
+    assert "False" not in "".join(printed(ran))
+    assert printed(ran) == printed(committed)
 
 
 def words(text: str) -> list[str]:

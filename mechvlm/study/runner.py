@@ -13,7 +13,7 @@ from PIL import Image
 
 from mechvlm import bundled
 from mechvlm.datasets import Dataset, Example, SetAside, fingerprint, load_dataset
-from mechvlm.errors import InputError, StoppedError
+from mechvlm.errors import InputError, RemoteError, StoppedError
 from mechvlm.images import open_image
 from mechvlm.loading import class_of
 from mechvlm.study import merge, store
@@ -44,6 +44,7 @@ def run(
     device: str | None = None,
     dtype: str | None = None,
     device_map: str | dict | None = None,
+    remote: bool = False,
     batch_size: int = 16,
     out: str | Path | None = None,
     progress: Progress | None = None,
@@ -67,6 +68,8 @@ def run(
         device: as `mechvlm.load` takes it.
         dtype: as `mechvlm.load` takes it.
         device_map: as `mechvlm.load` takes it, instead of `device`: "auto" spreads one large model over several GPUs.
+        remote: read on NDIF, by one request a batch. What changes nothing there is sent again, after a while, where a connection
+            is lost; where none comes back, the study stops, and goes on as any other does.
         batch_size: examples a forward. It changes speed and memory, and of results the last bits.
         out: a folder for report, views, figures, tables and `run.json`: new, empty, or that of a study with the same settings.
             None writes nothing.
@@ -88,7 +91,9 @@ def run(
     Raises:
         InputError: for a data set, prompt or folder that cannot be used, or where no example could be read.
         ModelError: for a model that cannot be loaded.
-        StoppedError: when nothing more can be written, on a full disk for instance, or when workers end again and again.
+        StoppedError: when nothing more can be written, on a full disk for instance, when workers end again and again, or NDIF
+            cannot be reached any more.
+        RemoteError: when NDIF refuses the study; it says why.
     """
     started = time.perf_counter()
     progress = progress or (lambda stage, done, total: None)
@@ -104,6 +109,10 @@ def run(
             class_of(model)  # before the first model runs, not after it
     if device is not None and device_map is not None:
         raise InputError(f"Give device ({device}) or device_map ({device_map}), not both.")
+    if remote and ray is not None:
+        raise InputError(
+            "NDIF and a Ray cluster were both asked for: NDIF's machines read, so leave out ray or remote."
+        )
     cluster = cluster_of(models, ray, workers, gpus_per_worker, device, device_map)
     if cluster is None:
         check_device(device)
@@ -111,7 +120,7 @@ def run(
     settings = {
         "models": list(names), "dataset": data.name, "prompt": prompt, "n": len(data), "seed": seed, "device": device,
         "dtype": dtype, "device_map": device_map, "batch_size": batch_size, "out": None if out is None else str(out),
-        "measures": MEASURES,
+        "remote": remote, "measures": MEASURES,
     }  # fmt: skip
     with ExitStack() as stack:
         weights: dict[str, dict] = {}
@@ -122,7 +131,7 @@ def run(
             progress("settings", 0, 0)
             full = settings_of(
                 models, data, prompt=prompt, seed=seed, device=device, dtype=dtype, batch_size=batch_size,
-                device_map=device_map,
+                device_map=device_map, remote=remote,
             )  # fmt: skip
             weights = full["weights"]
             if stack.enter_context(opened(folder, full)):
@@ -131,7 +140,9 @@ def run(
         # The whole run's clock goes on from what earlier ones took.
         started -= _seconds(plan)
         try:
-            here = Here(plan, models, weights, {"device": device, "dtype": dtype, "device_map": device_map})
+            here = Here(
+                plan, models, weights, {"device": device, "dtype": dtype, "device_map": device_map, "remote": remote}
+            )
             with here if cluster is None else cluster.workers(here) as hands:
                 loaded = [_read_all(plan, i, hands, progress) for i in range(len(names))]
             with stage(folder) as staged:
@@ -140,6 +151,12 @@ def run(
                 study = _study(plan, staged, settings, weights, loaded, progress, started)
                 if out is not None:
                     study = store.write(replace(study, out=folder), staged, progress, started)
+        except RemoteError as error:
+            if not error.retryable or out is None:
+                raise
+            raise StoppedError(
+                f"The study stopped: {error} What is done stays in {folder}, and the same command goes on from there."
+            ) from error
         except OSError as error:
             raise StoppedError(
                 f"The study stopped: {error}. What is done stays in {folder}; where that is a full disk, make room. The same "

@@ -47,20 +47,22 @@ def settings_of(
     dtype: str | None,
     batch_size: int,
     device_map: str | dict | None = None,
+    remote: bool = False,
 ) -> dict[str, Any]:
     """Everything that determines the results, for settings.json.
 
     A hub id has its revision; of a folder the files are hashed; of a loaded model its parameters. The data set is known by its
     fingerprint, so that the same files in another place are the same data.
     """  # fmt: skip
+    remote = remote or any(isinstance(m, VLM) and m.apart for m in models)
     return {
         "format": FORMAT,
         "models": [m.name if isinstance(m, VLM) else m for m in models],
-        "weights": {(m.name if isinstance(m, VLM) else m): identity(m) for m in models},
+        "weights": {(m.name if isinstance(m, VLM) else m): identity(m, remote) for m in models},
         "dataset": {"name": data.name, "n": len(data), "fingerprint": data.fingerprint},
         "prompt": prompt,
         "seed": seed,
-        "device": torch.device(device or "cpu").type if device_map is None else f"device_map {device_map}",
+        "device": _place(device, device_map, remote),
         "dtype": dtype,
         "batch_size": batch_size,
         "shard": shard_size(batch_size),
@@ -69,8 +71,19 @@ def settings_of(
     }
 
 
-def identity(model: str | VLM) -> dict[str, Any]:
-    """Which weights a model has: class, revision, and sha256 of the weights and of the small files beside them."""
+def _place(device: str | None, device_map: str | dict | None, remote: bool) -> str:
+    if remote:
+        return "ndif"
+    return f"device_map {device_map}" if device_map is not None else torch.device(device or "cpu").type
+
+
+def identity(model: str | VLM, remote: bool = False) -> dict[str, Any]:
+    """Which weights a model has: class, revision, and sha256 of the weights and of the small files beside them.
+
+    NDIF hosts a hub id as of a branch, and does not say which commit: its revision is None where none was asked for.
+    """
+    if isinstance(model, VLM) and model.apart:
+        return identity(model.name, remote=True) | {"revision": model.revision}
     if isinstance(model, VLM):
         digest = hashlib.sha256(str(model.device.type).encode())
         for name, value in model.hf.state_dict().items():
@@ -79,6 +92,8 @@ def identity(model: str | VLM) -> dict[str, Any]:
         return {"class": model.record.hf_class, "revision": model.revision, "parameters": digest.hexdigest()}
     folder = bundled.path(model) if model in bundled.NAMES else Path(model)
     found = {"class": class_of(model), "revision": None}
+    if not folder.is_dir() and remote:
+        return found
     if not folder.is_dir():
         return found | {"revision": getattr(AutoConfig.from_pretrained(model), "_commit_hash", None)}
     beside = sorted(p for p in folder.iterdir() if p.suffix in (".json", ".jinja", ".model", ".txt") and p.is_file())

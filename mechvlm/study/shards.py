@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import pyarrow as pa
 import torch
 from PIL import Image
 
+from mechvlm.connection import retrying
 from mechvlm.datasets import Dataset, Example
 from mechvlm.errors import InputError, NonFiniteError
 from mechvlm.probes.contextualization import Contextualization
@@ -154,7 +156,7 @@ def make_gallery(plan: Plan, vlm: VLM, model: int, shown: list[Example], progres
                 if plan.views:
                     from mechvlm.study.gallery import show  # it needs matplotlib
 
-                    page = show(vlm, example.image, plan.prompt)
+                    page = retrying(partial(show, vlm, example.image, plan.prompt))
                     heat = BytesIO()
                     page.heat.save(heat, "PNG")
                     keys = {"model": name, "example": example.id, "heat": heat.getvalue()}
@@ -165,8 +167,9 @@ def make_gallery(plan: Plan, vlm: VLM, model: int, shown: list[Example], progres
                     raise
                 left_out.append({"example": example.id, "reason": _first_line(error)})
     about = {
-        "class": vlm.record.hf_class, "revision": vlm.revision, "dtype": str(vlm.dtype).removeprefix("torch."),
-        "device": str(vlm.device), "n_layers": vlm.n_layers, "threads": threads, "left_out": left_out,
+        "class": vlm.record.hf_class, "revision": vlm.revision,
+        "dtype": str(retrying(lambda: vlm.dtype)).removeprefix("torch."),
+        "device": "ndif" if vlm.apart else str(vlm.device), "n_layers": vlm.n_layers, "threads": threads, "left_out": left_out,
         "seconds": round(time.perf_counter() - clock, 3),
     }  # fmt: skip
     tables = {"answers": pa.Table.from_pylist(answers, ANSWERS), "views": pa.Table.from_pylist(views, VIEWS)}
@@ -178,7 +181,7 @@ def _reads(plan: Plan, vlm: VLM, batch: range, probes: tuple, aside: list, halve
     examples = [plan.data.examples[index] for index in batch]
     try:
         inputs = vlm.inputs([e.image for e in examples], plan.prompt)
-        results = read(vlm, inputs, *probes)
+        results = retrying(lambda: read(vlm, inputs, *probes))
     except (InputError, NonFiniteError) as error:
         reason = str(error)
     except (RuntimeError, MemoryError) as error:
@@ -207,7 +210,8 @@ def _answers(vlm: VLM, shown: list[Example], prompt: str, batch_size: int) -> di
     for start in range(0, len(shown), batch_size):
         some = shown[start : start + batch_size]
         try:
-            texts |= zip((e.id for e in some), vlm.generate(vlm.inputs([e.image for e in some], prompt)), strict=True)
+            inputs = vlm.inputs([e.image for e in some], prompt)
+            texts |= zip((e.id for e in some), retrying(partial(vlm.generate, inputs)), strict=True)
             continue
         except (RuntimeError, MemoryError) as error:
             if not out_of_memory(error):

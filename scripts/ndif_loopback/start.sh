@@ -28,8 +28,12 @@ serve() {  # the parts of the server, each with a log of its own
   RAY_ADDRESS=127.0.0.1:6395 python -m ndif.services.ray.deployments.controller.controller >"$log/controller.log" 2>&1
   NDIF_SERVICE=api gunicorn --config python:ndif.services.api.gunicorn_conf --bind 127.0.0.1:8009 \
     ndif.services.api.app:app >"$log/api.log" 2>&1 &
+  # Two more doors to the same server: one that wants API keys (its list of them is out of reach), one for newer clients.
+  door() { NDIF_SERVICE=api python -m uvicorn ndif.services.api.app:app --port "$1" >"$log/api-$1.log" 2>&1 & }
+  NDIF_POSTGRES_URL=postgresql://127.0.0.1:1/keys door 8010
+  NDIF_MIN_NNSIGHT_VERSION=99.0 door 8011
   for _ in $(seq 240); do
-    curl -sf "$NDIF_HOST/connected" >/dev/null && return
+    curl -sf --fail-early "$NDIF_HOST/connected" http://127.0.0.1:8010/ping http://127.0.0.1:8011/ping >/dev/null && return
     sleep 0.5
   done
   return 1
