@@ -64,7 +64,10 @@ def run(
         out: a folder for report, views, figures, tables and `run.json`: new, empty, or that of a study with the same settings.
             None writes nothing.
         progress: called with what is going on, how much of it is done, and how much there is; of what is read, the examples
-            of all models together.
+            of all models together, and with Winoground each pair's four readings.
+
+    Where the examples are Winoground's, every pair of which both sides were drawn is measured as by `mechvlm.winoground`, with the
+    same prompt and in further forwards: tables, report and figure then hold its scores and measures too.
 
     Beside the one forward a batch, each of the `mechvlm.study.shards.GALLERY` examples that the report shows is answered, and
     with `out` read once more by itself: for its patch view, which needs more destinations than the whole data set could afford.
@@ -135,7 +138,7 @@ def _read_all(
     plan: Plan, number: int, model: str | VLM, weights: dict, device: str | None, dtype: str | None, progress: Progress
 ) -> float:
     """Make what is missing of one model's shards, and its gallery; gives the seconds that loading took."""
-    name, todo, n = plan.names[number], missing(plan, number), len(plan.data)
+    name, todo, n = plan.names[number], missing(plan, number), plan.readings
     if not todo and plan.gallery(number).is_dir():
         return 0.0
     clock = time.perf_counter()
@@ -148,7 +151,7 @@ def _read_all(
     check_prompt(vlm, plan.prompt)
     took = time.perf_counter() - clock
     total = n * len(plan.names)
-    # Of the shards that are there, all examples are done.
+    # Of the shards that are there, everything is done.
     at = n * number + n - sum(len(plan.examples(shard)) for shard in todo)
     progress(f"{name}: reading", at, total)
     for shard in todo:
@@ -157,7 +160,7 @@ def _read_all(
     if not merge.n_read(plan, number):
         first = next(row for row in merge.skipped(plan).itertuples() if row.model == name)
         raise InputError(
-            f"None of the {n} examples could be read by {name}. The first, {first.example}: {first.reason}"
+            f"None of the {len(plan.data)} examples could be read by {name}. The first, {first.example}: {first.reason}"
         )
     if not plan.gallery(number).is_dir():
         progress(f"{name}: answers and patch views", 0, 0)
@@ -186,14 +189,18 @@ def _study(
     for i, name in enumerate(plan.names):
         shards = [read_about(plan.at(i, number)) for number in range(len(plan))]
         of_gallery = read_about(plan.gallery(i))
+        of_pairs = [read_about(plan.at(i, number)) for number in plan.pair_numbers]
         about[name] = {
             **{key: of_gallery[key] for key in ("class", "revision", "dtype", "device", "n_layers", "threads")},
             **{key: value for key, value in weights.get(name, {}).items() if key in ("sha256", "parameters") and value},
             "n_examples": sum(shard["read"] for shard in shards),
-            "seconds": round(loaded[i] + of_gallery["seconds"] + sum(shard["seconds"] for shard in shards), 2),
+            "seconds": round(
+                loaded[i] + of_gallery["seconds"] + sum(shard["seconds"] for shard in (*shards, *of_pairs)), 2
+            ),
             # Batches that did not fit into memory and were halved: batches of another size change floats' last bits.
-            "halved": [one for shard in shards for one in shard["halved"]],
+            "halved": [one for shard in (*shards, *of_pairs) for one in shard["halved"]],
             "left_out_of_gallery": of_gallery["left_out"],
+            **({"pairs_set_aside": [one for shard in of_pairs for one in shard["aside"]]} if plan.pairs else {}),
         }
     shown, views = _gallery(plan)
     return Study(
@@ -202,11 +209,17 @@ def _study(
         skipped=merge.skipped(plan),
         settings=settings,
         models=about,
-        dataset={"name": plan.data.name, "n": len(plan.data), "fingerprint": plan.data.fingerprint},
+        dataset={"name": plan.data.name, "n": len(plan.data), "fingerprint": plan.data.fingerprint} | _paired(plan),
         gallery=shown,
         views=views,
         seconds=round(time.perf_counter() - started, 2),
     )
+
+
+def _paired(plan: Plan) -> dict[str, int]:
+    """How many pairs were drawn whole, and of how many only one side was; empty where examples are not sides of pairs."""
+    drawn = {example.meta["pair"] for example in plan.data.examples if "pair" in example.meta}
+    return {"pairs": len(plan.pairs), "half_pairs": len(drawn) - len(plan.pairs)} if drawn else {}
 
 
 def _gallery(plan: Plan) -> tuple[list[tuple[Example, Image.Image]], dict[tuple[str, str], Shown]]:
