@@ -1,4 +1,4 @@
-"""The figures of a study, four and with Winoground a fifth, from its tables alone: an opened study draws them again without a model."""
+"""The figures of a study, from its tables alone: an opened study draws them again without a model."""
 
 from pathlib import Path
 

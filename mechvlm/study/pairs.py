@@ -8,12 +8,13 @@ from mechvlm.study.study import Study
 
 
 def pair_results(study: Study) -> dict[str, WinogroundResult]:
-    """What `mechvlm.winoground` gave of each model's pairs; without models that could read none, empty where there are no pairs."""
+    """What `mechvlm.winoground` gave of each model's pairs, without the models that could read none."""
     if "pairs" not in study.tables:
         return {}
+    both = study.tables["pair_scores"], study.tables["pairs"]
     found = {}
     for model, about in study.models.items():
-        scores, rows = (study.tables[name].query("model == @model") for name in ("pair_scores", "pairs"))
+        scores, rows = (table[table["model"] == model] for table in both)
         if scores.empty:
             continue
         place = {pair: i for i, pair in enumerate(scores["pair"])}

@@ -66,8 +66,8 @@ def run(
         progress: called with what is going on, how much of it is done, and how much there is; of what is read, the examples
             of all models together, and with Winoground each pair's four readings.
 
-    Where the examples are Winoground's, every pair of which both sides were drawn is measured as by `mechvlm.winoground`, with the
-    same prompt and in further forwards: tables, report and figure then hold its scores and measures too.
+    Where the examples are Winoground's, every pair of which both sides were drawn is measured as `mechvlm.winoground` does, in
+    further forwards with the same prompt: tables, report and figures then hold the pairs' scores and measures too.
 
     Beside the one forward a batch, each of the `mechvlm.study.shards.GALLERY` examples that the report shows is answered, and
     with `out` read once more by itself: for its patch view, which needs more destinations than the whole data set could afford.
