@@ -1,6 +1,7 @@
 """The study on Winoground: what `mechvlm.winoground` gives of its pairs, in pieces that survive, up to the report."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -168,17 +169,21 @@ def test_interrupted_at_any_piece_it_comes_to_the_same(vlm, spec, study, tmp_pat
     assert {p.name for p in (tmp_path / "out").iterdir()} == {p.name for p in study.out.iterdir()}
 
 
-def test_killed_again_and_again_it_comes_to_the_same():
+def test_killed_again_and_again_it_comes_to_the_same(tmp_path):
     """tests/killed.py with sides of pairs, each pair a shard: SIGKILL at random moments and at random steps on the disk."""
     code = (
-        "import json, killed, tempfile; from pathlib import Path; from mechvlm.datasets import Example; "
+        "import json, killed, sys; from pathlib import Path; from mechvlm.datasets import Example; "
         "killed.settings.PAIRS = 1; killed.Example = lambda id, *rest: "
         "Example(id, *rest, {'pair': str(int(id[1:]) // 2), 'side': int(id[1:]) % 2}); "
-        "print(json.dumps(killed.main(12, 5, Path(tempfile.mkdtemp()))))"
+        "print(json.dumps(killed.main(6, 5, Path(sys.argv[1]))))"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], cwd=HERE.parent, env={**os.environ, "PYTHONPATH": str(HERE)},
+        capture_output=True, text=True, timeout=600,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout.splitlines()[-1])["kills"] >= 12
+    assert json.loads(done.stdout.splitlines()[-1])["kills"] >= 6
+    assert (tmp_path / "whole" / "data" / "pairs.parquet").is_file()
 
 
 def test_progress_counts_the_pairs_readings(vlm, spec, tmp_path):

@@ -11,7 +11,8 @@
 
 While a study runs, its folder holds settings.json and, in shards/, one folder for each shard that is done (M-NNNNN, shard
 NNNNN of model M; M-pairs-NNNNN of Winoground's pairs) and one for each model's gallery (M-gallery): Parquet tables and an
-about.json. What is not whole yet has a name that ends in .tmp. The rest appears at the end, run.json last, and then shards/ goes: what it held is in the tables.
+about.json. What is not whole yet has a name that ends in .tmp. The rest appears at the end, run.json last, and then shards/
+goes: what it held is in the tables.
 
 Tables, one value a row; `example` is the data set's id, layers count from 0 (embeddings):
 
