@@ -203,7 +203,7 @@ def test_a_pair_of_which_one_side_was_drawn_is_left_out_and_counted(vlm, spec, t
     study = run([vlm], spec, n=5, out=tmp_path / "out", **OPTIONS)
     assert study.tables["pair_scores"]["pair"].nunique() == 2
     assert (study.dataset["pairs"], study.dataset["half_pairs"]) == (2, 1)
-    assert "Of 1 more only one side" in mv.Study.open(study.out).plot("pairs").caption
+    assert "Left out: 1 of which only one side" in mv.Study.open(study.out).plot("pairs").caption
 
 
 def test_no_pair_drawn_whole(vlm, spec, tmp_path, no_figures):

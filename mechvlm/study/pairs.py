@@ -69,9 +69,9 @@ def pair_counts(study: Study) -> str:
         f"{model} n = {len(results[model].pairs) if model in results else 0:,} ({len(about['pairs_set_aside']):,} set aside)"
         for model, about in study.models.items()
     )
-    half = f" Of {data['half_pairs']:,} more only one side is among the examples: they are left out." * bool(
-        data["half_pairs"]
-    )
+    half = ""
+    if data["half_pairs"]:
+        half = f" Left out: {data['half_pairs']:,} of which only one side is among the examples."
     return (
         f"Pairs: {models}; of {data['pairs']:,} with both sides among the examples drawn from {data['name']} with seed "
         f"{study.settings['seed']}.{half}"
