@@ -64,7 +64,7 @@ def run(
         out: a folder for report, views, figures, tables and `run.json`: new, empty, or that of a study with the same settings.
             None writes nothing.
         progress: called with what is going on, how much of it is done, and how much there is; of what is read, the examples
-            of all models together, and with Winoground each pair's four readings.
+            of all models together, and with Winoground both sides of each pair once more.
 
     Where the examples are Winoground's, every pair of which both sides were drawn is measured as `mechvlm.winoground` does, in
     further forwards with the same prompt: tables, report and figures then hold the pairs' scores and measures too.

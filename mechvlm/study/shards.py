@@ -111,8 +111,8 @@ class Plan:
 
     @property
     def readings(self) -> int:
-        """What is read of each model: every example, and each pair's two captions on its two images."""
-        return len(self.data) + 4 * len(self.pairs)
+        """Examples that each model reads: all of them, and both sides of each pair once more."""
+        return len(self.data) + 2 * len(self.pairs)
 
     def at(self, model: int, number: int) -> Path:
         if number < len(self):
@@ -122,12 +122,12 @@ class Plan:
     def gallery(self, model: int) -> Path:
         return self.folder / f"{model}-gallery"
 
-    def examples(self, number: int) -> range:
-        """Which examples, by their index in the data set; of a shard of pairs its readings, which count on from there."""
+    def examples(self, number: int) -> Sequence[int]:
+        """Which examples, by their index in the data set; of a shard of pairs, both sides of each."""
         if number < len(self):
             return range(number * self.shard, min((number + 1) * self.shard, len(self.data)))
-        some, n = self.of_pairs(number), len(self.data)
-        return range(n + 4 * some.start, n + 4 * some.stop)
+        ids = {self.pairs[index].id for index in self.of_pairs(number)}
+        return [index for index, example in enumerate(self.data.examples) if example.meta.get("pair") in ids]
 
     def of_pairs(self, number: int) -> range:
         """Which pairs, by their index in `pairs`."""
@@ -143,7 +143,7 @@ def missing(plan: Plan, model: int) -> list[int]:
 def make_shard(
     plan: Plan, vlm: VLM, model: int, number: int, progress: Callable[[int], None] = lambda done: None
 ) -> None:
-    """Read one shard's examples, or its pairs, and write it. `progress` is called with the examples (readings) done so far.
+    """Read one shard's examples, or its pairs, and write it. `progress` is called with the examples done so far.
 
     An example that cannot be read is set aside with its reason; so is one that does not fit into memory by itself, after its
     batch was halved until it stood alone.
@@ -165,8 +165,9 @@ def make_shard(
         return inputs.token_maps, read(vlm, inputs, *probes)
 
     with threads_for(vlm):
-        for start in range(indices.start, indices.stop, plan.batch_size):
-            batch = range(start, min(start + plan.batch_size, indices.stop))
+        stop = indices[-1] + 1
+        for start in range(indices[0], stop, plan.batch_size):
+            batch = range(start, min(start + plan.batch_size, stop))
             for some, (maps, (lens, context, norms)) in _reads(vlm, all_examples, batch, read_examples, aside, halved):
                 for row, (index, tokens) in enumerate(zip(some, maps, strict=True)):
                     example, other = all_examples[index], all_examples[(index + 1) % len(all_examples)]
@@ -251,7 +252,7 @@ def _make_pairs(plan: Plan, vlm: VLM, model: int, number: int, progress: Callabl
             ):
                 used += [plan.pairs[index] for index in some]
                 found.append(values)
-            progress(4 * (batch.stop - pairs.start))
+            progress(2 * (batch.stop - pairs.start))
     frames = {table: pd.DataFrame(columns=schema.names) for table, schema in PAIR_SCHEMAS.items()}
     if used:
         ids = tuple(pair.id for pair in used)
