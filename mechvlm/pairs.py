@@ -20,9 +20,9 @@ class PairScores(NamedTuple):
     image: Bool[Tensor, " pair"]
     group: Bool[Tensor, " pair"]
 
-    def to_frame(self) -> pd.DataFrame:
+    def to_frame(self, seed: int = 0) -> pd.DataFrame:
         """One row per score: score, percent of pairs, its 95 % bootstrap interval low and high, chance, n pairs."""
-        found = mean_interval(100 * torch.stack(list(self), -1).double())
+        found = mean_interval(100 * torch.stack(list(self), -1).double(), seed=seed)
         ends = {name: getattr(found, name).tolist() for name in ("low", "high")}
         percent = {"score": list(CHANCE), "percent": found.mean.tolist()}
         return pd.DataFrame({**percent, **ends, "chance": list(CHANCE.values()), "n": len(self.group)})

@@ -45,7 +45,7 @@ ALLOWED = {
     "view": MEASURE | {"errors", "tokens", "inputs", "experiments", "view"},
     "lens_cache": LOAD | {"lens_bridge"},
     "lens_bridge": LOAD,
-    "study": LOAD | MEASURE | {"reading", "view", "datasets", "study"},
+    "study": LOAD | MEASURE | {"reading", "experiments", "view", "datasets", "study"},
     "cli": LOAD | {"study", "datasets", "progress", "cli"},
 }
 

@@ -61,8 +61,12 @@ class WinogroundResult(Result):
 
         A pair's two images count as one value, their mean: they are no independent examples.
         """
+        return self.difference_by(seed=0)
+
+    def difference_by(self, seed: int) -> Interval:
+        """`difference`, with the bootstrap's seed."""
         matched, mismatched = self.by_condition
-        return mean_interval((matched - mismatched).nanmean(-1).movedim(-1, 0))
+        return mean_interval((matched - mismatched).nanmean(-1).movedim(-1, 0), seed=seed)
 
     def to_frame(self) -> pd.DataFrame:
         """One row per measure, layer, pair, image and condition ("matched", "mismatched"); layers that a measure lacks are

@@ -96,7 +96,7 @@ def winoground(vlm: VLM, pairs: Sequence[Pair], prompt: str = PROMPT, batch_size
 def _reads(vlm: VLM, pairs: list[Pair], prompt: str, aside: list) -> Iterator[tuple[list[Pair], Tensor]]:
     """The pairs in one forward; where one spoils it, each alone."""
     try:
-        values = _read(vlm, pairs, prompt)
+        values = read_pairs(vlm, pairs, prompt)
     except (InputError, NonFiniteError) as error:
         if len(pairs) == 1:
             aside.append((pairs[0].id, str(error)))
@@ -107,8 +107,13 @@ def _reads(vlm: VLM, pairs: list[Pair], prompt: str, aside: list) -> Iterator[tu
         yield pairs, values
 
 
-def _read(vlm: VLM, pairs: list[Pair], prompt: str) -> Float[Tensor, "measure layer pair caption image"]:
-    """Each pair's four combinations, caption by caption, as one batch."""
+def read_pairs(vlm: VLM, pairs: Sequence[Pair], prompt: str) -> Float[Tensor, "measure layer pair caption image"]:
+    """What `WinogroundResult.values` holds, of these pairs: their four combinations, caption by caption, in one forward.
+
+    Raises:
+        InputError: for an image that cannot be read, or a caption that leaves no room.
+        NonFiniteError: where activations are not finite.
+    """
     each = [(pair, caption, image) for pair in pairs for caption in (0, 1) for image in (0, 1)]
     captions = [pair.captions[caption] for pair, caption, _ in each]
     inputs = vlm.inputs([pair.images[image] for pair, _, image in each], prompt)

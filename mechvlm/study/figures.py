@@ -1,4 +1,4 @@
-"""The four figures of a study, from its tables alone: an opened study draws them again without a model."""
+"""The figures of a study, from its tables alone: an opened study draws them again without a model."""
 
 from pathlib import Path
 
@@ -9,6 +9,7 @@ from mechvlm.errors import InputError
 from mechvlm.phases import N_BOOTSTRAP
 from mechvlm.study.drawn import DOTTED, GREY, Drawn, bands, counts, dotted, legend, line_of, panels, title
 from mechvlm.study.norm_figure import norm_figure
+from mechvlm.study.pair_figure import pair_figure
 from mechvlm.study.statistics import PAIRS
 from mechvlm.study.study import Study
 from mechvlm.view.plots import LINES, layer_axis, shade, style
@@ -21,17 +22,18 @@ def draw(study: Study, name: str) -> Drawn:
     """One of the figures, by name.
 
     Raises:
-        InputError: for a name that is not in `FIGURES`.
+        InputError: for a name that is not in `FIGURES`, or "pairs" of a study without Winoground's pairs.
     """
-    if name not in FIGURES:
-        raise InputError(f"There is no figure {name!r}. There are: {', '.join(FIGURES)}.")
+    there = _there(study)
+    if name not in there:
+        raise InputError(f"There is no figure {name!r}. There are: {', '.join(there)}.")
     with style():
-        return FIGURES[name](study)
+        return there[name](study)
 
 
 def draw_all(study: Study) -> dict[str, Drawn]:
     """Each figure with its caption, by name."""
-    return {name: draw(study, name) for name in FIGURES}
+    return {name: draw(study, name) for name in _there(study)}
 
 
 def save_all(figures: dict[str, Drawn], folder: Path) -> None:
@@ -127,6 +129,11 @@ FIGURES = {
     "contextualization": context_figure,
     "norm_attention": norm_figure,
 }
+
+
+def _there(study: Study) -> dict:
+    """`FIGURES`, and where pairs could be read, theirs."""
+    return FIGURES | ({"pairs": pair_figure} if len(study.tables.get("pairs", ())) else {})
 
 
 def _pair(ax: Axes, curves, pair: str, thin: bool = False) -> None:

@@ -13,15 +13,19 @@ import torch
 from mechvlm.probes.contextualization import PAIRS, anisotropy_baseline
 from mechvlm.study.collect import SCHEMAS
 from mechvlm.study.pieces import read_about, read_table
-from mechvlm.study.shards import GALLERY, Plan
+from mechvlm.study.shards import GALLERY, PAIR_SCHEMAS, Plan
 
 
 def write_tables(plan: Plan, data: Path) -> None:
-    """Write every table but "phases" into the folder `data`, as Parquet."""
-    for name in ("contextualization", "lens", "attention_share"):
-        with (data / f"{name}.parquet").open("wb") as file, pq.ParquetWriter(file, SCHEMAS[name]) as writer:
+    """Write every table but "phases" into the folder `data`, as Parquet; those of pairs only where there are pairs."""
+    numbers = dict.fromkeys(("contextualization", "lens", "attention_share"), range(len(plan)))
+    if plan.pairs:
+        numbers |= dict.fromkeys(PAIR_SCHEMAS, plan.pair_numbers)
+    schemas = SCHEMAS | PAIR_SCHEMAS
+    for name in numbers:
+        with (data / f"{name}.parquet").open("wb") as file, pq.ParquetWriter(file, schemas[name]) as writer:
             for model in range(len(plan.names)):
-                for number in range(len(plan)):
+                for number in numbers[name]:
                     writer.write_table(read_table(plan.at(model, number), name))
     models = range(len(plan.names))
     small = {

@@ -30,6 +30,11 @@ COLUMNS = {
     "words": ("model", "example", "layer", "word", "positions"),
     "gallery": ("model", "example", "captions", "image", "heat", "token", "layer", "file"),
 }  # fmt: skip
+PAIR_COLUMNS = {
+    "pair_scores": ("model", "pair", "tag", "text", "image", "group"),
+    "pairs": ("model", "pair", "image", "measure", "layer", "condition", "value"),
+}
+"""Of the tables that a study of Winoground has besides."""
 RECORDED = ("models", "dataset", "settings", "seconds")
 
 
@@ -37,7 +42,7 @@ def read_study(folder: Path) -> dict[str, Any]:
     """What `Study` is made of, from a finished study's folder. `Study.open` says what is raised."""
     record = _record(folder)
     tables = read_tables(folder)
-    for name in COLUMNS:
+    for name in (*COLUMNS, *(PAIR_COLUMNS if record["dataset"].get("pairs") else ())):
         if name != "gallery" and name not in tables:
             raise InputError(f"{folder} is not whole: data/{name}.parquet is missing. Copy or run the study again.")
     for model, about in record["models"].items():
@@ -134,7 +139,7 @@ def _table(path: Path) -> pd.DataFrame:
         table = pd.read_parquet(path)
     except (OSError, ValueError) as error:  # pyarrow's own are both
         raise _damaged(path, error) from error
-    if missing := [column for column in COLUMNS.get(path.stem, ()) if column not in table]:
+    if missing := [column for column in (COLUMNS | PAIR_COLUMNS).get(path.stem, ()) if column not in table]:
         raise _damaged(path, f"it lacks the columns {', '.join(missing)}")
     return table
 

@@ -11,6 +11,7 @@ import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from mechvlm import bundled
+from mechvlm.study.pairs import pair_section
 from mechvlm.study.study import Study
 from mechvlm.study.summary import course, summary
 from mechvlm.view.packing import picture
@@ -47,6 +48,7 @@ def render(
             {"name": name, "title": title, "caption": captions[name], "source": _svg(figures / f"{name}.svg")}
             for name, title in TITLES.items()
         ],
+        pairs=_pairs(study, captions, figures),
         phases=[_phases(study, model) for model in study.models],
         gallery=_gallery(study, views),
         skipped=study.skipped.head(MOST_SKIPPED).to_dict("records"),
@@ -80,6 +82,17 @@ def training_note(model: str) -> str:
     paragraphs = (" ".join(p.split()) for p in training.partition("\n## ")[0].split("\n\n"))
     # Read as text: the marks of emphasis would only be in the way.
     return " ".join(re.sub(r"[*`]+", "", p) for p in paragraphs if re.search(r"\bloss is on\b|\blens reads\b", p))
+
+
+def _pairs(study: Study, captions: dict[str, str], figures: Path) -> dict | None:
+    """The section of Winoground's pairs; its figure is there where a pair could be read."""
+    section = pair_section(study)
+    if section is None:
+        return None
+    figure = None
+    if "pairs" in captions:
+        figure = {"caption": captions["pairs"], "source": _svg(figures / "pairs.svg")}
+    return section | {"figure": figure}
 
 
 def _phases(study: Study, model: str) -> dict:

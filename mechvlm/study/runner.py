@@ -74,11 +74,14 @@ def run(
         out: a folder for report, views, figures, tables and `run.json`: new, empty, or that of a study with the same settings.
             None writes nothing.
         progress: called with what is going on, how much of it is done, and how much there is; of what is read, the examples
-            of all models together.
+            of all models together, and with Winoground both sides of each pair once more.
         ray: "auto" or the address of a Ray cluster, whose workers then read the examples; auto is that of RAY_ADDRESS, or
             without it one on this machine, for this run. Tables, folder and going on are the same, with and without it.
         workers: how many, with `ray`; each one holds the model.
         gpus_per_worker: with `ray`; 1 with a `device` "cuda" or a `device_map`, and otherwise 0, by default.
+
+    Where the examples are Winoground's, every pair of which both sides were drawn is measured as `mechvlm.winoground` does, in
+    further forwards with the same prompt: tables, report and figures then hold the pairs' scores and measures too.
 
     Beside the one forward a batch, each of the `mechvlm.study.shards.GALLERY` examples that the report shows is answered, and
     with `out` read once more by itself: for its patch view, which needs more destinations than the whole data set could afford.
@@ -169,20 +172,20 @@ def run(
 
 def _read_all(plan: Plan, number: int, hands: Workers, progress: Progress) -> float:
     """Have what is missing of one model's shards made, and its gallery; gives the seconds that loading took."""
-    name, todo, n = plan.names[number], missing(plan, number), len(plan.data)
+    name, todo, n = plan.names[number], missing(plan, number), plan.readings
     if not todo and plan.gallery(number).is_dir():
         return 0.0
     clock = time.perf_counter()
     hands.load(number, lambda: progress(f"{name}: loading", 0, 0))
     took = time.perf_counter() - clock
-    # Of the shards that are there, all examples are done.
+    # Of the shards that are there, everything is done.
     total, at = n * len(plan.names), n * number + n - sum(len(plan.examples(shard)) for shard in todo)
     progress(f"{name}: reading", at, total)
     hands.shards(number, todo, lambda done: progress(f"{name}: reading", at + done, total))
     if not merge.n_read(plan, number):
         first = next(row for row in merge.skipped(plan).itertuples() if row.model == name)
         raise InputError(
-            f"None of the {n} examples could be read by {name}. The first, {first.example}: {first.reason}"
+            f"None of the {len(plan.data)} examples could be read by {name}. The first, {first.example}: {first.reason}"
         )
     if not plan.gallery(number).is_dir():
         progress(f"{name}: answers and patch views", 0, 0)
@@ -211,14 +214,18 @@ def _study(
     for i, name in enumerate(plan.names):
         shards = [read_about(plan.at(i, number)) for number in range(len(plan))]
         of_gallery = read_about(plan.gallery(i))
+        of_pairs = [read_about(plan.at(i, number)) for number in plan.pair_numbers]
         about[name] = {
             **{key: of_gallery[key] for key in ("class", "revision", "dtype", "device", "n_layers", "threads")},
             **{key: value for key, value in weights.get(name, {}).items() if key in ("sha256", "parameters") and value},
             "n_examples": sum(shard["read"] for shard in shards),
-            "seconds": round(loaded[i] + of_gallery["seconds"] + sum(shard["seconds"] for shard in shards), 2),
+            "seconds": round(
+                loaded[i] + of_gallery["seconds"] + sum(shard["seconds"] for shard in (*shards, *of_pairs)), 2
+            ),
             # Batches that did not fit into memory and were halved: batches of another size change floats' last bits.
-            "halved": [one for shard in shards for one in shard["halved"]],
+            "halved": [one for shard in (*shards, *of_pairs) for one in shard["halved"]],
             "left_out_of_gallery": of_gallery["left_out"],
+            **({"pairs_set_aside": [one for shard in of_pairs for one in shard["aside"]]} if plan.pairs else {}),
         }
     shown, views = _gallery(plan)
     return Study(
@@ -227,11 +234,17 @@ def _study(
         skipped=merge.skipped(plan),
         settings=settings,
         models=about,
-        dataset={"name": plan.data.name, "n": len(plan.data), "fingerprint": plan.data.fingerprint},
+        dataset={"name": plan.data.name, "n": len(plan.data), "fingerprint": plan.data.fingerprint} | _paired(plan),
         gallery=shown,
         views=views,
         seconds=round(time.perf_counter() - started, 2),
     )
+
+
+def _paired(plan: Plan) -> dict[str, int]:
+    """How many pairs were drawn whole, and of how many only one side was; empty where examples are not sides of pairs."""
+    drawn = {example.meta["pair"] for example in plan.data.examples if "pair" in example.meta}
+    return {"pairs": len(plan.pairs), "half_pairs": len(drawn) - len(plan.pairs)} if drawn else {}
 
 
 def _gallery(plan: Plan) -> tuple[list[tuple[Example, Image.Image]], dict[tuple[str, str], Shown]]:

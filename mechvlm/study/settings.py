@@ -21,6 +21,8 @@ FORMAT = 1
 """Counted up when shards are cut or written in another way."""
 SHARD = 32
 """Examples a shard, at most, where a batch is not larger: about what is lost when a study is killed."""
+PAIRS = 16
+"""Winoground's pairs a shard, at most, where a batch is not larger."""
 PACKAGES = ("mechvlm", "torch", "transformers", "nnsight", "tokenizers", "numpy", "pillow", "simplemma")
 """Those whose version can change a number."""
 MEASURES = {
@@ -35,6 +37,17 @@ MEASURES = {
 def shard_size(batch_size: int) -> int:
     """Examples a shard: as many whole batches as make up `SHARD`, and at least one."""
     return batch_size * max(1, SHARD // batch_size)
+
+
+def pair_shard_size(batch_size: int) -> int:
+    """Pairs a shard of pairs: as many whole batches as make up `PAIRS`, and at least one."""
+    batch = pairs_a_batch(batch_size)
+    return batch * max(1, PAIRS // batch)
+
+
+def pairs_a_batch(batch_size: int) -> int:
+    """Whole pairs a forward: each is four examples, two captions on two images."""
+    return max(1, batch_size // 4)
 
 
 def settings_of(

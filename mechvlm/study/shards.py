@@ -1,16 +1,18 @@
 """The work of a study, cut into shards: which are missing, and how one is made.
 
 A shard is a run of consecutive examples of one model. It is made whole, in batches that never cross its borders, from the
-settings alone: so it holds the same numbers whoever makes it, and whatever happened before.
+settings alone: so it holds the same numbers whoever makes it, and whatever happened before. Of Winoground, whose examples are
+sides of pairs, further shards hold runs of pairs; they are numbered on, and made and counted like the others.
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pyarrow as pa
@@ -18,14 +20,18 @@ import torch
 from PIL import Image
 
 from mechvlm.connection import retrying
-from mechvlm.datasets import Dataset, Example
+from mechvlm.datasets import Dataset, Example, Pair, pairs_of
 from mechvlm.errors import InputError, NonFiniteError
+from mechvlm.experiments.pair_results import WinogroundResult
+from mechvlm.experiments.winoground import read_pairs
+from mechvlm.pairs import PairScores
 from mechvlm.probes.contextualization import Contextualization
 from mechvlm.probes.logit_lens import LogitLens
 from mechvlm.probes.norm_attention import NormAttention
 from mechvlm.reading import read
 from mechvlm.study.collect import ContextRows, LensRows, NormRows, as_tables, frequent_words
 from mechvlm.study.pieces import write_piece
+from mechvlm.study.settings import pair_shard_size, pairs_a_batch
 from mechvlm.tokens import TokenMap
 from mechvlm.vlm import VLM
 
@@ -44,6 +50,25 @@ VIEWS = pa.schema(
         "layer": pa.int64(),
     }
 )
+PAIR_SCHEMAS = {
+    "pair_scores": pa.schema(
+        [
+            *((name, pa.string()) for name in ("model", "pair", "tag")),
+            *((name, pa.bool_()) for name in PairScores._fields),
+        ]
+    ),
+    "pairs": pa.schema(
+        {
+            "model": pa.string(),
+            "pair": pa.string(),
+            "image": pa.int64(),
+            "measure": pa.string(),
+            "layer": pa.int64(),
+            "condition": pa.string(),
+            "value": pa.float32(),
+        }
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -69,33 +94,64 @@ class Plan:
     views: bool
 
     def __len__(self) -> int:
-        """Shards of each model."""
+        """Shards of examples of each model."""
         return -(-len(self.data) // self.shard)
 
+    @cached_property
+    def pairs(self) -> tuple[Pair, ...]:
+        """Winoground's pairs of which both sides are among the examples; of any other data set there is none."""
+        try:
+            return tuple(pairs_of(self.data.examples))
+        except InputError:
+            return ()
+
+    @property
+    def pair_numbers(self) -> range:
+        """The numbers of each model's shards of pairs, after those of its shards of examples."""
+        return range(len(self), len(self) + -(-len(self.pairs) // pair_shard_size(self.batch_size)))
+
+    @property
+    def readings(self) -> int:
+        """Examples that each model reads: all of them, and both sides of each pair once more."""
+        return len(self.data) + 2 * len(self.pairs)
+
     def at(self, model: int, number: int) -> Path:
-        return self.folder / f"{model}-{number:05}"
+        if number < len(self):
+            return self.folder / f"{model}-{number:05}"
+        return self.folder / f"{model}-pairs-{number - len(self):05}"
 
     def gallery(self, model: int) -> Path:
         return self.folder / f"{model}-gallery"
 
-    def examples(self, number: int) -> range:
-        """Which examples, by their index in the data set."""
-        return range(number * self.shard, min((number + 1) * self.shard, len(self.data)))
+    def examples(self, number: int) -> Sequence[int]:
+        """Which examples, by their index in the data set; of a shard of pairs, both sides of each."""
+        if number < len(self):
+            return range(number * self.shard, min((number + 1) * self.shard, len(self.data)))
+        ids = {self.pairs[index].id for index in self.of_pairs(number)}
+        return [index for index, example in enumerate(self.data.examples) if example.meta.get("pair") in ids]
+
+    def of_pairs(self, number: int) -> range:
+        """Which pairs, by their index in `pairs`."""
+        first, each = number - len(self), pair_shard_size(self.batch_size)
+        return range(first * each, min((first + 1) * each, len(self.pairs)))
 
 
 def missing(plan: Plan, model: int) -> list[int]:
     """The numbers of a model's shards that are not there yet."""
-    return [number for number in range(len(plan)) if not plan.at(model, number).is_dir()]
+    return [n for n in (*range(len(plan)), *plan.pair_numbers) if not plan.at(model, n).is_dir()]
 
 
 def make_shard(
     plan: Plan, vlm: VLM, model: int, number: int, progress: Callable[[int], None] = lambda done: None
 ) -> None:
-    """Read one shard's examples and write it. `progress` is called with the examples done so far.
+    """Read one shard's examples, or its pairs, and write it. `progress` is called with the examples done so far.
 
     An example that cannot be read is set aside with its reason; so is one that does not fit into memory by itself, after its
     batch was halved until it stood alone.
     """
+    if number not in range(len(plan)):
+        _make_pairs(plan, vlm, model, number, progress)
+        return
     clock = time.perf_counter()
     name, all_examples, indices = plan.names[model], plan.data.examples, plan.examples(number)
     probes = LogitLens(k=1, positions="all"), Contextualization(), NormAttention(dst=("last_text", "last_image"))
@@ -104,10 +160,16 @@ def make_shard(
     halved: list[dict] = []
     words: list[dict] = []
     shown = done = 0
+
+    def read_examples(some: Sequence[Example]) -> tuple:
+        inputs = vlm.inputs([e.image for e in some], plan.prompt)
+        return inputs.token_maps, read(vlm, inputs, *probes)
+
     with threads_for(vlm):
-        for start in range(indices.start, indices.stop, plan.batch_size):
-            batch = range(start, min(start + plan.batch_size, indices.stop))
-            for some, maps, (lens, context, norms) in _reads(plan, vlm, batch, probes, aside, halved):
+        stop = indices[-1] + 1
+        for start in range(indices[0], stop, plan.batch_size):
+            batch = range(start, min(start + plan.batch_size, stop))
+            for some, (maps, (lens, context, norms)) in _reads(vlm, all_examples, batch, read_examples, aside, halved):
                 for row, (index, tokens) in enumerate(zip(some, maps, strict=True)):
                     example, other = all_examples[index], all_examples[(index + 1) % len(all_examples)]
                     own = lens.of(row)
@@ -176,12 +238,61 @@ def make_gallery(plan: Plan, vlm: VLM, model: int, shown: list[Example], progres
     write_piece(plan.gallery(model), tables, about)
 
 
-def _reads(plan: Plan, vlm: VLM, batch: range, probes: tuple, aside: list, halved: list) -> Iterator[tuple]:
-    """The batch in one forward; where an example spoils it or memory does not hold it, halves, until it stands alone."""
-    examples = [plan.data.examples[index] for index in batch]
+def _make_pairs(plan: Plan, vlm: VLM, model: int, number: int, progress: Callable[[int], None]) -> None:
+    """Measure one shard's pairs as `mechvlm.winoground` does, and write it. What cannot be read is set aside, as of examples."""
+    clock = time.perf_counter()
+    name, pairs = plan.names[model], plan.of_pairs(number)
+    tags = {e.meta["pair"]: e.meta.get("tag") for e in plan.data.examples if "pair" in e.meta}
+    aside: list[dict] = []
+    halved: list[dict] = []
+    used: list[Pair] = []
+    found: list[torch.Tensor] = []
+    each = pairs_a_batch(plan.batch_size)
+    with threads_for(vlm):
+        for start in range(pairs.start, pairs.stop, each):
+            batch = range(start, min(start + each, pairs.stop))
+            for some, values in _reads(
+                vlm, plan.pairs, batch, lambda two: read_pairs(vlm, two, plan.prompt), aside, halved
+            ):
+                used += [plan.pairs[index] for index in some]
+                found.append(values)
+            progress(2 * (batch.stop - pairs.start))
+    frames = {table: pd.DataFrame(columns=schema.names) for table, schema in PAIR_SCHEMAS.items()}
+    if used:
+        ids = tuple(pair.id for pair in used)
+        result = WinogroundResult(torch.cat(found, 2), ids, (), plan.prompt, name)
+        right = {score: part.tolist() for score, part in result.scores._asdict().items()}
+        tag = [None if tags[id] is None else str(tags[id]) for id in ids]
+        frames = {
+            "pair_scores": pd.DataFrame({"model": name, "pair": ids, "tag": tag, **right}),
+            "pairs": result.to_frame().assign(model=name),
+        }
+    tables = {
+        table: pa.Table.from_pandas(frames[table][schema.names], schema, preserve_index=False).replace_schema_metadata()
+        for table, schema in PAIR_SCHEMAS.items()
+    }
+    about = {
+        "read": len(used),
+        "aside": aside,
+        "halved": halved,
+        "seconds": round(time.perf_counter() - clock, 3),
+    }  # fmt: skip
+    write_piece(plan.at(model, number), tables, about)
+
+
+def _reads(
+    vlm: VLM,
+    among: Sequence[Example] | Sequence[Pair],
+    batch: range,
+    read_some: Callable[[list], Any],
+    aside: list,
+    halved: list,
+) -> Iterator[tuple]:
+    """The batch in one forward; where one of it spoils it or memory does not hold it, halves, until each stands alone."""
+    some = [among[index] for index in batch]
+    kind = "pair" if isinstance(some[0], Pair) else "example"
     try:
-        inputs = vlm.inputs([e.image for e in examples], plan.prompt)
-        results = retrying(lambda: read(vlm, inputs, *probes))
+        results = retrying(lambda: read_some(some))
     except (InputError, NonFiniteError) as error:
         reason = str(error)
     except (RuntimeError, MemoryError) as error:
@@ -189,19 +300,19 @@ def _reads(plan: Plan, vlm: VLM, batch: range, probes: tuple, aside: list, halve
             raise
         reason = f"it does not fit into the memory of {vlm.device}, even alone ({_first_line(error)})"
         if len(batch) > 1:
-            halved.append({"first": examples[0].id, "examples": len(batch)})
+            halved.append({"first": some[0].id, f"{kind}s": len(batch)})
     else:
-        yield batch, inputs.token_maps, results
+        yield batch, results
         return
     # Only here is what the failed forward held free again: while an error is handled, its traceback holds the tensors.
     if vlm.device.type == "cuda":
         torch.cuda.empty_cache()
     if len(batch) == 1:
-        aside.append({"example": examples[0].id, "reason": reason})
+        aside.append({kind: some[0].id, "reason": reason})
         return
     half = len(batch) // 2
-    yield from _reads(plan, vlm, batch[:half], probes, aside, halved)
-    yield from _reads(plan, vlm, batch[half:], probes, aside, halved)
+    yield from _reads(vlm, among, batch[:half], read_some, aside, halved)
+    yield from _reads(vlm, among, batch[half:], read_some, aside, halved)
 
 
 def _answers(vlm: VLM, shown: list[Example], prompt: str, batch_size: int) -> dict[str, str]:

@@ -4,14 +4,15 @@
     report.html             one page that works offline; its gallery opens the pages in views/
     views/*.html            the patch view of each of the gallery's examples, by model: run.json says which is which
     views/gallery.parquet   what else the report shows of them: model, example, captions, image and heat (PNG), token, layer, file
-    figures/*.png, *.svg    the four figures
+    figures/*.png, *.svg    the four figures, and with Winoground a fifth, pairs
     data/*.parquet          the tables below; data/README.txt says what is in them
     skipped.csv             what was set aside: model, example, reason
     run.json                models and revisions, versions, seed, the data's fingerprint, every setting, findings, captions
 
 While a study runs, its folder holds settings.json and, in shards/, one folder for each shard that is done (M-NNNNN, shard
-NNNNN of model M) and one for each model's gallery (M-gallery): Parquet tables and an about.json. What is not whole yet has a
-name that ends in .tmp. The rest appears at the end, run.json last, and then shards/ goes: what it held is in the tables.
+NNNNN of model M; M-pairs-NNNNN of Winoground's pairs) and one for each model's gallery (M-gallery): Parquet tables and an
+about.json. What is not whole yet has a name that ends in .tmp. The rest appears at the end, run.json last, and then shards/
+goes: what it held is in the tables.
 
 Tables, one value a row; `example` is the data set's id, layers count from 0 (embeddings):
 
@@ -27,6 +28,13 @@ Tables, one value a row; `example` is the data set's id, layers count from 0 (em
     phases               model, and the columns of `mechvlm.phases.Phases.to_frame`
     answers, words       of the few examples that the report shows: the model's answer; the words that most of its
                          visual tokens decode to, by layer, with the number of positions
+
+And, where the examples are Winoground's, of the pairs of which both sides were drawn:
+
+    pair_scores          model, pair, tag (empty where the data set has none), text, image, group: whether the pair is right
+    pairs                model, pair, image (0, 1), measure ("precision", "recall", "contextualization", "norm attention",
+                         "log-likelihood"), layer, condition ("matched": with the image's own caption, "mismatched": with
+                         the pair's other one), value: as `mechvlm.WinogroundResult.to_frame`
 """
 
 import dataclasses

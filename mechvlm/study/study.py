@@ -36,12 +36,13 @@ class Study:
 
     Attributes:
         tables: by the name of their file in `data/`: "contextualization", "baseline", "lens", "norm_attention",
-            "phases", "answers", "words"; `mechvlm.study.store` says what is in them.
+            "phases", "answers", "words", and of Winoground "pair_scores" and "pairs"; `mechvlm.study.store` says what is in them.
         phases: by model. None for a model of fewer than 3 states, which has no curve to segment.
         skipped: model, example, reason: what was set aside ("" for model: before any model saw it).
         settings: everything that was asked for, after defaults, and "measures": how each was made.
         models: by name: class, revision, dtype, device, layers, examples read, threads, seconds.
-        dataset: the examples' name, number and fingerprint.
+        dataset: the examples' name, number and fingerprint; of Winoground also `pairs`, those with both sides among the
+            examples, and `half_pairs`, those with only one.
         gallery: a few examples, with a small picture each; of an opened study the small pictures are the images.
         views: their patch views, by (model, example id), where a folder was asked for.
         seconds: of the whole run, files included.
@@ -106,7 +107,7 @@ class Study:
         return summary(self)
 
     def plot(self, name: str) -> "Drawn":
-        """A figure and its caption: "phases", "lens", "contextualization" or "norm_attention". A notebook shows both.
+        """A figure and its caption: "phases", "lens", "contextualization" or "norm_attention", of Winoground also "pairs".
 
         Raises:
             InputError: for another name.
@@ -116,13 +117,13 @@ class Study:
         return draw(self, name)
 
     def figures(self) -> "dict[str, Drawn]":
-        """The report's four figures with their captions, by name."""
+        """The report's figures with their captions, by name."""
         from mechvlm.study.figures import draw_all
 
         return draw_all(self)
 
     def save_figures(self, folder: str | os.PathLike) -> None:
-        """Each of the four figures as PNG (200 dpi) and SVG, in a folder that is made where it is missing."""
+        """Each of the figures as PNG (200 dpi) and SVG, in a folder that is made where it is missing."""
         from mechvlm.study.figures import save_all
 
         save_all(self.figures(), Path(folder))

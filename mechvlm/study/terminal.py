@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from mechvlm.study.pairs import pair_lines
 from mechvlm.study.report import interval, number
 from mechvlm.study.study import Study
 from mechvlm.study.summary import summary
@@ -43,6 +44,8 @@ def show(study: Study) -> None:
     console = Console(width=None if sys.stdout.isatty() else 160)
     console.print(table)
     print("Beneath each mean, its 95 % bootstrap interval over examples.")
+    for line in pair_lines(study):
+        print(line)
     if len(study.skipped):
         print(f"{len(study.skipped)} set aside; reasons in {study.out / 'skipped.csv'}")
     print(f"{study.seconds:.0f} s. Open {study.out / 'report.html'}")

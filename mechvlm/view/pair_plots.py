@@ -23,7 +23,9 @@ def _(result: WinogroundResult, ax: Axes | None = None) -> Axes:
             grid = figure.add_gridspec(3, 2, height_ratios=(1.1, 1, 1))
             ax = figure.add_subplot(grid[0, :])
             for i, measure in enumerate(LABELS):
-                _by_layer(figure.add_subplot(grid[1 + i // 2, i % 2]), result, measure)
+                row = result.measures.index(measure)
+                ends = (part[row].numpy() for part in result.difference)
+                by_layer(figure.add_subplot(grid[1 + i // 2, i % 2]), measure, *ends)
         _scores(ax, result)
     return ax
 
@@ -50,9 +52,8 @@ def _scores(ax: Axes, result: WinogroundResult) -> None:
     ax.annotate(note, (0, 1), xycoords="axes fraction", xytext=(0, 6), textcoords="offset points", fontsize=8)
 
 
-def _by_layer(ax: Axes, result: WinogroundResult, measure: str) -> None:
+def by_layer(ax: Axes, measure: str, mean: np.ndarray, low: np.ndarray, high: np.ndarray) -> None:
     """The mean paired difference of the two conditions: between pairs the measures differ more than within."""
-    mean, low, high = (part[result.measures.index(measure)].numpy() for part in result.difference)
     x = np.arange(len(mean))
     ax.axhline(0, color="#444444", linewidth=0.8)
     ax.fill_between(x, low, high, color="#0072B2", alpha=0.15, linewidth=0)
