@@ -85,7 +85,7 @@ def test_bad_values_are_refused():
 
 @pytest.mark.parametrize(("n", "terminal", "shown"), [(3, True, True), (1, True, False), (3, False, False)])
 def test_the_bar_shows_where_somebody_looks(n, terminal, shown, monkeypatch, capsys):
-    monkeypatch.setattr(progress, "Console", lambda **kw: Console(force_terminal=terminal, **kw))
+    monkeypatch.setattr(progress, "STDERR", Console(force_terminal=terminal, stderr=True))
     assert list(track(range(n), "examples [of 3]")) == list(range(n))
     out, err = capsys.readouterr()
     assert out == ""

@@ -23,6 +23,7 @@ from mechvlm.datasets import Dataset, Example, fingerprint
 from mechvlm.errors import InputError, ModelError, StoppedError
 from mechvlm.study import figures, ray_run, run
 from mechvlm.study import settings as asked
+from mechvlm.study.drawn import Drawn
 from mechvlm.study.shards import Plan
 from mechvlm.study.workers import Here
 
@@ -50,7 +51,7 @@ def data() -> Dataset:
 def small(monkeypatch):
     """Shards of one batch, so that there are several of them; figures take the time here that nothing is tested in."""
     monkeypatch.setattr(asked, "SHARD", 2)
-    monkeypatch.setattr(figures, "draw_all", lambda tables, found: {name: (None, "") for name in figures.NAMES})
+    monkeypatch.setattr(figures, "draw_all", lambda _: {name: Drawn(None, "") for name in figures.FIGURES})
     monkeypatch.setattr(figures, "save_all", _small_figures)
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
 

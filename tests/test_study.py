@@ -309,7 +309,6 @@ def test_figures_can_be_drawn_from_the_files_alone(study):
         "image tokens, each caption alone",
         "image tokens, another image's captions",
         "text tokens, own captions",
-        " ",
         "± 1 standard deviation",
         "95% interval of the mean",
     ]

@@ -76,7 +76,8 @@ def _finished(folder: Path, settings: dict[str, Any]) -> bool:
 
 def clear(folder: Path) -> None:
     """Take away what only an unfinished study needs."""
-    shutil.rmtree(folder / SHARDS, ignore_errors=True)
+    for name in (SHARDS, STAGE):
+        shutil.rmtree(folder / name, ignore_errors=True)
     (folder / LOCK).unlink(missing_ok=True)
 
 
