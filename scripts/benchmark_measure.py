@@ -22,16 +22,21 @@ class Peak(NamedTuple):
     above: int
 
 
-def times(cases: Cases, repeats: int, device: str = "cpu") -> dict[str, float]:
+def times(cases: Cases, repeats: int, device: str = "cpu", reference: str | None = None) -> dict[str, float]:
     """Median seconds of each case. They take turns, so that a slow moment of the machine meets all of them.
 
-    The first of several turns is not counted.
+    The first of several turns is not counted. The `reference`, which all others are divided by, runs again after every second
+    case: machines drift by several percent within minutes.
     """
+    order = list(cases)
+    if reference is not None:
+        others = [name for name in cases if name != reference]
+        order = [name for i, other in enumerate(others) for name in ([reference] * (i % 2 == 0) + [other])]
     taken: dict[str, list[float]] = {name: [] for name in cases}
     for turn in range(repeats + (repeats > 1)):
-        for name, case in cases.items():
+        for name in order:
             start = time.perf_counter()
-            case()
+            cases[name]()
             if device != "cpu":
                 torch.cuda.synchronize(device)
             if turn or repeats == 1:

@@ -73,7 +73,7 @@ def probes(
     if device == "cpu" and batch > 1:
         # 8 x 620² weights a head and layer, twice: nobody asks for all pairs of a batch on a CPU.
         del cases["NormAttention, all pairs"]
-    seconds = times(cases | products, repeats, device)
+    seconds = times(cases | products, repeats, device, "bare forward")
     memory = peaks(cases, device, min(repeats, 3))
     floor = seconds["bare forward"]
     floors = {"LogitLens": floor + seconds["unembedding product"]}

@@ -1,6 +1,7 @@
 """The benchmark's other ways find what mechvlm finds, and a regression is said. Nothing is timed here."""
 
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -82,6 +83,9 @@ def test_the_first_turn_is_not_counted_and_a_peak_is_seen():
     turns = []
     times({"case": lambda: turns.append(1)}, repeats=3)
     assert len(turns) == 4
+    order = []
+    times({name: partial(order.append, name) for name in "rabc"}, repeats=1, reference="r")
+    assert order == ["r", "a", "b", "r", "c"]
     found = peaks({"large": lambda: torch.ones(50_000_000), "small": lambda: torch.ones(1)}, "cpu", 1)
     if found["large"] is not None:  # a machine that tells
         assert 190e6 < found["large"].above < 260e6
