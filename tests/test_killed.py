@@ -7,9 +7,12 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 HERE = Path(__file__).parent
 
 
+@pytest.mark.kills
 def test_killed_at_any_moment_its_tables_are_those_of_a_study_that_was_left_alone():
     """52 times with SIGKILL, at random times and at random steps on the disk; byte for byte, and nothing is left over."""
     done = subprocess.run(

@@ -169,6 +169,7 @@ def test_interrupted_at_any_piece_it_comes_to_the_same(vlm, spec, study, tmp_pat
     assert {p.name for p in (tmp_path / "out").iterdir()} == {p.name for p in study.out.iterdir()}
 
 
+@pytest.mark.kills
 def test_killed_again_and_again_it_comes_to_the_same(tmp_path):
     """tests/killed.py with sides of pairs, each pair a shard: SIGKILL at random moments and at random steps on the disk."""
     code = (
