@@ -28,6 +28,7 @@ def call(capsys, *arguments) -> tuple[int, str, str]:
     return code, *capsys.readouterr()
 
 
+@pytest.mark.kills
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_stops_it_and_says_how_to_go_on(capsys, folder, tmp_path, monkeypatch, number, code):
     monkeypatch.chdir(tmp_path)
