@@ -52,7 +52,7 @@ def parser() -> argparse.ArgumentParser:
         "hf:NAME?image=COLUMN&caption=COLUMN&split=NAME (default: scenes)",
     )
     add("--prompt", metavar="TEXT", help='asked of every image (default: "Describe the scene.")')
-    add("--n", type=int, metavar="N", help="examples to draw (default: 200 scenes, or all of a folder)")
+    add("--n", type=int, metavar="N", help="examples to draw (default: 200 scenes; all of any other data set)")
     add("--seed", type=int, default=0, metavar="N", help="of the draw and of the bootstraps (default: 0)")
     one_of = study.add_mutually_exclusive_group().add_argument
     one_of("--device", metavar="NAME", help="cpu, cuda, cuda:1, mps (default: cpu)")

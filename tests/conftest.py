@@ -17,6 +17,15 @@ from models import instructblip, llava
 from ndif_lane import pair, sandboxed, server, traffic, user  # noqa: F401
 
 torch.set_num_threads(1)
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"  # of the commands that tests start
+
+
+def pytest_xdist_auto_num_workers(config) -> int:
+    """All the default tests in two processes. A few files, or a lane such as `-m ray`, in one: that starts sooner, and alone."""
+    whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS and not config.option.keyword
+    return 2 if whole and config.option.markexpr.startswith("not ") else 0
+
 
 FAMILIES = {
     "llava": lambda: llava(),

@@ -204,6 +204,16 @@ def test_a_notebook_shows_the_figure_with_its_caption(tmp_path):
 # --- frames and statistics ---
 
 
+def test_text_of_large_tables_is_held_once(opened):
+    """As categories, in the order of text: a study of thousands of examples is 20 bytes a value, and sorts as users expect."""
+    for table in (*(opened.tables[name] for name in ("contextualization", "lens", "attention_share")), opened.frame()):
+        for column, kind in table.dtypes.items():
+            assert kind == "category" if column not in ("layer", "value") else kind.kind in "if", column
+        assert (table.memory_usage(deep=False) <= 8 * len(table) + 8000).all()
+        for column in table.select_dtypes("category"):
+            assert list(table[column].cat.categories) == sorted(table[column].unique())
+
+
 def test_the_frame_is_tidy_and_holds_every_value(opened):
     frame = opened.frame()
     assert list(frame.columns) == ["model", "example", "layer", "measure", "value"]

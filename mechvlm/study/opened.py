@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import pyarrow as pa
 from PIL import Image
 
 from mechvlm.datasets import Example
@@ -35,6 +36,9 @@ PAIR_COLUMNS = {
     "pairs": ("model", "pair", "image", "measure", "layer", "condition", "value"),
 }
 """Of the tables that a study of Winoground has besides."""
+PER_EXAMPLE = ("contextualization", "lens", "attention_share")
+REPEATED = ["model", "example", "pair", "tokens", "captions", "measure", "dest"]
+"""Text that stands in very many rows of the tables above: as categories, a table is a fifth of its size."""
 RECORDED = ("models", "dataset", "settings", "seconds")
 
 
@@ -73,7 +77,10 @@ def read_study(folder: Path) -> dict[str, Any]:
 
 def read_tables(folder: Path) -> dict[str, pd.DataFrame]:
     """The tables in a study's `data/`, by name."""
-    return {path.stem: _table(path) for path in sorted((folder / "data").glob("*.parquet"))}
+    tables = {path.stem: _table(path) for path in sorted((folder / "data").glob("*.parquet"))}
+    # What Arrow read into and keeps for the next time is more than the tables are.
+    pa.default_memory_pool().release_unused()
+    return tables
 
 
 def picture(data: bytes) -> Image.Image:
@@ -136,11 +143,14 @@ def _record(folder: Path) -> dict[str, Any]:
 
 def _table(path: Path) -> pd.DataFrame:
     try:
-        table = pd.read_parquet(path)
+        table = pd.read_parquet(path, read_dictionary=REPEATED if path.stem in PER_EXAMPLE else None)
     except (OSError, ValueError) as error:  # pyarrow's own are both
         raise _damaged(path, error) from error
     if missing := [column for column in (COLUMNS | PAIR_COLUMNS).get(path.stem, ()) if column not in table]:
         raise _damaged(path, f"it lacks the columns {', '.join(missing)}")
+    for column in table.select_dtypes("category"):
+        # In the order of text, not of first appearance: sorted as users expect.
+        table[column] = table[column].cat.reorder_categories(sorted(table[column].cat.categories))
     return table
 
 

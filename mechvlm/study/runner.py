@@ -63,7 +63,7 @@ def run(
         models: bundled names, hub ids, folders, or models that `mechvlm.load` gave.
         dataset: as `mechvlm.datasets.load_dataset` takes it, or what it gave.
         prompt: of every example; the family's template is put around it.
-        n: examples to draw; 200 scenes, or all of a folder, by default.
+        n: examples to draw; by default 200 scenes, and all of any other data set.
         seed: of the draw and of the bootstraps.
         device: as `mechvlm.load` takes it.
         dtype: as `mechvlm.load` takes it.
@@ -200,16 +200,16 @@ def _study(
     plan: Plan, staged: Path, settings: dict, weights: dict, loaded: list[float], progress: Progress, started: float
 ) -> Study:
     """The study of the tables in `staged`, whose phases are fitted here, and of the pieces beside them."""
-    curves = pd.read_parquet(staged / "data" / "contextualization.parquet")
+    tables = read_tables(staged)
     found, parts = {}, []
     for name in plan.names:
         progress(f"{name}: phases", 0, 0)
-        found[name] = phases_of(curves, name, settings["seed"])
+        found[name] = phases_of(tables["contextualization"], name, settings["seed"])
         table = pd.DataFrame() if (phases := found[name]) is None else phases.to_frame()
         table.insert(0, "model", name)
         parts.append(table)
-    pd.concat(parts, ignore_index=True).to_parquet(staged / "data" / "phases.parquet", index=False)
-    del curves
+    tables["phases"] = pd.concat(parts, ignore_index=True)
+    tables["phases"].to_parquet(staged / "data" / "phases.parquet", index=False)
     about = {}
     for i, name in enumerate(plan.names):
         shards = [read_about(plan.at(i, number)) for number in range(len(plan))]
@@ -229,7 +229,7 @@ def _study(
         }
     shown, views = _gallery(plan)
     return Study(
-        tables=read_tables(staged),
+        tables=tables,
         phases=found,
         skipped=merge.skipped(plan),
         settings=settings,

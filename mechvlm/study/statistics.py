@@ -1,10 +1,12 @@
 """From a study's tables to tidy frames: one value a row, and of each curve the mean, the spread and the interval."""
 
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 import torch
+from pandas.api.types import union_categoricals
 
 from mechvlm.errors import InputError
 from mechvlm.intervals import mean_interval
@@ -27,13 +29,23 @@ def tidy(tables: dict[str, pd.DataFrame]) -> pd.DataFrame:
     tokens' share of the norms written to that destination (0 to 1), and `weight_share_...` of the raw weights.
     """
     cosine, lens, share = (tables[name] for name in ("contextualization", "lens", "attention_share"))
-    named = [
-        cosine.assign(measure="cosine_" + cosine["pair"]),
-        lens.assign(measure=lens["measure"] + _ending(lens["tokens"], "image") + _ending(lens["captions"], "own")),
-        share.assign(measure=share["measure"] + "_share_" + share["dest"]),
-    ]
-    columns = ["model", "example", "layer", "measure", "value"]
-    return pd.concat([one[columns] for one in named], ignore_index=True)
+    measures = [
+        _names(cosine, ["pair"], lambda pair: f"cosine_{pair}"),
+        _names(
+            lens, ["measure", "tokens", "captions"],
+            lambda measure, tokens, captions: measure + _ending(tokens, "image") + _ending(captions, "own"),
+        ),
+        _names(share, ["measure", "dest"], lambda measure, dest: f"{measure}_share_{dest}"),
+    ]  # fmt: skip
+    parts = (cosine, lens, share)
+    return pd.DataFrame(
+        {
+            **{key: _union(part[key].astype("category") for part in parts) for key in ("model", "example")},
+            "layer": np.concatenate([part["layer"] for part in parts]),
+            "measure": _union(measures),
+            "value": np.concatenate([part["value"] for part in parts]),
+        }
+    )
 
 
 def curves(study: "Study") -> pd.DataFrame:
@@ -46,8 +58,7 @@ def curves(study: "Study") -> pd.DataFrame:
     """
     seed, frame, parts = study.settings["seed"], study.frame(), []
     for model in study.models:
-        mine = frame[frame["model"] == model]
-        wide = mine.pivot(index="example", columns=["measure", "layer"], values="value").sort_index(axis=1)
+        wide = _wide(frame[frame["model"] == model])
         values = wide.to_numpy(dtype="float64", copy=True)
         seen = ~np.isnan(values)
         n = seen.sum(0)
@@ -68,10 +79,7 @@ def curves(study: "Study") -> pd.DataFrame:
 def phases_of(contextualization: pd.DataFrame, model: str, seed: int) -> Phases | None:
     """The phases of one model's curves; None for fewer than 3 states, which are no curve."""
     mine = contextualization[contextualization["model"] == model]
-    inter, image, text = (
-        mine[mine["pair"] == pair].pivot(index="example", columns="layer", values="value").to_numpy(dtype="float64")
-        for pair in PAIRS
-    )
+    inter, image, text = (_by_example(mine[mine["pair"] == pair]).to_numpy(dtype="float64") for pair in PAIRS)
     return fit_phases(inter, image=image, text=text, seed=seed) if inter.shape[1] >= 3 else None
 
 
@@ -83,5 +91,27 @@ def check_measures(asked: list[str], frame: pd.DataFrame) -> None:
         raise InputError(f"There is no measure {', '.join(map(repr, unknown))} here. There are: {', '.join(there)}.")
 
 
-def _ending(column: pd.Series, usual: str) -> pd.Series:
-    return ("_" + column).where(column != usual, "")
+def _union(parts: Iterable[pd.Series | pd.Categorical]) -> pd.Categorical:
+    return union_categoricals(list(parts), sort_categories=True)
+
+
+def _names(table: pd.DataFrame, columns: list[str], name: Callable[..., str]) -> pd.Categorical:
+    """The name of each row's measure: made for each combination of `columns`, of which there are few, and not for each row."""
+    groups = table.groupby(columns, observed=True, sort=False)
+    names = [name(*one) for one in table[columns].drop_duplicates().itertuples(index=False)]
+    return pd.Categorical.from_codes(groups.ngroup(), names)
+
+
+def _ending(word: str, usual: str) -> str:
+    return "" if word == usual else f"_{word}"
+
+
+def _wide(frame: pd.DataFrame) -> pd.DataFrame:
+    """One model's values: a row an example, a column a measure and layer. Measure by measure, which takes less memory."""
+    parts = {measure: _by_example(rows) for measure, rows in frame.groupby("measure", observed=True)}
+    return pd.concat(parts, axis=1, names=["measure", "layer"]).sort_index().sort_index(axis=1)
+
+
+def _by_example(rows: pd.DataFrame) -> pd.DataFrame:
+    """Example by layer, sorted by the example's id."""
+    return rows.pivot(index="example", columns="layer", values="value")

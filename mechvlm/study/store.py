@@ -83,7 +83,9 @@ def write(study: Study, to: Path, progress: Progress, started: float) -> Study:
     drawn = figures.draw_all(study)
     figures.save_all(drawn, to / "figures")
     progress("report", 0, 0)
+    drawn_from = study.curves()
     study = dataclasses.replace(study, seconds=round(time.perf_counter() - started, 2))
+    vars(study)["_curves"] = drawn_from  # which took a second, or more
     record = describe(study)
     captions = record["figures"] = {name: caption for name, (_, caption) in drawn.items()}
     files = gallery.file_names(study.views)
