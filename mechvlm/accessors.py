@@ -68,9 +68,12 @@ def attention_rows(
     at = None if rows is None else rows.to(q.device)[:, None, :, None]
     if at is not None:
         q = q.gather(2, at.expand(-1, q.shape[1], -1, q.shape[3]))
-    k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)  # grouped queries share a key
+    # Grouped queries share a key: they are rows of one product, so that no key is copied.
+    grouped = rearrange(q, "batch (kv_head group) row d_head -> batch kv_head (group row) d_head", kv_head=k.shape[1])
+    scores = grouped @ k.transpose(-1, -2)
+    scores = rearrange(scores, "batch kv_head (group row) src -> batch (kv_head group) row src", row=q.shape[2])
     # In place from here on: of all pairs, each copy of the scores costs as much as a layer's smaller products.
-    scores = (q @ k.transpose(-1, -2)).mul_(scale).float()
+    scores = scores.mul_(scale).float()
     lowest = torch.finfo(scores.dtype).min
     if mask is None or mask.ndim == 2:
         dest = torch.arange(n_dest, device=q.device)[:, None] if at is None else at

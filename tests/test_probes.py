@@ -197,12 +197,26 @@ def test_norm_attention_equals_the_vectors(vlm, batch):
                 torch.testing.assert_close(got.norm[layer, i, d], want.sum(0).norm(dim=-1), rtol=1e-3, atol=1e-7)
 
 
-def test_all_pairs_hold_the_rows(vlm, one, monkeypatch):
+def test_all_pairs_hold_the_rows(vlm, one):
     rows, pairs = mv.norm_attention(vlm, one), mv.norm_attention(vlm, one, dst="all pairs")
     at = [one.tokens.last_text, one.tokens.last_image]
     torch.testing.assert_close(pairs.norm[:, :, at], rows.norm, rtol=1e-4, atol=1e-7)
     _, vectors = written(vlm, one, 1)
     torch.testing.assert_close(pairs.norm[1, 0], vectors[0].sum(0).norm(dim=-1), rtol=1e-3, atol=1e-7)
+
+
+def test_all_pairs_in_pieces_are_those_of_the_whole(vlm, batch, monkeypatch):
+    """With padding, of which no destination is; `written` is held against every pair that is there."""
+    monkeypatch.setattr(norm_module, "_at_once", lambda size, device: 3)
+    got = mv.norm_attention(vlm, batch, dst="all pairs")
+    alpha, vectors = written(vlm, batch, 0)
+    for i, tokens in enumerate(batch.token_maps):
+        there = tokens.modality != mv.Modality.PADDING
+        torch.testing.assert_close(got.weight[0, i, :, there], alpha[i, :, there], rtol=0, atol=1e-6)
+        want = vectors[i].sum(0).norm(dim=-1)
+        torch.testing.assert_close(got.norm[0, i, there], want[there], rtol=1e-3, atol=1e-7)
+        assert (got.norm[0, i, ~there] == 0).all()
+        assert (got.weight[0, i, :, ~there] == 0).all()
 
 
 def test_what_the_sources_wrote_adds_up_to_the_output(vlm, one):

@@ -16,7 +16,8 @@ from mechvlm.results import Result, long_frame, stack
 from mechvlm.tokens import Modality
 
 CACHED, HELD = 2**21, 2**26
-"""Numbers of f that exist at once: on the CPU as many as its cache holds (8 MB), elsewhere enough for full kernels (256 MB)."""
+"""Numbers of an intermediate that exist at once: on the CPU as many as its cache holds (8 MB), elsewhere enough for full kernels
+(256 MB)."""
 
 
 def value_gram(
@@ -34,10 +35,12 @@ def value_gram(
     v = rearrange(v, "batch head src d_head -> head (batch src) d_head")
     heads = rearrange(w_o, "d_model (head d_head) -> head d_head d_model", d_head=d_head)
     gram = v.new_zeros(batch * n_src, n_heads, n_heads)
-    at_once = CACHED if v.device.type == "cpu" else HELD
-    # Never fewer than 32 columns: the matrix product needs some width.
-    for piece in heads.split(max(32, at_once // (batch * n_src * n_heads)), dim=-1):
-        f = rearrange(v @ piece.float(), "head point d -> point head d")
+    pieces = heads.split(_at_once(batch * n_src * n_heads, v.device), dim=-1)
+    # Written again for each piece: new memory would cost as much as the product of f with itself.
+    held = v.new_empty(n_heads, batch * n_src, pieces[0].shape[-1])
+    for piece in pieces:
+        f = torch.bmm(v, piece.float(), out=held[..., : piece.shape[-1]])
+        f = rearrange(f, "head point d -> point head d")
         gram.baddbmm_(f, f.transpose(-1, -2))
     return rearrange(gram, "(batch src) h g -> batch src h g", batch=batch)
 
@@ -56,6 +59,11 @@ def norm_attention_sum(
     # Laid out by source once: both products then run over memory as it lies.
     a = rearrange(alpha, "batch head dest src -> batch src head dest").contiguous()
     return rearrange((gram @ a).mul_(a).sum(2).clamp_(min=0).sqrt_(), "batch src dest -> batch dest src")
+
+
+def _at_once(size: int, device: torch.device) -> int:
+    """How many things of `size` numbers are made at once; never fewer than 32, since products need some width."""
+    return max(32, (CACHED if device.type == "cpu" else HELD) // size)
 
 
 @dataclass(frozen=True, repr=False)
@@ -139,12 +147,21 @@ class NormAttention:
     def at_attention(self, plan, attended):
         dest, _, padding = plan  # padding: of all pairs only, where dest is every position
         q, k, v, mask, scale = attended.parts
-        alpha = attention_rows(q, k, mask, scale, dest if padding is None else None)
-        if padding is not None and padding.any():  # a destination of padding attends to anything
-            alpha.masked_fill_(padding.to(alpha.device)[:, None, :, None], 0)
         gram = value_gram(v, attended.w_o)
+        batch, n_heads, n_src, n_dest = len(q), q.shape[1], k.shape[2], dest.shape[1]
+        weight = gram.new_zeros(batch, n_heads, n_dest, n_src)
+        norm = gram.new_zeros(batch, n_dest, n_src)
+        # Some destinations at a time: what is made of them stays in the cache.
+        size = _at_once(batch * n_heads * n_src, q.device)
+        for rows, weights, norms in zip(dest.split(size, 1), weight.split(size, 2), norm.split(size, 1), strict=True):
+            seen = slice(int(rows.max()) + 1 if mask is None else n_src)  # no mask is the causal one
+            alpha = attention_rows(q[:, :, seen], k[:, :, seen], mask, scale, rows)
+            if padding is not None:  # a destination of padding attends to anything
+                alpha.masked_fill_(padding.gather(1, rows).to(alpha.device)[:, None, :, None], 0)
+            weights[..., seen] = alpha
+            norms[..., seen] = norm_attention_sum(alpha, gram[:, seen])
         value_norm = rearrange(gram.diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt(), "batch src head -> batch head src")
-        return {"norm": norm_attention_sum(alpha, gram), "weight": alpha, "value_norm": value_norm}
+        return {"norm": norm, "weight": weight, "value_norm": value_norm}
 
     def result(self, plan, rows, vlm, inputs) -> NormAttentionResult:
         dest, names, _ = plan
