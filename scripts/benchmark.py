@@ -32,6 +32,8 @@ RECORD = Path(__file__).with_name("benchmark.json")
 GROUPS = ("probes", "pairs", "imports", "sweeps")
 MOVED = 0.1
 """The share by which a ratio may differ from the recorded one before it is said."""
+STILL = 0.01
+"""A difference that is never said: a hundredth of a forward is what clocks differ by."""
 RATIOS = ("of its floor", "of a bare forward", "of 32 bare forwards", "times as long")
 MORE_IS_BETTER = ("times as long",)
 
@@ -75,7 +77,7 @@ def moved(title: str, rows: list[dict], record: dict) -> list[tuple[str, bool]]:
             continue
         name, value = now
         change = value / before - 1
-        if abs(change) > MOVED:
+        if abs(change) > MOVED and abs(value - before) > STILL:
             worse = (change > 0) != (name in MORE_IS_BETTER)
             found.append(
                 (f"{row['case']}: {name} {before:.3f} -> {value:.3f} ({'worse' if worse else 'better'})", worse)

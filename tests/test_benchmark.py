@@ -48,11 +48,12 @@ def test_the_vectors_of_each_pair_by_hand():
 
 
 def test_what_moved_is_said():
-    record = {"t": {"read": 1.0, "pairs": 20.0, "gone": 3.0}}
+    record = {"t": {"read": 1.0, "pairs": 20.0, "gone": 3.0, "tracing": 0.002}}
     rows = [
         {"case": "read", "seconds": 1.0, "of a bare forward": 9.0, "of its floor": 1.2},
         {"case": "pairs", "seconds": 1.0, "times as long": 30.0},
         {"case": "new", "seconds": 1.0, "of its floor": 1.0},
+        {"case": "tracing", "seconds": 0.01, "of a bare forward": 0.004},
     ]
     assert benchmark.moved("t", rows, record) == [
         ("read: of its floor 1.000 -> 1.200 (worse)", True), ("pairs: times as long 20.000 -> 30.000 (better)", False),

@@ -29,6 +29,9 @@ def value_gram(
     share their value. The sum over d_model is taken in pieces, so that f [batch src head d_model] never exists as a whole.
     Tested: equals f @ fᵀ, with f formed whole.
     """
+    if len(v) > 1 and v.device.type == "cpu":
+        # An example at a time: pieces of all of them would be too narrow for the matrix product.
+        return torch.cat([value_gram(example[None], w_o) for example in v])
     batch, kv_heads, n_src, d_head = v.shape
     n_heads = w_o.shape[1] // d_head
     v = v.float().repeat_interleave(n_heads // kv_heads, dim=1)
