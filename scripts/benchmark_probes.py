@@ -79,7 +79,8 @@ def probes(
     floors = {"LogitLens": floor + seconds["unembedding product"]}
     for name in found:
         floors[name] = floor + sum(seconds[product] for product in products)
-    bars = BARS | ({"NormAttention, all pairs": ALL_PAIRS} if width == 2048 else {})
+    # They are those of one example.
+    bars = (BARS | ({"NormAttention, all pairs": ALL_PAIRS} if width == 2048 else {})) if batch == 1 else {}
     rows = []
     for name, taken in seconds.items():
         row = {"case": name, "seconds": taken, "of a bare forward": taken / floor}
