@@ -7,6 +7,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -22,9 +23,9 @@ EXIT_CODES = """exit codes:
   0    done, also where examples were set aside (skipped.csv says why), or the study in --out was finished already
   1    it cannot be done with what was given: the message says what to change
   2    usage
-  3    stopped half-way, on a full disk for instance; the same command with the same --out goes on
-  130  stopped by Ctrl-C, 143 by SIGTERM; the same command with the same --out goes on
-A study that was killed goes on in the same way; at most a few batches are read again."""
+  3    stopped half-way, on a full disk for instance; the same command goes on
+  130  stopped by Ctrl-C, 143 by SIGTERM; the same command goes on
+A study that was killed goes on in the same way; at most 32 examples, or one batch, are read again by each worker."""
 
 VIEW = """Write the patch view of one image and prompt, a page that works offline: what each token of the prompt reads from
 each patch, by layer and head, and the words that each patch reads as."""
@@ -73,7 +74,7 @@ def parser() -> argparse.ArgumentParser:
     add(
         "--out", metavar="DIR",
         help="a new or empty folder, or that of a study with the same settings, which then goes on where it stopped "
-        f"(default: {OUT}, or {OUT}-2, ... where that exists)",
+        f"(default: the last unfinished {OUT} of these settings, or else {OUT}, {OUT}-2, ...)",
     )  # fmt: skip
     add(
         "--resume", action="store_true",
@@ -174,9 +175,18 @@ def _say(message: str) -> None:
 
 
 def _study(arguments: argparse.Namespace) -> int:
+    from mechvlm.errors import TakenError
+
+    *begun, out = _folders(arguments)
+    for folder in begun:
+        with suppress(TakenError):
+            return _study_in(arguments, folder)
+    return _study_in(arguments, out)
+
+
+def _study_in(arguments: argparse.Namespace, out: str) -> int:
     from mechvlm.progress import StudyBar
 
-    out = _out_of(arguments)
     finished = (Path(out) / "run.json").is_file()
     with _Stop() as stop:
         try:
@@ -246,20 +256,20 @@ class _Stop:
             raise KeyboardInterrupt
 
 
-def _out_of(arguments: argparse.Namespace) -> str:
-    """The study's folder: the one that was named, a new one, or with --resume the last unfinished one of the default name."""
+def _folders(arguments: argparse.Namespace) -> list[str]:
+    """Where the study may go: the folder that was named; else the last unfinished one of the default name, and a new one, which
+    is for a study of other settings, and not with --resume."""
     from mechvlm.errors import InputError
 
-    if not arguments.resume:
-        return arguments.out or _free(OUT)
     if arguments.out:
-        if not (Path(arguments.out) / "settings.json").is_file():
+        if arguments.resume and not (Path(arguments.out) / "settings.json").is_file():
             raise InputError(f"{arguments.out} holds no study to go on with. Leave out --resume to begin one there.")
-        return arguments.out
+        return [arguments.out]
     begun = [p.parent for p in Path().glob(f"{OUT}*/settings.json") if not (p.parent / "run.json").exists()]
-    if not begun:
+    last = sorted(begun, key=lambda folder: (folder / "settings.json").stat().st_mtime)[-1:]
+    if arguments.resume and not last:
         raise InputError(f"There is no unfinished {OUT} here to go on with. Name its folder with --out.")
-    return str(max(begun, key=lambda folder: (folder / "settings.json").stat().st_mtime))
+    return [str(folder) for folder in last] + ([] if arguments.resume else [_free(OUT)])
 
 
 def _how_to_go_on(arguments: argparse.Namespace, out: str) -> str:

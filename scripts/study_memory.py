@@ -14,6 +14,8 @@ from pathlib import Path
 
 PICTURES = 100
 """Different ones; the rest are the same files under other names."""
+COLORS = ("red", "green", "blue", "yellow", "white")
+"""As many captions an image as COCO has."""
 
 
 def resident() -> float:
@@ -37,9 +39,8 @@ def write_pictures(n: int, folder: Path) -> None:
         path = folder / f"{i}.png"
         if i >= PICTURES:
             path.hardlink_to(folder / f"{i % PICTURES}.png")
-        lines.append(
-            json.dumps({"image": path.name, "captions": [f"picture {i % PICTURES} shows a red circle on sand"]})
-        )
+        captions = [f"picture {i % PICTURES} shows a {color} circle on sand" for color in COLORS]
+        lines.append(json.dumps({"image": path.name, "captions": captions}))
     (folder / "captions.jsonl").write_text("\n".join(lines) + "\n")
 
 

@@ -88,9 +88,27 @@ def test_the_caption_counts_every_study_and_says_how_they_differ(made):
     half = made_study({"third": 8}, n=6)
     half.models["third"]["dtype"] = "bfloat16"
     assert "third in bfloat16" in mv.compare([made, half]).notes[0]
+    again = made_study({"third": 8}, n=6, seed=1)
+    notes = " ".join(mv.compare([again, half]).notes)
+    assert "third, study 1 in float32, third, study 2 in bfloat16" in notes
     fewer = made_study({"third": 8}, n=6)
     fewer.models["third"]["n_examples"] = 5
     assert "did not read the same number" in mv.compare([made, fewer]).notes[0]
+
+
+def test_what_is_drawn_is_called_what_it_is():
+    own = made_study({"m": 4}, n=3)
+    lens = own.tables["lens"]
+    single = lens[lens["captions"].isin(["own", "other"])].assign(
+        captions=lambda rows: rows["captions"].map({"own": "single", "other": "other_single"})
+    )
+    own.tables["lens"] = pd.concat([lens, single], ignore_index=True)
+    share, words, *controls = mv.compare([own]).plot(["norm_share_last_text", "precision_single"]).figure.axes
+    assert share.get_ylabel() == "image tokens' share"
+    assert words.get_ylabel() == "share of words"
+    assert [len(ax.lines) for ax in controls] == [0, 2], "each caption alone of another image, and of text tokens"
+    drawn = own.plot("lens")
+    assert "another's captions, each alone" in str([ax.get_legend_handles_labels() for ax in drawn.figure.axes])
 
 
 def test_the_same_model_twice_is_told_apart(tmp_path):

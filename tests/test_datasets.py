@@ -1,6 +1,7 @@
 """Data sets by name: what is drawn, what is set aside, and what the fingerprint covers."""
 
 import json
+from pathlib import Path
 
 import pytest
 from conftest import noise_image
@@ -64,6 +65,21 @@ def test_accepts_one_caption_ids_subfolders_blank_lines_and_byte_order_marks(tmp
     ]
     data = load_dataset(write_folder(tmp_path / "d", lines, ["a.png", "more/b.png"]))
     assert {(e.id, e.captions) for e in data.examples} == {("a.png", ("one",)), ("b", ("x",))}
+    assert data.set_aside == ()
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_only_the_end_of_a_line_ends_a_line(tmp_path, end):
+    """JSON strings may hold a line separator as it is."""
+    (tmp_path / "d").mkdir()
+    lines = [
+        json.dumps({"image": "a.png", "caption": f"one{c}two", "id": c}, ensure_ascii=False)
+        for c in "\u2028\u2029\u0085"
+    ]
+    folder = write_folder(tmp_path / "d", [], ["a.png"]).removeprefix("folder:")
+    (Path(folder) / "captions.jsonl").write_bytes(end.join(lines).encode())
+    data = load_dataset(f"folder:{folder}")
+    assert {e.captions for e in data.examples} == {(f"one{c}two",) for c in "\u2028\u2029\u0085"}
     assert data.set_aside == ()
 
 

@@ -105,6 +105,13 @@ def test_columns_that_do_not_fit_list_what_there_is(tmp_path, columns, query, me
         load_dataset(f"hf:{tmp_path / 'd'}{query}")
 
 
+def test_two_columns_that_may_be_captions(tmp_path):
+    table(2, text=["a file", "another"]).save_to_disk(tmp_path / "d")
+    with pytest.raises(InputError, match=r"Which column is the caption\? Here the columns captions, text could be"):
+        load_dataset(f"hf:{tmp_path / 'd'}")
+    assert len(load_dataset(f"hf:{tmp_path / 'd'}?caption=captions")) == 2
+
+
 def test_no_column_of_captions(tmp_path):
     table().rename_column("captions", "said").save_to_disk(tmp_path / "d")
     with pytest.raises(InputError, match=r"Which column is the caption\? Here no column is known.*\?caption=COLUMN"):

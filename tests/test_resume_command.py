@@ -29,8 +29,10 @@ def call(capsys, *arguments) -> tuple[int, str, str]:
 
 
 @pytest.mark.kills
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_stops_it_and_says_how_to_go_on(capsys, folder, tmp_path, monkeypatch, number, code):
+@pytest.mark.parametrize(
+    ("number", "code", "going_on"), [(signal.SIGINT, 130, []), (signal.SIGTERM, 143, ["--resume"])]
+)
+def test_a_signal_stops_it_and_says_how_to_go_on(capsys, folder, tmp_path, monkeypatch, number, code, going_on):
     monkeypatch.chdir(tmp_path)
     make = shards.make_shard
 
@@ -49,9 +51,12 @@ def test_a_signal_stops_it_and_says_how_to_go_on(capsys, folder, tmp_path, monke
     assert err.endswith(f"Stopped. What is done stays in mechvlm-study. Go on with:\n  {command}\n")
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     assert [p.name for p in Path("mechvlm-study/shards").iterdir()] == ["0-00000"]
-    # The same command without a folder begins another study; --resume goes on with this one.
+    # Another one begins another study, which --resume refuses; the same one goes on, with --resume or without.
     assert call(capsys, *options, "--resume", "--seed", 1)[0] == 1
-    got, printed, _ = call(capsys, *options, "--resume")
+    got, printed, _ = call(capsys, *options, "--seed", 1)
+    assert (got, "Open mechvlm-study-2/report.html" in printed) == (0, True)
+    assert [p.name for p in Path("mechvlm-study/shards").iterdir()] == ["0-00000"]
+    got, printed, _ = call(capsys, *options, *going_on)
     assert got == 0
     assert "Open mechvlm-study/report.html" in printed
     got, printed, err = call(capsys, *options, "--resume")
@@ -64,7 +69,7 @@ def test_a_signal_stops_it_and_says_how_to_go_on(capsys, folder, tmp_path, monke
     assert got == 1
     assert "holds no study to go on with" in err
     got, printed, _ = call(capsys, *options)
-    assert (got, "Open mechvlm-study-2/report.html" in printed) == (0, True)
+    assert (got, "Open mechvlm-study-3/report.html" in printed) == (0, True)
 
 
 def test_a_full_disk_is_3(capsys, monkeypatch, folder, tmp_path):

@@ -307,7 +307,9 @@ def test_figures_can_be_drawn_from_the_files_alone(study):
         "image tokens, own captions",
         "image tokens, each caption alone",
         "image tokens, another image's captions",
+        "image tokens, another's captions, each alone",
         "text tokens, own captions",
+        " ",
         "± 1 standard deviation",
         "95% interval of the mean",
     ]

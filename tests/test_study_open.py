@@ -21,6 +21,7 @@ from mechvlm.datasets import Dataset, Example, SetAside, fingerprint
 from mechvlm.errors import InputError
 from mechvlm.study import run
 from mechvlm.study.figures import FIGURES
+from mechvlm.study.statistics import tidy
 from mechvlm.view.plots import style
 
 FOUR = ("phases", "lens", "contextualization", "norm_attention")
@@ -106,6 +107,8 @@ def test_every_caption_has_its_seeds_and_counts(opened, name):
     assert "LlavaForConditionalGeneration n = 5 (1 set aside)" in caption
     assert "InstructBlipForConditionalGeneration n = 5 (1 set aside)" in caption
     assert "of 6 drawn from made with seed 3; 1 set aside before any model read them" in caption
+    of_many = replace(opened, dataset=opened.dataset | {"usable": 5000})
+    assert "of 6 drawn from the 5,000 of made with seed 3;" in of_many.plot(name).caption
     assert "pale bands their standard deviation" in caption
     assert "95% bootstrap interval of the mean (2,000 resamples of the examples, seed 3)" in caption
     if name == "phases":
@@ -206,7 +209,10 @@ def test_a_notebook_shows_the_figure_with_its_caption(tmp_path):
 
 def test_text_of_large_tables_is_held_once(opened):
     """As categories, in the order of text: a study of thousands of examples is 20 bytes a value, and sorts as users expect."""
-    for table in (*(opened.tables[name] for name in ("contextualization", "lens", "attention_share")), opened.frame()):
+    for table in (
+        *(opened.tables[name] for name in ("contextualization", "lens", "attention_share")),
+        tidy(opened.tables),
+    ):
         for column, kind in table.dtypes.items():
             assert kind == "category" if column not in ("layer", "value") else kind.kind in "if", column
         assert (table.memory_usage(deep=False) <= 8 * len(table) + 8000).all()
@@ -217,6 +223,7 @@ def test_text_of_large_tables_is_held_once(opened):
 def test_the_frame_is_tidy_and_holds_every_value(opened):
     frame = opened.frame()
     assert list(frame.columns) == ["model", "example", "layer", "measure", "value"]
+    assert not {"category"} & set(map(str, frame.dtypes)), "plain text: a group of no rows is none"
     assert not frame.duplicated(["model", "example", "layer", "measure"]).any()
     assert len(frame) == sum(len(opened.tables[name]) for name in ("contextualization", "lens", "attention_share"))
     for measure, tokens, captions in [

@@ -203,7 +203,7 @@ def test_progress_counts_the_pairs_sides_once_more(vlm, spec, tmp_path):
 def test_a_pair_of_which_one_side_was_drawn_is_left_out_and_counted(vlm, spec, tmp_path, no_figures):
     study = run([vlm], spec, n=5, out=tmp_path / "out", **OPTIONS)
     assert study.tables["pair_scores"]["pair"].nunique() == 2
-    assert (study.dataset["pairs"], study.dataset["half_pairs"]) == (2, 1)
+    assert (study.dataset["pairs"], study.dataset["half_pairs"], study.dataset["usable"]) == (2, 1, 2 * PAIRS)
     assert "Left out: 1 of which only one side" in mv.Study.open(study.out).plot("pairs").caption
 
 

@@ -4,7 +4,6 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import parse_qs
 
 from PIL import Image
 
@@ -105,7 +104,10 @@ def _usable(spec: str) -> tuple[list[Example], list[SetAside]]:
 
 def _asked(spec: str, query: str, *known: str, several: str = "") -> dict[str, Any]:
     """What follows the question mark of a name, as {key: value}; the key `several` may come more than once."""
-    given = parse_qs(query, keep_blank_values=True)
+    given: dict[str, list[str]] = {}
+    for part in filter(None, query.split("&")):  # as it is typed: a path may hold + and %
+        key, _, value = part.partition("=")
+        given.setdefault(key, []).append(value)
     for key, values in given.items():
         if key not in known or not all(values) or (len(values) > 1 and key != several):
             raise InputError(

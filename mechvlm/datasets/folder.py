@@ -35,7 +35,7 @@ def read_folder(folder: str | PathLike) -> tuple[list[Example], list[SetAside]]:
         )
     listing = folder / CAPTIONS
     try:
-        lines = listing.read_text(encoding="utf-8-sig").splitlines()
+        lines = listing.read_text(encoding="utf-8-sig").split("\n")  # and at nothing else that a caption may hold
     except FileNotFoundError:
         raise InputError(
             f'{folder} holds no {CAPTIONS}. Write one line for each image: {{"image": "a.jpg", "captions": ["..."]}}'

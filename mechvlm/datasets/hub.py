@@ -43,7 +43,7 @@ def read_hub(
     """
     table = open_table(name, split, config)
     image = image or _only(table, [c for c in table.column_names if _holds_images(table, c)], "image")
-    columns = caption or [_only(table, [c for c in CAPTIONS if c in table.column_names][:1], "caption")]
+    columns = caption or [_only(table, [c for c in CAPTIONS if c in table.column_names], "caption")]
     asked = [image, *columns, *([] if id is None else [id])]
     missing = [column for column in asked if column not in table.column_names]
     if missing:

@@ -76,7 +76,7 @@ def compare(studies: Sequence[Study | str | os.PathLike]) -> Comparison:
     return Comparison(
         frame=pd.concat(parts, ignore_index=True),
         counts=tuple(dict.fromkeys(counts(study) for study in opened)),
-        notes=_notes(opened),
+        notes=_notes(opened, labels),
         seeds=tuple(study.settings["seed"] for study in opened),
     )
 
@@ -142,7 +142,7 @@ def _folder(study: Study) -> str:
     return "" if study.out is None else study.out.resolve().name
 
 
-def _notes(studies: list[Study]) -> tuple[str, ...]:
+def _notes(studies: list[Study], labels: dict[tuple[int, str], str]) -> tuple[str, ...]:
     notes = []
     if len({study.dataset["fingerprint"] for study in studies}) > 1:
         notes.append("The studies read different examples: a difference between curves may be one between data.")
@@ -150,6 +150,6 @@ def _notes(studies: list[Study]) -> tuple[str, ...]:
     if len(read) > 1 and not notes:
         notes.append("The models did not read the same number of examples: some set more aside.")
     if len({about["dtype"] for study in studies for about in study.models.values()}) > 1:
-        dtypes = {model: about["dtype"] for study in studies for model, about in study.models.items()}
-        notes.append(f"Precision differs: {', '.join(f'{model} in {dtype}' for model, dtype in dtypes.items())}.")
+        dtypes = [f"{label} in {studies[i].models[model]['dtype']}" for (i, model), label in labels.items()]
+        notes.append(f"Precision differs: {', '.join(dtypes)}.")
     return tuple(notes)

@@ -43,7 +43,7 @@ def compare_figure(found: "Comparison", measures: list[str]) -> Drawn:
                 mine = frame[frame["label"] == label]
                 line_of(top, mine[mine["measure"] == measure], line, x="depth")
                 for ending, (_, dash) in CONTROLS.items():
-                    rows = mine[mine["measure"] == measure + ending]
+                    rows = mine[mine["measure"] == _control(measure, ending)]
                     if rows["mean"].notna().any():
                         used.add(ending)
                         line_of(
@@ -52,7 +52,7 @@ def compare_figure(found: "Comparison", measures: list[str]) -> Drawn:
             if measure.startswith("cosine"):
                 top.set_ylabel("mean cosine")
             else:
-                top.set_ylabel("share of words")
+                top.set_ylabel("image tokens' share" if "_share_" in measure else "share of words")
                 top.set_ylim(-0.03, 1.03)
             low.set_ylim(top.set_ylim(_span(top, low)))
             low.set_ylabel("its controls")
@@ -73,6 +73,12 @@ def compare_figure(found: "Comparison", measures: list[str]) -> Drawn:
         "image tokens another image's captions, and the words decoded from text tokens.",
         bands(*seeds), *found.counts, *found.notes,
     ]))  # fmt: skip
+
+
+def _control(measure: str, ending: str) -> str:
+    """A measure's control: of `precision_single` it is called `precision_other_single`."""
+    name, single, _ = measure.partition("_single")
+    return name + ending + single
 
 
 def _span(*axes) -> tuple[float, float]:

@@ -141,8 +141,10 @@ def counts(study: Study) -> str:
         f"{short(model, list(study.models))} n = {about['n_examples']:,} ({aside.get(model, 0):,} set aside)"
         for model, about in study.models.items()
     ]
+    usable = study.dataset.get("usable")
     before = f"; {aside['']:,} set aside before any model read them" if "" in aside else ""
     return (
-        f"Examples: {', '.join(models)}; of {study.dataset['n']:,} drawn from {study.dataset['name']} with seed "
+        f"Examples: {', '.join(models)}; of {study.dataset['n']:,} drawn from "
+        f"{f'the {usable:,} of ' if usable else ''}{study.dataset['name']} with seed "
         f"{study.settings['seed']}{before}."
     )

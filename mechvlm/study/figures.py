@@ -15,7 +15,7 @@ from mechvlm.study.study import Study
 from mechvlm.view.plots import LINES, layer_axis, shade, style
 
 BASELINE = Line2D([], [], color=GREY, linestyle=DOTTED, linewidth=1.1, label="baseline (different examples)")
-WORDS = {"own": "", "single": "_single", "other": "_other", "prompt": "_text"}
+WORDS = {"own": "", "single": "_single", "other": "_other", "other_single": "_other_single", "prompt": "_text"}
 
 
 def draw(study: Study, name: str) -> Drawn:
@@ -100,7 +100,7 @@ def lens_figure(study: Study) -> Drawn:
         "layer: precision, the share of decoded words that the captions hold, and recall, the share of the captions' "
         "words that are decoded. Unique words, lemmatised, without stop words; where an example decodes no word at all it "
         "has no precision. An image's captions count together; where it has several, also the mean over each of them "
-        "alone. Controls: the same words against another image's captions, and the words decoded from the "
+        "alone. Controls: the same words against another image's captions, together and alone, and the words decoded from the "
         f"text positions of the prompt, template included. {_ends(study)}"
     ))  # fmt: skip
 

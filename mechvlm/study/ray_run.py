@@ -245,7 +245,8 @@ class RayWorkers:
         if getattr(error, "actor_init_failed", False):
             raise InputError(
                 f"A worker cannot begin on the Ray cluster: {last[-1].strip()}. Every node needs what is installed here, in the "
-                "same versions: pip install 'mechvlm[ray]'"
+                "same versions (pip install 'mechvlm[ray]'), and the same files under the same names: of hf: and winoground data "
+                "the cache of Hugging Face too (HF_HOME)."
             )
         with suppress(Exception):
             ray.kill(worker)

@@ -161,6 +161,10 @@ def run(
                 f"The study stopped: {error} What is done stays in {folder}, and the same command goes on from there."
             ) from error
         except OSError as error:
+            if out is None:
+                raise StoppedError(
+                    f"The study stopped: {error}. It was given no folder: nothing of it is kept."
+                ) from error
             raise StoppedError(
                 f"The study stopped: {error}. What is done stays in {folder}; where that is a full disk, make room. The same "
                 "command goes on from there."
@@ -234,7 +238,9 @@ def _study(
         skipped=merge.skipped(plan),
         settings=settings,
         models=about,
-        dataset={"name": plan.data.name, "n": len(plan.data), "fingerprint": plan.data.fingerprint} | _paired(plan),
+        dataset={"name": plan.data.name, "n": len(plan.data), "fingerprint": plan.data.fingerprint}
+        | ({} if plan.data.n_usable is None else {"usable": plan.data.n_usable})
+        | _paired(plan),
         gallery=shown,
         views=views,
         seconds=round(time.perf_counter() - started, 2),

@@ -56,7 +56,7 @@ def curves(study: "Study") -> pd.DataFrame:
     the study's seed), NaN for fewer than two. The anisotropy baselines, `cosine_inter_baseline` and so on, are of all
     examples together, and have neither spread nor interval.
     """
-    seed, frame, parts = study.settings["seed"], study.frame(), []
+    seed, frame, parts = study.settings["seed"], tidy(study.tables), []
     for model in study.models:
         wide = _wide(frame[frame["model"] == model])
         values = wide.to_numpy(dtype="float64", copy=True)

@@ -42,8 +42,8 @@ class Study:
         skipped: model, example, reason: what was set aside ("" for model: before any model saw it).
         settings: everything that was asked for, after defaults, and "measures": how each was made.
         models: by name: class, revision, dtype, device, layers, examples read, threads, seconds.
-        dataset: the examples' name, number and fingerprint; of Winoground also `pairs`, those with both sides among the
-            examples, and `half_pairs`, those with only one.
+        dataset: the examples' name, number and fingerprint, and `usable`, how many they were drawn from; of Winoground also
+            `pairs`, those with both sides among the examples, and `half_pairs`, those with only one.
         gallery: a few examples, with a small picture each; of an opened study the small pictures are the images.
         views: their patch views, by (model, example id), where a folder was asked for.
         seconds: of the whole run, files included.
@@ -80,13 +80,16 @@ class Study:
 
         Measures: `cosine_inter`, `cosine_image`, `cosine_text` (mean cosine, -1 to 1); `precision` and `recall` (shares, 0 to
         1; NaN for 0/0) of the words that image tokens decode to, and their controls: `precision_other`, `recall_other`
-        against another image's captions, `precision_text`, `recall_text` of the words on text tokens. Norm-based attention
-        is kept by position and not by example: `tables["norm_attention"]`.
+        against another image's captions, `precision_text`, `recall_text` of the words on text tokens. Where images have
+        several captions, `precision_single`, `recall_single`, `precision_other_single`, `recall_other_single`: the mean over each
+        caption alone. `norm_share_last_text`, `norm_share_last_image`, `weight_share_last_text`, `weight_share_last_image`:
+        the image tokens' share (0 to 1) of the norms written to that destination, and of the raw weights; source by source,
+        as means over examples, they are in `tables["norm_attention"]`.
 
         Raises:
             InputError: for a measure that is not there.
         """
-        return _of(statistics.tidy(self.tables), measure)
+        return _of(statistics.tidy(self.tables), measure).astype({"model": str, "example": str, "measure": str})
 
     def curves(self, measure: str | None = None) -> pd.DataFrame:
         """Each curve: model, measure, layer, n, mean, sd, low, high; of one measure, or of all.

@@ -50,6 +50,7 @@ LINES = {
     "own": Line("image tokens, own captions", "#0072B2", "-", "o"),
     "single": Line("image tokens, each caption alone", "#56B4E9", "-.", "d"),
     "other": Line("image tokens, another image's captions", "#E69F00", "--", "s"),
+    "other_single": Line("image tokens, another's captions, each alone", "#CC79A7", (0, (3, 1, 1, 1)), "v"),
     "prompt": Line("text tokens, own captions", "#666666", ":", "^"),
 }
 PHASES = {"I": "#DCE9F5", "II": "#FBE6D4", "III": "#DDF0E6", "IV": "#EFE3F3"}
