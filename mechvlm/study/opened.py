@@ -2,12 +2,14 @@
 
 import json
 import os
+from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pyarrow as pa
+import pyarrow.parquet as pq
 from PIL import Image
 
 from mechvlm.datasets import Example
@@ -143,7 +145,7 @@ def _record(folder: Path) -> dict[str, Any]:
 
 def _table(path: Path) -> pd.DataFrame:
     try:
-        table = pd.read_parquet(path, read_dictionary=REPEATED if path.stem in PER_EXAMPLE else None)
+        table = _columns(path, REPEATED if path.stem in PER_EXAMPLE else ())
     except (OSError, ValueError) as error:  # pyarrow's own are both
         raise _damaged(path, error) from error
     if missing := [column for column in (COLUMNS | PAIR_COLUMNS).get(path.stem, ()) if column not in table]:
@@ -152,6 +154,16 @@ def _table(path: Path) -> pd.DataFrame:
         # In the order of text, not of first appearance: sorted as users expect.
         table[column] = table[column].cat.reorder_categories(sorted(table[column].cat.categories))
     return table
+
+
+def _columns(path: Path, repeated: Sequence[str]) -> pd.DataFrame:
+    """A Parquet file, column by column: what is held beside the table while it is read is one column's."""
+
+    def column(name: str) -> pd.Series:
+        return pd.read_parquet(path, columns=[name], read_dictionary=[name] if name in repeated else None)[name]
+
+    names = [name for name in pq.read_schema(path).names if not name.startswith("__index_level_")]
+    return pd.DataFrame({name: column(name) for name in names}, copy=False)
 
 
 def _skipped(path: Path) -> pd.DataFrame:
