@@ -10,7 +10,8 @@ from models import llava
 from test_resume import PROMPT, small  # noqa: F401  (a fixture)
 
 from mechvlm import cli
-from mechvlm.study import shards
+from mechvlm.errors import StoppedError
+from mechvlm.study import run, shards
 
 
 @pytest.fixture(scope="module")
@@ -76,8 +77,23 @@ def test_a_full_disk_is_3(capsys, monkeypatch, folder, tmp_path):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("mechvlm.study.shards.write_piece", full)
-    code, _, err = call(capsys, "study", "--model", folder, "--n", 2, "--out", tmp_path / "out")
-    assert code == 3
-    assert "Error: The study stopped: [Errno 28] No space left on device. What is done stays in" in err
-    assert "Traceback" not in err
+    monkeypatch.chdir(tmp_path)
+    command = ["study", "--model", folder, "--n", 2]
+    with monkeypatch.context() as patch:
+        patch.setattr("mechvlm.study.shards.write_piece", full)
+        for out in ([], ["--out", "named"]):
+            code, _, err = call(capsys, *command, *out)
+            assert code == 3
+            said = f"What is done stays in {out[1] if out else 'mechvlm-study'}; where that is a full disk, make room. The same"
+            assert (
+                f"Error: The study stopped: [Errno 28] No space left on device. {said} command goes on from there."
+                in err
+            )
+            assert "Traceback" not in err
+        with pytest.raises(
+            StoppedError, match=r"No space left on device. It was given no folder: nothing of it is kept"
+        ):
+            run([str(folder)], n=2)
+    code, printed, _ = call(capsys, *command)
+    assert (code, "Open mechvlm-study/report.html" in printed) == (0, True)
+    assert [p.name for p in Path().glob("mechvlm-study*")] == ["mechvlm-study"]
