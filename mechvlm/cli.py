@@ -7,7 +7,6 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -175,19 +174,9 @@ def _say(message: str) -> None:
 
 
 def _study(arguments: argparse.Namespace) -> int:
-    from mechvlm.errors import TakenError
-
-    *begun, out = _folders(arguments)
-    for folder in begun:
-        with suppress(TakenError):
-            return _study_in(arguments, folder)
-    return _study_in(arguments, out)
-
-
-def _study_in(arguments: argparse.Namespace, out: str) -> int:
     from mechvlm.progress import StudyBar
 
-    finished = (Path(out) / "run.json").is_file()
+    out = arguments.out
     with _Stop() as stop:
         try:
             with StudyBar() as bar:
@@ -197,6 +186,9 @@ def _study_in(arguments: argparse.Namespace, out: str) -> int:
                 from mechvlm.study import run
                 from mechvlm.study.runner import PROMPT
                 from mechvlm.study.terminal import show
+
+                out = _out_of(arguments, PROMPT)
+                finished = (Path(out) / "run.json").is_file()
 
                 def progress(stage: str, done: int, total: int) -> None:
                     stop.check()
@@ -256,25 +248,53 @@ class _Stop:
             raise KeyboardInterrupt
 
 
-def _folders(arguments: argparse.Namespace) -> list[str]:
-    """Where the study may go: the folder that was named; else the last unfinished one of the default name, and a new one, which
-    is for a study of other settings, and not with --resume."""
+def _out_of(arguments: argparse.Namespace, prompt: str) -> str:
+    """The study's folder: the one that was named, else the last unfinished one of the default name that was asked the same, else
+    a new one. With --resume, one that is there."""
     from mechvlm.errors import InputError
 
     if arguments.out:
         if arguments.resume and not (Path(arguments.out) / "settings.json").is_file():
             raise InputError(f"{arguments.out} holds no study to go on with. Leave out --resume to begin one there.")
-        return [arguments.out]
-    begun = [p.parent for p in Path().glob(f"{OUT}*/settings.json") if not (p.parent / "run.json").exists()]
-    last = sorted(begun, key=lambda folder: (folder / "settings.json").stat().st_mtime)[-1:]
-    if arguments.resume and not last:
+        return arguments.out
+    begun = [p for p in Path().glob(f"{OUT}*/settings.json") if not p.with_name("run.json").exists()]
+    begun.sort(key=lambda file: file.stat().st_mtime)
+    same = [file for file in begun if _asked_alike(file, arguments, prompt)]
+    if same or (arguments.resume and begun):
+        return str((same or begun)[-1].parent)
+    if arguments.resume:
         raise InputError(f"There is no unfinished {OUT} here to go on with. Name its folder with --out.")
-    return [str(folder) for folder in last] + ([] if arguments.resume else [_free(OUT)])
+    out = _free(OUT)
+    if begun:
+        others = ", ".join(str(file.parent) for file in begun)
+        _say(f"Not finished here, and of other settings: {others}. This study goes to {out}.")
+    return out
 
 
-def _how_to_go_on(arguments: argparse.Namespace, out: str) -> str:
+def _asked_alike(file: Path, arguments: argparse.Namespace, prompt: str) -> bool:
+    """Whether a study was begun by a command like this one. That everything else is the same is seen when it goes on."""
+    from mechvlm import bundled
+    from mechvlm.datasets import SCENES
+    from mechvlm.errors import InputError
+    from mechvlm.study.settings import read_settings
+
+    try:
+        was = read_settings(file.parent) or {}
+    except InputError:
+        return False
+    asked = {
+        "models": list(arguments.model or bundled.NAMES), "prompt": arguments.prompt or prompt, "seed": arguments.seed,
+        "dtype": arguments.dtype, "batch_size": arguments.batch_size,
+    }  # fmt: skip
+    data = was.get("dataset", {})
+    n = SCENES if arguments.n is None and arguments.dataset == "scenes" else arguments.n
+    same = data.get("name") == arguments.dataset and n in (None, data.get("n"))
+    return same and all(was.get(key) == value for key, value in asked.items())
+
+
+def _how_to_go_on(arguments: argparse.Namespace, out: str | None) -> str:
     """What to type to go on with a study that stopped; empty where it had not begun."""
-    if not (Path(out) / "settings.json").is_file():
+    if out is None or not (Path(out) / "settings.json").is_file():
         return ""
     typed = [one for one in arguments.typed if one != "--resume"]
     where = [] if arguments.out else ["--out", out]

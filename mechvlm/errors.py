@@ -9,10 +9,6 @@ class InputError(ValueError):
     """An image or a prompt cannot be used."""
 
 
-class TakenError(InputError):
-    """A study's folder holds another study: one of other settings, or another process at work."""
-
-
 class NonFiniteError(ValueError):
     """Activations hold NaN or infinity.
 

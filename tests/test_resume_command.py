@@ -54,12 +54,18 @@ def test_a_signal_stops_it_and_says_how_to_go_on(capsys, folder, tmp_path, monke
     assert [p.name for p in Path("mechvlm-study/shards").iterdir()] == ["0-00000"]
     # Another one begins another study, which --resume refuses; the same one goes on, with --resume or without.
     assert call(capsys, *options, "--resume", "--seed", 1)[0] == 1
-    got, printed, _ = call(capsys, *options, "--seed", 1)
-    assert (got, "Open mechvlm-study-2/report.html" in printed) == (0, True)
+    with monkeypatch.context() as patch:
+        patch.setattr("mechvlm.study.workers.make_shard", stop_at_second)
+        got, _, err = call(capsys, *options, "--seed", 1)
+    assert got == code
+    assert "Not finished here, and of other settings: mechvlm-study. This study goes to mechvlm-study-2." in err
+    assert "--seed 1 --out mechvlm-study-2" in err
     assert [p.name for p in Path("mechvlm-study/shards").iterdir()] == ["0-00000"]
     got, printed, _ = call(capsys, *options, *going_on)
     assert got == 0
     assert "Open mechvlm-study/report.html" in printed
+    got, printed, _ = call(capsys, *options, *going_on, "--seed", 1)
+    assert (got, "Open mechvlm-study-2/report.html" in printed) == (0, True)
     got, printed, err = call(capsys, *options, "--resume")
     assert got == 1
     assert "There is no unfinished mechvlm-study here" in err

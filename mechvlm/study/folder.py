@@ -7,7 +7,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from mechvlm.errors import InputError, ModelError, TakenError
+from mechvlm.errors import InputError, ModelError
 from mechvlm.study import settings as asked
 from mechvlm.study.pieces import LOCK, PASSING, locked, read_about, sync, sync_folder, write_text
 
@@ -25,8 +25,7 @@ def opened(folder: Path, settings: dict[str, Any]) -> Iterator[bool]:
     comes before anything could be read.
 
     Raises:
-        InputError: when it holds something else.
-        TakenError: when it holds a study with other settings, or another process's work.
+        InputError: when it holds something else, a study with other settings, or another process's work.
     """
     settings = json.loads(json.dumps(settings))
     new, made = False, [one for one in (folder, *folder.parents) if not one.exists()]
@@ -68,7 +67,7 @@ def _finished(folder: Path, settings: dict[str, Any]) -> bool:
             "Give another --out."
         )
     if was is not None and (differ := asked.differences(was, settings)):
-        raise TakenError(
+        raise InputError(
             f"{folder} holds a study that was made with other settings: {'; '.join(differ)}. Give the settings that it was made "
             "with, or another --out."
         )

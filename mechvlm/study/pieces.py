@@ -14,7 +14,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mechvlm.errors import InputError, TakenError
+from mechvlm.errors import InputError
 
 try:
     import fcntl
@@ -131,7 +131,7 @@ def locked(folder: Path) -> Iterator[None]:
     """Hold a folder alone. The lock goes with its process, however that ends.
 
     Raises:
-        TakenError: when another process holds it.
+        InputError: when another process holds it.
         OSError: when nothing can be written there.
     """
     with (folder / LOCK).open("a") as file:
@@ -139,7 +139,7 @@ def locked(folder: Path) -> Iterator[None]:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise TakenError(
+                raise InputError(
                     f"Another process is at work on the study in {folder}. Wait until it is done, or give another --out."
                 ) from None
         yield
