@@ -251,7 +251,9 @@ class _Stop:
 def _out_of(arguments: argparse.Namespace, prompt: str) -> str:
     """The study's folder: the one that was named, else the last unfinished one of the default name that was asked the same, else
     a new one. With --resume, one that is there."""
+    from mechvlm import bundled
     from mechvlm.errors import InputError
+    from mechvlm.study.settings import begun_alike
 
     if arguments.out:
         if arguments.resume and not (Path(arguments.out) / "settings.json").is_file():
@@ -259,7 +261,11 @@ def _out_of(arguments: argparse.Namespace, prompt: str) -> str:
         return arguments.out
     begun = [p for p in Path().glob(f"{OUT}*/settings.json") if not p.with_name("run.json").exists()]
     begun.sort(key=lambda file: file.stat().st_mtime)
-    same = [file for file in begun if _asked_alike(file, arguments, prompt)]
+    asked = {
+        "models": list(arguments.model or bundled.NAMES), "prompt": arguments.prompt or prompt, "seed": arguments.seed,
+        "dtype": arguments.dtype, "batch_size": arguments.batch_size,
+    }  # fmt: skip
+    same = [file for file in begun if begun_alike(file.parent, arguments.dataset, arguments.n, asked)]
     if same or (arguments.resume and begun):
         return str((same or begun)[-1].parent)
     if arguments.resume:
@@ -269,27 +275,6 @@ def _out_of(arguments: argparse.Namespace, prompt: str) -> str:
         others = ", ".join(str(file.parent) for file in begun)
         _say(f"Not finished here, and of other settings: {others}. This study goes to {out}.")
     return out
-
-
-def _asked_alike(file: Path, arguments: argparse.Namespace, prompt: str) -> bool:
-    """Whether a study was begun by a command like this one. That everything else is the same is seen when it goes on."""
-    from mechvlm import bundled
-    from mechvlm.datasets import SCENES
-    from mechvlm.errors import InputError
-    from mechvlm.study.settings import read_settings
-
-    try:
-        was = read_settings(file.parent) or {}
-    except InputError:
-        return False
-    asked = {
-        "models": list(arguments.model or bundled.NAMES), "prompt": arguments.prompt or prompt, "seed": arguments.seed,
-        "dtype": arguments.dtype, "batch_size": arguments.batch_size,
-    }  # fmt: skip
-    data = was.get("dataset", {})
-    n = SCENES if arguments.n is None and arguments.dataset == "scenes" else arguments.n
-    same = data.get("name") == arguments.dataset and n in (None, data.get("n"))
-    return same and all(was.get(key) == value for key, value in asked.items())
 
 
 def _how_to_go_on(arguments: argparse.Namespace, out: str | None) -> str:

@@ -27,4 +27,7 @@ def imports(repeats: int) -> list[dict]:
 
     seconds = times({name: run(code) for name, code in CODE.items()}, repeats)
     limits = {"import mechvlm": seconds[NNSIGHT] + OVER, "mechvlm --help": HELP}
-    return [{"case": name, "seconds": taken, "limit": limits.get(name)} for name, taken in seconds.items()]
+    return [
+        {"case": name, "seconds": taken, "of import nnsight": taken / seconds[NNSIGHT], "limit": limits.get(name)}
+        for name, taken in seconds.items()
+    ]

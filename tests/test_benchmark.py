@@ -48,18 +48,20 @@ def test_the_vectors_of_each_pair_by_hand():
 
 
 def test_what_moved_is_said():
-    record = {"t": {"read": 1.0, "pairs": 20.0, "gone": 3.0, "tracing": 0.002}}
+    record = {"t": {"read": 1.0, "pairs": 20.0, "gone": 3.0, "tracing": 0.002, "fat": 1.0, "fat, memory": 1.02}}
     rows = [
         {"case": "read", "seconds": 1.0, "of a bare forward": 9.0, "of its floor": 1.2},
         {"case": "pairs", "seconds": 1.0, "times as long": 30.0},
         {"case": "new", "seconds": 1.0, "of its floor": 1.0},
         {"case": "tracing", "seconds": 0.01, "of a bare forward": 0.004},
+        {"case": "fat", "seconds": 1.0, "of its floor": 1.0, "peak of bare": 1.3},
     ]
     assert benchmark.moved("t", rows, record) == [
         ("read: of its floor 1.000 -> 1.200 (worse)", True), ("pairs: times as long 20.000 -> 30.000 (better)", False),
+        ("fat, memory: peak of bare 1.020 -> 1.300 (worse)", True),
     ]  # fmt: skip
     rows[0]["of its floor"] = 1.09
-    assert len(benchmark.moved("t", rows, record)) == 1
+    assert len(benchmark.moved("t", rows, record)) == 2
     assert benchmark.moved("another machine", rows, record) == []
 
 

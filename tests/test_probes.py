@@ -205,12 +205,14 @@ def test_all_pairs_hold_the_rows(vlm, one):
     torch.testing.assert_close(pairs.norm[1, 0], vectors[0].sum(0).norm(dim=-1), rtol=1e-3, atol=1e-7)
 
 
-def test_all_pairs_in_pieces_are_those_of_the_whole(vlm, batch, monkeypatch):
-    """With padding, of which no destination is; `written` is held against every pair that is there."""
+@pytest.mark.parametrize("padded", [True, False])
+def test_all_pairs_in_pieces_are_those_of_the_whole(vlm, one, batch, monkeypatch, padded):
+    """With padding, of which no destination is, and without a mask; `written` is held against every pair that is there."""
     monkeypatch.setattr(norm_module, "_at_once", lambda size, device: 3)
-    got = mv.norm_attention(vlm, batch, dst="all pairs")
-    alpha, vectors = written(vlm, batch, 0)
-    for i, tokens in enumerate(batch.token_maps):
+    inputs = batch if padded else one
+    got = mv.norm_attention(vlm, inputs, dst="all pairs")
+    alpha, vectors = written(vlm, inputs, 0)
+    for i, tokens in enumerate(inputs.token_maps):
         there = tokens.modality != mv.Modality.PADDING
         torch.testing.assert_close(got.weight[0, i, :, there], alpha[i, :, there], rtol=0, atol=1e-6)
         want = vectors[i].sum(0).norm(dim=-1)
@@ -245,7 +247,12 @@ def test_the_gram_in_pieces_is_that_of_the_whole(cached, monkeypatch):
     torch.manual_seed(0)
     v, w_o = torch.randn(2, 2, 7, 8), torch.randn(100, 32)  # 4 heads, 2 of keys and values
     f = torch.einsum("bhse,dhe->bshd", v.repeat_interleave(2, dim=1), w_o.view(100, 4, 8))
-    torch.testing.assert_close(value_gram(v, w_o), torch.einsum("bshd,bsgd->bshg", f, f), rtol=1e-5, atol=1e-3)
+    wanted = torch.einsum("bshd,bsgd->bshg", f, f)
+    torch.testing.assert_close(value_gram(v, w_o), wanted, rtol=1e-5, atol=1e-3)
+    with torch.no_grad():  # f is then written into one place
+        torch.testing.assert_close(value_gram(v, w_o), wanted, rtol=1e-5, atol=1e-3)
+    value_gram(v, w_o.requires_grad_()).sum().backward()
+    assert w_o.grad.abs().sum() > 0
 
 
 def test_destinations_by_name_and_number(vlm, one):

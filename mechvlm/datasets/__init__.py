@@ -1,6 +1,7 @@
 """Data sets by name: each yields `Example`s, an image with its captions."""
 
 import hashlib
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -105,7 +106,8 @@ def _usable(spec: str) -> tuple[list[Example], list[SetAside]]:
 def _asked(spec: str, query: str, *known: str, several: str = "") -> dict[str, Any]:
     """What follows the question mark of a name, as {key: value}; the key `several` may come more than once."""
     given: dict[str, list[str]] = {}
-    for part in filter(None, query.split("&")):  # as it is typed: a path may hold + and %
+    # As it is typed: a path may hold +, % and &.
+    for part in filter(None, re.split(rf"&(?=(?:{'|'.join(known)})=)", query)):
         key, _, value = part.partition("=")
         given.setdefault(key, []).append(value)
     for key, values in given.items():

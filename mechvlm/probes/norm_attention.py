@@ -39,10 +39,10 @@ def value_gram(
     heads = rearrange(w_o, "d_model (head d_head) -> head d_head d_model", d_head=d_head)
     gram = v.new_zeros(batch * n_src, n_heads, n_heads)
     pieces = heads.split(_at_once(batch * n_src * n_heads, v.device), dim=-1)
-    # Written again for each piece: new memory would cost as much as the product of f with itself.
-    held = v.new_empty(n_heads, batch * n_src, pieces[0].shape[-1])
+    # Written again for each piece, where no gradient needs it: new memory would cost as much as the product of f with itself.
+    held = None if torch.is_grad_enabled() else v.new_empty(n_heads, batch * n_src, pieces[0].shape[-1])
     for piece in pieces:
-        f = torch.bmm(v, piece.float(), out=held[..., : piece.shape[-1]])
+        f = torch.bmm(v, piece.float(), out=None if held is None else held[..., : piece.shape[-1]])
         f = rearrange(f, "head point d -> point head d")
         gram.baddbmm_(f, f.transpose(-1, -2))
     return rearrange(gram, "(batch src) h g -> batch src h g", batch=batch)

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoConfig
 
 from mechvlm import bundled
-from mechvlm.datasets import Dataset
+from mechvlm.datasets import SCENES, Dataset
 from mechvlm.errors import InputError
 from mechvlm.loading import class_of
 from mechvlm.vlm import VLM
@@ -145,6 +145,16 @@ def read_settings(folder: Path) -> dict[str, Any] | None:
         return None
     except (OSError, ValueError) as error:
         raise InputError(f"{folder / FILE} cannot be read ({error}). Give another --out.") from error
+
+
+def begun_alike(folder: Path, dataset: str, n: int | None, asked: dict[str, Any]) -> bool:
+    """Whether a study was begun for the same examples with these settings, as far as that is seen without reading anything."""
+    try:
+        was = read_settings(folder) or {}
+    except InputError:
+        return False
+    data, n = was.get("dataset", {}), SCENES if n is None and dataset == "scenes" else n
+    return data.get("name") == dataset and n in (None, data.get("n")) and asked.items() <= was.items()
 
 
 def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -37,7 +37,8 @@ class Study:
     Attributes:
         tables: by the name of their file in `data/`: "contextualization", "baseline", "lens", "norm_attention",
             "phases", "answers", "words", and of Winoground "pair_scores" and "pairs"; `mechvlm.study.store` says what is in them.
-            The text columns of the large ones, one value an example and layer, are categories.
+            The text columns of the large ones, one value an example and layer, are categories (with pandas before
+            3, group them by `observed=True`).
         phases: by model. None for a model of fewer than 3 states, which has no curve to segment.
         skipped: model, example, reason: what was set aside ("" for model: before any model saw it).
         settings: everything that was asked for, after defaults, and "measures": how each was made.
