@@ -6,62 +6,66 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mechvlm import view
     from mechvlm.errors import InputError, ModelError, NonFiniteError, RemoteError, ViewError
-    from mechvlm.experiments.causal_trace import causal_trace
-    from mechvlm.experiments.information_flow import information_flow
-    from mechvlm.experiments.multimodal_neurons import multimodal_neurons
-    from mechvlm.experiments.object_ablation import object_ablation
-    from mechvlm.experiments.pair_results import WinogroundResult
-    from mechvlm.experiments.results import CausalTraceResult, InformationFlowResult, ObjectAblationResult
+    from mechvlm.experiments.causal_trace import CausalTraceResult, causal_trace
+    from mechvlm.experiments.information_flow import InformationFlowResult, information_flow
+    from mechvlm.experiments.multimodal_neurons import MultimodalNeuronsResult, multimodal_neurons
+    from mechvlm.experiments.object_ablation import ObjectAblationResult, object_ablation
     from mechvlm.experiments.winoground import caption_logprob, winoground
-    from mechvlm.inputs import Inputs
-    from mechvlm.interventions import ablate, knock_out, patch, steer
-    from mechvlm.jobs import Job
-    from mechvlm.loading import load
-    from mechvlm.pairs import PairScores, pair_scores
-    from mechvlm.phases import fit_phases
+    from mechvlm.experiments.winoground_result import PairScores, WinogroundResult, pair_scores
+    from mechvlm.inputs.batch import Inputs
+    from mechvlm.inputs.grids import PatchGrid
+    from mechvlm.inputs.tokens import Modality, TokenMap
+    from mechvlm.measures.phase_fit import fit_phases
+    from mechvlm.measures.words import precision_recall
+    from mechvlm.methods import contextualization, logit_attribution, logit_lens, norm_attention, query_reading
+    from mechvlm.ndif.jobs import Job
     from mechvlm.probes.contextualization import Contextualization, ContextualizationResult
     from mechvlm.probes.likelihood import Likelihood, LikelihoodResult
     from mechvlm.probes.logit_attribution import LogitAttribution, LogitAttributionResult
     from mechvlm.probes.logit_lens import LogitLens, LogitLensResult
-    from mechvlm.probes.neurons import MultimodalNeuronsResult
     from mechvlm.probes.norm_attention import NormAttention, NormAttentionResult
     from mechvlm.probes.query_reading import QueryReading, QueryReadingResult
-    from mechvlm.reading import contextualization, logit_attribution, logit_lens, norm_attention, query_reading, read
     from mechvlm.study.compare import Comparison, compare
     from mechvlm.study.study import Study
-    from mechvlm.tokens import Modality, PatchGrid, TokenMap
-    from mechvlm.vlm import VLM
-    from mechvlm.words import precision_recall
+    from mechvlm.tracing.interventions import ablate, knock_out, patch, steer
+    from mechvlm.tracing.reading import read
+    from mechvlm.vlm.loading import load
+    from mechvlm.vlm.vlm import VLM
 
 # Where each public name lives. They are imported when they are first used: `mechvlm --help` needs no torch.
 _HOMES = {
     "errors": ("InputError", "ModelError", "NonFiniteError", "RemoteError", "ViewError"),
-    "experiments.causal_trace": ("causal_trace",),
-    "experiments.information_flow": ("information_flow",),
-    "experiments.object_ablation": ("object_ablation",),
-    "experiments.pair_results": ("WinogroundResult",),
-    "experiments.results": ("CausalTraceResult", "InformationFlowResult", "ObjectAblationResult"),
-    "experiments.multimodal_neurons": ("multimodal_neurons",),
+    "experiments.causal_trace": ("CausalTraceResult", "causal_trace"),
+    "experiments.information_flow": ("InformationFlowResult", "information_flow"),
+    "experiments.multimodal_neurons": ("MultimodalNeuronsResult", "multimodal_neurons"),
+    "experiments.object_ablation": ("ObjectAblationResult", "object_ablation"),
     "experiments.winoground": ("caption_logprob", "winoground"),
-    "inputs": ("Inputs",),
-    "interventions": ("ablate", "knock_out", "patch", "steer"),
-    "jobs": ("Job",),
-    "loading": ("load",),
-    "pairs": ("PairScores", "pair_scores"),
-    "phases": ("fit_phases",),
+    "experiments.winoground_result": ("PairScores", "WinogroundResult", "pair_scores"),
+    "inputs.batch": ("Inputs",),
+    "inputs.grids": ("PatchGrid",),
+    "inputs.tokens": ("Modality", "TokenMap"),
+    "measures.phase_fit": ("fit_phases",),
+    "measures.words": ("precision_recall",),
+    "ndif.jobs": ("Job",),
     "probes.contextualization": ("Contextualization", "ContextualizationResult"),
     "probes.likelihood": ("Likelihood", "LikelihoodResult"),
     "probes.logit_attribution": ("LogitAttribution", "LogitAttributionResult"),
     "probes.logit_lens": ("LogitLens", "LogitLensResult"),
-    "probes.neurons": ("MultimodalNeuronsResult",),
     "probes.norm_attention": ("NormAttention", "NormAttentionResult"),
     "probes.query_reading": ("QueryReading", "QueryReadingResult"),
-    "reading": ("contextualization", "logit_attribution", "logit_lens", "norm_attention", "query_reading", "read"),
     "study.compare": ("Comparison", "compare"),
     "study.study": ("Study",),
-    "tokens": ("Modality", "PatchGrid", "TokenMap"),
-    "vlm": ("VLM",),
-    "words": ("precision_recall",),
+    "tracing.interventions": ("ablate", "knock_out", "patch", "steer"),
+    "tracing.reading": ("read",),
+    "methods": (
+        "contextualization",
+        "logit_attribution",
+        "logit_lens",
+        "norm_attention",
+        "query_reading",
+    ),
+    "vlm.loading": ("load",),
+    "vlm.vlm": ("VLM",),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 
@@ -88,4 +92,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted(__all__)

@@ -11,7 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 OUT = "mechvlm-study"
-PAGE = "view.html"
+VIEW_FILE = "view.html"
 
 STUDY = """Run the study of Wei et al. 2024, "A Study on Multi-modal Interaction in Vision Large Language Models":
 the words that visual tokens decode to, contextualization and norm-based attention by layer, and the phases of their
@@ -104,7 +104,7 @@ def parser() -> argparse.ArgumentParser:
     )
     add(
         "--out", metavar="FILE",
-        help=f"a file that is not there yet (default: {PAGE}, or {Path(PAGE).stem}-2.html, ... where that exists)",
+        help=f"a file that is not there yet (default: {VIEW_FILE}, or {Path(VIEW_FILE).stem}-2.html, ... where that exists)",
     )  # fmt: skip
     commands.add_parser(
         "models", help="list the bundled models and the known classes",
@@ -184,8 +184,8 @@ def _study(arguments: argparse.Namespace) -> int:
                 _quiet_libraries()
                 from mechvlm import bundled
                 from mechvlm.study import run
-                from mechvlm.study.runner import PROMPT
-                from mechvlm.study.terminal import show
+                from mechvlm.study.report.terminal import show
+                from mechvlm.study.running.runner import PROMPT
 
                 out = _out_of(arguments, PROMPT)
                 finished = (Path(out) / "run.json").is_file()
@@ -253,7 +253,7 @@ def _out_of(arguments: argparse.Namespace, prompt: str) -> str:
     a new one. With --resume, one that is there."""
     from mechvlm import bundled
     from mechvlm.errors import InputError
-    from mechvlm.study.settings import begun_alike
+    from mechvlm.study.running.settings import begun_alike
 
     if arguments.out:
         if arguments.resume and not (Path(arguments.out) / "settings.json").is_file():
@@ -289,17 +289,16 @@ def _how_to_go_on(arguments: argparse.Namespace, out: str | None) -> str:
 def _view(arguments: argparse.Namespace) -> int:
     from mechvlm.progress import STDERR
 
-    out = Path(arguments.out or _free(PAGE))
+    out = Path(arguments.out or _free(VIEW_FILE))
     with STDERR.status("starting") as status:
         # What is wrong is said before the model is loaded, which can take minutes.
         _check_file(out)
         _quiet_libraries()
-        from mechvlm.connection import retrying
         from mechvlm.errors import InputError
-        from mechvlm.images import open_image
-        from mechvlm.loading import load
-        from mechvlm.study.gallery import destinations, patch_view
-        from mechvlm.study.runner import check_device
+        from mechvlm.explore import destinations, patch_view
+        from mechvlm.inputs.images import open_image
+        from mechvlm.ndif.connection import retrying
+        from mechvlm.vlm.loading import check_device, load
 
         image = open_image(arguments.image)
         check_device(arguments.device)
@@ -347,7 +346,7 @@ def _free(name: str) -> str:
 
 def _models(arguments: argparse.Namespace) -> int:
     from mechvlm import bundled
-    from mechvlm.architectures import ARCHITECTURES
+    from mechvlm.families.known import ARCHITECTURES
 
     print("Bundled models:")
     for name in bundled.NAMES:

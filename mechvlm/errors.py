@@ -34,7 +34,7 @@ class RemoteError(RuntimeError):
 
     Attributes:
         retryable: whether the reason lies in the connection or in what the server is busy with, so that the same request may
-            succeed later. `mechvlm.connection.retrying` sends it again.
+            succeed later. `mechvlm.ndif.connection.retrying` sends it again.
     """
 
     def __init__(self, message: str, *, retryable: bool = False):

@@ -8,9 +8,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 N_RESAMPLES = 2000
-AT_ONCE = 100
+RESAMPLES_PER_BLOCK = 100
 """Resamples whose draws are numbers of eight bytes at once: with a hundred thousand examples all of them would take gigabytes."""
-CHUNK = 2**23
+NUMBERS_PER_CHUNK = 2**23
 """Numbers that the resampled means may take up at once (64 MB): a large `rest` is worked off in chunks."""
 
 
@@ -43,15 +43,15 @@ def mean_interval(values: Float[Tensor, "example *rest"], level: float = 0.95, s
     seen = ~np.isnan(x)
     x = np.where(seen, x, 0.0)
     # How often each draw holds each example (a byte: never 256 times): its mean is then a matrix product.
-    rng, pieces = np.random.default_rng(seed), range(0, N_RESAMPLES, AT_ONCE)
-    draws = [rng.multinomial(n, np.full(n, 1 / n), size=AT_ONCE).astype(np.uint8) for _ in pieces]
+    rng, pieces = np.random.default_rng(seed), range(0, N_RESAMPLES, RESAMPLES_PER_BLOCK)
+    draws = [rng.multinomial(n, np.full(n, 1 / n), size=RESAMPLES_PER_BLOCK).astype(np.uint8) for _ in pieces]
     low, high = np.full((2, x.shape[1]), np.nan)
     tail = 100 * (1 - level) / 2
     with np.errstate(invalid="ignore"):
         mean = x.sum(0) / seen.sum(0)
         columns = np.flatnonzero(seen.sum(0) > 1)
-        for start in range(0, len(columns), CHUNK // N_RESAMPLES):
-            some = columns[start : start + CHUNK // N_RESAMPLES]
+        for start in range(0, len(columns), NUMBERS_PER_CHUNK // N_RESAMPLES):
+            some = columns[start : start + NUMBERS_PER_CHUNK // N_RESAMPLES]
             # NaN where only NaN examples were drawn.
             means = np.concatenate(
                 [(d @ x[:, some]) / (d @ seen[:, some]) for d in (few.astype(float) for few in draws)]

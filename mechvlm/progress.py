@@ -2,16 +2,19 @@
 
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from importlib.util import find_spec
 from typing import TypeVar
 
+from rich import progress as rich_progress
 from rich.console import Console
 from rich.errors import LiveError
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 T = TypeVar("T")
+Progress = Callable[[str, int, int], None]
+"""Called with a stage of long work, how much of it is done, and how much there is."""
 
 STDERR = Console(stderr=True)
 """Of all that is drawn: two on one screen must know of each other."""
@@ -30,7 +33,7 @@ def track(items: Sequence[T], what: str) -> Iterator[T]:
     """
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     hidden = len(items) < 2 or not somebody_looks()
-    with Progress(*columns, console=STDERR, transient=True, disable=hidden) as progress:
+    with rich_progress.Progress(*columns, console=STDERR, transient=True, disable=hidden) as progress:
         yield from progress.track(items, description=what)
 
 
@@ -42,7 +45,9 @@ class StatusLine:
 
     def __init__(self, text: str, shown: bool = True):
         columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn())
-        self._line = Progress(*columns, console=STDERR, transient=True, disable=not (shown and somebody_looks()))
+        self._line = rich_progress.Progress(
+            *columns, console=STDERR, transient=True, disable=not (shown and somebody_looks())
+        )
         self._task = self._line.add_task(text, total=None)
         self.text = text
 
@@ -77,7 +82,7 @@ def pace(done: int, left: int, seconds: float) -> str:
     return f"{speed}, {remaining / 60:.0f} min left" if remaining < 5400 else f"{speed}, {remaining / 3600:.1f} h left"
 
 
-class StudyBar(Progress):
+class StudyBar(rich_progress.Progress):
     """A study's stages in a terminal, one line each; the examples of all models on one line, with their pace.
 
     The pace is that of this run: what an earlier one did stands on the bar from the beginning, and counts for no speed.

@@ -19,6 +19,8 @@ class Result:
     """A typed result: tensors with named axes, and the settings they were made with."""
 
     units: ClassVar[str] = ""
+    renamed: ClassVar[dict[str, str]] = {}
+    """Names under which earlier versions saved a field, and its name now."""
 
     def __repr__(self) -> str:
         """The shapes of its tensors, and its short settings: never the numbers."""
@@ -36,11 +38,13 @@ class Result:
         raise TypeError(f"{type(self).__name__} has no table of its own.")
 
     def plot(self, ax=None):
-        """The result drawn with matplotlib, on `ax` or a new figure of pyplot (a notebook shows it); gives the axes."""
-        # Results know how to ask for their picture, the view knows how to draw it: imported when asked.
-        from mechvlm.view import plots
+        """The result drawn with matplotlib, on `ax` or a new figure of pyplot (a notebook shows it); gives the axes.
 
-        return plots.draw(self, ax)
+        Raises:
+            TypeError: for a result that has no picture.
+        """
+        held = ", ".join(field.name for field in fields(self))
+        raise TypeError(f"There is no plot of a {type(self).__name__}. Its numbers are in {held}.")
 
     def save(self, path: str | PathLike) -> None:
         """Write one .safetensors file: tensors as they are, everything else as JSON in its header.
@@ -74,7 +78,7 @@ class Result:
                 raise ValueError(f"{path} holds {held}, not {cls.__name__}: load it with the class that saved it.")
             values = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         values |= {key: _tuples(value) for key, value in json.loads(header["fields"]).items()}
-        return cls(**values)
+        return cls(**{cls.renamed.get(key, key): value for key, value in values.items()})
 
 
 def _tuples(value):

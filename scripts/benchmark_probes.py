@@ -6,7 +6,7 @@ from benchmark_measure import peaks, times
 from benchmark_models import QUESTION, build, noise
 
 import mechvlm as mv
-from mechvlm.architectures import part
+from mechvlm.families.record import part
 from mechvlm.probes.norm_attention import norm_attention_sum, value_gram
 
 BARS = {"Contextualization": 1.05, "LogitLens": 1.08, "NormAttention, 2 rows": 1.15, "all three in one read": 1.15}

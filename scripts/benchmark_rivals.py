@@ -11,9 +11,9 @@ from torch.nn.functional import normalize
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 import mechvlm as mv
-from mechvlm.accessors import Attention
-from mechvlm.architectures import part
-from mechvlm.reading import Attended, State
+from mechvlm.decoder.attention import Attention
+from mechvlm.families.record import part
+from mechvlm.probes.probe import Attended, State
 
 K = 5
 

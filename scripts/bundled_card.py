@@ -149,7 +149,7 @@ def attention_text(asked: dict, described: dict) -> str:
         "there (`mechvlm.NormAttention`): mean over the patches of the object so named (at least half in its box) over the "
         "mean of all 64. 1 is uniform. ± s.e. Beside it, in scenes of several objects, the same and that of the other "
         "objects: a layer that writes both alike has found objects, not yet the one that is named.\n\n"
-        'The color is the answer to "What color is the ...?", of every object. Drawn is the layer with the largest '
+        'The color is the answer to "What color is the ...?", of every object. CaptionedFigure is the layer with the largest '
         "difference.\n\n" + attention_table(asked) + "\n\n![norm-based attention](norm-attention.png)\n\n"
         'The color is the next word of a caption begun with "a":\n\n' + attention_table(described) + "\n"
     )

@@ -15,9 +15,9 @@ from pathlib import Path
 import torch
 
 from mechvlm.datasets import load_dataset
-from mechvlm.study.ray_run import Cluster
-from mechvlm.study.shards import Plan
-from mechvlm.study.workers import Here
+from mechvlm.study.running.ray_workers import Cluster
+from mechvlm.study.running.shards import Plan
+from mechvlm.study.running.workers import Here
 
 WORKERS = (1, 2, 4)
 

@@ -6,15 +6,14 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 import mechvlm as mv
-from browser_lane import chromium, open_page  # noqa: F401
-from models import instructblip, llava
-from ndif_lane import pair, sandboxed, server, traffic, user  # noqa: F401
+from helpers.browser import chromium, open_page  # noqa: F401
+from helpers.images import noise_image
+from helpers.models import DEEP, FAMILIES, instructblip, llava
+from helpers.ndif import pair, sandboxed, server, traffic, user  # noqa: F401
 
 torch.set_num_threads(1)
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -25,19 +24,6 @@ def pytest_xdist_auto_num_workers(config) -> int:
     """All the default tests in two processes. A few files, or a lane such as `-m ray`, in one: that starts sooner, and alone."""
     whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS and not config.option.keyword
     return 2 if whole and config.option.markexpr.startswith("not ") else 0
-
-
-FAMILIES = {
-    "llava": lambda: llava(),
-    "llava-gqa-bias": lambda: llava(kv_heads=2, bias=True),
-    "instructblip": lambda: instructblip(),
-}
-
-
-def noise_image(seed: int, size: tuple[int, int] = (80, 60)) -> Image.Image:
-    """Pixels without any symmetry that could hide a swapped axis."""
-    rng = np.random.default_rng(seed)
-    return Image.fromarray(rng.integers(0, 255, (size[1], size[0], 3), dtype=np.uint8))
 
 
 @pytest.fixture(scope="session", params=list(FAMILIES))
@@ -66,13 +52,6 @@ def one(vlm):
 def batch(vlm):
     """Three examples of different lengths: two of them padded."""
     return vlm.inputs([noise_image(i) for i in range(3)], ["what is this", "describe the scene . a what is this", "a"])
-
-
-DEEP = {
-    "llava": lambda: llava(layers=5),
-    "llava-gqa-bias": lambda: llava(kv_heads=2, bias=True, layers=5),
-    "instructblip": lambda: instructblip(layers=5),
-}
 
 
 @pytest.fixture(scope="session", params=list(DEEP))

@@ -9,14 +9,13 @@ import time
 import pandas as pd
 import pytest
 import torch
-from conftest import noise_image
-from models import instructblip, llava
-from patch_results import large_inputs
-from test_datasets import write_folder
 
 import mechvlm as mv
-from mechvlm import bundled, cli
-from mechvlm.study import gallery
+from helpers.datasets import write_folder
+from helpers.images import noise_image
+from helpers.models import instructblip, llava
+from helpers.patch_results import large_inputs
+from mechvlm import bundled, cli, explore
 
 
 @pytest.fixture(scope="module")
@@ -97,14 +96,14 @@ def test_a_view_without_room_for_all_its_text_says_so(capsys, folders, picture, 
     inputs = vlm.inputs(picture, "what is this")
     text = inputs.tokens.text[inputs.tokens.text > inputs.tokens.image[0]]
     each = 4 * vlm.n_layers * vlm.n_heads * len(inputs.tokens)
-    assert gallery.destinations(vlm, inputs.tokens, room=3 * each + 1).tolist() == text[-3:].tolist()
-    assert gallery.destinations(vlm, inputs.tokens, room=0).tolist() == [inputs.tokens.last]
+    assert explore.destinations(vlm, inputs.tokens, room=3 * each + 1).tolist() == text[-3:].tolist()
+    assert explore.destinations(vlm, inputs.tokens, room=0).tolist() == [inputs.tokens.last]
     monkeypatch.setattr(vlm, "n_layers", 32)
     monkeypatch.setattr(vlm, "n_heads", 32)
     tokens = large_inputs().tokens
-    found = [len(gallery.destinations(vlm, tokens, room)) for room in (gallery.PAGE, gallery.SHELF)]
+    found = [len(explore.destinations(vlm, tokens, room)) for room in (explore.PAGE_ROOM, explore.GALLERY_ROOM)]
     assert (found, len(tokens.text)) == ([28, 7], 43), "at the size of 7B"
-    monkeypatch.setattr("mechvlm.study.gallery.destinations", lambda vlm, tokens: text[-2:])
+    monkeypatch.setattr("mechvlm.explore.destinations", lambda vlm, tokens: text[-2:])
     code, printed, _ = call(
         capsys, "view", folders[0], picture, "--prompt", "what is this", "--out", tmp_path / "x.html"
     )
@@ -156,7 +155,7 @@ def test_what_cannot_be_viewed_is_one_message(capsys, folders, picture, tmp_path
 
 
 def test_what_is_wrong_is_said_before_the_model_is_loaded(capsys, picture, tmp_path, monkeypatch):
-    monkeypatch.setattr("mechvlm.loading.load", lambda *_, **__: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("mechvlm.vlm.loading.load", lambda *_, **__: pytest.fail("the model was loaded"))
     for wrong in (["gone.png"], [picture, "--out", tmp_path], [picture, "--device", "abacus"]):
         assert call(capsys, "view", "tiny-llava", *wrong, "--prompt", "a")[0] == 1
 

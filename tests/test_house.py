@@ -1,101 +1,261 @@
-"""The house keeps its order: data flows LOAD -> TRACE -> MEASURE -> VIEW, and nothing heavy loads before it is needed."""
+"""The house keeps its order: data flows one way, no file imports what imports it, nothing heavy loads early."""
 
 import ast
+import io
+import re
 import subprocess
 import sys
+import tokenize
 from pathlib import Path
 
 import mechvlm
 
 ROOT = Path(mechvlm.__file__).parent
 
-# Each room, and the rooms it may import from; a room knows what stands above it in the flow, and no more.
-LOAD = {
-    "answers",
-    "batches",
-    "errors",
-    "architectures",
-    "tokens",
-    "images",
-    "inputs",
-    "accessors",
-    "weights",
-    "decoder",
-    "connection",
-    "remote",
-    "jobs",
-    "vlm",
-    "checks",
-    "bundled",
-    "loading",
+# From the ground up: a room imports itself and the rooms before it, lazily or not.
+ROOMS = [
+    "errors", "progress", "intervals", "bundled", "figures", "results", "families", "inputs", "decoder", "measures",
+    "datasets", "ndif", "probes", "vlm", "view", "tracing", "experiments", "methods", "explore", "study", "cli",
+]  # fmt: skip
+
+# Rooms that never see these, although they stand above them in the list.
+NEVER = {
+    "figures": {"errors", "progress", "bundled"},
+    "measures": {"decoder", "families", "inputs"},
+    "probes": {"ndif", "datasets"},
+    "view": {"ndif", "vlm", "datasets"},
 }
-MEASURE = {"results", "probes", "words", "segments", "phases", "intervals", "pairs"}
-ALLOWED = {
-    **{room: LOAD for room in LOAD},
-    **{room: LOAD | {"progress"} for room in ("connection", "jobs")},
-    "datasets": {"errors", "images", "datasets"},
-    "progress": set(),
-    # Measures see tensors, never a model: of LOAD they know positions and the attention's formula.
-    **{room: MEASURE | {"tokens", "accessors"} for room in MEASURE},
-    # Probes are told which tokens to measure, in prepare().
-    "probes": MEASURE | {"tokens", "accessors", "batches"},
-    "reading": LOAD | MEASURE | {"progress"},
-    "interventions": LOAD,
-    "experiments": LOAD | MEASURE | {"datasets", "reading", "interventions", "experiments", "progress"},
-    "view": MEASURE | {"errors", "tokens", "inputs", "experiments", "view"},
-    "lens_cache": LOAD | {"lens_bridge"},
-    "lens_bridge": LOAD,
-    "study": LOAD | MEASURE | {"reading", "experiments", "view", "datasets", "study"},
-    "cli": LOAD | {"study", "datasets", "progress", "cli"},
-}
+KNOW_NNSIGHT = {"ndif", "vlm", "tracing", "experiments"}
+
+Graph = dict[str, set[str]]
 
 
-def imports(path: Path, functions: bool) -> set[str]:
-    """The rooms of mechvlm that a file imports; at its top, or inside functions too."""
-    tree = ast.parse(path.read_text())
-    found = set()
-    for node in ast.walk(tree) if functions else tree.body:
-        names = []
-        if isinstance(node, ast.ImportFrom) and node.module:
-            names = [node.module] if node.module != "mechvlm" else [f"mechvlm.{a.name}" for a in node.names]
-        elif isinstance(node, ast.Import):
-            names = [a.name for a in node.names]
-        found |= {name.split(".")[1] for name in names if name.startswith("mechvlm.")}
-    return found
+def graph_of(root: Path) -> Graph:
+    """For each file, the files of the package that it imports: at its top, in functions, and for types alone."""
+    files = {".".join(p.relative_to(root.parent).with_suffix("").parts): p for p in root.rglob("*.py")}
+    files = {name.removesuffix(".__init__"): path for name, path in files.items()}
+    graph: Graph = {}
+    for name, path in files.items():
+        imported = set()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                assert not node.level, f"{path}: relative imports do not travel to NDIF"
+                inside = {f"{node.module}.{alias.name}" for alias in node.names}
+                imported |= {one if one in files else node.module for one in inside}
+        graph[name] = imported & files.keys() - {name}
+    return graph
 
 
-def test_rooms_import_only_what_stands_above_them():
-    wrong = {}
-    for path in ROOT.rglob("*.py"):
-        room = path.relative_to(ROOT).parts[0].removesuffix(".py")
-        if room == "__init__":
-            continue
-        assert room in ALLOWED, f"{path} stands in no room of the house: give it one here and in the README"
-        # Imports upwards, inside methods: results ask the view for their picture when .plot() is called, and the VLM asks for
-        # TransformerLens when .bridge() or .run_with_cache() is.
-        upwards = {"results": {"view"}, "vlm": {"lens_bridge", "lens_cache"}}.get(room, set())
-        assert not upwards & imports(path, functions=False)
-        rooms = imports(path, functions=True) - upwards
-        if rooms - ALLOWED[room] - {room}:
-            wrong[str(path.relative_to(ROOT))] = sorted(rooms - ALLOWED[room] - {room})
-    assert not wrong
+def circles_of(graph: Graph) -> list[list[str]]:
+    """The groups of files that import each other, directly or around corners."""
+    reach = {name: set(imported) for name, imported in graph.items()}
+    for middle in graph:  # Warshall's transitive closure
+        for name in graph:
+            if middle in reach[name]:
+                reach[name] |= reach[middle]
+    found = {frozenset(b for b in graph if b in reach[a] and a in reach[b]) for a in graph}
+    return sorted(sorted(circle) for circle in found if circle)
+
+
+def room_of(name: str) -> str:
+    return name.split(".")[1] if "." in name else ""
+
+
+def climbs_of(graph: Graph) -> list[str]:
+    """The imports that run up the list of rooms, or into one that must not be seen."""
+    height = {room: i for i, room in enumerate(ROOMS)}
+    wrong = []
+    for name, imported in graph.items():
+        here = room_of(name)
+        for other in imported if here else ():
+            there = room_of(other)
+            if there == "" or height[there] > height[here] or there in NEVER.get(here, ()):
+                wrong.append(f"{name} imports {other}")
+    return sorted(wrong)
+
+
+GRAPH = graph_of(ROOT)
+
+
+def test_every_file_stands_in_a_room():
+    rooms = {room_of(name) for name in GRAPH} - {""}
+    assert rooms == set(ROOMS), "a new room gets its place in ROOMS here, and in the README's tree"
+    assert len(list(ROOT.glob("*.py"))) <= 8
+
+
+def test_no_import_climbs():
+    assert climbs_of(GRAPH) == []
+
+
+def test_no_files_import_each_other():
+    assert circles_of(GRAPH) == []
+
+
+def test_a_planted_circle_is_found(tmp_path):
+    """Lazy and type-checking imports count."""
+    package = tmp_path / "mechvlm"
+    for name, source in {
+        "__init__": "", "errors": "", "inputs/__init__": "", "decoder/__init__": "",
+        "inputs/a": "from mechvlm.inputs.b import x", "inputs/b": "def f():\n    from mechvlm.inputs import c",
+        "inputs/c": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import mechvlm.inputs.a",
+        "inputs/d": "from mechvlm.decoder import e", "decoder/e": "import mechvlm.errors",
+    }.items():  # fmt: skip
+        (package / name).parent.mkdir(parents=True, exist_ok=True)
+        (package / f"{name}.py").write_text(source)
+    graph = graph_of(package)
+    assert circles_of(graph) == [["mechvlm.inputs.a", "mechvlm.inputs.b", "mechvlm.inputs.c"]]
+    assert climbs_of(graph) == ["mechvlm.inputs.d imports mechvlm.decoder.e"]
 
 
 def test_only_some_rooms_know_nnsight():
-    knowing = {p.relative_to(ROOT).as_posix() for p in ROOT.rglob("*.py") if "nnsight" in _packages(p)}
-    experiments = {f"experiments/{name}.py" for name in ("rerun", "multimodal_neurons")}
-    ndif = {"remote.py", "connection.py", "jobs.py"}
-    assert knowing == ndif | {"vlm.py", "reading.py", "checks.py", "lens_cache.py"} | experiments
+    knowing = {room_of(name) for name in GRAPH if "nnsight" in _packages(name)}
+    assert knowing <= KNOW_NNSIGHT
 
 
-def _packages(path: Path) -> set[str]:
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+def _packages(name: str) -> set[str]:
+    path = ROOT.parent / (name.replace(".", "/") + ".py")
+    path = path if path.is_file() else path.with_suffix("") / "__init__.py"
+    return {module.split(".")[0] for module in _imported(path)}
+
+
+# -- how it speaks -----------------------------------------------------------------------------------------------------
+
+FILES = sorted(ROOT.rglob("*.py"))
+VAGUE = ("found", "one", "asked")
+
+
+def test_a_constant_has_one_meaning():
+    """No two modules define a constant of the same name."""
+    homes: dict[str, list[str]] = {}
+    for path in FILES:
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+            for target in targets:
+                for name in ast.walk(target) if target is not None else ():
+                    if isinstance(name, ast.Name) and name.id.isupper() and len(name.id) > 1:
+                        homes.setdefault(name.id, []).append(str(path.relative_to(ROOT)))
+    assert {name: where for name, where in homes.items() if len(where) > 1} == {}
+
+
+def test_nothing_registers_itself():
+    functions = (ast.FunctionDef, ast.AsyncFunctionDef)
+    nameless = [
+        f"{path.relative_to(ROOT)}:{node.lineno}"
+        for path in FILES
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, functions) and node.name == "_"
+    ]
+    assert nameless == []
+
+
+def vague_names(tree: ast.Module) -> list[str]:
+    """Where `found`, `one` or `asked` lives for more than three lines: nobody remembers what it was by then."""
+    scopes = (ast.FunctionDef, ast.Lambda, ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
+    long = []
+
+    def uses(node: ast.AST, name: str) -> list[int]:
+        lines = []
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, scopes) and name in bound(child):
+                continue
+            if isinstance(child, ast.Name) and child.id == name:
+                lines.append(child.lineno)
+            lines += uses(child, name)
+        return lines
+
+    def bound(scope: ast.AST) -> set[str]:
+        if isinstance(scope, ast.FunctionDef | ast.Lambda):
+            names = {arg.arg for arg in ast.walk(scope.args) if isinstance(arg, ast.arg)}
+            body = scope.body if isinstance(scope.body, list) else []
+            return names | {n.id for part in body for n in ast.walk(part) if _is_stored(n)}
+        return {n.id for generator in scope.generators for n in ast.walk(generator.target) if isinstance(n, ast.Name)}
+
+    for scope in [tree, *(node for node in ast.walk(tree) if isinstance(node, scopes))]:
+        for name in VAGUE:
+            if scope is tree or name in bound(scope):
+                lines = uses(scope, name)
+                if isinstance(scope, ast.FunctionDef) and name in {
+                    a.arg for a in ast.walk(scope.args) if isinstance(a, ast.arg)
+                }:
+                    lines.append(scope.lineno)
+                if lines and max(lines) - min(lines) > 2:
+                    long.append(f"{name}, lines {min(lines)} to {max(lines)}")
+    return long
+
+
+def _is_stored(node: ast.AST) -> bool:
+    return isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)
+
+
+def test_vague_names_live_for_three_lines():
+    assert vague_names(ast.parse("def f(x):\n    found = x\n    x += 1\n    return found")) == []
+    assert vague_names(ast.parse("def f(x):\n    found = x\n    x += 1\n\n    return found")) == ["found, lines 2 to 5"]
+    wrong = {str(path.relative_to(ROOT)): vague_names(ast.parse(path.read_text(encoding="utf-8"))) for path in FILES}
+    assert {name: lines for name, lines in wrong.items() if lines} == {}
+
+
+def test_prose_is_100_columns_wide():
+    """Comments and docstrings; code may take 120."""
+    wide = []
+    for path in FILES:
+        text = path.read_text(encoding="utf-8")
+        lines = text.split("\n")
+        prose = {
+            token.start[0]
+            for token in tokenize.generate_tokens(io.StringIO(text).readline)
+            if token.type == tokenize.COMMENT and not token.string.startswith(("# noqa", "# type:", "# fmt:"))
+        }
+        for node in ast.walk(ast.parse(text)):
+            if (
+                isinstance(node, ast.Expr)
+                and isinstance(node.value, ast.Constant)
+                and isinstance(node.value.value, str)
+            ):
+                prose |= set(range(node.lineno, node.end_lineno + 1))
+        wide += [f"{path.relative_to(ROOT)}:{line}" for line in sorted(prose) if len(lines[line - 1]) > 100]
+    assert wide == []
+
+
+NOT_ENGLISH = re.compile(r"what there is of|\bthat which\b|of which what\b|what .{0,30}, of that\b", re.IGNORECASE)
+
+
+def test_no_riddles():
+    """Phrases that have to be decoded."""
+    riddles = [
+        f"{path.relative_to(ROOT)}: {match[0]}"
+        for path in FILES
+        for match in NOT_ENGLISH.finditer(" ".join(path.read_text(encoding="utf-8").split()))
+    ]
+    assert riddles == []
+
+
+def test_tests_share_helpers_and_not_each_other():
+    tests = Path(__file__).parent
+    wrong = [
+        f"{path.relative_to(tests)} imports {module}"
+        for path in tests.rglob("*.py")
+        for module in _imported(path)
+        if module.split(".")[0].startswith("test_") or module == "conftest"
+    ]
+    assert wrong == []
+    rooms = {room for room in ROOMS if (ROOT / room).is_dir()} | {"helpers", "data"}
+    folders = {path.name for path in tests.iterdir() if path.is_dir() and not path.name.startswith((".", "__"))}
+    assert folders <= rooms
+
+
+def _imported(path: Path) -> set[str]:
+    modules = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
-            found |= {a.name.split(".")[0] for a in node.names}
+            modules |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
-            found.add(node.module.split(".")[0])
-    return found
+            modules.add(node.module)
+    return modules
+
+
+# -- what it costs, and what it shows ----------------------------------------------------------------------------------
 
 
 def run(code: str) -> str:
@@ -119,7 +279,7 @@ def test_public_names_are_there():
     for name in mechvlm.__all__:
         assert getattr(mechvlm, name) is not None
         assert getattr(mechvlm, name).__doc__, f"mechvlm.{name} has no docstring"
-    assert set(mechvlm.__all__) <= set(dir(mechvlm))
+    assert dir(mechvlm) == sorted(mechvlm.__all__), "mv. completes to the public names, and not to imports"
 
 
 def test_files_are_short_enough_to_read():

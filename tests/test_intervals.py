@@ -45,7 +45,7 @@ def test_the_same_at_every_call_and_in_chunks(monkeypatch):
     values = normal(10, 7)
     first = mean_interval(values)
     assert all(torch.equal(a, b) for a, b in zip(first, mean_interval(values), strict=True))
-    monkeypatch.setattr(intervals, "CHUNK", 2 * intervals.N_RESAMPLES)
+    monkeypatch.setattr(intervals, "NUMBERS_PER_CHUNK", 2 * intervals.N_RESAMPLES)
     for a, b in zip(first, mean_interval(values), strict=True):
         torch.testing.assert_close(a, b)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from PIL import Image
 
-from mechvlm.images import StoredImage
+from mechvlm.inputs.images import StoredImage
 
 
 @dataclass(frozen=True)

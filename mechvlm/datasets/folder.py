@@ -15,13 +15,13 @@ from mechvlm.datasets.example import Example
 from mechvlm.datasets.files import Folder, SetAside, storable, texts
 from mechvlm.errors import InputError
 
-CAPTIONS = "captions.jsonl"
+CAPTION_FILE = "captions.jsonl"
 
 
 def read_folder(folder: str | PathLike) -> tuple[list[Example], list[SetAside]]:
     """The usable examples of a folder in the order of its `captions.jsonl`, and those set aside with their reasons.
 
-    Images are not opened here, only looked for: `mechvlm.images.open_image` says what is wrong with one when it is
+    Images are not opened here, only looked for: `mechvlm.inputs.images.open_image` says what is wrong with one when it is
     read.
 
     Raises:
@@ -31,14 +31,14 @@ def read_folder(folder: str | PathLike) -> tuple[list[Example], list[SetAside]]:
     if not folder.is_dir():
         raise InputError(
             f"{folder} is {'a file' if folder.exists() else 'not there'}; folder:DIR needs a folder of images with a "
-            f"{CAPTIONS} in it."
+            f"{CAPTION_FILE} in it."
         )
-    listing = folder / CAPTIONS
+    listing = folder / CAPTION_FILE
     try:
         lines = listing.read_text(encoding="utf-8-sig").split("\n")  # and at nothing else that a caption may hold
     except FileNotFoundError:
         raise InputError(
-            f'{folder} holds no {CAPTIONS}. Write one line for each image: {{"image": "a.jpg", "captions": ["..."]}}'
+            f'{folder} holds no {CAPTION_FILE}. Write one line for each image: {{"image": "a.jpg", "captions": ["..."]}}'
         ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{listing} cannot be read ({error}). It should be a text file in UTF-8.") from error
@@ -48,13 +48,13 @@ def read_folder(folder: str | PathLike) -> tuple[list[Example], list[SetAside]]:
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
-        name = f"{CAPTIONS} line {number}"
+        name = f"{CAPTION_FILE} line {number}"
         try:
             example = _example(images, line)
             if example.id in examples:
                 name = example.id
                 raise InputError(
-                    f"line {number} of {CAPTIONS} uses this id again: the first line with it is kept. Write all captions of "
+                    f"line {number} of {CAPTION_FILE} uses this id again: the first line with it is kept. Write all captions of "
                     "an image in one line"
                 )
             examples[example.id] = example

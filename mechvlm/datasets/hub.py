@@ -14,9 +14,9 @@ from typing import Any
 from mechvlm.datasets.example import Example
 from mechvlm.datasets.files import SetAside, storable, texts
 from mechvlm.errors import InputError
-from mechvlm.images import StoredImage
+from mechvlm.inputs.images import StoredImage
 
-CAPTIONS = ("captions", "caption", "sentences", "text")
+CAPTION_COLUMNS = ("captions", "caption", "sentences", "text")
 
 
 def read_hub(
@@ -43,7 +43,7 @@ def read_hub(
     """
     table = open_table(name, split, config)
     image = image or _only(table, [c for c in table.column_names if _holds_images(table, c)], "image")
-    columns = caption or [_only(table, [c for c in CAPTIONS if c in table.column_names], "caption")]
+    columns = caption or [_only(table, [c for c in CAPTION_COLUMNS if c in table.column_names], "caption")]
     asked = [image, *columns, *([] if id is None else [id])]
     missing = [column for column in asked if column not in table.column_names]
     if missing:

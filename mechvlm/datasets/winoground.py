@@ -19,7 +19,7 @@ from PIL import Image
 from mechvlm.datasets.example import Example
 from mechvlm.datasets.files import Folder, SetAside, storable
 from mechvlm.errors import InputError
-from mechvlm.images import StoredImage
+from mechvlm.inputs.images import StoredImage
 
 HUB = "facebook/winoground"
 LISTING = "examples.jsonl"

@@ -1,19 +1,109 @@
 """Attention knockout in a sliding window of layers: along which edges, and where, the answer's information flows."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
 
+import numpy as np
+import pandas as pd
 import torch
+from jaxtyping import Float
+from matplotlib.axes import Axes
+from torch import Tensor
 
-from mechvlm.batches import Answers, pieces
 from mechvlm.errors import InputError
-from mechvlm.experiments.examples import Example, Examples, each, positions
-from mechvlm.experiments.rerun import Edit, run, sweep, windows
-from mechvlm.experiments.results import InformationFlowResult
-from mechvlm.inputs import Inputs
-from mechvlm.interventions import knock_out
-from mechvlm.vlm import VLM
+from mechvlm.experiments.cases import Example, Examples, each, positions
+from mechvlm.experiments.sweep import Edit, run, sweep, windows
+from mechvlm.figures.headings import ALONE, INTERVAL, heading, n_examples, short_name, window_width
+from mechvlm.figures.style import axes, style, text
+from mechvlm.inputs.batch import Answers, Inputs
+from mechvlm.intervals import Interval, mean_interval
+from mechvlm.results import Result, long_frame
+from mechvlm.tracing.interventions import knock_out
+from mechvlm.vlm.vlm import VLM
 
 FLOWS = ("image -> question", "image -> last", "question -> last", "last -> last")
+
+
+# Okabe and Ito's. As many as have no common divisor with the dashes: 28 flows look different.
+FLOW_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+
+
+FLOW_DASHES = ("-", "--", "-.", ":")
+
+
+FLOW_MARKERS = ("o", "s", "^", "D")
+
+
+@dataclass(frozen=True, repr=False)
+class InformationFlowResult(Result):
+    """How the answer's probability changes where attention between two groups of positions is knocked out.
+
+    Attributes:
+        p: of the answer's first token, undisturbed.
+        p_knocked: with the flow knocked out in the window around each layer.
+        flows: "source -> destination", by the names of a `TokenMap`.
+        windows: (first, last + 1) of each window, in the decoder's layers 0 to n_layers - 1.
+        answers: the tokens whose probability is measured, as the tokenizer's pieces.
+        model: the model's name.
+    """
+
+    units: ClassVar[str] = "change of the answer's probability (%)"
+
+    p: Float[Tensor, " example"]
+    p_knocked: Float[Tensor, "flow layer example"]
+    flows: tuple[str, ...]
+    windows: tuple[tuple[int, int], ...]
+    answers: tuple[str, ...]
+    model: str
+
+    @property
+    def change(self) -> Float[Tensor, "flow layer example"]:
+        """100 (p' - p) / p, in percent: -100 where the answer is lost altogether, NaN where its p was 0."""
+        return 100 * (self.p_knocked - self.p) / torch.where(self.p > 0, self.p, torch.nan)
+
+    @property
+    def interval(self) -> Interval:
+        """The mean change over examples [flow layer] with its 95 % bootstrap interval (%)."""
+        return mean_interval(self.change.movedim(-1, 0))
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row per flow, layer (the window's center) and example: p, p_knocked and change (%)."""
+        axes = {"flow": self.flows, "layer": range(len(self.windows)), "example": range(len(self.p))}
+        frame = long_frame(self.p_knocked, **axes).rename(columns={"value": "p_knocked"})
+        frame["p"] = self.p.numpy()[frame["example"]]
+        return frame.assign(change=long_frame(self.change, **axes)["value"])
+
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """The mean change of the answer's probability by the window's center, a line and its band for each flow.
+
+        An answer of probability 0 has no relative change: its example is left out.
+        """
+        change, found = self.change, self.interval
+        layers = np.arange(len(self.windows))
+        step = -(-len(layers) // 14)
+        with style():
+            ax = axes(ax, width=7, height=4)
+            ax.axhline(0, color="#444444", linewidth=0.8)
+            for i, flow in enumerate(self.flows):
+                color, mean = FLOW_COLORS[i % len(FLOW_COLORS)], found.mean[i].numpy()
+                ax.fill_between(
+                    layers, found.low[i].numpy(), found.high[i].numpy(), color=color, alpha=0.15, linewidth=0
+                )
+                ax.plot(
+                    layers, mean, color=color, linestyle=FLOW_DASHES[i % 4], marker=FLOW_MARKERS[i % 4], label=arrow(flow),
+                    markevery=step,
+                )  # fmt: skip
+            ax.set_xlim(-0.25, len(layers) - 0.75)
+            ax.set_xticks(layers[::step])
+            ax.set_xlabel("center of the window (layer of the decoder, 0 = first)")
+            ax.set_ylabel(self.units)
+            ax.legend(title="attention knocked out", title_fontsize=8, alignment="left")
+            heading(
+                ax, f"Information flow, {short_name(self.model)}: attention knocked out {window_width(self.windows)}",
+                f"{n_examples(change)}; lines are means, bands their {INTERVAL}" if change.shape[-1] > 1 else ALONE,
+            )  # fmt: skip
+        return ax
 
 
 def information_flow(
@@ -59,7 +149,7 @@ def information_flow(
     return InformationFlowResult(
         p=torch.tensor(p), p_knocked=torch.tensor(p_knocked).permute(1, 2, 0), flows=tuple(flows),
         windows=tuple((span.start, span.stop) for span in spans),
-        answers=pieces(vlm, torch.tensor(tokens)), model=vlm.name,
+        answers=vlm.to_str_tokens(torch.tensor(tokens)), model=vlm.name,
     )  # fmt: skip
 
 
@@ -89,3 +179,7 @@ def _edges(example: Example, flow: str) -> tuple[list[int], list[int]]:
     if not dst:
         raise InputError(f"Example {example.number} has no flow {flow!r}: no destination stands after a source.")
     return src, dst
+
+
+def arrow(flow: str) -> str:
+    return text(flow.replace("->", "→"), 60)

@@ -4,24 +4,127 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+import numpy as np
+import pandas as pd
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
+from matplotlib.axes import Axes
 from torch import Tensor
 
-from mechvlm.batches import Answers, as_batches, pieces
 from mechvlm.errors import InputError
-from mechvlm.experiments.examples import Example, Examples, each
-from mechvlm.experiments.rerun import Edit, run, sweep
-from mechvlm.experiments.results import ObjectAblationResult
-from mechvlm.inputs import Inputs
-from mechvlm.interventions import ablate
+from mechvlm.experiments.cases import Example, Examples, each
+from mechvlm.experiments.sweep import Edit, run, sweep
+from mechvlm.figures.headings import ALONE, INTERVAL, heading, number, short_name
+from mechvlm.figures.style import axes, style
+from mechvlm.inputs.batch import Answers, Inputs, as_batches
+from mechvlm.intervals import Interval, mean_interval
+from mechvlm.probes.probe import Model, Row, State
 from mechvlm.probes.query_reading import QueryReading
-from mechvlm.reading import read
-from mechvlm.vlm import VLM
+from mechvlm.results import Result, long_frame
+from mechvlm.tracing.interventions import ablate
+from mechvlm.tracing.reading import read
+from mechvlm.vlm.vlm import VLM
 
-CONDITIONS = ("own", "random", "highest norm")
+ABLATION_CONDITIONS = ("own", "random", "highest norm")
 QUERY_SHARE = 4
 """Of queries, this part (a quarter) counts as the object's: those that read most of it."""
+
+
+BARS = {
+    "own": ("the object's own tokens", "#0072B2", ""),
+    "random": ("random others", "#E69F00", "///"),
+    "highest norm": ("others of highest norm", "#999999", "..."),
+}
+
+
+@dataclass(frozen=True, repr=False)
+class ObjectAblationResult(Result):
+    """Whether an object is still named when its visual tokens are gone, against as many others.
+
+    Attributes:
+        correct: whether the model's first token is the answer's, undisturbed.
+        correct_ablated: the same with tokens ablated (0 or 1; of "random" the mean over its draws). NaN where the picture
+            holds too few tokens outside of the object to compare with.
+        p, p_ablated: the answer's probability, likewise.
+        n_tokens: how many tokens were ablated.
+        conditions: "own" (the object's), "random" and "highest norm" (others, as many).
+        margins: patches around the object that were ablated with it.
+        answers: the tokens that count as right, as the tokenizer's pieces.
+        model: the model's name.
+    """
+
+    units: ClassVar[str] = "drop in naming accuracy (percentage points)"
+
+    correct: Bool[Tensor, " example"]
+    correct_ablated: Float[Tensor, "condition margin example"]
+    p: Float[Tensor, " example"]
+    p_ablated: Float[Tensor, "condition margin example"]
+    n_tokens: Int[Tensor, "margin example"]
+    conditions: tuple[str, ...]
+    margins: tuple[int, ...]
+    answers: tuple[str, ...]
+    model: str
+
+    @property
+    def drop(self) -> Float[Tensor, "condition margin example"]:
+        """100 (correct - correct_ablated): the mean over examples is the drop in naming accuracy, in percentage points."""
+        return 100 * (self.correct.float() - self.correct_ablated)
+
+    @property
+    def interval(self) -> Interval:
+        """The mean drop over examples [condition margin] with its 95 % bootstrap interval (percentage points)."""
+        return mean_interval(self.drop.movedim(-1, 0))
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row per condition, margin and example: n_tokens, correct, correct_ablated, drop, p and p_ablated."""
+        axes = {"condition": self.conditions, "margin": self.margins, "example": range(len(self.p))}
+        frame = long_frame(self.correct_ablated, **axes).rename(columns={"value": "correct_ablated"})
+        frame["p_ablated"] = long_frame(self.p_ablated, **axes)["value"]
+        frame["drop"] = long_frame(self.drop, **axes)["value"]
+        for name in ("p", "correct"):
+            frame[name] = getattr(self, name).numpy()[frame["example"]]
+        rows = frame["margin"].map({m: i for i, m in enumerate(self.margins)})
+        return frame.assign(n_tokens=self.n_tokens.numpy()[rows, frame["example"]])
+
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """The drop in naming accuracy by margin, a bar for each condition; over fewer examples where it says so."""
+        found = self.interval
+        seen = (~self.drop.isnan()).sum(-1)
+        n_conditions, n_margins, n = self.drop.shape
+        with style():
+            ax = axes(ax, width=max(5.5, 1.8 + 1.5 * n_margins), height=3.9)
+            width = 0.8 / n_conditions
+            for i, condition in enumerate(self.conditions):
+                label, color, hatch = BARS[condition]
+                x = np.arange(n_margins) + (i - (n_conditions - 1) / 2) * width
+                mean, low, high = (part[i].numpy() for part in found)
+                ax.bar(x, mean, 0.9 * width, label=label, color=color, hatch=hatch, edgecolor="white", linewidth=0)
+                ax.vlines(x, low, high, color="#222222", linewidth=1.2)
+                tops = np.fmax(high, np.fmax(mean, 0))
+                for at, value, top, count in zip(x, mean.tolist(), tops, seen[i].tolist(), strict=True):
+                    words = ("–" if np.isnan(value) else number(value, 0)) + (f"\nn = {count}" if count < n else "")
+                    ax.annotate(
+                        words, (at, 0 if np.isnan(value) else top), xytext=(0, 2), textcoords="offset points", ha="center",
+                        va="bottom", fontsize=7, color="#222222",
+                    )  # fmt: skip
+            ax.axhline(0, color="#444444", linewidth=0.8)
+            ax.margins(y=0.12)
+            ax.grid(False, axis="x")
+            tokens = self.n_tokens.double().mean(-1).tolist()
+            ax.set_xticks(
+                range(n_margins), [f"{m}\n{k:.1f} tokens" for m, k in zip(self.margins, tokens, strict=True)]
+            )  # fmt: skip
+            ax.tick_params(axis="x", length=0)
+            ax.set_xlabel("margin around the object (patches); tokens ablated (mean)")
+            ax.set_ylabel(self.units)
+            # Above the axes, where no bar is.
+            ax.legend(ncols=n_conditions, loc="lower left", bbox_to_anchor=(-0.01, 1), borderpad=0)
+            before = 100 * self.correct.double().mean()
+            heading(
+                ax, f"Object ablation, {short_name(self.model)}: naming accuracy before {before:.0f} %",
+                f"n = {n} examples; bars are means, lines their {INTERVAL}" if n > 1 else ALONE, above=18,
+            )  # fmt: skip
+        return ax
 
 
 def object_ablation(
@@ -81,8 +184,8 @@ def object_ablation(
     correct_ablated, p_ablated = torch.stack(by_condition, -1)
     return ObjectAblationResult(
         correct=torch.tensor(correct), correct_ablated=correct_ablated, p=torch.tensor(p), p_ablated=p_ablated,
-        n_tokens=torch.tensor(n_tokens).T, conditions=CONDITIONS, margins=tuple(int(m) for m in margins),
-        answers=pieces(vlm, torch.tensor(tokens)), model=vlm.name,
+        n_tokens=torch.tensor(n_tokens).T, conditions=ABLATION_CONDITIONS, margins=tuple(int(m) for m in margins),
+        answers=vlm.to_str_tokens(torch.tensor(tokens)), model=vlm.name,
     )  # fmt: skip
 
 
@@ -112,7 +215,7 @@ def _ablated(
             ablate(vlm, [[i - first for i in chosen[edit.key]] for edit in rows], 0, how="mean", source=mean)
 
     logits = sweep(vlm, clean, [Edit(key, range(1), int(image[0])) for key in chosen], change)
-    found = torch.full((2, len(CONDITIONS), len(owned)), torch.nan)
+    found = torch.full((2, len(ABLATION_CONDITIONS), len(owned)), torch.nan)
     for condition, m in {key[:2] for key in chosen}:
         same = torch.stack([row for key, row in logits.items() if key[:2] == (condition, m)])
         found[0, condition, m] = (same.argmax(-1) == token).float().mean()
@@ -124,15 +227,18 @@ def _ablated(
 class _Entering:
     """Probe: the sum over all visual tokens of what enters the decoder [d_model], and their number."""
 
-    reads: ClassVar[frozenset[str]] = frozenset({"states"})
-
-    def prepare(self, vlm, inputs):
+    def prepare(self, vlm: Model, inputs: Inputs) -> list[tuple[int, Tensor]]:
+        """The image's positions, example by example."""
         return [(row, m.image) for row, m in enumerate(inputs.token_maps)]
 
-    def at_state(self, plan, state):
-        return None if state.layer else {"sum": sum(state.resid[row, pos].double().sum(0) for row, pos in plan)}
+    def at_state(self, plan: list[tuple[int, Tensor]], state: State) -> Row | None:
+        """The sum at state 0."""
+        if state.layer:
+            return None
+        return {"sum": torch.stack([state.resid[row, pos].double().sum(0) for row, pos in plan]).sum(0)}
 
-    def result(self, plan, rows, vlm, inputs):
+    def result(self, plan: list[tuple[int, Tensor]], rows: list[Row], vlm: Model, inputs: Inputs) -> tuple[Tensor, int]:
+        """The sum, and how many tokens it is of."""
         return rows[0]["sum"].cpu(), sum(len(pos) for _, pos in plan)
 
 

@@ -1,26 +1,25 @@
 """Winoground: whether a model tells two captions of the same words apart, and where a caption that is not true shows."""
 
 from collections.abc import Iterator, Sequence
-from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mechvlm.answers import answered
 from mechvlm.datasets import Pair
 from mechvlm.errors import InputError, NonFiniteError
-from mechvlm.experiments.pair_results import MEASURES, WinogroundResult
-from mechvlm.inputs import ImageLike
-from mechvlm.probes.contextualization import mean_unit
+from mechvlm.experiments.winoground_result import PAIR_MEASURES, WinogroundResult
+from mechvlm.inputs.batch import ImageLike, Inputs
+from mechvlm.measures.words import lens_precision_recall
+from mechvlm.probes.contextualization import ContextualizationPlan, mean_unit
 from mechvlm.probes.likelihood import Likelihood
 from mechvlm.probes.logit_lens import LogitLens
 from mechvlm.probes.norm_attention import NormAttention
+from mechvlm.probes.probe import Model, Row, State
 from mechvlm.progress import track
-from mechvlm.reading import read
 from mechvlm.results import stack
-from mechvlm.vlm import VLM
-from mechvlm.words import lens_precision_recall
+from mechvlm.tracing.reading import read
+from mechvlm.vlm.vlm import VLM
 
 PROMPT = "Describe the scene."
 
@@ -45,7 +44,7 @@ def caption_logprob(
     found = []
     for start in track(range(0, len(images), batch_size), "captions, batches"):
         at = slice(start, start + batch_size)
-        inputs, n_tokens = answered(vlm, vlm.inputs(list(images[at]), prompt), list(captions[at]))
+        inputs, n_tokens = vlm.answered(vlm.inputs(list(images[at]), prompt), list(captions[at]))
         found.append(read(vlm, inputs, Likelihood(n_tokens))[0].total)
     return torch.cat(found)
 
@@ -117,38 +116,41 @@ def read_pairs(vlm: VLM, pairs: Sequence[Pair], prompt: str) -> Float[Tensor, "m
     each = [(pair, caption, image) for pair in pairs for caption in (0, 1) for image in (0, 1)]
     captions = [pair.captions[caption] for pair, caption, _ in each]
     inputs = vlm.inputs([pair.images[image] for pair, _, image in each], prompt)
-    inputs, n_tokens = answered(vlm, inputs, captions)
+    inputs, n_tokens = vlm.answered(inputs, captions)
     probes = Likelihood(n_tokens), LogitLens(k=1), _CaptionContext(n_tokens), NormAttention(dst="last")
     likelihood, lens, context, norms = read(vlm, inputs, *probes)
-    values = torch.full((len(MEASURES), vlm.n_layers + 1, len(each)), torch.nan)
+    values = torch.full((len(PAIR_MEASURES), vlm.n_layers + 1, len(each)), torch.nan)
     for i, (caption, tokens) in enumerate(zip(captions, inputs.token_maps, strict=True)):
         words = lens_precision_recall(lens.of(i).pieces(), caption)
         for measure in ("precision", "recall"):
             by_layer = words[words["measure"] == measure]["value"].to_numpy(dtype="float32")
-            values[MEASURES.index(measure), :, i] = torch.from_numpy(by_layer)
-        values[MEASURES.index("norm attention"), 1:, i] = norms.norm[:, i, 0, tokens.image].sum(-1)
-    values[MEASURES.index("contextualization")] = context
-    values[MEASURES.index("log-likelihood"), -1] = likelihood.total
+            values[PAIR_MEASURES.index(measure), :, i] = torch.from_numpy(by_layer)
+        values[PAIR_MEASURES.index("norm attention"), 1:, i] = norms.norm[:, i, 0, tokens.image].sum(-1)
+    values[PAIR_MEASURES.index("contextualization")] = context
+    values[PAIR_MEASURES.index("log-likelihood"), -1] = likelihood.total
     return values.unflatten(-1, (len(pairs), 2, 2))
 
 
 class _CaptionContext:
     """Probe: the mean cosine between an example's image tokens and its last `n_tokens` tokens [layer example]."""
 
-    reads: ClassVar[frozenset[str]] = frozenset({"states"})
-
     def __init__(self, n_tokens: Sequence[int]):
         self.n_tokens = n_tokens
 
-    def prepare(self, vlm, inputs) -> Any:
+    def prepare(self, vlm: Model, inputs: Inputs) -> ContextualizationPlan:
+        """Which positions hold the image, and which the caption."""
         image, caption = (torch.zeros(inputs.encoding["input_ids"].shape, dtype=torch.bool) for _ in range(2))
         for row, (tokens, n) in enumerate(zip(inputs.token_maps, self.n_tokens, strict=True)):
             image[row, tokens.image], caption[row, -n:] = True, True
-        return image, caption
+        return ContextualizationPlan(image, caption)
 
-    def at_state(self, plan, state):
+    def at_state(self, plan: ContextualizationPlan, state: State) -> Row:
+        """The mean cosine of every example."""
         image, caption = (mean_unit(state.resid, mask.to(state.resid.device)) for mask in plan)
         return {"cosine": (image * caption).sum(-1)}
 
-    def result(self, plan, rows, vlm, inputs):
+    def result(
+        self, plan: ContextualizationPlan, rows: list[Row], vlm: Model, inputs: Inputs
+    ) -> Float[Tensor, "layer example"]:
+        """The mean cosines of all states."""
         return stack([row["cosine"] for row in rows])

@@ -1,17 +1,21 @@
 """Contextualization: how alike the states of two groups of tokens are (Wei et al. 2024; Ethayarajh 2019)."""
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import pandas as pd
 import torch
 from jaxtyping import Bool, Float
+from matplotlib.axes import Axes
 from torch import Tensor
 
+from mechvlm.figures.style import LINES, axes, curve, layer_axis, style
+from mechvlm.inputs.batch import Inputs
+from mechvlm.inputs.tokens import Modality
+from mechvlm.probes.probe import Model, Row, State
 from mechvlm.results import Result, long_frame, stack
-from mechvlm.tokens import Modality
 
-PAIRS = ("inter", "image", "text")
+MODALITY_PAIRS = ("inter", "image", "text")
 
 
 def mean_unit(
@@ -42,14 +46,14 @@ class ContextualizationResult(Result):
     Attributes:
         inter: between image and text tokens, s(l) of eq. (1).
         image, text: within the image tokens, within the text tokens.
-        baseline: Ethayarajh's anisotropy baseline for the three, in the order of `PAIRS`: the mean cosine of tokens
+        baseline: Ethayarajh's anisotropy baseline for the three, in the order of `MODALITY_PAIRS`: the mean cosine of tokens
             from DIFFERENT examples, at the same layer. NaN with fewer than two examples.
         self_pairs: whether `image` and `text` count a vector's cosine to itself, as eq. (1) as printed does.
         special: whether text includes special tokens.
         adjusted: whether the baseline has been subtracted.
         model: the model's name.
         sum_image, sum_text, same: sums over examples of each one's mean unit vectors, and of their dot products in the
-            order of `PAIRS`: what the baseline of several batches together is made of.
+            order of `MODALITY_PAIRS`: what the baseline of several batches together is made of.
     """
 
     units: ClassVar[str] = "cosine"
@@ -71,7 +75,7 @@ class ContextualizationResult(Result):
         n_layers, n_examples = self.inter.shape
         frames = [
             long_frame(getattr(self, pair), layer=range(n_layers), example=range(n_examples)).assign(pair=pair)
-            for pair in PAIRS
+            for pair in MODALITY_PAIRS
         ]
         return pd.concat(frames, ignore_index=True)[["pair", "layer", "example", "value"]]
 
@@ -85,8 +89,21 @@ class ContextualizationResult(Result):
             raise ValueError("The baseline has been subtracted already.")
         if self.inter.shape[1] < 2:
             raise ValueError("The anisotropy baseline compares tokens of different examples: read at least two.")
-        values = {p: getattr(self, p) - self.baseline[i][:, None] for i, p in enumerate(PAIRS)}
+        values = {p: getattr(self, p) - self.baseline[i][:, None] for i, p in enumerate(MODALITY_PAIRS)}
         return ContextualizationResult(**{**vars(self), **values, "adjusted": True})
+
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """The three curves by state: means over examples, with bands of their standard deviation."""
+        with style():
+            ax = axes(ax)
+            n = self.inter.shape[0] - 1
+            for pair in ("inter", "image", "text"):
+                curve(ax, range(n + 1), getattr(self, pair).numpy().T, LINES[pair])
+            layer_axis(ax, n)
+            ax.set_ylabel("mean cosine" + (" less baseline" if self.adjusted else ""))
+            ax.set_title(f"Contextualization, {self.model}")
+            ax.legend()
+        return ax
 
 
 def merge(results: list[ContextualizationResult]) -> ContextualizationResult:
@@ -101,7 +118,7 @@ def merge(results: list[ContextualizationResult]) -> ContextualizationResult:
             f"These results cannot be merged: (self_pairs, special, adjusted, model) are {sorted(settings)}."
         )
     sums = {name: torch.stack([getattr(r, name) for r in results]).sum(0) for name in ("sum_image", "sum_text", "same")}
-    curves = {pair: torch.cat([getattr(r, pair) for r in results], dim=1) for pair in PAIRS}
+    curves = {pair: torch.cat([getattr(r, pair) for r in results], dim=1) for pair in MODALITY_PAIRS}
     n = curves["inter"].shape[1]
     return ContextualizationResult(
         **{**vars(results[0]), **curves, **sums, "baseline": anisotropy_baseline(n=n, **sums)}
@@ -115,6 +132,13 @@ def anisotropy_baseline(sum_image: Tensor, sum_text: Tensor, same: Tensor, n: in
     """
     total = torch.stack([(sum_image * sum_text).sum(-1), (sum_image**2).sum(-1), (sum_text**2).sum(-1)])
     return (total - same) / (n * n - n) if n > 1 else torch.full_like(total, torch.nan)
+
+
+class ContextualizationPlan(NamedTuple):
+    """Which positions hold image and which text."""
+
+    image: Bool[Tensor, "batch pos"]
+    text: Bool[Tensor, "batch pos"]
 
 
 @dataclass(frozen=True)
@@ -133,9 +157,8 @@ class Contextualization:
     special: bool = False
     subtract_baseline: bool = False
 
-    reads: ClassVar[frozenset[str]] = frozenset({"states"})
-
-    def prepare(self, vlm, inputs):
+    def prepare(self, vlm: Model, inputs: Inputs) -> ContextualizationPlan:
+        """Which positions of each example are image, and which text."""
         if self.subtract_baseline and len(inputs) < 2:
             raise ValueError("The anisotropy baseline compares tokens of different examples: give at least two.")
         modality = torch.stack([m.modality for m in inputs.token_maps])
@@ -147,15 +170,19 @@ class Contextualization:
             empty = (~mask.any(-1)).nonzero().squeeze(-1).tolist()
             if empty:
                 raise ValueError(f"Example(s) {empty} have no {kind} tokens: there is nothing to compare.")
-        return masks
+        return ContextualizationPlan(*masks)
 
-    def at_state(self, plan, state):
+    def at_state(self, plan: ContextualizationPlan, state: State) -> Row:
+        """The mean unit vectors' dot products by example, and their sums over the batch."""
         image, text = (mean_unit(state.resid, mask.to(state.resid.device)) for mask in plan)
         dots = torch.stack([(image * text).sum(-1), (image**2).sum(-1), (text**2).sum(-1)])
         # Per layer: three numbers an example, and two vectors for the whole batch.
         return {"dots": dots, "sum_image": image.sum(0), "sum_text": text.sum(0)}
 
-    def result(self, plan, rows, vlm, inputs) -> ContextualizationResult:
+    def result(
+        self, plan: ContextualizationPlan, rows: list[Row], vlm: Model, inputs: Inputs
+    ) -> ContextualizationResult:
+        """The curves, with the baseline of the batch."""
         inter, image, text = stack([row["dots"] for row in rows]).unbind(1)
         sums = {name: stack([row[name] for row in rows]) for name in ("sum_image", "sum_text")}
         same = torch.stack([inter.sum(-1), image.sum(-1), text.sum(-1)])

@@ -2,12 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
+from mechvlm.inputs.batch import Inputs
+from mechvlm.probes.probe import Model, Row, State
 from mechvlm.results import Result, to_cpu
 
 
@@ -31,19 +33,25 @@ class LikelihoodResult(Result):
         return self.logprob.nansum(-1)
 
 
+class LikelihoodPlan(NamedTuple):
+    """The last state's number, and the last tokens of each example, as many as the longest text has."""
+
+    n_layers: int
+    ids: Int[Tensor, "batch token"]
+
+
 @dataclass(frozen=True)
 class Likelihood:
     """Probe: log-probabilities of each example's last `n_tokens` tokens, from logits of these positions alone.
 
     Args:
-        n_tokens: how many, per example: what `mechvlm.answers.answered` gives.
+        n_tokens: how many, per example: what `vlm.answered` gives.
     """
 
     n_tokens: Sequence[int]
 
-    reads: ClassVar[frozenset[str]] = frozenset({"states"})
-
-    def prepare(self, vlm, inputs):
+    def prepare(self, vlm: Model, inputs: Inputs) -> LikelihoodPlan:
+        """The tokens that are measured."""
         if len(self.n_tokens) != len(inputs):
             raise ValueError(f"n_tokens holds {len(self.n_tokens)} numbers for {len(inputs)} examples.")
         ids = inputs.encoding["input_ids"]
@@ -51,18 +59,19 @@ class Likelihood:
             if not 0 < n < len(tokens.all):
                 raise ValueError(f"{n} tokens were asked for of example {number}, which has {len(tokens.all)}.")
         longest = max(self.n_tokens)  # padding is on the left: the last positions of all examples are tokens
-        return vlm.n_layers, ids[:, -longest:]
+        return LikelihoodPlan(vlm.n_layers, ids[:, -longest:])
 
-    def at_state(self, plan, state):
-        n_layers, ids = plan
-        if state.layer < n_layers:
+    def at_state(self, plan: LikelihoodPlan, state: State) -> Row | None:
+        """At the last state, each token's log-probability."""
+        if state.layer < plan.n_layers:
             return None
-        before = state.resid[:, -ids.shape[1] - 1 : -1]  # the state at a position predicts the next token
+        before = state.resid[:, -plan.ids.shape[1] - 1 : -1]  # the state at a position predicts the next token
         logits = state.unembed(state.final_norm(before)).float()
-        chosen = logits.gather(-1, ids.to(logits.device)[..., None]).squeeze(-1)
+        chosen = logits.gather(-1, plan.ids.to(logits.device)[..., None]).squeeze(-1)
         return {"logprob": chosen - logits.logsumexp(-1)}
 
-    def result(self, plan, rows, vlm, inputs) -> LikelihoodResult:
+    def result(self, plan: LikelihoodPlan, rows: list[Row], vlm: Model, inputs: Inputs) -> LikelihoodResult:
+        """NaN before each example's first measured token."""
         logprob = to_cpu(rows[0]["logprob"])
         longest = logprob.shape[1]
         own = torch.arange(longest) >= longest - torch.tensor(list(self.n_tokens))[:, None]

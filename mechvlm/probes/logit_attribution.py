@@ -4,15 +4,33 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import ClassVar, NamedTuple
 
+import numpy as np
 import pandas as pd
 import torch
 from einops import rearrange
 from jaxtyping import Bool, Float, Int
+from matplotlib.axes import Axes
+from matplotlib.colors import CenteredNorm
+from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
-from mechvlm.accessors import Attention, attention_rows
+from mechvlm.decoder.attention import Attention, attention_rows
+from mechvlm.decoder.norms import Norm
+from mechvlm.decoder.projections import Projection
+from mechvlm.figures.headings import toward
+from mechvlm.figures.panels import above
+from mechvlm.figures.style import SIGNED, Line, axes, layer_axis, style
+from mechvlm.inputs.batch import Inputs
 from mechvlm.intervals import Interval, mean_interval
+from mechvlm.probes.probe import Model, Row, State, Written
 from mechvlm.results import Result, long_frame, stack, to_cpu
+
+PARTS = {
+    "embed": Line("embedding", "#444444", "", "D"),
+    "image": Line("attention to the image", "#0072B2", "-", "o"),
+    "rest": Line("attention to the rest", "#E69F00", "--", "s"),
+    "mlp": Line("MLP", "#009E73", "-.", "^"),
+}
 
 
 def head_writes(
@@ -70,7 +88,7 @@ class LogitAttributionResult(Result):
     model: str
 
     @property
-    def layers(self) -> Float[Tensor, "layer example"]:
+    def layer_totals(self) -> Float[Tensor, "layer example"]:
         """Of all that each layer wrote."""
         return self.heads.sum(-1) + self.attn_bias + self.mlps
 
@@ -82,7 +100,7 @@ class LogitAttributionResult(Result):
     @property
     def total(self) -> Float[Tensor, " example"]:
         """The sum of all parts. It equals `logit` up to the rounding of the model's dtype."""
-        return self.embed + self.layers.sum(0) + self.bias
+        return self.embed + self.layer_totals.sum(0) + self.bias
 
     def interval(self, part: str) -> Interval:
         """The mean of one part over examples and its 95 % bootstrap interval, [layer head], [layer] or a single number.
@@ -90,7 +108,7 @@ class LogitAttributionResult(Result):
         Raises:
             ValueError: for something that is no part; the message lists them.
         """
-        by_layer = ("heads", "from_image", "from_rest", "attn_bias", "mlps", "layers")
+        by_layer = ("heads", "from_image", "from_rest", "attn_bias", "mlps", "layer_totals")
         if part not in (*by_layer, "embed", "bias", "logit", "total"):
             known = ", ".join((*by_layer, "embed", "bias", "logit", "total"))
             raise ValueError(f"There is no part {part!r}. Parts: {known}.")
@@ -116,6 +134,53 @@ class LogitAttributionResult(Result):
         frames = [heads, *(frame.assign(part=part, head=-1) for part, frame in rest.items())]
         return pd.concat(frames, ignore_index=True)[["part", "layer", "head", "example", "value", "from_image"]]
 
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """What the parts of each layer wrote, and above it each head; means over examples with their 95 % intervals.
+
+        W_O's bias, where there is one, is drawn with the attention to the rest.
+        """
+        with style():
+            n_layers, n_examples, n_heads = self.heads.shape
+            tall = min(0.9 + 0.14 * n_heads, 3.5)
+            ax = axes(ax, width=6.6, height=3.2 + tall)
+            top = above(ax, tall / 3)
+            values = {
+                "embed": self.embed[:, None],
+                "image": self.from_image.sum(-1).T,
+                "rest": (self.from_rest.sum(-1) + self.attn_bias).T,
+                "mlp": self.mlps.T,
+            }
+            ax.axhline(0, color="#888888", linewidth=0.8)
+            for number, (part, found) in enumerate(values.items()):
+                mean, low, high = (x.numpy() for x in mean_interval(found))
+                layers = np.zeros(1) if part == "embed" else np.arange(1, n_layers + 1) + (number - 2) * 0.12
+                line = PARTS[part]
+                ax.errorbar(
+                    layers, mean, yerr=None if n_examples < 2 else np.clip([mean - low, high - mean], 0, None), color=line.color,
+                    linestyle=line.dash, marker=line.marker, label=line.label, linewidth=1.3, elinewidth=1, capsize=2,
+                )  # fmt: skip
+            layer_axis(ax, n_layers)
+            ax.set_ylabel("written toward it (logits)")
+            ax.legend(ncols=2)
+
+            heads = self.interval("heads")
+            mesh = top.pcolormesh(
+                np.arange(n_layers + 1) + 0.5, np.arange(n_heads + 1) - 0.5, heads.mean.T.numpy(), cmap=SIGNED,
+                norm=CenteredNorm(), rasterized=True,
+            )  # fmt: skip
+            sure = ((heads.low > 0) | (heads.high < 0)).nonzero().numpy()
+            size = 9 if n_layers * n_heads < 400 else 2
+            top.scatter(sure[:, 0] + 1, sure[:, 1], s=size, color="#222222", edgecolors="white", linewidths=0.4)
+            top.tick_params(labelbottom=False)
+            top.yaxis.set_major_locator(MaxNLocator(8, integer=True))
+            top.set_ylabel("head")
+            top.grid(False)
+            ax.figure.colorbar(mesh, ax=top, label="logits", pad=0.01)
+            over = f"mean of {n_examples} examples with 95 % intervals; a dot where it leaves out 0"
+            title = f"Logit attribution: {toward(self.answers, self.versus)}, {self.model}"
+            top.set_title(f"{title}\n{over}" if n_examples > 1 else title, fontsize=8.5)
+        return ax
+
 
 def merge(results: Sequence[LogitAttributionResult]) -> LogitAttributionResult:
     """Several batches as one result."""
@@ -129,7 +194,9 @@ def merge(results: Sequence[LogitAttributionResult]) -> LogitAttributionResult:
     return LogitAttributionResult(**{f.name: joined(f.name) for f in fields(LogitAttributionResult)})
 
 
-class _Plan(NamedTuple):
+class AttributionPlan(NamedTuple):
+    """Which tokens are measured, where, and what belongs to the image."""
+
     toward: Tensor  # token ids [example], and of the answers that are subtracted
     away: Tensor | None
     answers: tuple[str, ...]
@@ -142,10 +209,10 @@ class _Plan(NamedTuple):
         """What `of` gives for each example's answer, less what it gives for the other one. Float32."""
         return of(self.toward).float() if self.away is None else of(self.toward).float() - of(self.away).float()
 
-    def direction(self, final_norm, unembed) -> Float[Tensor, "example d_model"]:
+    def direction(self, final_norm: Norm, unembed: Projection) -> Float[Tensor, "example d_model"]:
         """g * (W_U[a] - W_U[b]): what a write is multiplied with, but for the norm's scale."""
         w_u = unembed.weight
-        return self.difference(lambda ids: w_u[ids.to(w_u.device)]) * final_norm.weight.float()
+        return self.difference(lambda ids: w_u[ids.to(w_u.device)]) * final_norm.gain.float()
 
     def at_last(self, x: Float[Tensor, "batch pos *rest"]) -> Float[Tensor, "batch *rest"]:
         return x[torch.arange(len(x), device=x.device), self.last.to(x.device)]
@@ -170,15 +237,11 @@ class LogitAttribution:
     answers: str | int | Sequence[str | int] | None = None
     versus: str | int | Sequence[str | int] | None = None
 
-    reads: ClassVar[frozenset[str]] = frozenset({"states", "writes"})
-
-    def prepare(self, vlm, inputs):
-        # Here, since answers belong to a model: a result can be loaded and drawn without one.
-        from mechvlm.batches import measured_tokens, pieces
-
-        toward = measured_tokens(vlm, inputs, self.answers)
-        away = None if self.versus is None else measured_tokens(vlm, inputs, self.versus)
-        answers, versus = pieces(vlm, toward), () if away is None else pieces(vlm, away)
+    def prepare(self, vlm: Model, inputs: Inputs) -> AttributionPlan:
+        """The answers' tokens, and each example's last position."""
+        toward = vlm.answer_tokens(inputs, self.answers)
+        away = None if self.versus is None else vlm.answer_tokens(inputs, self.versus)
+        answers, versus = vlm.to_str_tokens(toward), () if away is None else vlm.to_str_tokens(away)
         if same := [(i, a) for i, (a, b) in enumerate(zip(answers, versus, strict=False)) if a == b]:
             raise ValueError(
                 f"`answers` and `versus` begin with the same token in these examples, {same}: no difference."
@@ -187,24 +250,26 @@ class LogitAttribution:
         for row, tokens in enumerate(inputs.token_maps):
             image[row, tokens.image] = True
         last = torch.tensor([m.last for m in inputs.token_maps])
-        return _Plan(toward, away, answers, versus, last, image, vlm.n_layers)
+        return AttributionPlan(toward, away, answers, versus, last, image, vlm.n_layers)
 
-    def at_state(self, plan, state):
+    def at_state(self, plan: AttributionPlan, state: State) -> Row | None:
+        """The embeddings' part, and at the last state the logits and the norm's scale."""
         if state.layer not in (0, plan.n_layers):
             return None
         resid = plan.at_last(state.resid)
         if state.layer == 0:
             return {"embed": (resid.float() * plan.direction(state.final_norm, state.unembed).to(resid.device)).sum(-1)}
         logits = state.unembed(state.final_norm(resid))
-        bias = getattr(state.unembed, "bias", None)
+        bias = state.unembed.bias
         bias = torch.zeros_like(logits[0]) if bias is None else bias
         return {
-            "scale": (resid.float().square().mean(-1) + state.final_norm.variance_epsilon).sqrt(),
+            "scale": state.final_norm.rms(resid)[:, 0],
             "logit": plan.difference(lambda ids: logits.gather(1, ids[:, None].to(logits.device))[:, 0]),
             "bias": plan.difference(lambda ids: bias[ids.to(bias.device)]),
         }
 
-    def at_writes(self, plan, written):
+    def at_writes(self, plan: AttributionPlan, written: Written) -> Row:
+        """What the layer's heads, their bias and its MLP wrote, but for the norm's scale."""
         z, w_o, mlp_out = plan.at_last(written.z), written.w_o, plan.at_last(written.mlp_out)
         direction = plan.direction(written.final_norm, written.unembed).to(z.device)
         z_image = z_from(written.parts, plan.last.to(z.device), plan.image.to(z.device))
@@ -215,7 +280,8 @@ class LogitAttribution:
             "mlps": (mlp_out.float() * direction.to(mlp_out.device)).sum(-1),
         }
 
-    def result(self, plan, rows, vlm, inputs) -> LogitAttributionResult:
+    def result(self, plan: AttributionPlan, rows: list[Row], vlm: Model, inputs: Inputs) -> LogitAttributionResult:
+        """All parts, each divided by the norm's scale."""
         first, *layers, end = rows
         scale = to_cpu(end["scale"])  # known at the end only
         return LogitAttributionResult(

@@ -2,20 +2,26 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import pandas as pd
 import torch
 from jaxtyping import Float, Int
+from matplotlib.axes import Axes
 from torch import Tensor
 
+from mechvlm.figures.style import LAYER, axes, position_ticks, style, text
+from mechvlm.inputs.batch import Inputs
+from mechvlm.probes.probe import Model, Row, State
 from mechvlm.results import Result, stack
 
-CHUNK = 1024
-"""Positions that are unembedded at once: bounds the logits that exist to CHUNK x d_vocab. Fewer than some 300 cost time: the
-whole unembedding matrix is read for every chunk."""
-CACHED = 32
-"""On the CPU, rows of logits that are worked on at once: what the cache holds (4 MB of 32,000 logits each)."""
+POSITIONS_PER_CHUNK = 1024
+"""Positions that are unembedded at once, so that [POSITIONS_PER_CHUNK, d_vocab] logits exist at most.
+
+Fewer than some 300 cost time: every chunk reads the whole unembedding matrix.
+"""
+ROWS_IN_CACHE = 32
+"""Rows of logits that the CPU works on at once, as many as its cache holds (4 MB of 32,000 each)."""
 
 
 def top_tokens(
@@ -23,13 +29,13 @@ def top_tokens(
 ) -> tuple[Int[Tensor, "point k"], Float[Tensor, "point k"]]:
     """The k likeliest tokens of each state and their probabilities, softmax(unembed(state)), likeliest first.
 
-    The softmax runs in float32; logits are formed for `CHUNK` states at a time and dropped.
+    The softmax runs in float32; logits are formed for `POSITIONS_PER_CHUNK` states at a time and dropped.
     Tested: equals softmax(unembed(states)).topk(k) of all states at once.
     """
     found = []
-    for part in states.split(CHUNK):
+    for part in states.split(POSITIONS_PER_CHUNK):
         logits = unembed(part)
-        rows = logits.split(CACHED if logits.device.type == "cpu" else CHUNK)
+        rows = logits.split(ROWS_IN_CACHE if logits.device.type == "cpu" else POSITIONS_PER_CHUNK)
         found += [some.float().softmax(-1).topk(k, dim=-1) for some in rows]
     return torch.cat([best.indices for best in found]), torch.cat([best.values for best in found])
 
@@ -41,18 +47,19 @@ class LogitLensResult(Result):
     The positions of all examples of the batch stand behind each other on the axis `point`; `of(example)` takes one's.
 
     Attributes:
-        tokens: token ids, likeliest first.
+        ids: token ids, likeliest first.
         probs: their probabilities (0 to 1).
         layers: the states read: 0 the embeddings, n_layers what the model itself unembeds.
         example, position: where each point is from.
-        vocabulary: the tokenizer's piece for every id in `tokens`, as (id, piece) pairs.
+        vocabulary: the tokenizer's piece for every id in `ids`, as (id, piece) pairs.
         final_norm: whether states went through the model's final norm.
         model: the model's name.
     """
 
     units: ClassVar[str] = "probability"
+    renamed: ClassVar[dict[str, str]] = {"tokens": "ids"}
 
-    tokens: Int[Tensor, "layer point k"]
+    ids: Int[Tensor, "layer point k"]
     probs: Float[Tensor, "layer point k"]
     layers: tuple[int, ...]
     example: Int[Tensor, " point"]
@@ -80,20 +87,20 @@ class LogitLensResult(Result):
 
     def _points(self, mine: Tensor) -> "LogitLensResult":
         return LogitLensResult(
-            self.tokens[:, mine], self.probs[:, mine], self.layers, self.example[mine], self.position[mine],
+            self.ids[:, mine], self.probs[:, mine], self.layers, self.example[mine], self.position[mine],
             self.vocabulary, self.final_norm, self.model,
         )  # fmt: skip
 
     def pieces(self) -> list[list[list[str]]]:
         """The tokens as the tokenizer's pieces, `▁` and all: [layer][point][k]."""
         name = dict(self.vocabulary)
-        return [[[name[t] for t in point] for point in layer] for layer in self.tokens.tolist()]
+        return [[[name[t] for t in point] for point in layer] for layer in self.ids.tolist()]
 
     def to_frame(self) -> pd.DataFrame:
         """One row per layer, point and rank: example, position, token, piece, probability."""
-        n_layers, n_points, k = self.tokens.shape
+        n_layers, n_points, k = self.ids.shape
         name = dict(self.vocabulary)
-        ids = self.tokens.reshape(-1).tolist()
+        ids = self.ids.reshape(-1).tolist()
         return pd.DataFrame(
             {
                 "layer": [layer for layer in self.layers for _ in range(n_points * k)],
@@ -105,6 +112,39 @@ class LogitLensResult(Result):
                 "probability": self.probs.reshape(-1).numpy(),
             }
         )
+
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """Top token of each position at each layer, on the color of its probability; without words over 80 positions."""
+        with style():
+            n_layers, n_points, _ = self.ids.shape
+            ax = axes(ax, width=min(2 + 0.5 * n_points, 24), height=1.6 + 0.28 * n_layers)
+            top = self.probs[:, :, 0].numpy()
+            mesh = ax.imshow(top, origin="lower", aspect="auto", cmap="Blues", vmin=0, vmax=1)
+            if n_points <= 80:
+                for row, points in enumerate(self.pieces()):
+                    for col, pieces in enumerate(points):
+                        light = top[row, col] > 0.6
+                        ax.text(
+                            col, row, text(pieces[0], 8 if n_points <= 48 else 6), ha="center", va="center", fontsize=6,
+                            color="white" if light else "#222222",
+                        )  # fmt: skip
+            ax.set_yticks(range(n_layers), [str(layer) for layer in self.layers])
+            position_ticks(ax, self.position.tolist())
+            ax.set_ylabel(LAYER)
+            ax.set_xlabel("position")
+            dropped = "" if n_points <= 80 else f" (words left out: {n_points} positions)"
+            ax.set_title(f"Logit lens: likeliest token, {self.model}{dropped}")
+            ax.grid(False)
+            ax.figure.colorbar(mesh, ax=ax, label="probability", pad=0.01)
+        return ax
+
+
+class LensPlan(NamedTuple):
+    """The states that are read, and the points in each: which example, and which of its positions."""
+
+    layers: tuple[int, ...]
+    example: Int[Tensor, " point"]
+    position: Int[Tensor, " point"]
 
 
 @dataclass(frozen=True)
@@ -127,9 +167,8 @@ class LogitLens:
     layers: Sequence[int] | None = None
     final_norm: bool = True
 
-    reads: ClassVar[frozenset[str]] = frozenset({"states"})
-
-    def prepare(self, vlm, inputs):
+    def prepare(self, vlm: Model, inputs: Inputs) -> LensPlan:
+        """Which states are read, and at which points."""
         if not 1 <= self.k <= vlm.d_vocab:
             raise ValueError(
                 f"k={self.k} tokens were asked for; choose 1 to {vlm.d_vocab}, the size of the vocabulary."
@@ -140,22 +179,20 @@ class LogitLens:
             raise ValueError(f"Layers {bad or '(none)'} were asked for; there are 0 (embeddings) to {vlm.n_layers}.")
         found = [m.select(self.positions) for m in inputs.token_maps]
         example = torch.cat([torch.full_like(p, i) for i, p in enumerate(found)])
-        return tuple(sorted(set(layers))), example, torch.cat(found)
+        return LensPlan(tuple(sorted(set(layers))), example, torch.cat(found))
 
-    def at_state(self, plan, state):
-        layers, example, position = plan
-        if state.layer not in layers:
+    def at_state(self, plan: LensPlan, state: State) -> Row | None:
+        """The likeliest tokens of the points."""
+        if state.layer not in plan.layers:
             return None
-        points = state.resid[example.to(state.resid.device), position.to(state.resid.device)]
+        points = state.resid[plan.example.to(state.resid.device), plan.position.to(state.resid.device)]
         tokens, probs = top_tokens(state.final_norm(points) if self.final_norm else points, state.unembed, self.k)
         return {"tokens": tokens, "probs": probs}
 
-    def result(self, plan, rows, vlm, inputs) -> LogitLensResult:
-        layers, example, position = plan
-        tokens = stack([row["tokens"] for row in rows])
-        ids = tokens.unique().tolist()
-        pieces = vlm.tokenizer.convert_ids_to_tokens(ids)
-        # Vocabularies are padded: ids past the tokenizer's last have no piece.
-        vocabulary = tuple((i, p if p is not None else f"<{i}>") for i, p in zip(ids, pieces, strict=True))
+    def result(self, plan: LensPlan, rows: list[Row], vlm: Model, inputs: Inputs) -> LogitLensResult:
+        """The tokens with the pieces that they read as."""
+        ids = stack([row["tokens"] for row in rows])
+        distinct = ids.unique()
+        vocabulary = tuple(zip(distinct.tolist(), vlm.to_str_tokens(distinct), strict=True))
         probs = stack([row["probs"] for row in rows])
-        return LogitLensResult(tokens, probs, layers, example, position, vocabulary, self.final_norm, vlm.name)
+        return LogitLensResult(ids, probs, *plan, vocabulary, self.final_norm, vlm.name)

@@ -3,19 +3,23 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Integral
-from typing import ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import pandas as pd
 import torch
 from einops import rearrange
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
+from matplotlib.axes import Axes
 from torch import Tensor
 
-from mechvlm.accessors import attention_rows
+from mechvlm.decoder.attention import attention_rows
+from mechvlm.figures.style import axes, heatmap, position_ticks, style
+from mechvlm.inputs.batch import Inputs
+from mechvlm.inputs.tokens import Modality
+from mechvlm.probes.probe import Attended, Model, Row
 from mechvlm.results import Result, long_frame, stack
-from mechvlm.tokens import Modality
 
-CACHED, HELD = 2**21, 2**26
+NUMBERS_IN_CACHE, NUMBERS_IN_MEMORY = 2**21, 2**26
 """Numbers of an intermediate that exist at once: on the CPU as many as its cache holds (8 MB), elsewhere enough for full kernels
 (256 MB)."""
 
@@ -66,7 +70,7 @@ def norm_attention_sum(
 
 def _at_once(size: int, device: torch.device) -> int:
     """How many things of `size` numbers are made at once; never fewer than 32, since products need some width."""
-    return max(32, (CACHED if device.type == "cpu" else HELD) // size)
+    return max(32, (NUMBERS_IN_CACHE if device.type == "cpu" else NUMBERS_IN_MEMORY) // size)
 
 
 @dataclass(frozen=True, repr=False)
@@ -113,6 +117,26 @@ class NormAttentionResult(Result):
             ignore_index=True,
         )
 
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """The first destination's sources by layer, mean over examples."""
+        with style():
+            n_layers, _, _, n_src = self.norm.shape
+            ax = axes(ax, width=8, height=1.6 + 0.22 * n_layers)
+            mesh = heatmap(ax, self.norm[:, :, 0].mean(1).numpy(), list(self.layers))
+            position_ticks(ax, list(range(n_src)))
+            ax.set_xlabel("source position")
+            ax.set_title(f"Norm-based attention of {self.names[0]}, {self.model}")
+            ax.figure.colorbar(mesh, ax=ax, label="norm written (residual-stream units)", pad=0.01)
+        return ax
+
+
+class NormPlan(NamedTuple):
+    """The destinations, their names, and of all pairs which destinations are padding."""
+
+    dest: Int[Tensor, "batch dest"]
+    names: tuple[str, ...]
+    padding: Bool[Tensor, "batch pos"] | None
+
 
 @dataclass(frozen=True)
 class NormAttention:
@@ -127,28 +151,29 @@ class NormAttention:
 
     dst: str | int | Sequence[str | int] = ("last_text", "last_image")
 
-    reads: ClassVar[frozenset[str]] = frozenset({"attention"})
-
-    def prepare(self, vlm, inputs):
+    def prepare(self, vlm: Model, inputs: Inputs) -> NormPlan:
+        """The destinations of each example, and what they are called."""
         length = len(inputs.token_maps[0])
         if isinstance(self.dst, str) and self.dst == "all pairs":
             padding = torch.stack([m.modality == Modality.PADDING for m in inputs.token_maps])
-            return torch.arange(length).expand(len(inputs), -1), tuple(str(p) for p in range(length)), padding
-        asked = [self.dst] if isinstance(self.dst, str | Integral) else list(self.dst)
-        if not asked:
+            return NormPlan(torch.arange(length).expand(len(inputs), -1), tuple(map(str, range(length))), padding)
+        dst: Any = self.dst
+        given: list[Any] = [dst] if isinstance(dst, str | Integral) else list(dst)
+        if not given:
             raise ValueError("dst is empty: name at least one destination, such as 'last'.")
-        asked = [d if isinstance(d, str) else int(d) for d in asked]
-        found = [[m.select(d if isinstance(d, str) else [d]) for d in asked] for m in inputs.token_maps]
-        sizes = {tuple(len(p) for p in rows) for rows in found}
+        given = [d if isinstance(d, str) else int(d) for d in given]
+        by_example = [[m.select(d if isinstance(d, str) else [d]) for d in given] for m in inputs.token_maps]
+        sizes = {tuple(len(p) for p in rows) for rows in by_example}
         if len(sizes) != 1:
             raise ValueError(
                 f"dst={self.dst!r} means different numbers of positions in these examples: {sorted(sizes)}."
             )
-        names = [str(d) if n == 1 else f"{d} {i}" for d, n in zip(asked, sizes.pop(), strict=True) for i in range(n)]
-        return torch.stack([torch.cat(rows) for rows in found]), tuple(names), None
+        names = [str(d) if n == 1 else f"{d} {i}" for d, n in zip(given, sizes.pop(), strict=True) for i in range(n)]
+        return NormPlan(torch.stack([torch.cat(rows) for rows in by_example]), tuple(names), None)
 
-    def at_attention(self, plan, attended):
-        dest, _, padding = plan  # padding: of all pairs only, where dest is every position
+    def at_attention(self, plan: NormPlan, attended: Attended) -> Row:
+        """Norms and weights of the destinations' rows, and what each head would write of each source."""
+        dest, _, padding = plan
         q, k, v, mask, scale = attended.parts
         gram = value_gram(v, attended.w_o)
         batch, n_heads, n_src, n_dest = len(q), q.shape[1], k.shape[2], dest.shape[1]
@@ -166,9 +191,9 @@ class NormAttention:
         value_norm = rearrange(gram.diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt(), "batch src head -> batch head src")
         return {"norm": norm, "weight": weight, "value_norm": value_norm}
 
-    def result(self, plan, rows, vlm, inputs) -> NormAttentionResult:
-        dest, names, _ = plan
+    def result(self, plan: NormPlan, rows: list[Row], vlm: Model, inputs: Inputs) -> NormAttentionResult:
+        """The rows of all layers."""
         parts = {name: stack([row[name] for row in rows]) for name in ("norm", "weight", "value_norm")}
         return NormAttentionResult(
-            **parts, layers=tuple(range(1, vlm.n_layers + 1)), dest=dest, names=names, model=vlm.name
+            **parts, layers=tuple(range(1, vlm.n_layers + 1)), dest=plan.dest, names=plan.names, model=vlm.name
         )

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 from mechvlm.study.study import Study
 
 if TYPE_CHECKING:
-    from mechvlm.study.runner import run
+    from mechvlm.study.running.runner import run
 
 __all__ = ["Study", "run"]
 
@@ -14,7 +14,7 @@ def __getattr__(name: str) -> Any:
     # Only when it is asked for: a study that is opened again needs no model, and so no nnsight.
     if name != "run":
         raise AttributeError(f"module 'mechvlm.study' has no attribute {name!r}")
-    from mechvlm.study.runner import run
+    from mechvlm.study.running.runner import run
 
     globals()["run"] = run
     return run

@@ -4,15 +4,34 @@ import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import cycle
+from pathlib import Path
 
 import pandas as pd
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.lines import Line2D
 
 from mechvlm.errors import InputError
-from mechvlm.study.drawn import Drawn, counts, short
-from mechvlm.study.statistics import check_measures
-from mechvlm.study.study import Study
+from mechvlm.figures.style import Line, style
+from mechvlm.study.curves import check_measures
+from mechvlm.study.load import load_study
+from mechvlm.study.record import StudyRecord
+from mechvlm.study.report.captioned import DOTTED, GREY, CaptionedFigure, bands, counts, legend, line_of, short
 
-MEASURES = ("cosine_inter", "precision", "recall")
+COMPARED = ("cosine_inter", "precision", "recall")
+MODEL_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#333333")
+MODEL_DASHES: tuple[str | tuple, ...] = ("-", "--", "-.", (0, (5, 1, 1, 1, 1, 1)))
+MODEL_MARKERS = ("o", "s", "^", "D", "v")
+MEASURE_TITLES = {
+    "cosine_inter": "image – text similarity", "cosine_image": "similarity within image",
+    "cosine_text": "similarity within text", "precision": "precision of decoded words", "recall": "recall of decoded words",
+}  # fmt: skip
+CONTROLS = {
+    "_baseline": ("baseline (different examples)", DOTTED),
+    "_other": ("another image's captions", (0, (4, 1.5))),
+    "_text": ("text tokens", (0, (4, 1.5, 1, 1.5))),
+}
 
 
 @dataclass(frozen=True)
@@ -32,7 +51,7 @@ class Comparison:
     notes: tuple[str, ...]
     seeds: tuple[int, ...]
 
-    def plot(self, measures: Sequence[str] = MEASURES) -> Drawn:
+    def plot(self, measures: Sequence[str] = COMPARED) -> CaptionedFigure:
         """The curves with their bands, a panel a measure, and the controls of each beneath it: a figure and its caption.
 
         Each model's own points, at their own depths: nothing is interpolated, and lines only join them.
@@ -40,13 +59,11 @@ class Comparison:
         Raises:
             InputError: for a measure that `frame` does not hold.
         """
-        from mechvlm.study.compare_figure import compare_figure
-
         check_measures(list(measures), self.frame)
         return compare_figure(self, list(measures))
 
 
-def compare(studies: Sequence[Study | str | os.PathLike]) -> Comparison:
+def compare(studies: Sequence[StudyRecord | str | os.PathLike]) -> Comparison:
     """Several models on one axis: what each study found, by relative depth (layer / n_layers).
 
     Args:
@@ -59,9 +76,9 @@ def compare(studies: Sequence[Study | str | os.PathLike]) -> Comparison:
         InputError: for no study, the same study twice, a folder that holds none, or studies that cannot be compared:
             with other prompts, or whose measures were made otherwise.
     """
-    if isinstance(studies, Study | str | os.PathLike):
+    if isinstance(studies, StudyRecord | str | os.PathLike):
         studies = [studies]
-    opened = [one if isinstance(one, Study) else Study.open(one) for one in studies]
+    opened = [one if isinstance(one, StudyRecord) else StudyRecord(**load_study(Path(one))) for one in studies]
     if not opened:
         raise InputError("Give one or more studies, or folders of studies, to compare.")
     _check(opened)
@@ -81,7 +98,7 @@ def compare(studies: Sequence[Study | str | os.PathLike]) -> Comparison:
     )
 
 
-def _check(studies: list[Study]) -> None:
+def _check(studies: list[StudyRecord]) -> None:
     """Raises InputError for studies whose numbers do not mean the same."""
     first = studies[0]
     for number, other in enumerate(studies[1:], start=2):
@@ -98,7 +115,7 @@ def _check(studies: list[Study]) -> None:
                 )
 
 
-def _unlike(one: Study, other: Study) -> dict[str, tuple]:
+def _unlike(one: StudyRecord, other: StudyRecord) -> dict[str, tuple]:
     """How the measures were made. Phases are no curve, and are not compared."""
     mine, theirs = (study.settings["measures"] for study in (one, other))
     keys = [key for key in {**mine, **theirs} if key != "phases"]
@@ -112,15 +129,15 @@ def _plain(value):
     return list(value) if isinstance(value, tuple) else value
 
 
-def _same_folder(one: Study, other: Study) -> bool:
+def _same_folder(one: StudyRecord, other: StudyRecord) -> bool:
     return one.out is not None and other.out is not None and one.out.resolve() == other.out.resolve()
 
 
-def _name(study: Study, number: int) -> str:
+def _name(study: StudyRecord, number: int) -> str:
     return str(study.out) if study.out is not None else f"{number} (not written)"
 
 
-def _labels(studies: list[Study]) -> dict[tuple[int, str], str]:
+def _labels(studies: list[StudyRecord]) -> dict[tuple[int, str], str]:
     """By study and model. The model alone where it is in one study; else with its data, its folder, or a number."""
     every = [model for study in studies for model in study.models]
     among = list(dict.fromkeys(every))
@@ -138,11 +155,11 @@ def _labels(studies: list[Study]) -> dict[tuple[int, str], str]:
     return labels
 
 
-def _folder(study: Study) -> str:
+def _folder(study: StudyRecord) -> str:
     return "" if study.out is None else study.out.resolve().name
 
 
-def _notes(studies: list[Study], labels: dict[tuple[int, str], str]) -> tuple[str, ...]:
+def _notes(studies: list[StudyRecord], labels: dict[tuple[int, str], str]) -> tuple[str, ...]:
     notes = []
     if len({study.dataset["fingerprint"] for study in studies}) > 1:
         notes.append("The studies read different examples: a difference between curves may be one between data.")
@@ -153,3 +170,63 @@ def _notes(studies: list[Study], labels: dict[tuple[int, str], str]) -> tuple[st
         dtypes = [f"{label} in {studies[i].models[model]['dtype']}" for (i, model), label in labels.items()]
         notes.append(f"Precision differs: {', '.join(dtypes)}.")
     return tuple(notes)
+
+
+def compare_figure(found: "Comparison", measures: list[str]) -> CaptionedFigure:
+    """The curves on one axis of relative depth."""
+    frame, labels = found.frame, list(found.frame["label"].unique())
+    looks = zip(labels, cycle(MODEL_COLORS), cycle(MODEL_DASHES), cycle(MODEL_MARKERS), strict=False)
+    lines = {label: Line(label, color, dash, marker) for label, color, dash, marker in looks}
+    with style():
+        figure = Figure(
+            (0.6 + 4.2 * len(measures), 5.4 + 0.2 * (len(labels) // 4)), layout=ConstrainedLayoutEngine(w_pad=0.09)
+        )
+        grid = figure.subplots(2, len(measures), squeeze=False, sharex=True, gridspec_kw={"height_ratios": [2.4, 1.5]})
+        used = set()
+        for (top, low), measure in zip(grid.T, measures, strict=True):
+            for label, line in lines.items():
+                mine = frame[frame["label"] == label]
+                line_of(top, mine[mine["measure"] == measure], line, x="depth")
+                for ending, (_, dash) in CONTROLS.items():
+                    rows = mine[mine["measure"] == _control(measure, ending)]
+                    if rows["mean"].notna().any():
+                        used.add(ending)
+                        line_of(
+                            low, rows, line._replace(dash=dash, marker="", label=""), x="depth", thin=True, bands=False
+                        )
+            if measure.startswith("cosine"):
+                top.set_ylabel("mean cosine")
+            else:
+                top.set_ylabel("image tokens' share" if "_share_" in measure else "share of words")
+                top.set_ylim(-0.03, 1.03)
+            low.set_ylim(top.set_ylim(_span(top, low)))
+            low.set_ylabel("its controls")
+            low.set_xlabel("relative depth (layer / layers of the model)")
+            low.set_xlim(-0.02, 1.02)
+            top.set_title(MEASURE_TITLES.get(measure, measure))
+        controls = [
+            Line2D([], [], color=GREY, linestyle=dash, linewidth=1.1, label=name)
+            for ending, (name, dash) in CONTROLS.items()
+            if ending in used
+        ]
+        legend(figure, grid[0, 0], extra=controls)
+    seeds = sorted(set(found.seeds))
+    return CaptionedFigure(figure, " ".join([
+        "Several models by relative depth, 0 what enters the decoder and 1 what the model itself unembeds: each model's own "
+        "layers at layer / n_layers, joined by lines and not interpolated. Beneath each measure its controls, without bands: "
+        "for similarities the anisotropy baseline, the same mean over tokens of different examples; for words decoded from "
+        "image tokens another image's captions, and the words decoded from text tokens.",
+        bands(*seeds), *found.counts, *found.notes,
+    ]))  # fmt: skip
+
+
+def _control(measure: str, ending: str) -> str:
+    """A measure's control: of `precision_single` it is called `precision_other_single`."""
+    name, single, _ = measure.partition("_single")
+    return name + ending + single
+
+
+def _span(*axes) -> tuple[float, float]:
+    """The limits that hold all axes: a control is read on its measure's scale."""
+    low, high = zip(*(ax.get_ylim() for ax in axes), strict=True)
+    return min(low), max(high)

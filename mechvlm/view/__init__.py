@@ -1,6 +1,6 @@
 """What results look like: figures, and interactive pages that work offline."""
 
-from mechvlm.view.circuits import attention, attention_row, tokens, topk
+from mechvlm.view.circuitsvis import attention, attention_row, tokens, topk
 from mechvlm.view.page import View
 from mechvlm.view.patches import patches
 

@@ -9,10 +9,10 @@ import numpy as np
 from PIL import Image
 
 LEVELS = (255, 127, 63, 31)
-"""Steps of a single head's rows: the finest with which a query stays within `ROWS`. Off by at most 0.2 to 1.6 %."""
-ROWS = 560_000
+"""Steps of a single head's rows: the finest with which a query stays within `ROW_ROOM`. Off by at most 0.2 to 1.6 %."""
+ROW_ROOM = 560_000
 """Characters of the page that one query's rows may take up."""
-SIDE = 1024
+IMAGE_SIDE = 1024
 """Longer side in pixels to which larger images are reduced."""
 
 
@@ -57,7 +57,7 @@ def pack_rows(raw: np.ndarray, norm: np.ndarray, parts: list[slice], groups: lis
     for levels in LEVELS:
         weights, norms = np.rint(levels * heads).astype(np.uint8)
         packed = pack(np.stack(top, -1), share, together, weights, norms - weights)
-        if len(packed) <= ROWS:
+        if len(packed) <= ROW_ROOM:
             break
     return packed, levels
 
@@ -80,9 +80,9 @@ def pack_words(tokens: np.ndarray, probs: np.ndarray, pieces: dict[int, str]) ->
 
 
 def picture(image: Image.Image) -> str:
-    """The image as a data address, at most `SIDE` pixels a side: PNG or JPEG, whichever is smaller."""
+    """The image as a data address, at most `IMAGE_SIDE` pixels a side: PNG or JPEG, whichever is smaller."""
     small = image.convert("RGB")
-    small.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
+    small.thumbnail((IMAGE_SIDE, IMAGE_SIDE), Image.Resampling.LANCZOS)
     made = []
     for kind, options in (("png", {"optimize": True}), ("jpeg", {"quality": 82, "optimize": True})):
         file = io.BytesIO()

@@ -26,7 +26,7 @@ POLICY = (
 )
 
 # Until a script has run the view is not shown, and the page has no ground: the picture under a frame is seen through it.
-STYLE = """
+PAGE_STYLE = """
 html.live { background: #fff; color: #222; }
 body { margin: 0; padding: 12px; font: 14px/1.4 system-ui, "DejaVu Sans", sans-serif; }
 main { display: none; }
@@ -122,7 +122,7 @@ class View:
         return f'<div style="position:relative;height:{self.height}px">{still}{frame}</div>'
 
     def _page(self, still: str) -> str:
-        styles = "".join(f"<style>{_inert(css, 'style')}</style>\n" for css in (STYLE, *self.styles))
+        styles = "".join(f"<style>{_inert(css, 'style')}</style>\n" for css in (PAGE_STYLE, *self.styles))
         scripts = "".join(f"<script>{_inert(source, 'script')}</script>\n" for source in self.scripts)
         return (
             f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'

@@ -10,15 +10,15 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from mechvlm.errors import ViewError
-from mechvlm.inputs import Inputs
+from mechvlm.figures.style import HEAT, style, text
+from mechvlm.inputs.batch import Inputs
+from mechvlm.inputs.tokens import Modality
 from mechvlm.probes.logit_lens import LogitLensResult
 from mechvlm.probes.norm_attention import NormAttentionResult
 from mechvlm.probes.query_reading import QueryReadingResult
-from mechvlm.tokens import Modality
 from mechvlm.view import packing
+from mechvlm.view.example import Seen, see
 from mechvlm.view.page import LIMIT, View, to_json
-from mechvlm.view.plots import HEAT, style, text
-from mechvlm.view.seen import Seen, see
 
 
 def patches(
@@ -63,7 +63,7 @@ def patches(
         rows.append({"source": int(seen.index[seen.dest[row]]), "levels": levels, "data": packed})
         size += len(packed)
         _check_size(size * len(seen.rows) // len(rows), seen)
-    words = packing.pack_words(seen.lens.tokens.numpy(), seen.lens.probs.numpy(), dict(lens.vocabulary))
+    words = packing.pack_words(seen.lens.ids.numpy(), seen.lens.probs.numpy(), dict(lens.vocabulary))
     heat = mpl.colormaps[HEAT]
     data = {
         "model": norms.model,
@@ -78,7 +78,7 @@ def patches(
         "start": {"row": seen.rows.index(seen.start), "layer": seen.layer, "source": seen.point},
         "lens": {
             "layers": list(lens.layers),
-            "k": lens.tokens.shape[2],
+            "k": lens.ids.shape[2],
             "sources": seen.index[seen.lens.position.numpy()].tolist(),
             "data": words,
         },
@@ -122,7 +122,7 @@ def _check_size(size: int, seen: Seen) -> None:
         raise ViewError(
             f"The page would have {size / 1e6:,.0f} MB, over the {LIMIT / 1e6:.0f} MB that a browser opens well: norms has {n} "
             f"destinations at {len(seen.norms.layers)} layers x {seen.norms.weight.shape[2]} heads x {len(seen.order)} tokens, "
-            f"lens {seen.lens.tokens.shape[1]} positions. Choose fewer: NormAttention(dst=['last']), at most about {fit}, or "
+            f"lens {seen.lens.ids.shape[1]} positions. Choose fewer: NormAttention(dst=['last']), at most about {fit}, or "
             "LogitLens(positions='image', k=5)."
         )
 
@@ -180,6 +180,6 @@ def _words(ax, seen: Seen) -> None:
     else:
         ax.set_title(f"Logit lens: query {seen.point}", fontsize=9.5)
     ax.set_yticks(range(len(pieces)), [str(layer) for layer in seen.lens.layers], fontsize=small)
-    ax.set_xticks(range(seen.lens.tokens.shape[2]), [f"top {k + 1}" for k in range(seen.lens.tokens.shape[2])])
+    ax.set_xticks(range(seen.lens.ids.shape[2]), [f"top {k + 1}" for k in range(seen.lens.ids.shape[2])])
     ax.set_ylabel("state (0 = embeddings)")
     ax.grid(False)

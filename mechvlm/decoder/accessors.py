@@ -1,0 +1,150 @@
+"""The model's activations under TransformerLens' names, inside a trace: `vlm.resid_post[3]`, readable and assignable.
+
+Every accessor is indexed by layer, 0 to n_layers - 1 (or -1 for the last). Within a trace a forward pass goes by once, so
+read what you need in the order in which the model computes it: layer by layer, and in a layer `resid_pre`, `q`, `k`,
+`v`, `pattern`, `z`, `attn_out`, `resid_mid`, `mlp_out`, `resid_post`.
+
+`resid_mid` is replaced in place, since two things read it: what you read of it before changes too. For the clean state save
+`vlm.resid_mid[l].clone()`, and for a gradient through it read `vlm.resid_mid[l] * 1`.
+"""
+
+from collections.abc import Callable
+from typing import Any, Generic, TypeVar
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from mechvlm.decoder.attention import Attention, attention_call, attention_rows, read_attention
+from mechvlm.families.record import Architecture
+
+T = TypeVar("T")
+
+
+class Accessor(Generic[T]):
+    """One activation of every layer: `accessor[layer]` reads it, `accessor[layer] = value` replaces it."""
+
+    def __init__(self, name: str, layers, read: Callable, write: Callable):
+        self.name, self._layers, self._read, self._write = name, layers, read, write
+
+    def __len__(self) -> int:
+        return len(self._layers)
+
+    def __getitem__(self, layer: int) -> T:
+        return self._read(self._layer(layer))
+
+    def __setitem__(self, layer: int, value: T) -> None:
+        self._write(self._layer(layer), value)
+
+    def _layer(self, layer: int):
+        n = len(self._layers)
+        if not -n <= layer < n:
+            raise IndexError(f"{self.name}[{layer}]: the decoder has layers 0 to {n - 1}.")
+        return self._layers[layer]
+
+
+class PatternAccessor(Accessor[Tensor]):
+    """Attention weights [batch head dest src], recomputed from q and k: the model keeps its own implementation.
+
+    `pattern[layer]` gives all rows, `pattern[layer, rows]` those of the destinations `rows`, numbers for every example or
+    [batch row]. Rows of padding mean nothing. Assigning `pattern[layer] = weights` makes the layer write what these
+    weights over its values give.
+    """
+
+    def __init__(self, layers, attention: Callable, write: Callable):
+        Accessor.__init__(self, "pattern", layers, attention, write)
+
+    def __getitem__(self, index) -> Tensor:  # type: ignore[override]
+        layer, rows = index if isinstance(index, tuple) else (index, None)
+        a = self._read(self._layer(layer))
+        if rows is not None:
+            rows = torch.as_tensor(rows, device=a.q.device)
+            rows = rows.reshape(1, -1).expand(a.q.shape[0], -1) if rows.ndim < 2 else rows
+            n = a.q.shape[2]
+            if not ((rows >= -n) & (rows < n)).all():
+                raise IndexError(
+                    f"pattern[{layer}, rows]: rows {rows.tolist()} were asked for; there are 0 to {n - 1}."
+                )
+            rows = rows % n
+        return attention_rows(a.q, a.k, a.mask, a.scale, rows, a.q.dtype)
+
+
+def build_accessors(layers, record: Architecture, d_head: int, has_weights: bool = True) -> dict[str, Accessor[Any]]:
+    """The accessors of a decoder, over the nnsight envoys of its layers.
+
+    has_weights: False for a block in NDIF's sandbox, where a tensor changed in place stays changed in the sandbox alone.
+    """
+
+    def attn(layer):
+        if not has_weights:
+            layer.source  # noqa: B018  (asked for before the layer runs, as `mid_sum` needs it)
+        return getattr(layer, record.attention)
+
+    def proj(layer, name):
+        attention_call(attn(layer), record)  # asked for before the attention runs
+        return getattr(attn(layer), getattr(record, f"{name}_proj"))
+
+    def heads(x):
+        return rearrange(x, "batch pos (head d_head) -> batch pos head d_head", d_head=d_head)
+
+    def flat(x):
+        return rearrange(x, "batch pos head d_head -> batch pos (head d_head)")
+
+    def attention(layer) -> Attention:
+        return read_attention(attn(layer), record)
+
+    def write_resid_pre(layer, value):
+        layer.input = value
+
+    def read_resid_mid(layer):
+        return getattr(layer, record.mid_norm).input if has_weights else getattr(layer.source, record.mid_sum).output
+
+    def write_resid_mid(layer, value):
+        if not has_weights:
+            getattr(layer.source, record.mid_sum).output = value
+            return
+        # The norm's input is also what the MLP's output is added to: only a change in place reaches both.
+        getattr(layer, record.mid_norm).input[:] = value
+
+    def write_resid_post(layer, value):
+        layer.output = value
+
+    def write_attn_out(layer, value):
+        attn(layer).output = (value, *attn(layer).output[1:])
+
+    def write_mlp_out(layer, value):
+        getattr(layer, record.mlp).output = value
+
+    def write_z(layer, value):
+        proj(layer, "o").input = flat(value)
+
+    def write_pattern(layer, value):
+        v = attention(layer).v
+        v = v.repeat_interleave(value.shape[1] // v.shape[1], dim=1)
+        write_z(layer, rearrange(value.to(v.dtype) @ v, "batch head pos d_head -> batch pos head d_head"))
+
+    def write_proj(name):
+        def write(layer, value):
+            proj(layer, name).output = flat(value)
+
+        return write
+
+    plain = {
+        "resid_pre": (lambda x: x.input, write_resid_pre),
+        "resid_mid": (read_resid_mid, write_resid_mid),
+        "resid_post": (lambda x: x.output, write_resid_post),
+        "attn_out": (lambda x: attn(x).output[0], write_attn_out),
+        "mlp_out": (lambda x: getattr(x, record.mlp).output, write_mlp_out),
+        "q": (lambda x: heads(proj(x, "q").output), write_proj("q")),
+        "k": (lambda x: heads(proj(x, "k").output), write_proj("k")),
+        "v": (lambda x: heads(proj(x, "v").output), write_proj("v")),
+        "z": (lambda x: heads(proj(x, "o").input), write_z),
+    }
+    found: dict[str, Accessor[Any]] = {name: Accessor(name, layers, *pair) for name, pair in plain.items()}
+    found["pattern"] = PatternAccessor(layers, attention, write_pattern)
+    found["attention"] = Accessor("attention", layers, attention, _read_only)
+    return found
+
+
+def _read_only(layer, value):
+    raise TypeError("attention is read-only: assign q, k, v or pattern.")

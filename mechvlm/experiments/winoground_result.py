@@ -1,0 +1,189 @@
+"""What the experiment on Winoground's pairs finds: scores, and measures with the true caption against the other one."""
+
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Bool, Float
+from matplotlib.axes import Axes
+from torch import Tensor
+
+from mechvlm.figures.headings import INTERVAL
+from mechvlm.figures.style import axes, layer_axis, style, text
+from mechvlm.intervals import Interval, mean_interval
+from mechvlm.results import Result, long_frame
+
+PAIR_MEASURES = ("precision", "recall", "contextualization", "norm attention", "log-likelihood")
+CAPTION_CONDITIONS = ("matched", "mismatched")
+
+
+CHANCE = {"text": 25.0, "image": 25.0, "group": 100 / 6}
+"""Of a model whose four likelihoods stand in any order alike often, in percent (Thrush et al. 2022)."""
+
+
+LABELS = {
+    "precision": "lens precision", "recall": "lens recall", "contextualization": "cosine of image and caption",
+    "norm attention": "last token's reading of the image",
+}  # fmt: skip
+
+
+class PairScores(NamedTuple):
+    """Which pairs are right, by each of the three scores."""
+
+    text: Bool[Tensor, " pair"]
+    image: Bool[Tensor, " pair"]
+    group: Bool[Tensor, " pair"]
+
+    def to_frame(self, seed: int = 0) -> pd.DataFrame:
+        """One row per score: score, percent of pairs, its 95 % bootstrap interval low and high, chance, n pairs."""
+        found = mean_interval(100 * torch.stack(list(self), -1).double(), seed=seed)
+        ends = {name: getattr(found, name).tolist() for name in ("low", "high")}
+        percent = {"score": list(CHANCE), "percent": found.mean.tolist()}
+        return pd.DataFrame({**percent, **ends, "chance": list(CHANCE.values()), "n": len(self.group)})
+
+
+def pair_scores(s: Float[Tensor, "pair caption image"]) -> PairScores:
+    """The text, image and group score of each pair of two captions and two images; caption i is true of image i.
+
+        text:  s(C0, I0) > s(C1, I0) and s(C1, I1) > s(C0, I1)      each image's own caption is the likelier
+        image: s(C0, I0) > s(C0, I1) and s(C1, I1) > s(C1, I0)      each caption's own image makes it likelier
+        group: both
+
+    Equal values count as wrong. Chance is 25, 25 and 16.7 %.
+
+    Source: Thrush et al. 2022, "Winoground: Probing Vision and Language Models for Visio-Linguistic Compositionality".
+    Tested: equals values worked by hand; random values give chance.
+
+    Raises:
+        ValueError: for another shape than [pair 2 2], or a value that is NaN.
+    """
+    if s.ndim != 3 or tuple(s.shape[1:]) != (2, 2) or not len(s):
+        raise ValueError(f"s is [pair caption image] of two captions and two images, not {list(s.shape)}.")
+    if s.isnan().any():
+        raise ValueError(f"s is NaN in pairs {s.isnan().flatten(1).any(1).nonzero().flatten().tolist()}.")
+    (c0i0, c0i1), (c1i0, c1i1) = (row.unbind(-1) for row in s.unbind(1))
+    text = (c0i0 > c1i0) & (c1i1 > c0i1)
+    image = (c0i0 > c0i1) & (c1i1 > c1i0)
+    return PairScores(text, image, text & image)
+
+
+@dataclass(frozen=True, repr=False)
+class WinogroundResult(Result):
+    """Every measure of every pair, with each of its captions on each of its images.
+
+    Attributes:
+        values: by `measures`; NaN where a measure has no such layer (norm-based attention begins at 1, and the likelihood is
+            the model's own, at n_layers) or no value (the precision of no word).
+        pairs: their ids.
+        set_aside: (id, reason) of the pairs that could not be read.
+        prompt: what the captions answered.
+        model: the model's name.
+    """
+
+    units: ClassVar[str] = "share of words, cosine, residual-stream units, nats"
+    measures: ClassVar[tuple[str, ...]] = PAIR_MEASURES
+
+    values: Float[Tensor, "measure layer pair caption image"]
+    pairs: tuple[str, ...]
+    set_aside: tuple[tuple[str, str], ...]
+    prompt: str
+    model: str
+
+    @property
+    def logprob(self) -> Float[Tensor, "pair caption image"]:
+        """log p(caption | image, prompt), in nats."""
+        return self.values[PAIR_MEASURES.index("log-likelihood"), -1]
+
+    @property
+    def scores(self) -> PairScores:
+        """Which pairs are right by the text, image and group score; `scores.to_frame()` gives percentages and chance."""
+        return pair_scores(self.logprob)
+
+    @property
+    def by_condition(self) -> Float[Tensor, "condition measure layer pair image"]:
+        """Each image with its own caption ("matched") and with the other ("mismatched")."""
+        own = torch.stack([self.values[..., i, i] for i in (0, 1)], -1)
+        other = torch.stack([self.values[..., 1 - i, i] for i in (0, 1)], -1)
+        return torch.stack([own, other])
+
+    @property
+    def difference(self) -> Interval:
+        """Matched less mismatched, the mean over pairs [measure layer] with its 95 % bootstrap interval.
+
+        A pair's two images count as one value, their mean: they are no independent examples.
+        """
+        return self.difference_by(seed=0)
+
+    def difference_by(self, seed: int) -> Interval:
+        """`difference`, with the bootstrap's seed."""
+        matched, mismatched = self.by_condition
+        return mean_interval((matched - mismatched).nanmean(-1).movedim(-1, 0), seed=seed)
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row per measure, layer, pair, image and condition ("matched", "mismatched"); layers that a measure lacks are
+        left out."""
+        names = dict(zip(range(len(self.pairs)), self.pairs, strict=True))
+        layers = range(self.values.shape[1])
+        axes = {
+            "condition": CAPTION_CONDITIONS,
+            "measure": PAIR_MEASURES,
+            "layer": layers,
+            "pair": names,
+            "image": (0, 1),
+        }
+        frame = long_frame(self.by_condition, **axes)
+        frame["pair"] = frame["pair"].map(names)
+        lacking = {"norm attention": frame["layer"] > 0, "log-likelihood": frame["layer"] == layers[-1]}
+        for measure, there in lacking.items():
+            frame = frame[(frame["measure"] != measure) | there.loc[frame.index]]
+        return frame[["pair", "image", "measure", "layer", "condition", "value"]].reset_index(drop=True)
+
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """The scores as bars with their intervals and chance; on a new figure, below them each measure's difference by layer."""
+        with style():
+            if ax is None:
+                figure = axes(None, width=8, height=6.6).figure
+                figure.clear()
+                grid = figure.add_gridspec(3, 2, height_ratios=(1.1, 1, 1))
+                ax = figure.add_subplot(grid[0, :])
+                for i, measure in enumerate(LABELS):
+                    row = self.measures.index(measure)
+                    ends = (part[row].numpy() for part in self.difference)
+                    by_layer(figure.add_subplot(grid[1 + i // 2, i % 2]), measure, *ends)
+            _scores(ax, self)
+        return ax
+
+
+def _scores(ax: Axes, result: WinogroundResult) -> None:
+    found = result.scores.to_frame()
+    x = np.arange(len(found))
+    ax.bar(x, found["percent"], 0.55, color="#0072B2")
+    ax.vlines(x, found["low"], found["high"], color="#222222", linewidth=1.2)
+    ax.hlines(found["chance"], x - 0.4, x + 0.4, color="#D55E00", linestyle="--", linewidth=1.5, label="chance")
+    for at, percent, high in zip(x, found["percent"], found["high"], strict=True):
+        top = np.nanmax([percent, high, 25])
+        ax.annotate(f"{percent:.1f}", (at, top), xytext=(0, 2), textcoords="offset points", ha="center", fontsize=8)
+    ax.set_xticks(x, [f"{name} score" for name in found["score"]])
+    ax.set_ylim(0, 112)
+    ax.set_ylabel("pairs (%)")
+    ax.grid(False, axis="x")
+    ax.legend(loc="upper right")
+    n = len(result.pairs)
+    aside = f", {len(result.set_aside)} set aside" if result.set_aside else ""
+    model = text(result.model.rstrip("/").split("/")[-1], 40)
+    ax.set_title(f"Winoground's scores, {model}: n = {n} pairs{aside}", pad=18)
+    note = f"bars are shares of pairs, bands and vertical lines the {INTERVAL} over pairs"
+    ax.annotate(note, (0, 1), xycoords="axes fraction", xytext=(0, 6), textcoords="offset points", fontsize=8)
+
+
+def by_layer(ax: Axes, measure: str, mean: np.ndarray, low: np.ndarray, high: np.ndarray) -> None:
+    """The mean paired difference of the two conditions: between pairs the measures differ more than within."""
+    x = np.arange(len(mean))
+    ax.axhline(0, color="#444444", linewidth=0.8)
+    ax.fill_between(x, low, high, color="#0072B2", alpha=0.15, linewidth=0)
+    ax.plot(x, mean, color="#0072B2", marker="o", markersize=3.5 if len(x) < 20 else 0)
+    layer_axis(ax, len(mean) - 1)
+    ax.set_title(LABELS[measure], fontsize=9)
+    ax.set_ylabel("own less other caption", fontsize=8)

@@ -1,0 +1,46 @@
+"""Read and show one image: the page that `mechvlm view` writes and the study's gallery opens."""
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from mechvlm.inputs.batch import Inputs
+from mechvlm.inputs.tokens import TokenMap
+from mechvlm.probes.logit_lens import LogitLens
+from mechvlm.probes.norm_attention import NormAttention
+from mechvlm.probes.query_reading import QueryReading
+from mechvlm.tracing.reading import read
+from mechvlm.view.packing import ROW_ROOM
+from mechvlm.view.page import View
+from mechvlm.view.patches import patches
+from mechvlm.vlm.vlm import VLM
+
+PAGE_ROOM = 16_000_000
+"""Characters that the rows of all destinations may take up on a page of its own: 28 of them at 7B."""
+
+
+GALLERY_ROOM = 4_000_000
+"""The same, on each of the gallery's pages: 7 destinations at 7B, all of them for a small model."""
+
+
+def destinations(vlm: VLM, tokens: TokenMap, room: int = PAGE_ROOM) -> Int[Tensor, " dest"]:
+    """The positions that can have read the image and can be picked on its page: text after it, and the last position.
+
+    Where `room` (characters) does not hold the rows of all, the last ones: a row takes at most four characters for each
+    layer, head and source, and hardly more than `mechvlm.view.packing.ROW_ROOM`.
+    """
+    positions = torch.cat([tokens.text[tokens.text > tokens.image[0]], torch.tensor([tokens.last])]).unique()
+    each = min(ROW_ROOM, 4 * vlm.n_layers * vlm.n_heads * len(tokens))
+    return positions[-max(1, room // each) :]
+
+
+def patch_view(vlm: VLM, inputs: Inputs, dest: Int[Tensor, " dest"], k: int = 5) -> View:
+    """The patch view of one example, read in one forward: `dest` can be picked, each patch reads as its `k` likeliest tokens."""
+    return patches(inputs, *read_for_page(vlm, inputs, dest, k))
+
+
+def read_for_page(vlm: VLM, inputs: Inputs, dest: Int[Tensor, " dest"], k: int) -> tuple:
+    """lens, norms, and where visual tokens are queries, where each reads (else None)."""
+    queries = [] if inputs.tokens.patches else [QueryReading()]
+    found = read(vlm, inputs, LogitLens(k=k), NormAttention(dst=dest.tolist()), *queries)
+    return *found, *[None] * (3 - len(found))

@@ -1,0 +1,1 @@
+"""Where each Hugging Face class keeps its parts: records, which are data."""

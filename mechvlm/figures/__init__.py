@@ -1,0 +1,1 @@
+"""What all figures share: one look, headings, and axes beside axes."""

@@ -1,0 +1,1 @@
+"""From images and prompts to a padded batch, and what each of its positions is."""

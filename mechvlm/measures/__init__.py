@@ -1,0 +1,1 @@
+"""Plain numbers, no model: words against captions, curves and their phases."""

@@ -1,0 +1,1 @@
+"""Running on NDIF: what travels to its servers, requests, and jobs."""

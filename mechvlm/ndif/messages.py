@@ -1,0 +1,172 @@
+"""What went wrong on NDIF, in plain words."""
+
+import json
+import socket
+from typing import Protocol, runtime_checkable
+
+import httpx
+import websocket
+from nnsight import CONFIG
+from nnsight.intervention.backends.remote import RemoteError as ServersError
+from nnsight.ndif import CRITICAL_PACKAGES, EnvComparison, get_local_env, get_remote_env
+from nnsight.schema.response import Status
+
+from mechvlm.errors import RemoteError
+
+STATUS_WORDS = {
+    Status.RECEIVED: "received",
+    Status.QUEUED: "queued",
+    Status.PROVISIONING: "finding a place for the model",
+    Status.DEPLOYING: "loading the model",
+    Status.DISPATCHED: "approved",
+    Status.RUNNING: "running",
+    Status.COMPLETED: "completed",
+    Status.ERROR: "failed",
+}
+
+
+@runtime_checkable
+class Attempt(Protocol):
+    """A request to NDIF, as far as a message needs to know it: where it went, and how far it came."""
+
+    host: str
+    api_key: str
+    model_key: str
+    job_id: str | None
+    sent: bool
+    status: Status | None
+
+
+def without_key(text: str, key: str) -> str:
+    """The text, with the API key blotted out: a server may send it back."""
+    for secret in {key, CONFIG.API.APIKEY or ""} - {""}:
+        text = text.replace(secret, "(your API key)")
+    return text
+
+
+def in_plain_words(error: Exception, at: Attempt) -> RemoteError:
+    """What an error of the connection or of the server means, and what to do."""
+    cause = error.__cause__ if isinstance(error, ServersError) else error
+    if isinstance(cause, httpx.HTTPStatusError):
+        text, retryable = _refused(cause.response.status_code, _detail(cause.response), at)
+    elif isinstance(cause, websocket.WebSocketBadStatusException):
+        text, retryable = _refused(cause.status_code, f"status {cause.status_code} to a subscription", at)
+    elif isinstance(error, ServersError) and cause is None:
+        text, retryable = _failed(str(error), at)
+    else:
+        text, retryable = _lost(cause or error, at), True
+    return RemoteError(without_key(text, at.api_key), retryable=retryable)
+
+
+def _lost(error: BaseException, at: Attempt) -> str:
+    reason = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+    before = isinstance(error, ConnectionRefusedError | socket.gaierror | httpx.ConnectError | httpx.ConnectTimeout)
+    if before or not (at.sent or at.job_id):
+        return (
+            f"No NDIF answers at {at.host} ({reason}). Look whether the address is right (nnsight.CONFIG.API.HOST, or the "
+            "environment's NDIF_HOST) and whether this machine reaches it, or try again later."
+        )
+    if at.job_id:
+        return (
+            f"The connection to NDIF at {at.host} was lost ({reason}). The job {at.job_id} goes on: ask after it again."
+        )
+    what = (
+        f"The job was {STATUS_WORDS[at.status]}" if at.status is not None else "Whether the job was taken is not known"
+    )
+    return (
+        f"The connection to NDIF at {at.host} was lost ({reason}). {what}. Ask again: that changes nothing on the server, and "
+        "costs at most a second run."
+    )
+
+
+def _detail(answer: httpx.Response) -> str:
+    try:
+        body = answer.json()
+    except ValueError:
+        return answer.text.strip()[:500] or f"status {answer.status_code}"
+    return str(body.get("detail") if isinstance(body, dict) else body)
+
+
+def _refused(code: int, detail: str, at: Attempt) -> tuple[str, bool]:
+    """A request that the server did not take."""
+    if "minimum supported" in detail or "version was not provided" in detail:
+        return f"NDIF at {at.host} does not work with the versions here: {detail} {_versions()}", False
+    if code in (401, 403) or "API key" in detail:
+        get = "One is to be had at https://login.ndif.us; `nnsight login` keeps it, or the environment's NDIF_API_KEY holds it."
+        if not at.api_key:
+            return f"NDIF at {at.host} wants an API key, and there is none in nnsight's configuration. {get}", False
+        return f"NDIF at {at.host} does not take the API key of nnsight's configuration ({detail}). {get}", False
+    if code == 413:
+        return f"The request is too large for NDIF at {at.host} ({detail}). Send smaller batches.", False
+    if code == 429 or code >= 500:
+        return f"NDIF at {at.host} cannot take requests now ({detail}). Try again in a few minutes.", True
+    return f"NDIF at {at.host} refused the request: {detail}", False
+
+
+def _failed(text: str, at: Attempt) -> tuple[str, bool]:
+    """A job that the server took and did not complete."""
+    model = _model(at.model_key)
+    if text.startswith("Could not deploy this model."):
+        reason = text.removeprefix("Could not deploy this model.").strip().split("\nTraceback")[0]
+        return f"NDIF at {at.host} does not host {model}: {reason} {_hosted(at)}", False
+    if "execution timeout" in text:
+        return (
+            f"NDIF stopped the job, which took too long: {text} Ask for less at once: a smaller batch, fewer layers or "
+            "positions, fewer new tokens."
+        ), False
+    if "payload could not be read" in text or "doesn't match the one your code was traced against" in text:
+        return f"NDIF could not read the request. {text.splitlines()[0]} {_versions()}", False
+    if "try again later" in text or "cancelled or preempted" in text:
+        return f"NDIF did not run the job: {text} It may be asked again.", True
+    if "out of memory" in text.lower():
+        return f"NDIF ran out of memory on this request. Send smaller batches, or save less.\n{_block(text)}", False
+    if "Traceback (most recent call last)" in text:
+        return f"Your block failed on NDIF, with {model}:\n{_block(text)}", False
+    return f"NDIF could not run the job on {model}: {text}", False
+
+
+def _block(text: str) -> str:
+    """The traceback, from the lines of the block on: those of the server's own packages say nothing about it."""
+    lines, kept, theirs = text.rstrip().splitlines(), [], False
+    for line in lines:
+        if line.startswith("  File "):
+            theirs = any(place in line for place in ("site-packages/", "/lib/python3", "/ndif/services/"))
+        elif not line.startswith("    "):
+            theirs = False
+        if not theirs:
+            kept.append(line)
+    return "\n".join(kept if any(line.startswith("  File ") for line in kept) else lines)
+
+
+def _model(model_key: str) -> str:
+    try:
+        return json.loads(model_key.partition(":")[2])["repo_id"]
+    except (ValueError, KeyError):
+        return model_key
+
+
+def _hosted(at: Attempt) -> str:
+    try:
+        there = httpx.get(f"{at.host}/status", timeout=30).raise_for_status().json()["deployments"].values()
+    except (httpx.HTTPError, ValueError, KeyError):
+        return "`nnsight.status()` says what it hosts."
+    names = sorted({d["repo_id"] for d in there if d.get("application_state") == "RUNNING" and d.get("repo_id")})
+    return f"It runs {', '.join(names) or 'no model'} at the moment; `nnsight.status()` says more."
+
+
+def _versions() -> str:
+    """Which versions differ between here and the server, of the packages that matter."""
+    try:
+        found = EnvComparison(get_local_env(), get_remote_env(force_refresh=True))
+    except (httpx.HTTPError, ValueError):
+        return "`print(nnsight.compare())` says which versions differ."
+    differ = [
+        f"{name} is {p['remote']} there and {p['local']} here"
+        for name, p in sorted(found.critical_mismatches.items())
+        if p["remote"].split("+")[0] != p["local"].split("+")[0]  # +cpu, +cu128 are builds of one version
+    ]
+    if not found.python_matches:
+        differ.append(f"Python is {found.remote_python} there and {found.local_python} here")
+    if not differ:
+        return f"The versions of {', '.join(sorted(CRITICAL_PACKAGES))} are the same there and here."
+    return f"The versions differ: {', '.join(differ)}. Install the server's; `print(nnsight.compare())` shows all."

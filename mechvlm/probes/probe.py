@@ -1,0 +1,122 @@
+"""A probe: a small class that reads a forward as it goes by, and keeps little of it.
+
+`mechvlm.read(vlm, inputs, probe, ...)` runs ONE forward for any number of probes:
+
+1. `plan = probe.prepare(vlm, inputs)`, before the forward: names become positions, bad input is
+   refused.
+2. Inside the forward, on the model's device, each method that the probe has is called with the
+   plan and one reading, and gives a row: a dict of small tensors, or None to keep nothing.
+
+       at_queries(plan, Queried)      each cross-attention of the queries to the image
+       at_state(plan, State)          each state, 0 (embeddings) to n_layers
+       at_attention(plan, Attended)   each layer's attention
+       at_writes(plan, Written)       each layer's writes to the residual stream
+
+3. `result = probe.result(plan, rows, vlm, inputs)`, afterwards: the rows in the order of the forward.
+
+The smallest probe, the norm of the last position's state:
+
+    class LastNorm:
+        def prepare(self, vlm, inputs):
+            return [tokens.last for tokens in inputs.token_maps]
+
+        def at_state(self, plan, state):
+            return {"norm": state.resid[range(len(plan)), plan].float().norm(dim=-1)}
+
+        def result(self, plan, rows, vlm, inputs):
+            return torch.stack([row["norm"].cpu() for row in rows])   # [state example]
+"""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+from jaxtyping import Int
+from torch import Tensor
+
+from mechvlm.decoder.attention import Attention
+from mechvlm.decoder.norms import Norm
+from mechvlm.decoder.projections import Projection
+from mechvlm.families.record import Architecture
+from mechvlm.inputs.batch import Answers, Inputs
+
+READS = ("at_queries", "at_state", "at_attention", "at_writes")
+"""A probe's methods, in the order in which a forward calls them."""
+
+Row = Mapping[str, Tensor]
+
+
+class State(NamedTuple):
+    """The residual stream where it enters a layer, or after the last one the final norm.
+
+    layer: 0 (embeddings) to n_layers; resid: [batch pos d_model]; final_norm, unembed: the model's own.
+    """
+
+    layer: int
+    resid: Tensor
+    final_norm: Norm
+    unembed: Projection
+
+
+class Attended(NamedTuple):
+    """The attention that makes state `layer` (1 to n_layers) out of the one before.
+
+    parts: what the weights are computed from; w_o: [d_model, head * d_head], the output
+    projection's weight.
+    """
+
+    layer: int
+    parts: Attention
+    w_o: Tensor
+
+
+class Written(NamedTuple):
+    """What a layer wrote to the residual stream, to make state `layer` (1 to n_layers) out of the one before.
+
+    z: [batch pos head d_head], the heads' outputs before W_O; attn_out, mlp_out: [batch pos d_model];
+    parts: what z is computed from; w_o: [d_model, head * d_head] and b_o: [d_model] or None, the
+    output projection's; final_norm, unembed: the model's own.
+    """
+
+    layer: int
+    z: Tensor
+    attn_out: Tensor
+    mlp_out: Tensor
+    parts: Attention
+    w_o: Tensor
+    b_o: Tensor | None
+    final_norm: Norm
+    unembed: Projection
+
+
+class Queried(NamedTuple):
+    """One cross-attention with which the queries read the image: its number among them, and its parts."""
+
+    number: int
+    parts: Attention
+
+
+@runtime_checkable
+class Model(Protocol):
+    """What a probe may ask of a model: a `VLM`, with everything else left out."""
+
+    name: str
+    record: Architecture
+    n_layers: int
+    d_vocab: int
+
+    @property
+    def cross_attentions(self) -> list: ...
+
+    def answer_tokens(self, inputs: Inputs, answers: Answers = None) -> Int[Tensor, " example"]: ...
+
+    def to_str_tokens(self, ids: Int[Tensor, " n"]) -> tuple[str, ...]: ...
+
+
+class Probe(Protocol):
+    """What every probe has. Beside these it has one or more of the methods in `READS`."""
+
+    def prepare(self, vlm: Model, inputs: Inputs) -> Any:
+        """Turn what was asked into a plan, and refuse what cannot be read."""
+
+    def result(self, plan: Any, rows: list[Row], vlm: Model, inputs: Inputs) -> Any:
+        """Make the result out of the rows that were kept."""

@@ -1,0 +1,134 @@
+"""(4) The study's figure of norm-based attention: what is written, the raw weights beside it, and the image's share of both."""
+
+from collections.abc import Iterator
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.patches import Rectangle
+from matplotlib.transforms import ScaledTranslation, blended_transform_factory
+
+from mechvlm.figures.style import DARK, PALE, Line, heatmap, text
+from mechvlm.study.record import StudyRecord
+from mechvlm.study.report.captioned import DOTTED, GREY, CaptionedFigure, bands, counts, legend, short
+
+DESTINATIONS = {"last_text": "last text token", "last_image": "last image token"}
+SOURCE = {"image": "#0072B2", "text": "#009E73", "special": "#888888"}
+SHARES = {
+    "norm": Line("by norm written", "#0072B2", "-", "o"),
+    "weight": Line("by raw attention weight", "#E69F00", "--", "s"),
+}
+
+
+def norm_figure(study: StudyRecord) -> CaptionedFigure:
+    """Norm-based attention of the last text and the last image token to the tokens before them; two controls beside it."""
+    norms, models = study.tables["norm_attention"], list(study.models)
+    rows = [(model, dest) for model in models for dest in DESTINATIONS if len(_rows(norms, model, dest))]
+    heights = [1.15 + 0.12 * min(norms[norms["model"] == model]["layer"].nunique(), 40) for model, _ in rows]
+    figure = Figure((12.5, sum(heights) + 0.9), layout=ConstrainedLayoutEngine(w_pad=0.11))
+    grid = figure.subplots(
+        len(rows), 3, squeeze=False, gridspec_kw={"height_ratios": heights, "width_ratios": [1, 1, 0.36]}
+    )
+    for (left, middle, right), (model, dest) in zip(grid, rows, strict=True):
+        mine = _rows(norms, model, dest)
+        sources = mine.drop_duplicates("src").sort_values("src")
+        edges = _edges(sources["modality"].tolist())
+        labels = {"norm": "norm written", "weight": "raw weight"}
+        for ax, measure in ((left, "norm"), (middle, "weight")):
+            values = mine.pivot(index="layer", columns="src", values=measure)
+            mesh = heatmap(ax, values.to_numpy(), values.index.tolist(), edges, vmin=0)
+            _sources(ax, sources, edges)
+            bar = figure.colorbar(mesh, ax=ax, pad=0.012, aspect=12)
+            bar.set_label(labels[measure], fontsize=8)
+            bar.outline.set_visible(False)
+        _shares(right, study, model, dest, 1 - (sources["modality"] != "image").mean())
+        left.set_title(f"{short(model, models)}: {DESTINATIONS[dest]}  (n = {int(mine['n'].iloc[0])})")
+        middle.set_title(f"raw weight, mean over heads (uniform: {1 / len(sources):.2g})", fontweight="normal")
+        right.set_title("image tokens' share", fontweight="normal")
+    legend(figure, grid[0, 2])
+    return CaptionedFigure(figure, (
+        "Norm-based attention (Kobayashi et al. 2020) of the last text token and of the last image token to the tokens "
+        "before them, layer by layer, mean over the n examples whose tokens lie at the same positions: the norm of what "
+        "each source writes, heads summed first, in units of the residual stream. Controls: the raw attention weights, mean "
+        "over heads; and uniform attention, which gives each source one over their number. Right, the image tokens' share "
+        "of the sum over all sources in each example, by either, and under uniform attention. The strip under each map says "
+        "which sources are image (blue, drawn narrower), text (green) and special tokens (grey). Each map has its own color "
+        "scale. "
+        f"{bands(study.settings['seed'])} {counts(study)}"
+    ))  # fmt: skip
+
+
+def _shares(ax: Axes, study: StudyRecord, model: str, dest: str, uniform: float) -> None:
+    """The image's share, on the maps' rows: mean, standard deviation and interval over examples."""
+    curves = study.curves()
+    for measure, line in SHARES.items():
+        mine = curves[(curves["model"] == model) & (curves["measure"] == f"{measure}_share_{dest}")].sort_values(
+            "layer"
+        )
+        rows = np.arange(len(mine))
+        for low, high, alpha in (
+            (mine["mean"] - mine["sd"], mine["mean"] + mine["sd"], PALE), (mine["low"], mine["high"], DARK),
+        ):  # fmt: skip
+            ax.fill_betweenx(rows, low, high, color=line.color, alpha=alpha, linewidth=0)
+        ax.plot(
+            mine["mean"].to_numpy(), rows, color=line.color, linestyle=line.dash, marker=line.marker, label=line.label,
+            markersize=3.5 if len(rows) < 20 else 0, linewidth=1.3,
+        )  # fmt: skip
+    ax.plot(
+        np.full(len(rows), uniform), rows, color=GREY, linestyle=DOTTED, linewidth=1.3, label="under uniform attention"
+    )
+    ax.set_xlim(-0.04, 1.04)
+    ax.set_ylim(-0.5, len(rows) - 0.5)
+    ax.set_xticks([0, 0.5, 1], ["0", "0.5", "1"])
+    step = -(-len(rows) // 9)
+    ax.set_yticks(rows[::step], [str(layer) for layer in mine["layer"][::step]])
+
+
+def _rows(norms: pd.DataFrame, model: str, dest: str) -> pd.DataFrame:
+    return norms[(norms["model"] == model) & (norms["dest"] == dest)]
+
+
+def _edges(kinds: list[str]) -> np.ndarray:
+    """Borders of the columns: visual tokens narrow, so that they take half the width at most and text can be read."""
+    visual = np.array([kind == "image" for kind in kinds])
+    others = max(int((~visual).sum()), 8)
+    return np.concatenate([[0], np.where(visual, min(1.0, others / max(visual.sum(), 1)), 1.0).cumsum()])
+
+
+def _sources(ax: Axes, sources: pd.DataFrame, edges: np.ndarray) -> None:
+    """A strip under the map for the kinds of source, and each text token's name where there is room for it."""
+    kinds, pieces = sources["modality"].tolist(), sources["piece"].tolist()
+    ticks, labels = [], []
+    room = sum(kind != "image" for kind in kinds) <= 48
+    # Inches below the map, whatever its height.
+    below = ax.figure.dpi_scale_trans + ScaledTranslation(0, 0, ax.transAxes)  # type: ignore[arg-type]
+    strip = blended_transform_factory(ax.transData, below)
+    for first, last, kind in _runs(kinds):
+        left, right = edges[first], edges[last + 1]
+        color = SOURCE.get(kind, "#888888")
+        ax.add_patch(
+            Rectangle((left, -0.09), right - left, 0.06, transform=strip, clip_on=False, color=color, linewidth=0)
+        )
+        if first:
+            ax.axvline(left, color="#555555", linewidth=0.6)
+        if kind == "image" or not room:
+            ticks.append((left + right) / 2)
+            labels.append(f"{last - first + 1} {kind}" if kind != "image" else f"{last - first + 1} image tokens")
+        else:
+            ticks += ((edges[first : last + 1] + edges[first + 1 : last + 2]) / 2).tolist()
+            labels += [text(piece, 10) for piece in pieces[first : last + 1]]
+    ax.set_xticks(ticks, labels, fontsize=6.5)
+    for tick in ax.get_xticklabels():
+        if not tick.get_text().endswith("image tokens"):
+            tick.set_rotation(90)
+    ax.tick_params(axis="x", length=0, pad=9)
+
+
+def _runs(kinds: list[str]) -> Iterator[tuple[int, int, str]]:
+    first = 0
+    for i in range(1, len(kinds) + 1):
+        if i == len(kinds) or kinds[i] != kinds[first]:
+            yield first, i - 1, kinds[first]
+            first = i

@@ -1,0 +1,102 @@
+"""Winoground's pairs in a study: their result again from its tables, and what the report and the terminal say of it."""
+
+import pandas as pd
+import torch
+
+from mechvlm.experiments.winoground_result import CAPTION_CONDITIONS, PAIR_MEASURES, WinogroundResult
+from mechvlm.study.record import StudyRecord
+
+
+def pair_results(study: StudyRecord) -> dict[str, WinogroundResult]:
+    """What `mechvlm.winoground` gave of each model's pairs, without the models that could read none."""
+    if "pairs" not in study.tables:
+        return {}
+    both = study.tables["pair_scores"], study.tables["pairs"]
+    found = {}
+    for model, about in study.models.items():
+        scores, rows = (table[table["model"] == model] for table in both)
+        if scores.empty:
+            continue
+        place = {pair: i for i, pair in enumerate(scores["pair"])}
+        image = torch.tensor(rows["image"].to_numpy())
+        at = (
+            torch.tensor([PAIR_MEASURES.index(measure) for measure in rows["measure"]]),
+            torch.tensor(rows["layer"].to_numpy()),
+            torch.tensor([place[pair] for pair in rows["pair"]]),
+            # The caption that is true of an image has its number.
+            torch.where(torch.tensor((rows["condition"] == CAPTION_CONDITIONS[0]).to_numpy()), image, 1 - image),
+            image,
+        )
+        values = torch.full((len(PAIR_MEASURES), about["n_layers"] + 1, len(place), 2, 2), torch.nan)
+        values[at] = torch.tensor(rows["value"].to_numpy(dtype="float32"))
+        aside = tuple((one["pair"], one["reason"]) for one in about["pairs_set_aside"])
+        found[model] = WinogroundResult(values, tuple(place), aside, study.settings["prompt"], model)
+    return found
+
+
+def pair_summary(study: StudyRecord) -> pd.DataFrame:
+    """Three rows a model: model, score ("text", "image", "group"), percent of pairs, low, high, chance (percent too), n pairs.
+
+    Low and high end the 95 % bootstrap interval over pairs, drawn with the study's seed.
+    """
+    seed = study.settings["seed"]
+    parts = [result.scores.to_frame(seed).assign(model=model) for model, result in pair_results(study).items()]
+    columns = ["model", "score", "percent", "low", "high", "chance", "n"]
+    return pd.concat(parts, ignore_index=True)[columns] if parts else pd.DataFrame(columns=columns)
+
+
+def pair_lines(study: StudyRecord) -> list[str]:
+    """The scores as the terminal prints them, a line a model; none where there are no pairs."""
+    lines = []
+    for model, rows in pair_summary(study).groupby("model", sort=False):
+        each = ", ".join(
+            f"{row.score} {row.percent:.1f} %{percent_interval(row.low, row.high)}" for row in rows.itertuples()
+        )
+        chance = ", ".join(f"{value:.1f}" for value in rows["chance"])
+        lines.append(f"Winoground's scores, {model}: {each}; n = {rows['n'].iloc[0]} pairs, chance {chance} %")
+    return lines
+
+
+def percent_interval(low: float, high: float) -> str:
+    """The ends of an interval, and nothing where it has none."""
+    return "" if pd.isna(low) else f" [{low:.1f}, {high:.1f}]"
+
+
+def pair_counts(study: StudyRecord) -> str:
+    """What the figure's caption and the report count: pairs read and set aside by each model, and those not drawn whole."""
+    results, data = pair_results(study), study.dataset
+    models = ", ".join(
+        f"{model} n = {len(results[model].pairs) if model in results else 0:,} ({len(about['pairs_set_aside']):,} set aside)"
+        for model, about in study.models.items()
+    )
+    half = ""
+    if data["half_pairs"]:
+        half = f" Left out: {data['half_pairs']:,} of which only one side is among the examples."
+    return (
+        f"Pairs: {models}; of {data['pairs']:,} with both sides among the examples drawn from {data['name']} with seed "
+        f"{study.settings['seed']}.{half}"
+    )
+
+
+def pair_section(study: StudyRecord) -> dict | None:
+    """What the report's section shows; None for a data set without pairs."""
+    if "half_pairs" not in study.dataset:
+        return None
+    if not study.dataset["pairs"]:
+        return {
+            "rows": [],
+            "counts": "Of every pair only one side was drawn, so none could be measured. Draw more examples.",
+        }
+    seed, rows = study.settings["seed"], []
+    scores = pair_summary(study)
+    for model, result in pair_results(study).items():
+        mean, low, high = (
+            part[PAIR_MEASURES.index("log-likelihood"), -1].item() for part in result.difference_by(seed)
+        )
+        rows.append(
+            {
+                "model": model, "n": len(result.pairs), "scores": scores[scores["model"] == model].to_dict("records"),
+                "likelihood": f"{mean:+.2f}", "ends": "" if pd.isna(low) else f"{low:+.2f} to {high:+.2f}",
+            }
+        )  # fmt: skip
+    return {"rows": rows, "counts": pair_counts(study)}

@@ -1,0 +1,1 @@
+"""Reading and changing activations inside a trace."""

@@ -1,0 +1,1 @@
+"""A loaded vision-language model: loading, verifying, answering, and TransformerLens' view of it."""

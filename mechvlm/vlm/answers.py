@@ -1,0 +1,85 @@
+"""An answer's tokens as they follow its prompt: the first one, or all of them written after it."""
+
+from collections.abc import Sequence
+from numbers import Integral
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from mechvlm.errors import InputError
+from mechvlm.inputs.batch import Inputs
+from mechvlm.inputs.tokens import Modality, TokenMap
+
+
+def first_tokens(
+    inputs: Inputs, answers: str | int | Sequence[str | int] | Tensor, tokenizer, d_vocab: int
+) -> Int[Tensor, " example"]:
+    """Token ids of the answers' first tokens; see `VLM.answer_tokens`."""
+    answers = answers.tolist() if isinstance(answers, Tensor) else answers
+    given = [answers] * len(inputs) if isinstance(answers, str | int) else list(answers)
+    if len(given) != len(inputs):
+        raise InputError(f"{len(given)} answers were given for {len(inputs)} examples: give one for all, or one each.")
+    pairs = zip(inputs.texts, given, strict=True)
+    return torch.tensor([_first_token(text, answer, tokenizer, d_vocab) for text, answer in pairs])
+
+
+def _first_token(text: str, answer: Any, tokenizer, d_vocab: int) -> int:
+    if isinstance(answer, Integral):
+        if not 0 <= int(answer) < d_vocab:
+            raise InputError(f"The answer {answer} is no token id: the vocabulary has 0 to {d_vocab - 1}.")
+        return int(answer)
+    return _tokens_after(text, answer, tokenizer)[0]
+
+
+def _tokens_after(text: str, answer: Any, tokenizer) -> list[int]:
+    """The answer's tokens after the prompt `text`."""
+    if not isinstance(answer, str) or not answer.strip():
+        raise InputError(f"An answer is a word or a token id, not {answer!r}.")
+    if text.endswith(" "):
+        raise InputError(f"The prompt {text[-30:]!r} ends in a space, where no answer begins: leave it out.")
+    gap = "" if text.endswith("\n") else " "
+    prompt = tokenizer(text).input_ids
+    both = tokenizer(f"{text}{gap}{answer.strip()}").input_ids
+    if both[: len(prompt)] != prompt:
+        raise InputError(
+            f"The tokenizer joins {answer!r} with the end of the prompt {text[-30:]!r}: give its token id instead."
+        )
+    return both[len(prompt) :]
+
+
+def write_answers(
+    inputs: Inputs, answers: Sequence[str], tokenizer, image_token: int, max_length: int
+) -> tuple[Inputs, tuple[int, ...]]:
+    """The inputs with each answer written after its prompt, and the answers' lengths; see `VLM.answered`."""
+    if len(answers) != len(inputs):
+        raise InputError(f"{len(answers)} answers were given for {len(inputs)} examples: give one each.")
+    by_example = [_tokens_after(text, answer, tokenizer) for text, answer in zip(inputs.texts, answers, strict=True)]
+    longest, pad = max(map(len, by_example)), tokenizer.pad_token_id or 0
+    rows, masks, maps = [], [], []
+    for row, (tokens, prompt) in enumerate(zip(by_example, inputs.token_maps, strict=True)):
+        if image_token in tokens:
+            raise InputError(f"The answer of example {row} holds the image token, which belongs to the prompt.")
+        n = len(prompt.all) + len(tokens)
+        if n > max_length:
+            raise InputError(
+                f"The answer of example {row} leaves no room: {n} tokens, where the model takes {max_length}."
+            )
+        shift = longest - len(tokens)  # padding stays on the left
+        answer, before = torch.tensor(tokens), inputs.encoding["attention_mask"][row]
+        ids = torch.cat([torch.full((shift,), pad), inputs.encoding["input_ids"][row], answer])
+        rows.append(ids)
+        masks.append(torch.cat([before.new_zeros(shift), before, before.new_ones(len(tokens))]))
+        maps.append(_map_with_answer(ids, prompt, len(tokens), tokenizer))
+    encoding = {**inputs.encoding, "input_ids": torch.stack(rows), "attention_mask": torch.stack(masks)}
+    written = Inputs(encoding, tuple(maps), inputs.images, inputs.prompts, inputs.texts, inputs.model)
+    return written, tuple(map(len, by_example))
+
+
+def _map_with_answer(ids: Tensor, prompt: TokenMap, n: int, tokenizer) -> TokenMap:
+    padding = torch.full((len(ids) - n - len(prompt),), int(Modality.PADDING))
+    answer = torch.full((n,), int(Modality.TEXT))
+    answer[torch.isin(ids[-n:], torch.tensor(tokenizer.all_special_ids))] = Modality.SPECIAL
+    strings = tuple(tokenizer.convert_ids_to_tokens(ids.tolist()))
+    return TokenMap(ids, strings, torch.cat([padding, prompt.modality, answer]), prompt.grids, prompt.patches)

@@ -1,0 +1,104 @@
+"""The same weights as a TransformerLens `TransformerBridge`.
+
+TransformerLens puts its own components into the modules of the model that it is given. So it is given modules of its own,
+a twin of the Hugging Face model without weights, and only the weights are shared: the VLM goes on as it was.
+
+Importing this file imports TransformerLens (seconds); `VLM.bridge` does it when it is called.
+"""
+
+import copy
+from typing import Any
+
+import torch
+from torch import nn
+from transformer_lens.factories.architecture_adapter_factory import ArchitectureAdapterFactory
+from transformer_lens.model_bridge import TransformerBridge
+from transformer_lens.model_bridge.generalized_components import VisionProjectionBridge
+from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
+from transformer_lens.model_bridge.sources import build_bridge_from_module, detect_tokenizer_bos_eos
+from transformer_lens.model_bridge.supported_architectures import LlamaArchitectureAdapter
+
+from mechvlm.decoder.norms import fold
+from mechvlm.errors import ModelError
+from mechvlm.families.record import Architecture, part
+
+
+class InstructBlipArchitectureAdapter(LlamaArchitectureAdapter):
+    """InstructBLIP with a Llama decoder (Vicuna): TransformerLens' Llama, at InstructBLIP's paths.
+
+    The vision model and the Q-Former are single components (hooks on what goes in and out), as is the projection.
+    """
+
+    def __init__(self, cfg: Any) -> None:
+        super().__init__(cfg)
+        self.cfg.is_multimodal = True
+        # The attention weights are hooked: an implementation that never makes them will not do.
+        self.cfg.attn_implementation = "eager"
+        self._extract_vision_dims(cfg)
+        for component in self.components.values():
+            component.name = f"language_model.{component.name}"
+        self.components["vision_encoder"] = GeneralizedComponent(name="vision_model")
+        self.components["qformer"] = GeneralizedComponent(name="qformer")
+        self.components["vision_projector"] = VisionProjectionBridge(name="language_projection")
+
+    def prepare_model(self, hf_model: Any) -> None:
+        super().prepare_model(hf_model)
+        hf_model.register_forward_pre_hook(_ids_by_name, with_kwargs=True)
+
+
+def _ids_by_name(module, args, kwargs):
+    """TransformerLens gives the token ids as the first argument, which InstructBLIP takes for the pixels."""
+    return ((), {"input_ids": args[0], **kwargs}) if args else (args, kwargs)
+
+
+ArchitectureAdapterFactory.register_adapter("InstructBlipForConditionalGeneration", InstructBlipArchitectureAdapter)
+
+
+def build_bridge(
+    hf: nn.Module, record: Architecture, name: str, tokenizer, processor, fold_final_norm: bool = False
+) -> TransformerBridge:
+    """A new bridge on the model's own weights; see `VLM.bridge`.
+
+    fold_final_norm: multiply the final norm's weight into a copy of the unembedding. The logits are the same, and `W_U` then
+    holds the directions that TransformerLens takes it to hold.
+    """
+    twin = _twin(hf, record, name)
+    if fold_final_norm:
+        fold(part(twin, record.norm), part(twin, record.unembed))
+    bridge = build_bridge_from_module(twin, record.hf_class, hf_config=twin.config, model_name=name)
+    # TransformerLens would load the tokenizer anew, with BOS, from the folder or hub id that it names. This one may come from
+    # neither, so set it as it is, and tell the bridge what it does by itself.
+    bridge.tokenizer = copy.deepcopy(tokenizer)
+    bridge.cfg.tokenizer_prepends_bos, bridge.cfg.tokenizer_appends_eos = detect_tokenizer_bos_eos(bridge.tokenizer)
+    bridge.processor = processor
+    return bridge
+
+
+def _twin(hf: nn.Module, record: Architecture, name: str) -> nn.Module:
+    """Another Hugging Face model of the same class and config, whose parameters lie in the same memory."""
+    devices = {str(tensor.device) for tensor in (*hf.parameters(), *hf.buffers())}
+    if len(devices) > 1 or "meta" in devices:
+        raise ModelError(
+            f"A TransformerLens bridge needs a model on one device; {name} is spread over {', '.join(sorted(devices))}. "
+            "Load it with device=... instead of device_map."
+        )
+    with torch.device("meta"):
+        twin = type(hf)(copy.deepcopy(hf.config))
+    modules, twins = dict(hf.named_modules()), dict(twin.named_modules())
+    kinds, twin_kinds = ({path: type(m).__name__ for path, m in of.items()} for of in (modules, twins))
+    if kinds != twin_kinds:
+        other = sorted(path for path in kinds.keys() | twin_kinds.keys() if kinds.get(path) != twin_kinds.get(path))
+        raise ModelError(
+            f"{name} is not built as its class {record.hf_class} builds it ({len(other)} modules differ, {other[0]!r} "
+            f"is {kinds.get(other[0])}), so TransformerLens cannot read it. Quantized weights and adapters have no bridge: load "
+            "the model without them."
+        )
+    shared: dict[int, nn.Parameter] = {}  # tied parameters stay tied
+    for path, module in modules.items():
+        for key, p in module._parameters.items():
+            if p is not None and id(p) not in shared:
+                # A Parameter of its own, on the same storage: what `bridge.to(...)` replaces is then the bridge's alone.
+                shared[id(p)] = nn.Parameter(p.detach(), requires_grad=p.requires_grad)
+            twins[path]._parameters[key] = None if p is None else shared[id(p)]
+        twins[path]._buffers.update(module._buffers)
+    return twin.train(hf.training)

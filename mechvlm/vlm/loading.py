@@ -1,0 +1,222 @@
+"""load(): a bundled name, a hub id, a folder or a loaded model, as a `VLM`."""
+
+import difflib
+from os import PathLike
+from pathlib import Path
+
+import torch
+import transformers
+from safetensors import SafetensorError
+from torch import nn
+from transformers import AutoConfig, AutoProcessor
+
+from mechvlm import bundled
+from mechvlm.errors import InputError, ModelError
+from mechvlm.families.known import architecture_of
+from mechvlm.families.record import Architecture, part
+from mechvlm.ndif.requests import known_here
+from mechvlm.vlm.verify import check_model
+from mechvlm.vlm.vlm import VLM
+
+
+def load(
+    model: str | PathLike | nn.Module,
+    processor=None,
+    *,
+    dtype: str | torch.dtype | None = None,
+    device: str | torch.device | None = None,
+    device_map: str | dict | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    check: bool = True,
+    remote: bool | str = False,
+) -> VLM:
+    """A vision-language model, ready to be read.
+
+    Args:
+        model: a bundled name (`mechvlm.bundled.NAMES`), a hub id, a folder, or a loaded Hugging Face model.
+        processor: of a loaded model, required there; otherwise it is loaded from where the model is.
+        dtype: "float32", "bfloat16", ... Default: the checkpoint's own; float32 for the bundled models, which are stored
+            in float16 to be small.
+        device: where to put the model; default the CPU, or what `device_map` says.
+        device_map: as in transformers, to spread a model over devices ("auto").
+        revision: of a hub id.
+        trust_remote_code: run code that a repository brings. Off unless asked for.
+        check: hold the model to its record with one tiny forward (`mechvlm.vlm.verify.check_model`); not of a model on NDIF.
+        remote: True runs every trace on NDIF (the host and the API key are those of nnsight's configuration) and loads no
+            weights; the server decides on dtype and device. "local" loads the model here and packs every trace as for NDIF.
+
+    Raises:
+        ModelError: for an unknown model, a class without a record, weights that are not safetensors, or a model that is
+            not what its record says.
+    """
+    if isinstance(model, VLM):
+        raise ModelError(f"{model.name} is loaded already, as a VLM.")
+    if remote not in (False, True, "local"):
+        raise ModelError(f"remote={remote!r} was asked for; it is True (NDIF), 'local' (rehearse here) or False.")
+    if remote is True:
+        here = {
+            "dtype": dtype,
+            "device": device,
+            "device_map": device_map,
+            "trust_remote_code": trust_remote_code or None,
+        }
+        if isinstance(model, nn.Module):
+            raise ModelError("The model is loaded already, here: give its hub id or its folder to run it on NDIF.")
+        if given := ", ".join(option for option, value in here.items() if value is not None):
+            raise ModelError(f"The weights stay on NDIF, which decides about {given}: leave it out with remote=True.")
+    if isinstance(model, nn.Module):
+        if processor is None:
+            raise ModelError(
+                f"A loaded model needs its processor: mechvlm.load(model, processor). Got {type(model).__name__}."
+            )
+        record = architecture_of(type(model).__name__)
+        options = {"dtype": dtype, "device_map": device_map, "revision": revision}
+        if given := ", ".join(option for option, value in options.items() if value is not None):
+            raise ModelError(
+                f"The model is loaded already: give {given} to its `from_pretrained`, not to mechvlm.load."
+            )
+        _require_decoder_only(model.config, record)
+        _require_parts(processor)
+        name = getattr(model, "name_or_path", "") or type(model).__name__
+        vlm = VLM(model.eval(), processor, name=name, remote=remote)
+    else:
+        name = str(model)
+        source, is_bundled = (str(bundled.path(name)), True) if name in bundled.NAMES else (name, False)
+        dtype = _dtype(dtype, "float32" if is_bundled else "auto")
+        source_options = {"revision": revision, "trust_remote_code": trust_remote_code}
+        hf_class = class_of(name, revision, trust_remote_code)
+        try:
+            processor = processor or AutoProcessor.from_pretrained(source, **source_options)
+        except (OSError, ValueError) as error:
+            raise ModelError(
+                f"{name} comes without a usable processor ({str(error).splitlines()[0]}). Save one beside the weights with "
+                "`processor.save_pretrained`, or pass it: mechvlm.load(model, processor)."
+            ) from error
+        _require_parts(processor)
+        if remote is True:
+            if Path(source).is_dir():
+                source = str(Path(source).resolve())
+                known_here(source)
+            return VLM(source, processor, name=name, revision=revision, remote=True)
+        hf = _weights(source, name, hf_class, dtype=dtype, device_map=device_map, **source_options)
+        commit = getattr(hf.config, "_commit_hash", None) or revision
+        vlm = VLM(hf.eval(), processor, name=name, revision=commit, remote=remote)
+    if device is not None:
+        if device_map is not None:
+            raise ModelError(f"Give device ({device}) or device_map ({device_map}), not both.")
+        try:
+            vlm.hf.to(device)
+        except (AssertionError, RuntimeError) as error:
+            reason = str(error).splitlines()[0]
+            raise ModelError(f"{vlm.name} cannot be put on the device {str(device)!r}: {reason}") from error
+    if check:
+        check_model(vlm)
+    return vlm
+
+
+def _weights(source: str, name: str, hf_class: str, **options) -> nn.Module:
+    """The model with all its weights: none missing, none of another shape, none unpickled."""
+    try:
+        hf, info = getattr(transformers, hf_class).from_pretrained(
+            source, use_safetensors=True, output_loading_info=True, **options
+        )
+    except torch.OutOfMemoryError:
+        raise
+    except OSError as error:
+        raise ModelError(
+            f"The weights of {name} cannot be loaded: {error}\nmechvlm loads safetensors only; convert other formats with "
+            "`save_pretrained` on a machine that trusts them."
+        ) from error
+    except (RuntimeError, SafetensorError) as error:
+        reason = str(error).splitlines()[0]
+        raise ModelError(
+            f"The weights of {name} are damaged, or are not those of its config.json: {reason}. Fetch both again."
+        ) from error
+    if missing := sorted(info["missing_keys"]):
+        # transformers would fill them with random numbers, and say so in a log.
+        raise ModelError(
+            f"The checkpoint of {name} lacks {len(missing)} tensors ({', '.join(missing[:3])}, ...): they would be random. "
+            "Fetch it again, or mend its config.json."
+        )
+    return hf
+
+
+def _require_parts(processor) -> None:
+    lacking = [name for name in ("tokenizer", "image_processor") if getattr(processor, name, None) is None]
+    if lacking:
+        raise ModelError(
+            f"A {type(processor).__name__} was given as the processor; it has no {' and no '.join(lacking)}. Give what "
+            "AutoProcessor.from_pretrained returns for the model."
+        )
+
+
+def class_of(name: str, revision: str | None = None, trust_remote_code: bool = False) -> str:
+    """The Hugging Face class of a bundled name, a hub id or a folder; loads no weights.
+
+    Raises:
+        ModelError: where there is no such model, or it is of no class that mechvlm can read.
+    """
+    source = str(bundled.path(name)) if name in bundled.NAMES else name
+    config = _config(source, name, revision, trust_remote_code)
+    hf_class = (getattr(config, "architectures", None) or ["(no class named in config.json)"])[0]
+    _require_decoder_only(config, architecture_of(hf_class))
+    return hf_class
+
+
+def _dtype(dtype, default: str):
+    dtype = default if dtype is None else dtype
+    if dtype == "auto" or isinstance(dtype, torch.dtype):
+        return dtype
+    found = getattr(torch, dtype, None)
+    if not isinstance(found, torch.dtype):
+        raise ModelError(f"There is no dtype {dtype!r}. Choose float32, bfloat16 or float16.")
+    return found
+
+
+def _config(source: str, name: str, revision: str | None, trust_remote_code: bool):
+    if Path(source).is_dir() and not (Path(source) / "config.json").is_file():
+        raise ModelError(f"The folder {name} holds no config.json: it is no Hugging Face model folder.")
+    if not Path(source).exists() and "/" not in name:
+        # Hub ids have an owner: the hub need not be asked, which takes long where it cannot be reached.
+        near = difflib.get_close_matches(name, bundled.NAMES, n=1)
+        raise ModelError(
+            f"There is no model {name!r}: it is neither bundled ({', '.join(bundled.NAMES)}) nor a folder here, and a hub id "
+            "reads owner/name." + (f" Did you mean {near[0]}?" if near else "")
+        )
+    try:
+        return AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        if "custom code" in reason:
+            raise ModelError(
+                f"{name} brings code of its own, which is not run unless asked for. Look at it, and pass "
+                f"trust_remote_code=True if you trust it. ({reason})"
+            ) from error
+        if Path(source).is_dir():
+            raise ModelError(f"The config.json of {name} cannot be used: {reason}") from error
+        raise ModelError(
+            f"There is no model {name!r}: it is neither bundled ({', '.join(bundled.NAMES)}), nor a folder here, nor a hub id "
+            f"that can be reached. The hub's client says: {reason}"
+        ) from error
+
+
+def _require_decoder_only(config, record: Architecture) -> None:
+    if getattr(config, "use_decoder_only_language_model", True) is False:
+        kind = part(config, record.text_config).model_type
+        raise ModelError(
+            f"This {type(config).__name__} has an encoder-decoder language model ({kind}). mechvlm reads decoders that "
+            "hold image and text in one sequence: InstructBLIP with Vicuna, for instance."
+        )
+
+
+def check_device(device: str | None) -> None:
+    """Raises InputError for a device that is not there: before a model is loaded, which can take minutes."""
+    try:
+        # Puts something there: a device can have a name and still be missing.
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(
+            f"The device {device!r} cannot be used ({reason}). Try cpu, or cuda where there is one."
+        ) from error

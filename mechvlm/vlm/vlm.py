@@ -1,0 +1,273 @@
+"""A vision-language model with uniform names: its inputs, its trace, its activations and its weights."""
+
+import warnings
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import nnsight
+import torch
+from jaxtyping import Int
+from nnsight import TransformersModel
+from PIL import Image
+from torch import Tensor
+
+from mechvlm.decoder.attention import attention_call
+from mechvlm.decoder.decoder import Decoder
+from mechvlm.decoder.norms import Norm
+from mechvlm.decoder.projections import Projection
+from mechvlm.errors import ModelError
+from mechvlm.families.known import architecture_of
+from mechvlm.families.record import part
+from mechvlm.inputs.batch import Answers, Inputs, build_inputs
+from mechvlm.inputs.images import ImageLike
+from mechvlm.ndif.jobs import Job
+from mechvlm.ndif.requests import backend_for
+from mechvlm.vlm.answers import first_tokens, write_answers
+from mechvlm.vlm.hook_cache import Cache, run_with_cache
+
+
+class VLM(Decoder):
+    """A loaded model. `mechvlm.load` makes one.
+
+    Activations, inside `with vlm.trace(inputs):`, indexed by layer, readable and assignable, named as TransformerLens does
+    (shapes in brackets): `resid_pre`, `resid_mid`, `resid_post`, `attn_out`, `mlp_out` [batch pos d_model];
+    `q`, `z` [batch pos head d_head]; `k`, `v` [batch pos kv_head d_head]; `pattern` [batch head dest src]; and `logits`
+    [batch pos d_vocab]. `q` and `k` are before the rotary embedding, as TransformerLens' hook_q and hook_k are;
+    `attention[layer]` gives what the weights are computed from, after it. `resid_mid` is replaced in place (see
+    `mechvlm.decoder.accessors`).
+
+    Weights, anywhere, indexed by layer: `W_Q`, `W_K`, `W_V` [head d_model d_head] (key and value heads repeated to the query
+    heads), `W_O` [head d_head d_model]; and `W_E` [d_vocab d_model], `W_U` [d_model d_vocab]. Of a model on NDIF only inside a
+    trace.
+
+    Attributes:
+        model: the nnsight model, for anything that has no name here.
+        hf: the Hugging Face model.
+        processor, tokenizer: its own.
+        record: where the family keeps its parts.
+        name, revision: what was loaded.
+        remote: True where every trace runs on NDIF, "local" where it is packed as for NDIF and runs here, else False.
+        n_layers, n_heads, n_kv_heads, d_model, d_head, d_vocab: of the decoder.
+    """
+
+    def __init__(self, hf: Any, processor, *, name: str, revision: str | None = None, remote: bool | str = False):
+        self.processor, self.revision, self.remote = processor, revision, remote
+        self.tokenizer = processor.tokenizer
+        self._dtype: torch.dtype | None = None
+        with warnings.catch_warnings():
+            # The Q-Former's modules named `output` are served under another name, which nothing here reads.
+            warnings.filterwarnings("ignore", message=".*nnsight already serves.*")
+            model = TransformersModel(hf, task="image-text-to-text", processor=processor, revision=revision)
+        hf = model._module
+        record = architecture_of(type(hf).__name__)
+        super().__init__(model, record, name, hf.config, part(hf, record.unembed).weight.shape[0])
+        for module in [*map(self.attention_module, range(self.n_layers)), *self.cross_attentions]:
+            attention_call(module, record)  # asked for here, before any forward runs
+
+    def __repr__(self) -> str:
+        where = f"{str(self.dtype).removeprefix('torch.')}, {self.device}" if self.has_weights else "on NDIF"
+        return (
+            f"VLM({self.name!r}, {self.record.hf_class}, n_layers={self.n_layers}, n_heads={self.n_heads}, "
+            f"d_model={self.d_model}, {where})"
+        )
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs go: the device of the token embedding ("meta" where the weights are on NDIF)."""
+        return part(self.hf, self.record.embed).weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype in which the model runs. On NDIF the server decides: it is asked once, when this is first read."""
+        if self.has_weights:
+            return part(self.hf, self.record.embed).weight.dtype
+        if self._dtype is None:
+            with self.trace(self.inputs(Image.new("RGB", (32, 32)), "a")) as tracer:
+                found = nnsight.save(str(part(self.model, self.record.embed).output.dtype))
+                tracer.stop()
+            self._dtype = getattr(torch, found.removeprefix("torch."))
+        return self._dtype
+
+    @property
+    def W_E(self) -> Tensor:
+        self.require_weights("W_E")
+        return super().W_E
+
+    def readout(self) -> tuple[Norm, Projection]:
+        self.require_weights("W_U")
+        return super().readout()
+
+    def projection(self, name: str, layer: int) -> Projection:
+        self.require_weights(name)
+        return super().projection(name, layer)
+
+    def require_weights(self, what: str) -> None:
+        """Raises ModelError where the weights are on NDIF, and not here."""
+        if not self.has_weights:
+            raise ModelError(
+                f"{what} was asked for, and {self.name} runs on NDIF: no weights are here. Inside a trace they are there, "
+                "`with vlm.trace(inputs): w = nnsight.save(vlm.W_U[:, 7])`; or load the model without remote=True."
+            )
+
+    def inputs(
+        self, images: ImageLike | Sequence[ImageLike | Sequence[ImageLike]], prompts: str | Sequence[str]
+    ) -> Inputs:
+        """Images and prompts as a batch, padded on the left, with a `TokenMap` per example.
+
+        Args:
+            images: one image (PIL or a path), a list with one per example, or a list of lists for several in one prompt.
+            prompts: one for all, or one per example. The family's template is put around it, unless it already holds the
+                image token.
+
+        Raises:
+            InputError: for an unreadable image, numbers that do not match, or a prompt with no room for the image.
+        """
+        return build_inputs(
+            images, prompts, record=self.record, config=self.config, processor=self.processor, model=self.name
+        )
+
+    def trace(self, inputs: Inputs, **kwargs):
+        """An ordinary nnsight trace over one forward of `inputs`; `kwargs` go to the model's forward.
+
+        `logits_to_keep=1` saves the logits of all positions but the last. Where the model is on NDIF, `blocking=False` leaves the
+        job there, `with vlm.trace(inputs, blocking=False) as tracer:`, and `vlm.job(tracer.backend.job_id)` finds it again.
+        """
+        backend = backend_for(self, kwargs.pop("remote", None), kwargs.pop("blocking", True))
+        return self.model.trace(**self.encoding(inputs), backend=backend, **kwargs)
+
+    def job(self, job_id: str) -> Job:
+        """The job that a trace left on NDIF; its `result()` is a dict of what the block saved, by the names there.
+
+        Raises:
+            ModelError: where the model runs here.
+        """
+        return Job(backend_for(self, blocking=False, job_id=job_id), finish=dict)
+
+    @torch.no_grad()
+    def next_tokens(self, inputs: Inputs) -> Int[Tensor, " example"]:
+        """The token that the model would write after each example, by one forward."""
+        with self.trace(inputs, logits_to_keep=1):
+            found = nnsight.save(self.logits[:, -1].argmax(-1))
+        return found.cpu()
+
+    def to_str_tokens(self, ids: Int[Tensor, " n"]) -> tuple[str, ...]:
+        """The tokenizer's pieces, `▁` and all; vocabularies are padded, and an id past the tokenizer's last reads `<id>`."""
+        numbers = ids.tolist()
+        pieces = self.tokenizer.convert_ids_to_tokens(numbers)
+        return tuple(f"<{i}>" if piece is None else piece for i, piece in zip(numbers, pieces, strict=True))
+
+    def answer_tokens(self, inputs: Inputs, answers: Answers = None) -> Int[Tensor, " example"]:
+        """Token ids of the answers' FIRST tokens, as the tokenizer writes them after each example's prompt.
+
+        Args:
+            inputs: the examples.
+            answers: a word or a token id for all examples, or one per example; of several tokens the first one counts.
+                None: the token that the model itself would write first (one forward).
+
+        After a prompt that ends in a line break the answer follows directly, after any other a space stands between.
+
+        Raises:
+            InputError: for another number of answers than examples, an empty answer, an id outside the vocabulary, or a
+                word whose first token the tokenizer joins with the prompt.
+        """
+        if answers is None:
+            return self.next_tokens(inputs)
+        return first_tokens(inputs, answers, self.tokenizer, self.d_vocab)
+
+    def answered(self, inputs: Inputs, answers: Sequence[str]) -> tuple[Inputs, tuple[int, ...]]:
+        """The inputs with each example's answer written after its prompt, and how many tokens each answer has.
+
+        The answer's tokens are the last ones of its example. A Q-Former still gets the prompt alone, as when the model
+        writes the answer itself.
+
+        Raises:
+            InputError: for another number of answers than examples, an empty answer, one whose first token the tokenizer
+                joins with the prompt, or one that leaves no room.
+        """
+        max_length = part(self.config, dict(self.record.max_lengths)["input_ids"])
+        image_token = part(self.config, self.record.image_token_id)
+        return write_answers(inputs, answers, self.tokenizer, image_token, max_length)
+
+    def encoding(self, inputs: Inputs) -> dict[str, Tensor]:
+        """What the Hugging Face model is called with, on its device."""
+        if self.has_weights:
+            return {key: value.to(self.device) for key, value in inputs.encoding.items()}
+        return dict(inputs.encoding)  # the server puts them where the model is
+
+    # -- TransformerLens, imported when it is asked for ----------------------------------------------------------------
+
+    def bridge(self):
+        """A new TransformerLens `TransformerBridge` on these weights: the same memory, no copy.
+
+        It runs on what `encoding` holds:
+
+            encoding = vlm.encoding(inputs)
+            logits, cache = bridge.run_with_cache(encoding.pop("input_ids"), **encoding)
+
+        Its modules are its own: nothing done with its hooks reaches this VLM, and `bridge.enable_compatibility_mode()` or
+        `bridge.to(...)` give the bridge new weights and leave these. What is written into the bridge's weights in place is
+        written into these. When `hf` was moved or cast, make a new bridge.
+
+        Raises:
+            ModelError: for a model on several devices, or one with quantized weights or adapters.
+        """
+        return self._bridge()
+
+    def _bridge(self, fold_final_norm: bool = False):
+        from mechvlm.vlm.bridge import build_bridge
+
+        self.require_weights("A TransformerLens bridge")
+        return build_bridge(self.hf, self.record, self.name, self.tokenizer, self.processor, fold_final_norm)
+
+    def run_with_cache(self, inputs: Inputs, names=None):
+        """The logits [batch pos d_vocab] and the activations under TransformerLens' hook names, by one forward, without
+        gradients.
+
+        Args:
+            inputs: what `inputs` gives.
+            names: a name (`"blocks.3.hook_resid_post"`), several, or a function that says of each name whether to keep it; None
+                keeps all. Nothing else is read. They are TransformerLens' names of what this class has accessors for, and
+                `mlp.hook_post`, the norms' `hook_scale`, and `hook_embed`: here all that enters the decoder, image included.
+
+        Returns:
+            (logits, cache): the cache is a `mechvlm.vlm.hook_cache.Cache`, a read-only mapping from name to tensor in the
+            order of the forward; `cache.to_transformer_lens()` makes it TransformerLens' `ActivationCache`.
+
+        Raises:
+            ValueError: for a name that is not there, or none at all; the message lists what there is.
+        """
+        logits, activations = run_with_cache(self, inputs, names)
+        return logits, Cache(activations, partial(self._bridge, fold_final_norm=True))
+
+    def OV(self, layer: int):
+        """W_V W_O of every head of a layer, as TransformerLens' `FactoredMatrix` [head d_model d_model].
+
+        `state @ OV` is what a head writes of a normed state that it attends to (but for biases).
+        """
+        from transformer_lens import FactoredMatrix
+
+        return FactoredMatrix(self.W_V[layer], self.W_O[layer])
+
+    def QK(self, layer: int):
+        """W_Q W_K^T of every head of a layer, as TransformerLens' `FactoredMatrix` [head d_model d_model].
+
+        Before the rotary embedding: the score of two normed states at the same position (but for scale and biases).
+        """
+        from transformer_lens import FactoredMatrix
+
+        return FactoredMatrix(self.W_Q[layer], self.W_K[layer].transpose(-2, -1))
+
+    @torch.no_grad()
+    def generate(self, inputs: Inputs, max_new_tokens: int = 40) -> list[str]:
+        """The model's greedy answers, without prompt and special tokens; one per example."""
+        options = {
+            "max_new_tokens": max_new_tokens, "do_sample": False, "num_beams": 1, "pad_token_id": self.tokenizer.pad_token_id,
+        }  # fmt: skip
+        if (backend := backend_for(self)) is None:
+            out = self.hf.generate(**self.encoding(inputs), **options)
+        else:
+            with self.model.generate(**self.encoding(inputs), **options, backend=backend) as tracer:
+                out = nnsight.save(tracer.result)
+        new = out[:, inputs.encoding["input_ids"].shape[1] :]
+        return [text.strip() for text in self.tokenizer.batch_decode(new, skip_special_tokens=True)]

@@ -1,0 +1,136 @@
+"""hf:NAME with named columns, on what the library datasets writes: a saved folder, Parquet, splits, bytes."""
+
+import builtins
+import pickle
+
+import pytest
+
+import datasets
+from helpers.datasets import encoded
+from helpers.images import noise_image
+from mechvlm.datasets import load_dataset
+from mechvlm.errors import InputError
+from mechvlm.inputs.images import open_image
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+def table(rows: int = 4, **columns) -> datasets.Dataset:
+    base = {"photo": [noise_image(i) for i in range(rows)], "captions": [[f"one {i}", f"two {i}"] for i in range(rows)]}
+    made = datasets.Dataset.from_dict({**base, **columns})
+    return made.cast_column("photo", datasets.Image())
+
+
+def pixels(data) -> dict[str, bytes]:
+    return {e.id: open_image(e.image).tobytes() for e in data.examples}
+
+
+@pytest.mark.parametrize("form", ["disk", "splits", "parquet", "folder of parquet"])
+def test_forms(tmp_path, form):
+    at = tmp_path / "data"
+    if form == "disk":
+        table().save_to_disk(at)
+    elif form == "splits":
+        datasets.DatasetDict({"train": table(2), "test": table()}).save_to_disk(at)
+        with pytest.raises(InputError, match=r"several splits: there are train, test. Choose: .*\?split=train"):
+            load_dataset(f"hf:{at}")
+        with pytest.raises(InputError, match="no split 'val': there are train, test"):
+            load_dataset(f"hf:{at}?split=val")
+    else:
+        at = at / "test.parquet" if form == "folder of parquet" else tmp_path / "some.parquet"
+        at.parent.mkdir(exist_ok=True)
+        table().to_parquet(at)
+        at = at.parent if form == "folder of parquet" else at
+    data = load_dataset(f"hf:{at}" + ("?split=test" if form == "splits" else ""))
+    assert {e.id: e.captions for e in data.examples} == {str(i): (f"one {i}", f"two {i}") for i in range(4)}
+    assert pixels(data) == {str(i): noise_image(i).tobytes() for i in range(4)}
+    again = pickle.loads(pickle.dumps(data.examples[0]))  # what a worker in another process is given
+    assert open_image(again.image).tobytes() == pixels(data)[again.id]
+
+
+def test_bytes_ids_and_several_caption_columns(tmp_path):
+    columns = {
+        "jpg": [encoded(i) for i in range(3)],
+        "key": ["a", "b", "a"],
+        "c1": ["x", "y", "z"],
+        "c2": ["u", "", "w"],
+    }
+    datasets.Dataset.from_dict(columns).save_to_disk(tmp_path / "d")
+    data = load_dataset(f"hf:{tmp_path / 'd'}?image=jpg&caption=c1&caption=c2&id=key")
+    assert {e.id: e.captions for e in data.examples} == {"a": ("x", "u"), "b": ("y",)}
+    assert pixels(data) == {"a": noise_image(0).tobytes(), "b": noise_image(1).tobytes()}
+    assert [(aside.id, aside.reason) for aside in data.set_aside] == [
+        ("a", "row 2 uses this id again: the first row with it is kept")
+    ]
+
+
+def test_the_hubs_struct_of_bytes_and_path(tmp_path):
+    datasets.Dataset.from_dict(
+        {"image": [{"bytes": encoded(5), "path": None}, {"bytes": None, "path": None}], "text": ["a", "b"]}
+    ).save_to_disk(tmp_path / "d")
+    data = load_dataset(f"hf:{tmp_path / 'd'}")
+    whole, empty = sorted(data.examples, key=lambda e: e.id)
+    assert open_image(whole.image).tobytes() == noise_image(5).tobytes()
+    with pytest.raises(InputError, match="Row 1 holds no image in 'image'"):
+        open_image(empty.image)
+
+
+def test_rows_without_captions_are_set_aside(tmp_path):
+    table(3, captions=[["fine"], [" "], []]).save_to_disk(tmp_path / "d")
+    data = load_dataset(f"hf:{tmp_path / 'd'}")
+    assert [e.id for e in data.examples] == ["0"]
+    assert [(a.id, a.reason) for a in data.set_aside] == [
+        ("1", "every caption of row 1 is empty"), ("2", "every caption of row 2 is empty")
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("columns", "query", "message"),
+    [
+        ({}, "?image=picture", r"has no column 'picture'. It has photo \(.*\), captions"),
+        ({}, "?caption=words", "has no column 'words'"),
+        ({}, "?id=words", "has no column 'words'"),
+        ({}, "?image=captions", "'captions' of .* holds no images. It has photo"),
+        ({"n": [1, 2, 3, 4]}, "?caption=n", "4 rows, none usable; 0: row 0 holds no caption in 'n'"),
+        ({"more": [encoded(i) for i in range(4)]}, "", r"Which column is the image\? Here the columns photo, more"),
+        ({}, "?columns=x", "asks for columns=x: after the . stand.*image, caption, id, split, config"),
+    ],
+)
+def test_columns_that_do_not_fit_list_what_there_is(tmp_path, columns, query, message):
+    table(**columns).save_to_disk(tmp_path / "d")
+    with pytest.raises(InputError, match=message):
+        load_dataset(f"hf:{tmp_path / 'd'}{query}")
+
+
+def test_two_columns_that_may_be_captions(tmp_path):
+    table(2, text=["a file", "another"]).save_to_disk(tmp_path / "d")
+    with pytest.raises(InputError, match=r"Which column is the caption\? Here the columns captions, text could be"):
+        load_dataset(f"hf:{tmp_path / 'd'}")
+    assert len(load_dataset(f"hf:{tmp_path / 'd'}?caption=captions")) == 2
+
+
+def test_no_column_of_captions(tmp_path):
+    table().rename_column("captions", "said").save_to_disk(tmp_path / "d")
+    with pytest.raises(InputError, match=r"Which column is the caption\? Here no column is known.*\?caption=COLUMN"):
+        load_dataset(f"hf:{tmp_path / 'd'}")
+    assert len(load_dataset(f"hf:{tmp_path / 'd'}?caption=said")) == 4
+
+
+def test_what_cannot_be_had(tmp_path, monkeypatch):
+    (tmp_path / "broken.parquet").write_bytes(b"PAR1 no more")
+    for name in (tmp_path / "gone", tmp_path / "broken.parquet", "nobody/nothing"):
+        with pytest.raises(InputError, match=r"gives no .* It takes a name of the Hub"):
+            load_dataset(f"hf:{name}")
+    real = builtins.__import__
+
+    def missing(name, *args, **kwargs):
+        if name == "datasets":
+            raise ImportError("No module named 'datasets'")
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", missing)
+    with pytest.raises(InputError, match=r"needs the library datasets .*pip install datasets"):
+        load_dataset("hf:nobody/nothing")

@@ -1,0 +1,75 @@
+"""A run from the middle of another equals a whole forward, and computes no more than it must."""
+
+import nnsight
+import pytest
+import torch
+
+import mechvlm as mv
+from helpers.images import noise_image
+from mechvlm.experiments import sweep as sweep_module
+from mechvlm.experiments.sweep import Edit, run, sweep, windows
+
+
+def test_windows_lie_around_each_layer():
+    assert windows(5, 1) == [range(i, i + 1) for i in range(5)]
+    assert windows(5, 3) == [range(0, 2), range(0, 3), range(1, 4), range(2, 5), range(3, 5)]
+    assert windows(4, 2) == [range(0, 2), range(1, 3), range(2, 4), range(3, 4)]
+    assert windows(3, 99) == [range(3)] * 3
+    with pytest.raises(ValueError, match="A window of 0 layers"):
+        windows(3, 0)
+
+
+def test_a_run_is_the_model_s_own_forward(deep, three):
+    one = three[1]
+    clean = run(deep, one, keep="mlp_out")
+    with torch.no_grad():
+        out = deep.hf(**deep.encoding(one), output_hidden_states=True)
+    torch.testing.assert_close(clean.logits, out.logits[0, -1])
+    torch.testing.assert_close(run(deep, one, embeddings=clean.resid[0]).logits, out.logits[0, -1])
+    assert [x.shape for x in clean.kept] == [x.shape for x in clean.resid]
+
+
+@pytest.mark.parametrize(("tokens", "rows"), [(1, 8), (7, 8), (512, 2), (512, 64)])
+def test_a_sweep_equals_whole_forwards(deep, three, monkeypatch, tokens, rows):
+    """Skipped layers, kept prefixes and rows that share a forward change no result."""
+    monkeypatch.setattr(sweep_module, "TOKENS_PER_FORWARD", tokens)
+    monkeypatch.setattr(sweep_module, "ROWS_PER_FORWARD", rows)
+    one = three[1]
+    tokens = one.tokens
+    direction = torch.randn(deep.d_model, generator=torch.Generator().manual_seed(0))
+    places = (int(tokens.image[0]), tokens.last - 2, tokens.last)
+    edits = [Edit((pos, start), range(start, min(5, start + 2)), pos) for pos in places for start in range(5)]
+    clean = run(deep, one)
+
+    def change(layer, rows):
+        pos = [[0] if layer in edit.layers else None for edit in rows]
+        if any(pos):
+            mv.steer(deep, direction, pos, layer, at="mlp_out")
+
+    got = sweep(deep, clean, edits, change)
+    for edit in edits:
+        with torch.no_grad(), deep.trace(one, logits_to_keep=1):
+            mv.steer(deep, direction, edit.pos, edit.layers, at="mlp_out")
+            want = nnsight.save(deep.logits)
+        torch.testing.assert_close(got[edit.key], want[0, -1], rtol=1e-5, atol=2e-6)
+        if edit.layers.start < 4 or edit.pos == tokens.last:  # at the last layer nobody reads another position
+            assert (got[edit.key] - clean.logits).abs().max() > 1e-3
+
+
+def test_a_sweep_computes_no_layer_and_no_position_twice(llava_vlm, monkeypatch):
+    """What the decoder's layers are called with: only layers from the first, only positions from the first."""
+    inputs = llava_vlm.inputs(noise_image(0), "what is this")
+    clean = run(llava_vlm, inputs)
+    seen = []
+    layers = llava_vlm.hf.model.language_model.layers
+    handles = [
+        layer.mlp.register_forward_hook(lambda _, args, out, i=i: seen.append((i, *args[0].shape[:2])))
+        for i, layer in enumerate(layers)
+    ]
+    try:
+        edits = [Edit((i,), range(1, 2), inputs.tokens.last - 3) for i in range(2)]
+        sweep(llava_vlm, clean, edits, lambda layer, rows: None)
+    finally:
+        for handle in handles:
+            handle.remove()
+    assert seen == [(1, 2, 4), (2, 2, 4)]

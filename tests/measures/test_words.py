@@ -1,0 +1,227 @@
+"""Words against captions: worked values, and the fast counting against the sums written out."""
+
+import math
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mechvlm.measures.words import (
+    STOP_WORDS,
+    caption_words,
+    lens_precision_recall,
+    precision_recall,
+    word_of,
+)
+
+
+@pytest.mark.parametrize(
+    ("piece", "word"),
+    [
+        ("▁Cat", "cat"),
+        ("cat", "cat"),
+        ("ĠCat", "cat"),
+        ("▁Straße", "strasse"),  # case-folded, not only lower case
+        ("▁cafe\u0301", "café"),  # composed, however it is written
+        ("▁कुत्ता", "कुत्ता"),  # vowels that are marks on a letter
+        ("▁кошка", "кошка"),
+        ("<0x0A>", None),
+        ("<s>", None),
+        ("</s>", None),
+        ("<image>", None),
+        ("<|im_end|>", None),
+        ("[CLS]", None),
+        ("##ing", None),
+        ("▁", None),
+        ("▁▁▁▁", None),
+        ("ĠĠĠĠ", None),
+        ("ĊĊ", None),
+        ("", None),
+        ("▁a", None),
+        ("42", None),
+        ("▁2nd", None),
+        ("-", None),
+        ("▁snake_case", None),
+    ],
+)
+def test_a_piece_is_a_word_or_not(piece, word):
+    assert word_of(piece) == word
+
+
+def test_caption_words_are_lemmas_without_stop_words():
+    assert caption_words("Two geese and a CHILD are standing; the children's t-shirts.") == {
+        "two", "goose", "child", "stand", "shirt",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"lemmas": False}, {"geese", "swim"}),
+        ({"stop_words": True}, {"the", "goose", "do", "not", "swim"}),
+        ({"stop_words": True, "lemmas": False}, {"the", "geese", "do", "not", "swim"}),
+        ({"stop_words": {"goose"}}, {"the", "do", "not", "swim"}),
+        ({"stop_words": {"GEESE"}}, {"the", "do", "not", "swim"}),
+    ],
+)
+def test_caption_word_options(options, words):
+    assert caption_words("The geese do not swim", **options) == words
+
+
+def test_several_captions_give_their_union():
+    assert caption_words(["A dog.", "A cat and dogs", ""]) == {"dog", "cat"}
+
+
+def test_stop_words_keep_what_is_seen():
+    assert {"the", "and", "with", "don", "doesn"} <= STOP_WORDS
+    assert not {"one", "two", "six", "fire", "front", "top", "empty", "red", "left", "right", "man"} & STOP_WORDS
+    assert caption_words("It doesn't go, they'll get there, she goes") == set()
+
+
+def test_other_languages():
+    assert caption_words("Die Häuser", lang="de", stop_words={"die"}) == {"haus"}
+    with pytest.raises(ValueError, match="lang='en' only, not for 'de'"):
+        caption_words("Die Häuser", lang="de")
+
+
+# Three positions, top-2. Words: dog, dog, run, cat; stop word: the; non-word: ▁.
+DECODED = [["▁dogs", "▁the"], ["Dog", "<0x0A>"], ["▁running", "▁cat"], ["<0x0A>", "▁."]]
+CAPTIONS = ["A dog runs.", "Two dogs"]  # dog, run; two, dog
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        # dog run cat | dog run two: 2 of 3 decoded, 2 of 3 in the captions
+        ({}, (2 / 3, 2 / 3, 3, 2, 3, 2)),
+        # dogs dog running cat | dog runs two dogs: dog and dogs
+        ({"lemmas": False}, (2 / 4, 2 / 4, 4, 2, 4, 2)),
+        # and "the", which no caption has; and the captions' two-letter words, none
+        ({"stop_words": True}, (2 / 4, 2 / 3, 4, 2, 3, 2)),
+        # and <0x0A> and "▁."
+        ({"non_words": True}, (2 / 5, 2 / 3, 5, 2, 3, 2)),
+        # the first three positions hold a word, all a caption word; dog run dog of dog run two dog
+        ({"by": "token"}, (1.0, 3 / 4, 3, 3, 4, 3)),
+        ({"by": "token", "non_words": True}, (3 / 4, 3 / 4, 4, 3, 4, 3)),
+        ({"by": "token", "lemmas": False}, (2 / 3, 2 / 4, 3, 2, 4, 2)),
+    ],
+)
+def test_worked_values(options, expected):
+    assert precision_recall(DECODED, CAPTIONS, **options) == pytest.approx(expected)
+
+
+def test_top_1_is_the_first_piece_of_each_position():
+    top_1 = [[pieces[0]] for pieces in DECODED]
+    assert precision_recall(top_1, CAPTIONS) == pytest.approx((1.0, 2 / 3, 2, 2, 3, 2))
+
+
+@pytest.mark.parametrize("by", ["word", "token"])
+def test_nothing_over_nothing_is_nan(by):
+    precision, recall, *counts = precision_recall([["▁the"], ["<s>"]], "a", by=by)
+    assert math.isnan(precision)
+    assert math.isnan(recall)
+    assert counts == [0, 0, 0, 0]
+    precision, recall, *_ = precision_recall([], "a dog", by=by)
+    assert math.isnan(precision)
+    assert recall == 0
+    precision, recall, *_ = precision_recall([["▁cat"]], "a", by=by)
+    assert precision == 0
+    assert math.isnan(recall)
+
+
+pieces = st.sampled_from(["▁dog", "▁dogs", "Dog", "▁cat", "▁the", "<s>", "▁.", "▁geese", "▁two", "▁goes"])
+texts = st.lists(st.sampled_from(["the dogs", "two cats", "A goose.", "it goes", "dog"]), min_size=1, max_size=4)
+
+
+@given(st.lists(st.lists(pieces, max_size=3), max_size=6), texts, st.booleans(), st.booleans(), st.booleans())
+@settings(deadline=None, max_examples=200)
+def test_equals_the_sums_written_out(decoded, captions, lemmas, stop_words, non_words):
+    options = {"lemmas": lemmas, "stop_words": stop_words}
+
+    def read(piece):  # the word, "" for a stop word, None for a non-word
+        return None if word_of(piece) is None else "".join(caption_words(word_of(piece), **options))
+
+    in_captions = [read(text) for caption in captions for text in caption.replace(".", "").split()]
+    in_captions = [word for word in in_captions if word]
+    seen = [(piece, read(piece)) for position in decoded for piece in position]
+    words = {word for _, word in seen if word}
+    rubbish = {piece for piece, word in seen if word is None} if non_words else set()
+    found = words & set(in_captions)
+    by_word = precision_recall(decoded, captions, by="word", non_words=non_words, **options)
+    assert by_word[2:] == (len(words) + len(rubbish), len(found), len(set(in_captions)), len(found))
+
+    n_decoded = n_correct = 0
+    for position in decoded:
+        n_decoded += any(read(piece) or (non_words and read(piece) is None) for piece in position)
+        n_correct += any(read(piece) in found for piece in position)
+    by_token = precision_recall(decoded, captions, by="token", non_words=non_words, **options)
+    assert by_token[2:] == (n_decoded, n_correct, len(in_captions), sum(word in found for word in in_captions))
+    for result in (by_word, by_token):
+        if result.n_decoded:
+            assert result.precision == result.n_correct / result.n_decoded
+        if result.n_caption:
+            assert result.recall == result.n_found / result.n_caption
+
+
+def test_a_lens_gives_a_tidy_frame_with_its_control():
+    tokens = [[["▁tree"], ["▁."]], [["▁dogs"], ["▁cat"]]]
+    frame = lens_precision_recall(tokens, "a dog", ["a cat", ["a bird", "a tree"]])
+    table = frame.set_index(["layer", "measure", "control"])["value"]
+    assert list(frame.columns) == ["layer", "measure", "control", "value"]
+    assert len(frame) == 8
+    assert table[1, "precision", "captions"] == 0.5
+    assert table[1, "recall", "captions"] == 1
+    # Means over the two other images: precision 1/2 and 0, recall 1 and 0; at layer 0: 0 and 1, 0 and 1/2.
+    assert table[1, "precision", "other captions"] == 0.25
+    assert table[1, "recall", "other captions"] == 0.5
+    assert table[0, "precision", "other captions"] == 0.5
+    assert table[0, "recall", "other captions"] == 0.25
+
+
+def test_a_lens_without_other_captions_and_without_words():
+    frame = lens_precision_recall([[["<s>"]]], "a dog")
+    assert set(frame["control"]) == {"captions"}
+    assert math.isnan(frame.query("measure == 'precision'")["value"].item())
+    assert frame.query("measure == 'recall'")["value"].item() == 0
+
+
+@pytest.mark.parametrize(
+    ("decoded", "captions", "options", "message"),
+    [
+        ([["▁dog"]], "a dog", {"by": "words"}, "by is 'word' or 'token', not 'words'"),
+        ([["▁dog"]], [], {}, "captions must hold text"),
+        ([["▁dog"]], "  ", {}, "captions must hold text"),
+        (["▁dog", "▁cat"], "a dog", {}, r"\[position\]\[k\]"),
+        ([["▁dog"], "▁cat"], "a dog", {}, r"\[position\]\[k\]"),
+    ],
+)
+def test_bad_input_is_named(decoded, captions, options, message):
+    with pytest.raises(ValueError, match=message):
+        precision_recall(decoded, captions, **options)
+
+
+def test_one_stop_word_must_be_in_a_set():
+    with pytest.raises(TypeError, match="True, False or a set"):
+        caption_words("a dog", stop_words="the")
+
+
+def test_single_captions_beside_their_union():
+    """Five captions together, each alone, and the other image's likewise, against the plain calls."""
+    tokens = [[["▁cat"], ["▁mat"], ["▁dog"]], [["▁tree"], ["▁cat"], ["▁7"]]]
+    own = ["a cat on a mat", "a cat", "the mat of a cat", "an animal", "of the"]  # the last one has no word
+    others = [["a dog", "a dog runs"], "trees"]
+    plain = lens_precision_recall(tokens, own, others)
+    found = lens_precision_recall(tokens, own, others, single=True)
+    assert found[found["control"].isin(("captions", "other captions"))].reset_index(drop=True).equals(plain)
+    value = found.set_index(["control", "layer", "measure"])["value"]
+    for control, captions in (
+        ("single captions", own[:4]),
+        ("other single captions", ["a dog", "a dog runs", "trees"]),
+    ):
+        for layer, decoded in enumerate(tokens):
+            for measure in ("precision", "recall"):
+                each = [getattr(precision_recall(decoded, one), measure) for one in captions]
+                assert value[control, layer, measure] == pytest.approx(sum(each) / len(each))
+    assert value["captions", 0, "recall"] == pytest.approx(2 / 3)  # cat, mat of cat, mat, animal
+    assert value["single captions", 0, "recall"] == pytest.approx((1 + 1 + 1 + 0) / 4)
+    assert value["single captions", 0, "precision"] == pytest.approx((2 + 1 + 2 + 0) / 3 / 4)

@@ -1,0 +1,160 @@
+"""The report's gallery: each example's patch view is a page of its own, which the report opens; in a real browser, too."""
+
+import json
+import re
+from html import unescape
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import mechvlm as mv
+from helpers.images import noise_image
+from mechvlm.datasets import Dataset, Example, fingerprint
+from mechvlm.study import run
+from mechvlm.study.report import gallery
+
+SCRIPT = "<script>window.ran=1</script>"
+IDS = [
+    "../../etc/passwd",
+    f"</title>{SCRIPT}",
+    "a\u2028b \u202eright to left 👩‍👩‍👧 \"quotes\" 'and' <!--",
+    "a/b",
+    "a b",
+]
+PROMPT = f"what is {SCRIPT} </script> this"
+
+
+@pytest.fixture(scope="module")
+def study(llava_vlm, blip_vlm, tmp_path_factory):
+    examples = [
+        Example(name, noise_image(i, (90, 60)), (f"a dog </style> {SCRIPT} & <img src=x onerror='window.ran=1'>",))
+        for i, name in enumerate(IDS)
+    ]
+    data = Dataset("made", tuple(examples), (), fingerprint(examples))
+    return run([llava_vlm, blip_vlm], data, prompt=PROMPT, out=tmp_path_factory.mktemp("study") / "out")
+
+
+@pytest.fixture
+def views(study) -> list[dict]:
+    return json.loads((study.out / "run.json").read_text())["views"]
+
+
+def page_of(vlm, image) -> str:
+    """The patch view of all text after the image, as a user would make it."""
+    inputs = vlm.inputs(image, PROMPT)
+    text = [p for p in inputs.tokens.text.tolist() if p > inputs.tokens.image[0]]
+    reading = [] if inputs.tokens.patches else [mv.QueryReading()]
+    return mv.view.patches(inputs, *mv.read(vlm, inputs, mv.LogitLens(), mv.NormAttention(dst=text), *reading)).html()
+
+
+def test_each_card_leads_to_its_examples_views(study, views, llava_vlm, blip_vlm):
+    names = [llava_vlm.name, blip_vlm.name]
+    assert [(v["model"], v["example"]) for v in views] == [(name, i) for name in names for i in IDS]
+    cards = (study.out / "report.html").read_text(encoding="utf-8").split('<div class="card">')[1:]
+    for card, (example, _) in zip(cards, study.gallery, strict=True):
+        assert unescape(card).count(example.id) == 1
+        mine = [v["file"] for v in views if v["example"] == example.id]
+        assert re.findall(r'href="([^"]*)"', card) == [file for file in mine for _ in range(2)], "picture and words"
+
+
+def test_the_views_are_what_direct_calls_give(study, views, llava_vlm, blip_vlm):
+    images = {example.id: example.image for example, _ in study.gallery}
+    for view in (views[0], views[3], views[6]):
+        vlm = llava_vlm if view["model"] == llava_vlm.name else blip_vlm
+        assert (study.out / view["file"]).read_text(encoding="utf-8") == page_of(vlm, images[view["example"]])
+
+
+def test_the_small_picture_shows_the_heat_where_it_is(llava_vlm):
+    """On a wide image of which the model sees the middle: darkest on the patch that is read most, white outside."""
+    inputs = llava_vlm.inputs(Image.new("RGB", (300, 100), (128, 128, 128)), "what is this")
+    shown = gallery.show(llava_vlm, inputs.images[0][0], "what is this")
+    assert shown.heat.size == (256, 85)
+    assert (shown.token, shown.layer) == (inputs.tokens.strings[-1], 2)
+    norms = mv.norm_attention(llava_vlm, inputs, dst="last").norm[1, 0, 0, inputs.tokens.image]
+    pixels = np.asarray(shown.heat.convert("L")).astype(int)
+    grid = inputs.tokens.grids[0]
+    x, y = 256 / 300, 85 / 100
+    boxes = grid.boxes().reshape(-1, 4).tolist()
+    centers = [pixels[round((b[1] + b[3]) / 2 * y), round((b[0] + b[2]) / 2 * x)] for b in boxes]
+    assert int(np.argmin(centers)) == int(norms.argmax())
+    assert np.corrcoef(centers, norms)[0, 1] < -0.8
+    left, _, right, _ = (round(edge * x) for edge in grid.crop_box)
+    assert (pixels[:, : left - 1] == round(128 * 0.2 + 255 * 0.8)).all()
+    assert (pixels[:, right + 1 :] == pixels[0, 0]).all()
+
+
+def test_files_have_names_of_their_own_whatever_the_ids_hold():
+    ids = ["../../etc/passwd", "a b", "a-b", "a/b\\c", "", "图像", "x" * 400, "<script>", "CON", ".", "..", "a\0b"]
+    keys = [(model, example) for model in ("org/model", "org-model", "/home/..") for example in ids]
+    names = gallery.file_names(keys)
+    assert list(names) == keys
+    assert len({name.lower() for name in names.values()}) == len(keys), "on disks that know no case, too"
+    for name in names.values():
+        assert re.fullmatch(r"views/\d\d[A-Za-z0-9-]*\.html", name)
+        assert len(name) < 110
+
+
+def test_without_a_folder_no_view_is_read(llava_vlm, study, monkeypatch):
+    monkeypatch.setattr(gallery, "show", lambda *_: pytest.fail("a view was made"))
+    examples = tuple(example for example, _ in study.gallery[:2])
+    assert run([llava_vlm], Dataset("made", examples, (), fingerprint(examples)), prompt="what is this").views == {}
+
+
+# --- in a real browser ---
+
+
+@pytest.mark.browser
+def test_the_report_opens_offline_and_its_links_open_views_that_draw(open_page, study, views):
+    page = open_page(study.out / "report.html")
+    assert page.locator("figure img").count() == 4
+    broken = "[...document.images].filter(i => !(i.complete && i.naturalWidth > 20)).length"
+    assert page.evaluate(broken) == 0
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), "nothing sticks out"
+    links = page.get_by_role("link", name="Open the patch view")
+    assert links.count() == len(views)
+    for number in range(links.count()):
+        links.nth(number).click()
+        page.wait_for_selector(".patch-view[data-ready]", timeout=20_000)
+        drawn = "n => { const c = document.querySelector('.stage canvas'), d = c.getContext('2d');"
+        drawn += " return new Set(d.getImageData(0, 0, c.width, c.height).data).size; }"
+        assert page.evaluate(drawn) > 10
+        assert page.evaluate("window.ran") is None
+        assert PROMPT in page.title()
+        page.go_back()
+        assert page.evaluate("window.ran") is None
+
+
+@pytest.mark.browser
+def test_the_picture_of_a_card_opens_its_view_too(open_page, study, views):
+    page = open_page(study.out / "report.html")
+    page.locator(".card").nth(1).locator("a img").nth(1).click()
+    page.wait_for_selector(".patch-view[data-ready]", timeout=20_000)
+    assert page.url.endswith(views[len(IDS) + 1]["file"]), "the second model's, of the second example"
+
+
+@pytest.mark.browser
+def test_hostile_names_are_text(open_page, study):
+    page = open_page(study.out / "report.html")
+    for card, (example, _) in zip(page.locator(".card").all(), study.gallery, strict=True):
+        text = card.evaluate("node => node.textContent")
+        assert example.id in text
+        assert example.captions[0] in text
+    assert PROMPT in page.locator("main").evaluate("node => node.textContent")
+    assert page.locator("script").count() == 0
+    assert page.evaluate("window.ran") is None
+
+
+@pytest.mark.browser
+def test_what_the_command_writes_opens_and_draws(open_page, tmp_path):
+    from mechvlm import cli
+
+    noise_image(3).save(tmp_path / "a.png")
+    for model in ("tiny-llava", "tiny-instructblip"):
+        out = tmp_path / f"{model}.html"
+        assert cli.main(["view", model, str(tmp_path / "a.png"), "--prompt", PROMPT, "--out", str(out)]) == 0
+        page = open_page(out)
+        page.wait_for_selector(".patch-view[data-ready]", timeout=20_000)
+        assert page.locator("tbody tr").count() == 9, "a row for each state"
+        page.locator("button.chip").last.click()
+        assert page.evaluate("window.ran") is None

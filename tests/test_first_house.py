@@ -1,0 +1,157 @@
+"""What earlier versions saved still opens: results, finished and unfinished studies, and jobs left on NDIF.
+
+tests/data/first_house holds what the first released layout of the package wrote, on the bundled models.
+"""
+
+import json
+import shutil
+from importlib.metadata import version
+from pathlib import Path
+from types import SimpleNamespace
+
+import pandas as pd
+import pytest
+import torch
+from nnsight.schema.response import Status
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+import mechvlm as mv
+from mechvlm.datasets import Pair
+from mechvlm.datasets.naming import naming
+from mechvlm.datasets.scenes import scenes
+from mechvlm.measures.phases import Phases
+from mechvlm.ndif.connection import Connection
+from mechvlm.study import run
+from mechvlm.study.running.settings import RESULT_PACKAGES, read_settings
+
+SAVED = Path(__file__).parent / "data" / "first_house"
+PROBES = (
+    mv.LogitLens(k=2, positions="text"), mv.Contextualization(), mv.NormAttention(dst="last"), mv.Likelihood((2, 2)),
+    mv.LogitAttribution("red", "blue"),
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def asked():
+    return naming(2)
+
+
+@pytest.fixture(scope="module")
+def vlm():
+    return mv.load("tiny-llava")
+
+
+@pytest.fixture(scope="module")
+def inputs(vlm, asked):
+    return vlm.inputs([a.image for a in asked], [a.prompt for a in asked])
+
+
+def same(old, new) -> None:
+    """Both results hold the same, name by name."""
+    assert type(old) is type(new)
+    for name, value in vars(new).items():
+        was = getattr(old, name)
+        if isinstance(value, torch.Tensor):
+            torch.testing.assert_close(was, value, rtol=1e-4, atol=1e-5, equal_nan=True)
+        else:
+            assert was == pytest.approx(value, nan_ok=True) if isinstance(value, float) else was == value, name
+
+
+def saved(cls, name: str):
+    return cls.load(SAVED / "results" / f"{name}.safetensors")
+
+
+def test_results_of_probes(vlm, inputs):
+    kinds = {"lens": mv.LogitLensResult, "context": mv.ContextualizationResult, "norms": mv.NormAttentionResult,
+             "likelihood": mv.LikelihoodResult, "attribution": mv.LogitAttributionResult}  # fmt: skip
+    for (name, kind), new in zip(kinds.items(), mv.read(vlm, inputs, *PROBES), strict=True):
+        same(saved(kind, name), new)
+
+
+def test_results_of_experiments(vlm, inputs, asked):
+    answers, boxes = [a.answer for a in asked], [a.box for a in asked]
+    same(saved(mv.InformationFlowResult, "flow"), mv.information_flow(vlm, inputs, answers, window=3))
+    same(saved(mv.CausalTraceResult, "trace"), mv.causal_trace(vlm, inputs, answers, corrupt="blank"))
+    ablated = mv.object_ablation(vlm, inputs, boxes, answers, margins=(0, 1), draws=2)
+    same(saved(mv.ObjectAblationResult, "ablation"), ablated)
+    same(saved(mv.MultimodalNeuronsResult, "neurons"), mv.multimodal_neurons(vlm, inputs, answers, k=3))
+    first, second = list(scenes(2))
+    pair = Pair("0", (first.image, second.image), (first.captions[0], second.captions[0]))
+    same(saved(mv.WinogroundResult, "winoground"), mv.winoground(vlm, [pair]))
+
+
+def test_results_of_queries_and_phases(vlm, asked):
+    blip = mv.load("tiny-instructblip")
+    inputs = blip.inputs([a.image for a in asked], [a.prompt for a in asked])
+    same(saved(mv.QueryReadingResult, "reading"), mv.query_reading(blip, inputs))
+    many = vlm.inputs([e.image for e in scenes(6)], "Describe the scene.")
+    same(saved(Phases, "phases"), mv.fit_phases(mv.contextualization(vlm, many), n_bootstrap=50))
+
+
+def test_a_job_that_was_left_on_ndif(vlm, inputs, monkeypatch):
+    """The same call collects it: it asks the same question, and makes the same results of what was saved."""
+    tensors = load_file(SAVED / "job.safetensors")
+    with safe_open(SAVED / "job.safetensors", framework="pt") as file:
+        asked, layout = (json.loads(file.metadata()[key]) for key in ("asked", "rows"))
+    rows = [
+        [None if keys is None else {key: tensors[f"{p}.{i}.{key}"] for key in keys} for i, keys in enumerate(kept)]
+        for p, kept in enumerate(layout)
+    ]
+    finite = [tensors[f"finite.{i}"] for i in range(vlm.n_layers + 1)]
+    new = mv.read(vlm, inputs, *PROBES)
+    done = Done({"asked": asked, "rows": rows, "finite": finite})
+    monkeypatch.setattr("mechvlm.tracing.reading.backend_for", lambda *_, **__: done)
+    job = mv.read(vlm, inputs, *PROBES, blocking=False, job_id="old")
+    for was, now in zip(job.result(), new, strict=True):
+        same(was, now)
+    with pytest.raises(mv.InputError, match="asked something else"):
+        mv.read(vlm, inputs, mv.LogitLens(k=3), blocking=False, job_id="old").result()
+
+
+class Done(Connection):
+    """A request whose job is done, and gives what an earlier version saved."""
+
+    def __init__(self, found: dict):
+        super().__init__("model:{}", blocking=False, job_id="old")
+        self.found = found
+
+    def look(self):
+        return SimpleNamespace(status=Status.COMPLETED)
+
+    def poll(self, tracer=None):
+        return self.found
+
+
+def test_a_finished_study():
+    study = mv.Study.open(SAVED / "study")
+    assert study.models["tiny-llava"]["n_examples"] == 6
+    assert study.phases["tiny-llava"].mean.shape == (9,)
+    assert set(study.frame()["measure"]) >= {"cosine_inter", "precision", "norm_share_last_text"}
+    assert study.curves("precision")["mean"].between(0, 1).all()
+    assert len(study.gallery) == len(study.views) == 6
+    study.plot("phases")
+    mv.compare([SAVED / "study"]).plot()
+
+
+def test_an_unfinished_study_goes_on(tmp_path):
+    """The same command takes its shard as it is; its tables are those of the study that was never stopped."""
+    folder = tmp_path / "study"
+    shutil.copytree(SAVED / "unfinished", folder)
+    settings = read_settings(folder)
+    settings["versions"] = {
+        package: version(package) for package in RESULT_PACKAGES
+    }  # as if written beside today's packages
+    (folder / "settings.json").write_text(json.dumps(settings))
+    shard = folder / "shards" / "0-00000" / "about.json"
+    before = shard.stat().st_ino
+    read = []
+
+    def watch(stage: str, done: int, total: int) -> None:
+        if stage.endswith("reading"):
+            read.append((done, total, shard.stat().st_ino))
+
+    study = run(["tiny-llava"], "scenes", n=6, seed=5, batch_size=2, out=folder, progress=watch)
+    assert read == [(6, 6, before)], "nothing is read again"
+    for name, table in mv.Study.open(SAVED / "study").tables.items():
+        pd.testing.assert_frame_equal(study.tables[name], table, check_dtype=False, obj=name)

@@ -1,0 +1,309 @@
+"""The patch view's data: what is packed comes back, belongs to these inputs, and stays small."""
+
+import base64
+import dataclasses
+import gzip
+import io
+import json
+import re
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import mechvlm as mv
+from helpers.images import noise_image
+from helpers.patch_results import large_inputs, photo, synthetic
+from mechvlm.errors import ViewError
+from mechvlm.view import packing, patches
+from mechvlm.view.example import see
+
+
+def read(vlm, inputs, dst="last", positions="image"):
+    return mv.read(vlm, inputs, mv.LogitLens(k=3, positions=positions), mv.NormAttention(dst=dst))
+
+
+def data_of(view) -> dict:
+    return json.loads(re.search(r'<script type="application/json">(.*?)</script>', view.body, re.S)[1])
+
+
+def unpacked(text: str) -> bytes:
+    return gzip.decompress(base64.b64decode(text))
+
+
+def rows_of(data: dict, row: dict) -> tuple[np.ndarray, np.ndarray]:
+    """A row as the page reads it: values [2, layer, 1 + head, src] and shares [2, layer, 1 + head, group]."""
+    n_layers, n_heads, n = data["layers"], data["heads"], len(data["positions"])
+    n_groups, visual, raw = len(data["images"]) + 2, data["visual"], unpacked(row["data"])
+    cuts = np.cumsum([0, 16 * n_layers * (n_heads + 1), 4 * n_layers * (n_heads + 1) * n_groups, 2 * n_layers * n])
+    top = np.frombuffer(raw[cuts[0] : cuts[1]], "<f4").reshape(2, n_layers, n_heads + 1, 2)
+    share = np.frombuffer(raw[cuts[1] : cuts[2]], "<u2").reshape(2, n_layers, n_heads + 1, n_groups) / 65535
+    together = np.frombuffer(raw[cuts[2] : cuts[3]], "u1").reshape(2, n_layers, 1, n)
+    heads = np.frombuffer(raw[cuts[3] :], "u1").reshape(2, n_layers, n_heads, n).copy()
+    heads[1] += heads[0]
+    values = np.concatenate([(together / 255) ** 2, heads / row["levels"]], 2)
+    values[..., :visual] *= top[..., :1]
+    values[..., visual:] *= top[..., 1:]
+    return values, share
+
+
+def check_row(data, row, norms, tokens, example=0):
+    """What the page draws is the result's own, to 0.4 % of each part's maximum, and shares are the sums' ratios."""
+    positions = np.array(data["positions"])
+    d = norms.dest[example].tolist().index(positions[row["source"]])
+    weight = norms.weight[:, example, :, d].numpy()
+    raw = np.concatenate([weight.mean(1, keepdims=True), weight], 1)
+    norm = np.concatenate([norms.norm[:, example, None, d].numpy(), norms.norm_head[:, example, :, d].numpy()], 1)
+    true = np.stack([raw, norm])
+    values, share = rows_of(data, row)
+    for part in (slice(0, data["visual"]), slice(data["visual"], None)):
+        expected = true[..., positions[part]]
+        assert (np.abs(values[..., part] - expected) <= 0.0041 * expected.max(-1, keepdims=True) + 1e-9).all()
+    for group, where in enumerate([*tokens.images, tokens.text, tokens.special]):
+        assert share[..., group] == pytest.approx(true[..., where.numpy()].sum(-1) / true.sum(-1), abs=2e-5)
+
+
+def test_rows_words_and_positions_come_back(vlm):
+    """In a batch with padding, for both families: rows, shares, words and probabilities are those of the results."""
+    inputs = vlm.inputs([noise_image(i) for i in range(2)], ["what is this", "describe the scene . a what is this"])
+    lens, norms = read(vlm, inputs, dst=["last", "last_image"], positions="all")
+    queries = not inputs.token_maps[0].patches
+    reading = mv.query_reading(vlm, inputs) if queries else None
+    for example, tokens in enumerate(inputs.token_maps):
+        data = data_of(mv.view.patches(inputs, lens, norms, reading, example=example))
+        assert sorted(data["positions"]) == tokens.all.tolist(), "no padding"
+        assert data["positions"][: data["visual"]] == tokens.image.tolist()
+        assert data["pieces"] == [tokens.strings[p] for p in data["positions"][data["visual"] :]]
+        assert [data["positions"][row["source"]] for row in data["rows"]] == [tokens.last_image, tokens.last]
+        assert data["rows"][data["start"]["row"]]["source"] == data["positions"].index(tokens.last)
+        for row in data["rows"]:
+            check_row(data, row, norms, tokens, example)
+
+        mine, raw = lens.of(example), unpacked(data["lens"]["data"])
+        n_layers, n_points, k = mine.tokens.shape
+        n = n_layers * n_points * k
+        low, mid, high, chance = np.frombuffer(raw[: 4 * n], "u1").reshape(4, n_layers, k, n_points).astype(int)
+        words, codes = json.loads(raw[4 * n :]), low | mid << 8 | high << 16
+        assert [[[words[c] for c in point] for point in layer.T] for layer in codes] == mine.pieces()
+        assert (chance / 255) ** 2 == pytest.approx(mine.probs.transpose(1, 2).numpy(), abs=0.004)
+        assert [data["positions"][s] for s in data["lens"]["sources"]] == mine.position.tolist()
+
+        if queries:
+            raw, grid = unpacked(data["reading"]), tokens.grids[0]
+            top = np.frombuffer(raw[: 4 * data["visual"]], "<f4")[:, None]
+            maps = top * (np.frombuffer(raw[4 * data["visual"] :], "u1").reshape(data["visual"], -1) / 255) ** 2
+            expected = reading.map[example].reshape(data["visual"], -1).numpy()
+            assert maps.shape[1] == grid.rows * grid.cols
+            assert maps == pytest.approx(expected, abs=0.004 * float(expected.max()))
+
+
+def test_the_heat_of_a_token_over_queries_is_what_it_wrote_times_where_they_read(blip_vlm):
+    inputs = blip_vlm.inputs(noise_image(0), "what is this")
+    lens, norms = read(blip_vlm, inputs)
+    reading = mv.query_reading(blip_vlm, inputs)
+    (heat,) = see(inputs, lens, norms, reading, None).heat(0, 2)
+    expected = sum(
+        norms.norm[1, 0, 0, p].item() * reading.map[0, q].numpy() for q, p in enumerate(inputs.tokens.image.tolist())
+    )
+    assert heat == pytest.approx(expected, rel=1e-5)
+
+
+def test_patches_lie_where_the_grid_says(llava_vlm):
+    """Two images that are not square: each patch's box, from the crop divided evenly, is the grid's own."""
+    inputs = llava_vlm.inputs([[photo(90, 200), photo(200, 90)]], "what is this")
+    data = data_of(mv.view.patches(inputs, *read(llava_vlm, inputs)))
+    assert len(data["images"]) == 2
+    for image, grid, picture in zip(data["images"], inputs.tokens.grids, inputs.images[0], strict=True):
+        (x0, y0, x1, y1), rows, cols = image["crop"], image["rows"], image["cols"]
+        assert tuple(image["size"]) == picture.size
+        dx, dy = (x1 - x0) / cols, (y1 - y0) / rows
+        for r, row in enumerate(grid.boxes().tolist()):
+            for c, box in enumerate(row):
+                assert [x0 + c * dx, y0 + r * dy, x0 + (c + 1) * dx, y0 + (r + 1) * dy] == pytest.approx(box, abs=1e-3)
+
+
+@pytest.mark.parametrize("spread", [1.5, 2.5])
+def test_under_a_megabyte_at_the_size_of_7b(spread):
+    """32 layers x 32 heads x 620 tokens, both measures, the lens of 576 patches, and a photograph of 640 x 480."""
+    inputs = large_inputs()
+    assert (len(inputs.tokens), len(inputs.tokens.image)) == (620, 576)
+    lens, norms = synthetic(inputs, spread=spread)
+    view = mv.view.patches(inputs, lens, norms)
+    size = len(view.html().encode())
+    data = data_of(view)
+    print(f"spread {spread}: {size:,} bytes, single heads in {data['rows'][0]['levels']} steps")
+    assert size < 1_000_000
+    if spread == 2.5:
+        assert data["rows"][0]["levels"] == 127
+        check_row(data, data["rows"][0], norms, inputs.tokens)
+
+
+def test_steps_worked_by_hand():
+    steps, top = packing.steps(np.array([[4.0, 1.0, 0.25, 0.0], [0.0, 0.0, 0.0, 0.0]]))
+    assert steps.tolist() == [[255, 128, 64, 0], [0, 0, 0, 0]]  # 255 x sqrt(1, 1/4, 1/16, 0), rounded to even
+    assert top.tolist() == [4, 0]
+
+
+def test_large_images_are_reduced_and_the_smaller_format_is_taken():
+    def opened(address):
+        kind, text = re.fullmatch(r"data:image/(\w+);base64,(.*)", address).groups()
+        return kind, Image.open(io.BytesIO(base64.b64decode(text))).size
+
+    assert opened(packing.picture(Image.new("RGB", (3000, 1500), "red"))) == ("png", (1024, 512))
+    assert opened(packing.picture(photo(300, 200))) == ("jpeg", (300, 200))
+
+
+def test_the_picture_stands_for_the_page(vlm):
+    inputs = vlm.inputs(photo(80, 60), "what is this")
+    reading = None if inputs.tokens.patches else mv.query_reading(vlm, inputs)
+    view = mv.view.patches(inputs, *read(vlm, inputs), reading)
+    with Image.open(io.BytesIO(view.picture)) as picture:
+        assert picture.format == "PNG"
+        assert picture.width > 600
+        assert len(set(np.asarray(picture.convert("RGB")).reshape(-1, 3).tobytes()[::97])) > 50
+    assert len(view.picture) < 300_000
+    assert view.height > 400
+
+
+# -- bad input ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def made(llava_vlm):
+    inputs = llava_vlm.inputs(noise_image(0), "what is this")
+    return inputs, *read(llava_vlm, inputs, dst=["last", 2])
+
+
+def change(result, **fields):
+    return dataclasses.replace(result, **fields)
+
+
+def rows(norms, to, **fields):
+    return change(norms, **{f: to(getattr(norms, f)) for f in ("norm", "weight", "value_norm")}, **fields)
+
+
+BAD = {
+    "lens of another model": (
+        lambda i, w, n: (i, change(w, model="other"), n),
+        "different models: inputs of '.*', lens of 'other'",
+    ),
+    "another tokenizer": (
+        lambda i, w, n: (i, change(w, vocabulary=((int(i.tokens.ids[-1]), "other"), *w.vocabulary)), n),
+        "another tokenizer.*'other' there",
+    ),
+    "a batch in norms": (
+        lambda i, w, n: (i, w, rows(n, lambda x: torch.cat([x, x], 1), dest=n.dest.expand(2, -1))),
+        "norms is not of these inputs: it holds 2 example.*the inputs 1",
+    ),
+    "a batch in the lens": (lambda i, w, n: (i, change(w, example=w.example + 1), n), r"lens holds the examples \[1\]"),
+    "fewer tokens in norms": (
+        lambda i, w, n: (i, w, rows(n, lambda x: x[..., 1:])), "norms is not of these inputs: it holds 1 .* of .* tokens",
+    ),
+    "another place of the last": (lambda i, w, n: (i, w, change(n, dest=n.dest - 1)), "'last' is position .* there"),
+    "lens beyond the end": (lambda i, w, n: (i, change(w, position=w.position + 30), n), "no tokens of this example"),
+    "lens of text alone": (
+        lambda i, w, n: (i, change(w, position=i.tokens.text[:1].expand(len(w.position))), n), "read no visual token",
+    ),
+    "more states than layers": (lambda i, w, n: (i, change(w, layers=(0, 1, 2, 9)), n), "goes to state 9, norms to layer 3"),
+    "no image": (lambda i, w, n: (change(i, images=((),)), w, n), "image of example 0 is gone.*0 of 1"),
+    "no images at all": (lambda i, w, n: (change(i, images=()), w, n), "gone.*vlm.inputs"),
+    "another image": (lambda i, w, n: (change(i, images=((photo(50, 50),),)), w, n), "50 x 50; the patches.*80 x 60"),
+    "NaN": (lambda i, w, n: (i, w, change(n, norm=n.norm * torch.nan)), "NaN"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", list(BAD))
+def test_results_that_are_not_of_these_inputs(what, made):
+    spoil, message = BAD[what]
+    assert mv.view.patches(*made)
+    with pytest.raises(ViewError, match=message):
+        mv.view.patches(*spoil(*made))
+
+
+def test_results_in_the_wrong_order(made):
+
+    inputs, lens, norms = made
+    # Not the public function: under these tests its annotations are checked before it is called.
+    with pytest.raises(ViewError, match=r"lens is a NormAttentionResult.*takes a LogitLensResult"):
+        see(inputs, norms, lens, None, None)
+
+
+def test_a_closed_image(llava_vlm, tmp_path):
+    noise_image(0).save(tmp_path / "x.png")
+    inputs = llava_vlm.inputs(tmp_path / "x.png", "what is this")
+    inputs.images[0][0].close()
+    lens, norms = read(llava_vlm, inputs)
+    with pytest.raises(ViewError, match=r"is gone: it cannot be read.*vlm.inputs"):
+        mv.view.patches(inputs, lens, norms)
+
+
+def test_results_of_another_prompt(llava_vlm, made):
+    """A longer one, and a batch."""
+    longer = llava_vlm.inputs(noise_image(0), "what is this scene")
+    lens, norms = read(llava_vlm, longer)
+    with pytest.raises(ViewError, match="norms is not of these inputs"):
+        mv.view.patches(made[0], made[1], norms)
+    padded = llava_vlm.inputs([noise_image(0)] * 2, ["a", "what is this"])
+    lens, norms = read(llava_vlm, padded)
+    with pytest.raises(ViewError, match=r"lens holds the examples \[0, 1\], the inputs 0 to 0"):
+        mv.view.patches(made[0], lens, norms)
+
+
+def test_which_example(llava_vlm):
+    inputs = llava_vlm.inputs([noise_image(0), noise_image(1)], "a")
+    lens, norms = read(llava_vlm, inputs)
+    with pytest.raises(ViewError, match=r"2 examples.*example=0 to 1"):
+        mv.view.patches(inputs, lens, norms)
+    with pytest.raises(ViewError, match="Example 2 was asked for"):
+        mv.view.patches(inputs, lens, norms, example=2)
+    with pytest.raises(ViewError, match=r"lens holds the examples \[0\]"):
+        mv.view.patches(inputs, lens.of(0), norms, example=1)
+
+
+def test_reading_is_for_queries(made, blip_vlm):
+    inputs = blip_vlm.inputs(noise_image(0), "what is this")
+    lens, norms = read(blip_vlm, inputs)
+    reading = mv.query_reading(blip_vlm, inputs)
+    with pytest.raises(ViewError, match=r"give where each one reads too.*query_reading\(vlm, inputs\)"):
+        mv.view.patches(inputs, lens, norms)
+    with pytest.raises(ViewError, match=r"reading is not of these inputs.*\[1, 4, 4, 4\] there"):
+        mv.view.patches(inputs, lens, norms, change(reading, weight=reading.weight[:, :, :4]))
+    with pytest.raises(ViewError, match="leave it out"):
+        mv.view.patches(*made, change(reading, model=made[1].model))
+
+
+def test_a_page_over_the_limit_says_what_to_choose(made, monkeypatch):
+    monkeypatch.setattr(patches_module(), "LIMIT", 9_000)
+    with pytest.raises(ViewError, match=r"0 MB, over the .*norms has 2 destinations.*NormAttention\(dst=\['last'\]\)"):
+        mv.view.patches(*made)
+
+
+def test_all_pairs_of_7b_are_refused_before_they_are_packed(monkeypatch):
+    """The first destinations tell what all of them will take."""
+    inputs = large_inputs()
+    lens, norms = synthetic(inputs, layers=8, heads=32)
+    places = range(20, 620)
+    many = {
+        name: getattr(norms, name)[..., :1, :].expand(*getattr(norms, name).shape[:-2], 600, -1)
+        for name in ("norm", "weight")
+    }
+    norms = change(norms, **many, dest=torch.tensor([[*places]]), names=tuple(map(str, places)))
+    packed = []
+    pack_rows = packing.pack_rows
+    monkeypatch.setattr(packing, "pack_rows", lambda *a: packed.append(1) or pack_rows(*a))
+    lens = change(lens, ids=lens.ids[:9], probs=lens.probs[:9], layers=lens.layers[:9])
+    with pytest.raises(ViewError, match=r"The page would have 1?\d\d MB, over the 50 MB .* 600 destinations"):
+        mv.view.patches(inputs, lens, norms)
+    assert len(packed) < 3
+
+
+def patches_module():
+    import sys
+
+    return sys.modules["mechvlm.view.patches"]
+
+
+def test_the_view_is_a_function():
+    assert callable(patches)
+    assert mv.view.patches is patches

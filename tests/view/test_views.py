@@ -1,0 +1,400 @@
+"""What the views hold, and what they refuse. What they look like is tested in a browser (test_browser_views.py)."""
+
+import io
+import json
+import re
+from dataclasses import replace
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import mechvlm as mv
+from helpers.images import noise_image
+from helpers.models import llava
+from mechvlm.view import page
+from mechvlm.view.match import belongs, image_of
+from mechvlm.view.page import View, to_json
+from mechvlm.view.pooling import cells, groups, line, pooled, readable
+
+
+def data_of(view: View) -> list[dict]:
+    return [json.loads(d) for d in re.findall(r'<script type="application/json">(.*?)</script>', view.body)]
+
+
+@pytest.fixture(scope="module")
+def read(llava_vlm):
+    """Two examples of different lengths, with their lens and all their attention."""
+    inputs = llava_vlm.inputs([noise_image(0), noise_image(1)], ["what is this", "a long question , is it not ? <b>"])
+    return inputs, *mv.read(llava_vlm, inputs, mv.LogitLens(k=3), mv.NormAttention(dst="all pairs"))
+
+
+@pytest.fixture(scope="module")
+def read_queries(blip_vlm):
+    inputs = blip_vlm.inputs(noise_image(0), "what is this")
+    return inputs, *mv.read(blip_vlm, inputs, mv.LogitLens(k=2), mv.NormAttention(dst="all pairs"))
+
+
+# --- the page
+
+
+def test_json_cannot_end_its_script():
+    hostile = ["</script><script>alert(1)</script>", "<!--", "&lt;", "\u2028\u2029", '"\\', "🎈", "שלום", "\ud800"]
+    text = to_json(hostile)
+    assert json.loads(text) == hostile
+    assert text.isascii()
+    assert not set("<>&") & set(text)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), [1.0, {"a": float("-inf")}]])
+def test_json_refuses_what_it_cannot_write(value):
+    with pytest.raises(mv.ViewError, match="NaN or infinity"):
+        to_json(value)
+
+
+def test_a_page_is_one_file_with_a_policy_and_escaped_names(tmp_path):
+    view = View('a <b> & "c"', "<p>body</p>", ("let a = '</ScRipt><!--';",), ("p::after { content: '</style>' }",))
+    path = view.save(tmp_path / "view.html")
+    html = path.read_text(encoding="utf-8")
+    assert html == view.html()
+    assert "default-src 'none'" in html
+    assert "<title>a &lt;b&gt; &amp; &quot;c&quot;</title>" in html
+    assert html.count("</script>") == 2, "its own and that which says that scripts run"
+    assert html.count("</style>") == 2
+    assert r"'\x3c/ScRipt>\x3c!--'" in html
+    assert "<img" not in html + view._repr_html_(), "without a picture none is shown"
+    assert "body" not in repr(view)
+    with pytest.raises(FileNotFoundError, match=r"the folder .*nowhere is not there"):
+        view.save(tmp_path / "nowhere" / "view.html")
+
+
+def test_views_are_added_with_what_they_share_once(read):
+    inputs, lens, norms = read
+    one, other = mv.view.attention(inputs, norms, 1, pool=2), mv.view.topk(inputs, lens)
+    both = one + other
+    assert both.html().count("var CircuitsVis=") == 1
+    assert len(both.scripts) == 2
+    assert len(data_of(both)) == 3
+    assert both.height == one.height + other.height
+    sizes = [Image.open(io.BytesIO(v.picture)).size for v in (one, other, both)]
+    assert sizes[2] == (max(sizes[0][0], sizes[1][0]), sizes[0][1] + sizes[1][1])
+    assert len(data_of(one + one)) == 2
+
+
+def test_a_frame_over_a_picture():
+    drawn = []
+    view = View('"quoted"', "<p>\"'&amp;</p>", still=lambda: drawn.append(1) or b"not really", height=321)
+    assert (view.html() and drawn) == [], "a page of its own shows none"
+    html = view._repr_html_()
+    assert html.startswith('<div style="position:relative;height:321px"><img')
+    (srcdoc,) = re.findall(r'<iframe sandbox="allow-scripts" [^>]*srcdoc="([^"]*)"', html)
+    assert "&lt;p&gt;&quot;&#x27;&amp;amp;&lt;/p&gt;" in srcdoc
+    assert html.count("data:image/png") == 1, "the picture stands under the frame, not in it as well"
+    assert html.index("<img") < html.index("<iframe")
+
+
+def test_too_large_says_what_to_choose(read, monkeypatch):
+    with pytest.raises(mv.ViewError, match=r"'big' would have 50 MB; at most 50 MB.*Choose fewer layers"):
+        View("big", "x" * (page.LIMIT + 1))
+    inputs, lens, norms = read
+    monkeypatch.setattr(page, "LIMIT", 1_000_000)
+    with pytest.raises(mv.ViewError, match="smaller pool"):
+        mv.view.attention(inputs, norms, 1, pool=2)
+    with pytest.raises(mv.ViewError, match="smaller k"):
+        mv.view.topk(inputs, lens)
+    with pytest.raises(mv.ViewError, match="shorter prompt"):
+        mv.view.attention_row(inputs, norms, 20)
+
+
+# --- tokens and cells
+
+
+@pytest.mark.parametrize(
+    ("piece", "shown"),
+    [
+        ("▁the", " the"), ("Ġthe", " the"), ("Ċ", "⏎"), ("<0x0A>", "⏎"), ("<0x41>", "A"), ("<0xE2>", "<0xE2>"), ("▁▁", "␣␣"),
+        ("", ""), ("<s>", "<s>"), ("\t", "⇥"), ("\u202e", "U+202E"), ("\u2028", "U+2028"), ("\x00", "U+0000"),
+        ("👩\u200d🚀", "👩\u200d🚀"), ("שלום", "שלום"),
+    ],
+)  # fmt: skip
+def test_pieces_are_readable(piece, shown):
+    assert readable(piece) == shown
+
+
+def test_cells_by_hand():
+    vlm = mv.load(*llava())
+    tokens = vlm.inputs(noise_image(0), "what").tokens  # 4 x 4 patches
+    start = int(tokens.image[0])
+    two = cells(tokens, (2, 4))
+    assert [two[start + i] for i in (0, 3, 4, 8, 15)] == ["▦r0c0", "▦r0c3", "▦r0c0", "▦r1c0", "▦r1c3"]
+    three = cells(tokens, 3)  # 4 patches in 3 cells: the first takes two
+    assert [three[start + i] for i in range(4)] == ["▦r0c0", "▦r0c0", "▦r0c1", "▦r0c2"]
+
+
+@pytest.mark.parametrize("pool", [None, 1, 2, 3, (1, 4), (4, 1)])
+def test_every_token_is_in_one_group(pool, read, read_queries):
+    for inputs, *_ in (read, read_queries):
+        if isinstance(pool, tuple) and not inputs.token_maps[0].patches:
+            continue
+        for tokens in inputs.token_maps:
+            names, member = groups(tokens, pool)
+            assert member.sum(0).nonzero().flatten().tolist() == tokens.all.tolist()
+            assert member.sum(0).max() == 1
+            assert len(names) == len(member)
+            text = [readable(tokens.strings[p]) for p in tokens.all.tolist() if p not in tokens.image.tolist()]
+            assert [n for n in names if n[0] not in "▦q"] == [t for t in text if t[0] not in "▦q"]
+
+
+def test_groups_of_queries_are_named_by_what_they_hold(read_queries):
+    inputs, *_ = read_queries
+    assert groups(inputs.tokens, 2)[0][:2] == ["q0–2", "q3–4"]
+    assert groups(inputs.tokens, None)[0][:5] == ["q0", "q1", "q2", "q3", "q4"]
+    names, member = groups(inputs.tokens, 3)
+    assert names[:3] == ["q0–1", "q2–3", "q4"]
+    assert [row.nonzero().flatten().tolist() for row in member[:3]] == [[0, 1], [2, 3], [4]]
+
+
+def test_images_of_one_prompt_have_their_own_cells(llava_vlm):
+    tokens = llava_vlm.inputs([[noise_image(0), noise_image(1)]], "what").tokens
+    names, _ = groups(tokens, (1, 2))
+    assert [n for n in names if "▦" in n] == ["▦0:r0c0", "▦0:r0c1", "▦1:r0c0", "▦1:r0c1"]
+    assert sum(label.endswith("\n") for label in line(tokens)) == 8 + 2, "eight rows, and the text before each image"
+
+
+def test_pooling_by_hand():
+    values = torch.tensor([[1.0, 0, 0], [0.5, 0.5, 0], [0.2, 0.3, 0.5]])
+    member = torch.tensor([[1.0, 0, 0], [0, 1, 1]])
+    assert torch.allclose(pooled(values, member), torch.tensor([[1.0, 0], [0.35, 0.65]]))
+
+
+# --- what the views hold
+
+
+@pytest.mark.parametrize("measure", ["norm", "weight"])
+def test_attention_holds_the_pooled_maps(measure, read):
+    inputs, _, norms = read
+    view = mv.view.attention(inputs, norms, [1, 3], heads=[2], pool=2, measure=measure, example=1)
+    (data,) = data_of(view)
+    assert data["attentionHeadNames"] == ["1 all", "1.2", "3 all", "3.2"]
+    tokens = inputs.token_maps[1]
+    whole = norms.norm[:, 1] if measure == "norm" else norms.weight[:, 1].mean(1)
+    single = norms.norm_head[:, 1, 2] if measure == "norm" else norms.weight[:, 1, 2]
+    for shown, values in zip(data["attention"], [whole[0], single[0], whole[2], single[2]], strict=True):
+        naive = np.zeros((len(data["tokens"]),) * 2)
+        names, member = groups(tokens, 2)
+        assert data["tokens"] == names
+        for i, dests in enumerate(member):
+            for j, srcs in enumerate(member):
+                block = values[dests.bool()][:, srcs.bool()]
+                naive[i, j] = block.sum(1).mean()
+        np.testing.assert_allclose(shown, naive, rtol=6e-4, atol=1e-9)
+        if measure == "weight":
+            np.testing.assert_allclose(np.sum(shown, 1), 1, rtol=1e-3)
+    assert data["maxValue"] == pytest.approx(np.max(data["attention"]), rel=1e-3)
+    assert data["maskUpperTri"] is False, "a cell's patches may attend to a later cell's"
+
+
+def test_attention_over_queries(read_queries):
+    inputs, _, norms = read_queries
+    (data,) = data_of(mv.view.attention(inputs, norms, 2, pool=2))
+    assert data["tokens"][:3] == ["q0–2", "q3–4", "<s>"]
+    assert len(data["attention"]) == 1 + norms.weight.shape[2]
+    assert "<svg" not in mv.view.attention(inputs, norms, 2).body
+
+
+def test_one_row_at_full_length(read):
+    inputs, _, norms = read
+    last = inputs.token_maps[0].last
+    view = mv.view.attention_row(inputs, norms, last)
+    (data,) = data_of(view)
+    real = inputs.token_maps[0].all
+    shown = np.array(data["activations"][0])  # [pos, layer, all + head]
+    assert shown.shape == (len(real), 3, 1 + 4)
+    np.testing.assert_allclose(shown[:, :, 0].T, norms.norm[:, 0, last, real], rtol=6e-4)
+    np.testing.assert_allclose(shown[:, 1, 1:].T, norms.norm_head[1, 0, :, last, real], rtol=6e-4)
+    assert len(data["tokens"][0]) == len(real)
+    assert data["secondDimensionLabels"] == ["all heads' vectors summed", "0", "1", "2", "3"]
+    weights = np.array(data_of(mv.view.attention_row(inputs, norms, last, measure="weight"))[0]["activations"][0])
+    np.testing.assert_allclose(weights.sum(0), 1, rtol=1e-3)
+
+
+def test_a_row_by_its_name(llava_vlm, read):
+    inputs, _, norms = read
+    named = mv.norm_attention(llava_vlm, inputs, dst=["last_text", "last"])
+    by_name = data_of(mv.view.attention_row(inputs, named, "last", example=1))
+    assert by_name == data_of(mv.view.attention_row(inputs, norms, inputs.token_maps[1].last, example=1))
+    with pytest.raises(mv.ViewError, match=r"dest=None was asked for; these norms hold \['last_text', 'last'\]"):
+        mv.view.attention_row(inputs, named)
+    with pytest.raises(mv.ViewError, match="Position 0 is padding in example 0, whose tokens start at"):
+        mv.view.attention_row(inputs, norms, 0)
+    with pytest.raises(mv.ViewError, match="dest='first'"):
+        mv.view.attention_row(inputs, named, "first")
+
+
+def test_topk_holds_the_lens(read):
+    inputs, lens, _ = read
+    table, lines = data_of(mv.view.topk(inputs, lens, example=1))
+    pieces, probs = lens.of(1).pieces(), lens.of(1).probs
+    assert table["sampleLabels"] == ["row 0", "row 1", "row 2", "row 3"]
+    assert table["firstDimensionLabels"] == ["3", "2", "1", "0"], "last first"
+
+    def plain(text):
+        return text.replace("\u2060", "").strip()
+
+    for row, col, layer in [(0, 0, 0), (2, 3, 1), (3, 1, 3)]:
+        point, at = row * 4 + col, 3 - layer
+        expected = [readable(p).strip() for p in pieces[layer][point]]
+        chosen = [table["topkIdxs"][row][at][rank][col] for rank in range(3)]
+        assert [plain(table["tokens"][row][i]) for i in chosen] == expected
+        shown = [table["topkVals"][row][at][rank][col] for rank in range(3)]
+        np.testing.assert_allclose(shown, probs[layer, point], rtol=6e-4)
+        spoken = lines["tokens"][row][col][at]
+        assert [plain(t) for t in spoken] == [f"{layer}:", *expected]
+        np.testing.assert_allclose(lines["activations"][row][col][at], [0, *probs[layer, point]], rtol=6e-4)
+
+
+@pytest.mark.parametrize(
+    ("where", "names"),
+    [
+        ([21, 22, 24], ["positions 21, 22", "positions 24"]),
+        (list(range(14, 24)), ["positions 14 to 21", "positions 22, 23"]),
+    ],
+)
+def test_topk_of_other_positions(where, names, llava_vlm):
+    inputs = llava_vlm.inputs(noise_image(0), "what is this and that and more")
+    table, lines = data_of(mv.view.topk(inputs, mv.logit_lens(llava_vlm, inputs, k=2, positions=where)))
+    assert table["sampleLabels"] == lines["zerothDimensionLabels"] == names
+
+
+def test_coloured_tokens(read):
+    inputs, *_ = read
+    tokens = inputs.token_maps[0]
+    values = torch.arange(len(tokens)).float()
+    (data,) = data_of(mv.view.tokens(inputs, values, name="rank"))
+    assert data["values"] == values[tokens.all].tolist(), "padding is left out"
+    assert len(data["tokens"]) == len(tokens.all)
+    assert data["tokens"][0] == "<\u2060s>"
+    assert sum(t.endswith("\n") for t in data["tokens"]) == 5, "four rows of patches, and the line before them"
+
+
+def test_every_view_has_a_small_picture(read, read_queries, recwarn):
+    for inputs, lens, norms in (read, read_queries):
+        values = torch.linspace(-1, 1, len(inputs.token_maps[0]))
+        views = [
+            mv.view.attention(inputs, norms, 1, pool=2), mv.view.attention_row(inputs, norms, inputs.token_maps[0].last),
+            mv.view.topk(inputs, lens), mv.view.tokens(inputs, values), mv.view.tokens(inputs, values * 0),
+        ]  # fmt: skip
+        for view in views:
+            picture = Image.open(io.BytesIO(view.picture))
+            assert picture.format == "PNG"
+            assert len(view.picture) < 200_000
+            assert len(np.unique(np.asarray(picture.convert("L")))) > 10, "it is not blank"
+    assert not [w for w in recwarn if "Glyph" in str(w.message)]
+
+
+# --- what they refuse
+
+
+def test_results_of_other_inputs(llava_vlm, blip_vlm, read, read_queries):
+    inputs, lens, norms = read
+    one = llava_vlm.inputs(noise_image(0), "what is this")
+    belongs(inputs, lens, norms)
+    with pytest.raises(mv.ViewError, match="NormAttentionResult has 2 examples, the inputs have 1"):
+        belongs(one, norms)
+    longer = llava_vlm.inputs([noise_image(0)] * 2, "what is this , and is it longer than the other one was ?")
+    with pytest.raises(mv.ViewError, match=r"NormAttentionResult has \d+ positions, the inputs have \d+"):
+        mv.view.attention(longer, norms, 1)
+    with pytest.raises(mv.ViewError, match="example 1, the inputs only 1"):
+        mv.view.topk(one, lens)
+    elsewhere = replace(lens.of(0), position=lens.of(0).position + 100)
+    with pytest.raises(mv.ViewError, match=r"position .* no token of these inputs"):
+        mv.view.topk(inputs, elsewhere)
+    other = replace(norms, model="another")
+    with pytest.raises(mv.ViewError, match="of the model 'another', the inputs are of"):
+        mv.view.attention_row(inputs, other, 20)
+    with pytest.raises(mv.ViewError, match="of the model"):
+        belongs(read_queries[0], norms)
+    reading = mv.query_reading(blip_vlm, read_queries[0])
+    belongs(read_queries[0], reading)
+    with pytest.raises(mv.ViewError, match="queries, the inputs have 0"):
+        belongs(one, replace(reading, model=one.model))
+    with pytest.raises(TypeError, match="A dict cannot be shown"):
+        belongs(inputs, {})
+
+
+def test_an_image_that_is_gone(llava_vlm):
+    inputs = llava_vlm.inputs(noise_image(0), "what is this")
+    norms = mv.norm_attention(llava_vlm, inputs, dst="all pairs")
+    assert image_of(inputs, 0).size == (80, 60)
+    with pytest.raises(mv.ViewError, match="Image 0 of example 0 is gone: the inputs no longer hold it"):
+        mv.view.attention(replace(inputs, images=((),)), norms, 1, pool=2)
+    inputs.images[0][0].close()
+    with pytest.raises(mv.ViewError, match=r"Image 0 of example 0 is gone \(.*Make the inputs again"):
+        mv.view.attention(inputs, norms, 1, pool=2)
+
+
+def test_too_many_maps_say_which_pooling_fits(llava_vlm, read):
+    inputs, _, norms = read
+    with pytest.raises(mv.ViewError, match=r"is [\d,]+, at most 20,000 is usable\. Choose pool=(\d)") as error:
+        mv.view.attention(inputs, norms, [1, 2, 3], example=1)
+    pool = int(re.search(r"pool=(\d)", str(error.value))[1])
+    mv.view.attention(inputs, norms, [1, 2, 3], pool=pool, example=1)
+    with pytest.raises(mv.ViewError):
+        mv.view.attention(inputs, norms, [1, 2, 3], pool=pool + 1, example=1)
+    text = llava_vlm.inputs(noise_image(0), "a question of many words " * 12)
+    full = mv.norm_attention(llava_vlm, text, dst="all pairs")
+    with pytest.raises(mv.ViewError, match=r"Choose pool=4 and at most (\d) maps") as error:
+        mv.view.attention(text, full, 1)
+    assert int(re.search(r"most (\d) maps", str(error.value))[1]) >= 1
+    mv.view.attention(text, full, 1, pool=4, heads=())
+    longer = llava_vlm.inputs(noise_image(0), "a question of many words " * 30)
+    with pytest.raises(mv.ViewError, match="attention_row"):
+        mv.view.attention(longer, mv.norm_attention(llava_vlm, longer, dst="all pairs"), 1)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda v, i, lens, n: v.attention(i, n, 9), r"layers \[9\] were asked for; there are 1 to 3"),
+        (lambda v, i, lens, n: v.attention(i, n, []), "No layer"),
+        (lambda v, i, lens, n: v.attention(i, n, 1, heads=[4]), r"heads \[4\] were asked for; there are 0 to 3"),
+        (lambda v, i, lens, n: v.attention(i, n, 1, pool=5), "pool=5 was asked for; the image has 4 x 4 patches"),
+        (lambda v, i, lens, n: v.attention(i, n, 1, pool=2, measure="raw"), "measure='raw'.*'norm', 'weight'"),
+        (lambda v, i, lens, n: v.attention(i, n, 1, pool=2, example=2), "Example 2 was asked for; the inputs hold 2"),
+        (lambda v, i, lens, n: v.topk(i, lens.of(0), example=1), r"no position of example 1, only of \[0\]"),
+        (lambda v, i, lens, n: v.tokens(i, [1.0, 2.0]), r"shape \[2\]; example 0 has \d+ positions"),
+        (lambda v, i, lens, n: v.tokens(i, [float("nan")] * len(i.token_maps[0])), "NaN or infinity"),
+    ],
+)
+def test_wrong_arguments(call, message, read):
+    with pytest.raises(mv.ViewError, match=message):
+        call(mv.view, *read)
+
+
+def test_patterns_need_every_destination(llava_vlm, read):
+    inputs, *_ = read
+    with pytest.raises(mv.ViewError, match=r"Patterns need every destination; these norms hold \['last'\].*all pairs"):
+        mv.view.attention(inputs, mv.norm_attention(llava_vlm, inputs, dst="last"), 1)
+
+
+def test_groups_of_queries_are_few_enough(read_queries):
+    inputs, _, norms = read_queries
+    for pool in (6, (2, 2), 0):
+        with pytest.raises(mv.ViewError, match="queries: choose 1 to 5 groups"):
+            mv.view.attention(inputs, norms, 1, pool=pool)
+
+
+def test_a_view_opens_no_figure_of_its_own(read):
+    """Its still picture would else appear under the view in a notebook."""
+    inputs, lens, norms = read
+    plt.close("all")
+    for shown in (
+        mv.view.topk(inputs, lens),
+        mv.view.attention(inputs, norms, layers=1, pool=2),
+        mv.view.patches(inputs, lens, norms, example=0),
+        mv.view.tokens(inputs, torch.zeros(len(inputs.token_maps[0]))),
+    ):
+        assert shown.picture.startswith(b"\x89PNG")
+    assert plt.get_fignums() == []

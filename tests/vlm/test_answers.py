@@ -1,0 +1,60 @@
+"""The token that an answer begins with is the one that the model itself would have to write."""
+
+import pytest
+import torch
+
+import mechvlm as mv
+from helpers.images import noise_image
+from mechvlm.datasets.scenes import scenes
+
+
+@pytest.mark.parametrize("name", ["tiny-llava", "tiny-instructblip"])
+def test_the_token_is_the_one_that_the_model_answers_with(name):
+    vlm = mv.load(name)
+    image = next(scenes(1)).image
+    inputs = vlm.inputs(image, "What color is the circle?")
+    word = vlm.generate(inputs)[0]
+    with torch.no_grad():
+        best = vlm.hf(**vlm.encoding(inputs)).logits[0, -1].argmax()
+    assert vlm.answer_tokens(inputs, word).tolist() == [int(best)]
+    assert vlm.answer_tokens(inputs, int(best)).tolist() == [int(best)]
+
+
+def test_one_answer_for_all_or_one_each(batch, vlm):
+    one = vlm.answer_tokens(batch, "red")
+    each = vlm.answer_tokens(batch, ["red", "a cat", 7])
+    assert vlm.tokenizer.convert_ids_to_tokens(one.tolist()) == ["▁red"] * 3
+    assert vlm.tokenizer.convert_ids_to_tokens(each[:2].tolist()) == ["▁red", "▁a"]
+    assert each[2] == 7
+
+
+def test_bad_answers_are_refused(batch, vlm):
+    with pytest.raises(mv.InputError, match="2 answers were given for 3 examples"):
+        vlm.answer_tokens(batch, ["a", "b"])
+    with pytest.raises(mv.InputError, match="not ''"):
+        vlm.answer_tokens(batch, ["a", "", "b"])
+    with pytest.raises(mv.InputError, match="99999999 is no token id: the vocabulary has 0 to 32063"):
+        vlm.answer_tokens(batch, 99999999)
+
+
+def test_after_a_line_break_an_answer_has_no_space(llava_vlm):
+    """Chat templates may end in one; what the model then writes is what the tokenizer makes of the whole text."""
+    inputs = llava_vlm.inputs(noise_image(0), "USER: <image>\nWhat is it? ASSISTANT:\n")
+    whole = llava_vlm.tokenizer(inputs.texts[0] + "red").input_ids
+    assert whole[:-1] == llava_vlm.tokenizer(inputs.texts[0]).input_ids
+    assert llava_vlm.answer_tokens(inputs, " red").tolist() == whole[-1:]
+    assert llava_vlm.tokenizer.convert_ids_to_tokens(whole[-1]) == "red"
+
+
+def test_ids_as_they_come_from_logits(batch, vlm):
+    ids = torch.tensor([5, 6, 7])
+    assert torch.equal(vlm.answer_tokens(batch, ids), ids)
+    assert torch.equal(vlm.answer_tokens(batch, ids.tolist()), ids)
+    result = mv.information_flow(vlm, batch, ids, window=1, flows=["image -> last"])
+    assert result.answers == tuple(vlm.tokenizer.convert_ids_to_tokens([5, 6, 7]))
+
+
+def test_a_prompt_that_ends_in_a_space_is_refused(llava_vlm):
+    inputs = llava_vlm.inputs(noise_image(0), "<image> what is this ")
+    with pytest.raises(mv.InputError, match="ends in a space, where no answer begins: leave it out"):
+        llava_vlm.answer_tokens(inputs, "red")
