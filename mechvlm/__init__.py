@@ -32,15 +32,10 @@ if TYPE_CHECKING:
     from mechvlm.vlm.loading import load
     from mechvlm.vlm.vlm import VLM
 
-# Where each public name lives. They are imported when they are first used: `mechvlm --help` needs no torch.
+# The file that defines each public name, room by room. A name is imported when it is first used, so
+# that `mechvlm --help` does not wait for torch.
 _HOMES = {
     "errors": ("InputError", "ModelError", "NonFiniteError", "RemoteError", "ViewError"),
-    "experiments.causal_trace": ("CausalTraceResult", "causal_trace"),
-    "experiments.information_flow": ("InformationFlowResult", "information_flow"),
-    "experiments.multimodal_neurons": ("MultimodalNeuronsResult", "multimodal_neurons"),
-    "experiments.object_ablation": ("ObjectAblationResult", "object_ablation"),
-    "experiments.winoground": ("caption_logprob", "winoground"),
-    "experiments.winoground_result": ("PairScores", "WinogroundResult", "pair_scores"),
     "inputs.batch": ("Inputs",),
     "inputs.grids": ("PatchGrid",),
     "inputs.tokens": ("Modality", "TokenMap"),
@@ -53,21 +48,21 @@ _HOMES = {
     "probes.logit_lens": ("LogitLens", "LogitLensResult"),
     "probes.norm_attention": ("NormAttention", "NormAttentionResult"),
     "probes.query_reading": ("QueryReading", "QueryReadingResult"),
-    "study.compare": ("Comparison", "compare"),
-    "study.study": ("Study",),
-    "tracing.interventions": ("ablate", "knock_out", "patch", "steer"),
-    "tracing.reading": ("read",),
-    "methods": (
-        "contextualization",
-        "logit_attribution",
-        "logit_lens",
-        "norm_attention",
-        "query_reading",
-    ),
     "vlm.loading": ("load",),
     "vlm.vlm": ("VLM",),
+    "tracing.interventions": ("ablate", "knock_out", "patch", "steer"),
+    "tracing.reading": ("read",),
+    "experiments.causal_trace": ("CausalTraceResult", "causal_trace"),
+    "experiments.information_flow": ("InformationFlowResult", "information_flow"),
+    "experiments.multimodal_neurons": ("MultimodalNeuronsResult", "multimodal_neurons"),
+    "experiments.object_ablation": ("ObjectAblationResult", "object_ablation"),
+    "experiments.winoground": ("caption_logprob", "winoground"),
+    "experiments.winoground_result": ("PairScores", "WinogroundResult", "pair_scores"),
+    "methods": ("contextualization", "logit_attribution", "logit_lens", "norm_attention", "query_reading"),
+    "study.compare": ("Comparison", "compare"),
+    "study.study": ("Study",),
 }
-_HOME = {name: home for home, names in _HOMES.items() for name in names}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
     "VLM", "CausalTraceResult", "Comparison", "Contextualization", "ContextualizationResult", "InformationFlowResult",
@@ -84,9 +79,9 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name == "view":
         return import_module("mechvlm.view")
-    if name not in _HOME:
+    if name not in _HOME_OF:
         raise AttributeError(f"module 'mechvlm' has no attribute {name!r}")
-    value = getattr(import_module(f"mechvlm.{_HOME[name]}"), name)
+    value = getattr(import_module(f"mechvlm.{_HOME_OF[name]}"), name)
     globals()[name] = value
     return value
 

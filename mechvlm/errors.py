@@ -1,8 +1,11 @@
-"""The errors that mechvlm raises for what it was given. Each says what was asked, what is there, and what to do."""
+"""The errors that mechvlm raises.
+
+Each message says what was asked, what is there, and what to do.
+"""
 
 
 class ModelError(ValueError):
-    """The model cannot be loaded, or is not what its architecture record says."""
+    """The model cannot be loaded, or does not match its architecture record."""
 
 
 class InputError(ValueError):
@@ -13,7 +16,7 @@ class NonFiniteError(ValueError):
     """Activations hold NaN or infinity.
 
     Attributes:
-        examples: the rows of the batch that do.
+        examples: rows of the batch whose activations hold them.
     """
 
     def __init__(self, message: str, examples: tuple[int, ...]):
@@ -22,18 +25,21 @@ class NonFiniteError(ValueError):
 
 
 class ViewError(ValueError):
-    """A view cannot be drawn: of results from other inputs, of an image that is gone, or larger than a browser can hold."""
+    """A view cannot be drawn.
+
+    Its results come from other inputs, an image is gone, or it is larger than a browser can hold.
+    """
 
 
 class StoppedError(RuntimeError):
-    """Long work stopped half-way, for a reason that lies outside of it. What was done is kept, and it can be gone on with."""
+    """Long work stopped half-way for an outside reason. What is done is kept and can be resumed."""
 
 
 class RemoteError(RuntimeError):
     """A request to NDIF gave no result.
 
     Attributes:
-        retryable: whether the reason lies in the connection or in what the server is busy with, so that the same request may
+        retryable: whether the connection or the server's load is to blame, so that the request may
             succeed later. `mechvlm.ndif.connection.retrying` sends it again.
     """
 

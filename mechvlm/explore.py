@@ -1,4 +1,4 @@
-"""Read and show one image: the page that `mechvlm view` writes and the study's gallery opens."""
+"""One image read and shown: the page that `mechvlm view` writes and the study's gallery opens."""
 
 import torch
 from jaxtyping import Int
@@ -16,31 +16,36 @@ from mechvlm.view.patches import patches
 from mechvlm.vlm.vlm import VLM
 
 PAGE_ROOM = 16_000_000
-"""Characters that the rows of all destinations may take up on a page of its own: 28 of them at 7B."""
-
-
+"""Characters that the rows of all destinations may take up on a page: 28 of them at 7B."""
 GALLERY_ROOM = 4_000_000
-"""The same, on each of the gallery's pages: 7 destinations at 7B, all of them for a small model."""
+"""The same on each page of the gallery: 7 destinations at 7B, all of them for a small model."""
 
 
 def destinations(vlm: VLM, tokens: TokenMap, room: int = PAGE_ROOM) -> Int[Tensor, " dest"]:
-    """The positions that can have read the image and can be picked on its page: text after it, and the last position.
+    """The positions to pick from on the page: those that can have read the image, in order.
 
-    Where `room` (characters) does not hold the rows of all, the last ones: a row takes at most four characters for each
-    layer, head and source, and hardly more than `mechvlm.view.packing.ROW_ROOM`.
+    They are the text after the image, and the last position. When `room` (characters) does not hold
+    the rows of all, the last ones are taken. A row takes at most four characters for each layer,
+    head and source, and hardly more than `mechvlm.view.packing.ROW_ROOM`.
     """
     positions = torch.cat([tokens.text[tokens.text > tokens.image[0]], torch.tensor([tokens.last])]).unique()
-    each = min(ROW_ROOM, 4 * vlm.n_layers * vlm.n_heads * len(tokens))
-    return positions[-max(1, room // each) :]
+    row_room = min(ROW_ROOM, 4 * vlm.n_layers * vlm.n_heads * len(tokens))
+    return positions[-max(1, room // row_room) :]
 
 
 def patch_view(vlm: VLM, inputs: Inputs, dest: Int[Tensor, " dest"], k: int = 5) -> View:
-    """The patch view of one example, read in one forward: `dest` can be picked, each patch reads as its `k` likeliest tokens."""
+    """The patch view of one example, read in one forward.
+
+    The positions `dest` can be picked on it; each patch shows its `k` likeliest tokens.
+    """
     return patches(inputs, *read_for_page(vlm, inputs, dest, k))
 
 
 def read_for_page(vlm: VLM, inputs: Inputs, dest: Int[Tensor, " dest"], k: int) -> tuple:
-    """lens, norms, and where visual tokens are queries, where each reads (else None)."""
+    """The results of a patch view: (lens, norms, reading).
+
+    `reading` is where each query reads, or None when visual tokens are patches.
+    """
     queries = [] if inputs.tokens.patches else [QueryReading()]
-    found = read(vlm, inputs, LogitLens(k=k), NormAttention(dst=dest.tolist()), *queries)
-    return *found, *[None] * (3 - len(found))
+    results = read(vlm, inputs, LogitLens(k=k), NormAttention(dst=dest.tolist()), *queries)
+    return *results, *[None] * (3 - len(results))

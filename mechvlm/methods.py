@@ -1,4 +1,7 @@
-"""One call a method: each runs one forward with one probe. Several in one forward: `mechvlm.read`."""
+"""Methods as functions: each runs one probe in one forward.
+
+`mechvlm.read` runs several probes in one forward.
+"""
 
 from collections.abc import Sequence
 
@@ -22,41 +25,66 @@ def logit_lens(
     layers: Sequence[int] | None = None,
     final_norm: bool = True,
 ) -> LogitLensResult:
-    """The k likeliest tokens of states, through the unembedding: the probe `LogitLens`, in a forward of its own."""
+    """The k likeliest tokens of states, decoded by the unembedding: the logit lens.
+
+    Runs the probe `LogitLens` in a forward of its own; see there for the options and the result.
+
+    >>> lens = mv.logit_lens(vlm, inputs, k=3, positions="image")
+    """
     return read(vlm, inputs, LogitLens(k, positions, layers, final_norm))[0]
 
 
 def contextualization(
     vlm: VLM, inputs: Inputs, self_pairs: bool = True, special: bool = False, subtract_baseline: bool = False
 ) -> ContextualizationResult:
-    """Mean pairwise cosines of image and text tokens: the probe `Contextualization`, in a forward of its own."""
+    """Mean pairwise cosines of image and text tokens.
+
+    Runs the probe `Contextualization` in a forward of its own; see there for the options and the
+    result.
+
+    >>> cosines = mv.contextualization(vlm, inputs)
+    """
     return read(vlm, inputs, Contextualization(self_pairs, special, subtract_baseline))[0]
 
 
 def norm_attention(
     vlm: VLM, inputs: Inputs, dst: str | int | Sequence[str | int] = ("last_text", "last_image")
 ) -> NormAttentionResult:
-    """Norm-based attention of chosen destinations: the probe `NormAttention`, in a forward of its own."""
+    """Norm-based attention of chosen destinations.
+
+    Runs the probe `NormAttention` in a forward of its own; see there for the options and the
+    result.
+
+    >>> norms = mv.norm_attention(vlm, inputs, dst="last")
+    """
     return read(vlm, inputs, NormAttention(dst))[0]
 
 
 def query_reading(vlm: VLM, inputs: Inputs) -> QueryReadingResult:
-    """Where on the image each query reads: the probe `QueryReading`, in a forward of its own."""
+    """The places on the image that each query reads.
+
+    Runs the probe `QueryReading` in a forward of its own; see there for the result.
+
+    >>> reading = mv.query_reading(vlm, inputs)
+    """
     return read(vlm, inputs, QueryReading())[0]
 
 
 def logit_attribution(
     vlm: VLM, inputs: Inputs | Sequence[Inputs], answers: Answers = None, versus: Answers = None
 ) -> LogitAttributionResult:
-    """What each layer, head and MLP wrote toward an answer's logit at the last position, or the difference of two (logits).
+    """The parts of an answer's logit that each layer, head and MLP wrote at the last position.
 
-    The formula is the probe's, `LogitAttribution`; its parts sum to the model's logit.
+    In logits; with `versus`, parts of the difference of two answers' logits. Runs the probe
+    `LogitAttribution`, which gives the formula; its parts sum to the model's logit.
+
+    >>> parts = mv.logit_attribution(vlm, inputs, "red", versus="blue")
 
     Args:
         vlm: the model.
         inputs: a batch, or a list of batches, each one forward.
-        answers: a word or a token id for all examples, or one per example over all batches in order; None: the token that
-            the model itself would write first.
+        answers: a word or a token id for all examples, or one per example over all batches in
+            order; None: the token that the model itself would write first.
         versus: the same, for the answer whose logit is subtracted; None subtracts nothing.
 
     Raises:
@@ -64,7 +92,7 @@ def logit_attribution(
         ValueError: when an answer is its own `versus`.
     """
     batches = as_batches(inputs)
-    each = list(zip(batches, by_batch(batches, answers), by_batch(batches, versus), strict=True))
+    work = list(zip(batches, by_batch(batches, answers), by_batch(batches, versus), strict=True))
     return attribution.merge(
-        [read(vlm, batch, LogitAttribution(a, b))[0] for batch, a, b in track(each, "logit attribution, batches")]
+        [read(vlm, batch, LogitAttribution(a, b))[0] for batch, a, b in track(work, "logit attribution, batches")]
     )

@@ -1,4 +1,4 @@
-"""One progress bar for everything that takes its time."""
+"""Progress on stderr: a bar over items, a line for waiting, and the bar of a study."""
 
 import sys
 import time
@@ -14,61 +14,63 @@ from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColu
 
 T = TypeVar("T")
 Progress = Callable[[str, int, int], None]
-"""Called with a stage of long work, how much of it is done, and how much there is."""
+"""Called with the stage of long work, how much of it is done, and its total."""
 
 STDERR = Console(stderr=True)
-"""Of all that is drawn: two on one screen must know of each other."""
+"""The console of every bar and line. Sharing it lets rich stack two that are shown at once."""
 
 
-def somebody_looks() -> bool:
-    """Whether a line that moves would be seen: in a terminal, or in a notebook that has ipywidgets."""
+def is_watched() -> bool:
+    """Whether a moving line would be seen: in a terminal, or in a notebook that has ipywidgets."""
     # Without ipywidgets rich draws nothing in a notebook, and leaves a warning there instead.
     return find_spec("ipywidgets") is not None if STDERR.is_jupyter else STDERR.is_terminal
 
 
-def track(items: Sequence[T], what: str) -> Iterator[T]:
-    """The items one by one, with a bar on stderr that says `what` they are and goes away when they are done.
+def track(items: Sequence[T], label: str) -> Iterator[T]:
+    """Yield the items one by one, under a bar on stderr that names them by `label`.
 
-    Shown where somebody looks, in a terminal or in a notebook that has ipywidgets, and for more than one item.
+    The bar is shown in a terminal or in a notebook with ipywidgets, for two items or more. It
+    disappears when the items are done.
     """
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    hidden = len(items) < 2 or not somebody_looks()
+    hidden = len(items) < 2 or not is_watched()
     with rich_progress.Progress(*columns, console=STDERR, transient=True, disable=hidden) as progress:
-        yield from progress.track(items, description=what)
+        yield from progress.track(items, description=label)
 
 
 class StatusLine:
-    """One line on stderr that says what is waited for, and for how long; it goes away when that is over.
+    """A line on stderr that says what is waited for, and for how long. It disappears afterwards.
 
-    Shown where somebody looks; under a bar, where one is drawn.
+    Shown in a terminal or in a notebook with ipywidgets; below a bar, if one is shown.
     """
 
     def __init__(self, text: str, shown: bool = True):
         columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn())
         self._line = rich_progress.Progress(
-            *columns, console=STDERR, transient=True, disable=not (shown and somebody_looks())
+            *columns, console=STDERR, transient=True, disable=not (shown and is_watched())
         )
         self._task = self._line.add_task(text, total=None)
         self.text = text
 
     def __enter__(self) -> "StatusLine":
-        with suppress(LiveError):  # rich before 14.1 draws one thing at a time: then there is a bar already
+        # rich before 14.1 draws one thing at a time and raises this while a bar is shown.
+        with suppress(LiveError):
             self._line.start()
         return self
 
     def __exit__(self, *_) -> None:
         self._line.stop()
 
-    def say(self, text: str, aloud: bool = False) -> None:
-        """Change the line; `aloud` writes what is new as a line that stays, wherever stderr goes."""
-        if aloud and text != self.text:
+    def update(self, text: str, also_print: bool = False) -> None:
+        """Change the line's text; `also_print` prints it to stderr as well, where it stays."""
+        if also_print and text != self.text:
             print(text, file=sys.stderr)
         self.text = text
         self._line.update(self._task, description=text)
 
 
 def pace(done: int, left: int, seconds: float) -> str:
-    """How fast things went, `done` in so many seconds, and how long those that are left will take: "4.2/s, 3 min left"."""
+    """The speed of `done` items in `seconds`, and the time for those left: "4.2/s, 3 min left"."""
     if not done or seconds <= 0:
         return ""
     rate = done / seconds
@@ -83,9 +85,10 @@ def pace(done: int, left: int, seconds: float) -> str:
 
 
 class StudyBar(rich_progress.Progress):
-    """A study's stages in a terminal, one line each; the examples of all models on one line, with their pace.
+    """A study's stages in a terminal, one line each. Stages of reading also show their pace.
 
-    The pace is that of this run: what an earlier one did stands on the bar from the beginning, and counts for no speed.
+    The pace covers the examples of all models that this run has read. Examples read by an earlier
+    run are on the bar from the start, but do not count towards the pace.
     """
 
     def __init__(self) -> None:
@@ -95,11 +98,13 @@ class StudyBar(rich_progress.Progress):
         )  # fmt: skip
         self.line = self.add_task("starting", total=None, pace="")
         self.stage = "starting"
-        self.reading: tuple[float, int] | None = None  # this stage's start, and what was done by then
-        self.read, self.spent = 0, 0.0  # by the stages of reading before it
+        # When the present stage of reading began, and how many examples were done by then.
+        self.reading: tuple[float, int] | None = None
+        # Examples read, and seconds spent, in the stages of reading before it.
+        self.read, self.spent = 0, 0.0
 
     def show(self, stage: str, done: int, total: int) -> None:
-        """As `mechvlm.study.run` calls its `progress`."""
+        """Show a stage's progress. This is the `progress` that `mechvlm.study.run` calls."""
         now = time.monotonic()
         if stage != self.stage:
             self.finish()
@@ -113,7 +118,7 @@ class StudyBar(rich_progress.Progress):
         self.update(self.line, completed=done, total=total or None, pace=text)
 
     def finish(self) -> None:
-        """The stage that is shown is done."""
+        """Close the stage that is shown."""
         if self.reading is not None:
             (since, first), (now, done) = self.reading, self.last
             self.read, self.spent, self.reading = self.read + done - first, self.spent + now - since, None

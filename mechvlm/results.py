@@ -1,4 +1,4 @@
-"""What every result shares: it is frozen, knows its units, and can be saved, tabled and drawn."""
+"""The base class of results: frozen, with units, and methods to save, tabulate and plot them."""
 
 import json
 from dataclasses import dataclass, fields
@@ -16,14 +16,21 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Result:
-    """A typed result: tensors with named axes, and the settings they were made with."""
+    """A typed result: tensors with named axes, and the settings they were made with.
+
+    >>> result.save("lens.safetensors")
+    >>> LogitLensResult.load("lens.safetensors").to_frame()
+
+    Attributes:
+        units: of the tensors.
+        renamed: {name in files of earlier versions: present name} of the fields that were renamed.
+    """
 
     units: ClassVar[str] = ""
     renamed: ClassVar[dict[str, str]] = {}
-    """Names under which earlier versions saved a field, and its name now."""
 
     def __repr__(self) -> str:
-        """The shapes of its tensors, and its short settings: never the numbers."""
+        """The shapes of the tensors and the short settings, without any values of the tensors."""
         shown = []
         for f in fields(self):
             value = getattr(self, f.name)
@@ -34,39 +41,46 @@ class Result:
         return f"{type(self).__name__}({', '.join(shown)})"
 
     def to_frame(self) -> pd.DataFrame:
-        """The result as a tidy table, one value a row."""
+        """The result as a tidy table, one value a row.
+
+        Raises:
+            TypeError: for a result that has no table.
+        """
         raise TypeError(f"{type(self).__name__} has no table of its own.")
 
     def plot(self, ax=None):
-        """The result drawn with matplotlib, on `ax` or a new figure of pyplot (a notebook shows it); gives the axes.
+        """Plot the result with matplotlib, on `ax` or a new pyplot figure, which a notebook shows.
+
+        Returns:
+            The axes.
 
         Raises:
-            TypeError: for a result that has no picture.
+            TypeError: for a result that has no plot.
         """
-        held = ", ".join(field.name for field in fields(self))
-        raise TypeError(f"There is no plot of a {type(self).__name__}. Its numbers are in {held}.")
+        names = ", ".join(field.name for field in fields(self))
+        raise TypeError(f"There is no plot of a {type(self).__name__}. Its numbers are in {names}.")
 
     def save(self, path: str | PathLike) -> None:
-        """Write one .safetensors file: tensors as they are, everything else as JSON in its header.
+        """Write one .safetensors file: tensors as they are, other fields as JSON in the header.
 
         Raises:
-            FileNotFoundError: when the folder is not there.
+            FileNotFoundError: when the folder does not exist.
         """
-        tensors, rest = {}, {}
+        tensors, settings = {}, {}
         for f in fields(self):
             value = getattr(self, f.name)
             if isinstance(value, Tensor):
                 tensors[f.name] = value.detach().cpu().contiguous().clone()
             else:
-                rest[f.name] = value
+                settings[f.name] = value
         if not Path(path).parent.is_dir():
             raise FileNotFoundError(f"Nothing can be saved as {path}: the folder {Path(path).parent} is not there.")
-        header = {"mechvlm": type(self).__name__, "fields": json.dumps(rest)}
+        header = {"mechvlm": type(self).__name__, "fields": json.dumps(settings)}
         save_file(tensors, path, metadata=header)
 
     @classmethod
     def load(cls, path: str | PathLike) -> Any:
-        """Read what `save` wrote.
+        """Read a file that `save` wrote.
 
         Raises:
             ValueError: when the file holds another kind of result.
@@ -74,8 +88,8 @@ class Result:
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
             if header.get("mechvlm") != cls.__name__:
-                held = header.get("mechvlm", "no mechvlm result")
-                raise ValueError(f"{path} holds {held}, not {cls.__name__}: load it with the class that saved it.")
+                kind = header.get("mechvlm", "no mechvlm result")
+                raise ValueError(f"{path} holds {kind}, not {cls.__name__}: load it with the class that saved it.")
             values = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         values |= {key: _tuples(value) for key, value in json.loads(header["fields"]).items()}
         return cls(**{cls.renamed.get(key, key): value for key, value in values.items()})
@@ -86,16 +100,25 @@ def _tuples(value):
 
 
 def long_frame(values: Tensor, **axes) -> pd.DataFrame:
-    """A tensor as a table: one column per axis, in the tensor's order, and the column `value`."""
-    index = pd.MultiIndex.from_product([list(v) for v in axes.values()], names=list(axes))
+    """A tensor as a table with one row per entry.
+
+    Args:
+        values: the tensor.
+        axes: name and labels of each axis, in the tensor's order. Each becomes a column.
+
+    Returns:
+        The table; the entries are in the column `value`.
+    """
+    index = pd.MultiIndex.from_product([list(labels) for labels in axes.values()], names=list(axes))
     return pd.DataFrame({"value": np.asarray(values.detach().cpu().float()).reshape(-1)}, index=index).reset_index()
 
 
 def to_cpu(x: Tensor) -> Tensor:
-    """Off the device, in float32 unless it holds whole numbers."""
+    """The tensor on the CPU, detached; floating-point numbers of any precision as float32."""
     x = x.detach().cpu()
     return x.float() if x.is_floating_point() else x
 
 
 def stack(rows: list[Tensor]) -> Tensor:
-    return torch.stack([to_cpu(r) for r in rows])
+    """The rows as one tensor on the CPU, along a new first axis; see `to_cpu`."""
+    return torch.stack([to_cpu(row) for row in rows])

@@ -21,11 +21,12 @@ FASTER = 15
 
 
 class Nothing:
-    """A probe that reads nothing: what is left is the tracing."""
-
-    reads = frozenset()
+    """A probe that keeps nothing: what is left is the tracing."""
 
     def prepare(self, vlm, inputs):
+        return None
+
+    def at_state(self, plan, state):
         return None
 
     def result(self, plan, rows, vlm, inputs):

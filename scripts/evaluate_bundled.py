@@ -16,7 +16,8 @@ from bundled_card import draw_attention, draw_lens, write_card
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import mechvlm as mv
-from mechvlm.datasets.scenes import COLORS, GROUNDS, SHAPES, attribute_swaps, relation_swaps, sample_scenes
+from mechvlm.datasets.scenes import COLORS, GROUNDS, SHAPES, sample_scenes
+from mechvlm.datasets.swaps import attribute_swaps, relation_swaps
 
 HERE = Path(__file__).resolve().parent.parent / "mechvlm" / "bundled"
 CAPTION, PLACES = "Describe the scene.", "Where are the objects?"

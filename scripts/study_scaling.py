@@ -15,9 +15,9 @@ from pathlib import Path
 import torch
 
 from mechvlm.datasets import load_dataset
+from mechvlm.study.running.plan import Plan
 from mechvlm.study.running.ray_workers import Cluster
-from mechvlm.study.running.shards import Plan
-from mechvlm.study.running.workers import Here
+from mechvlm.study.running.workers import LocalWorker
 
 WORKERS = (1, 2, 4)
 
@@ -28,13 +28,13 @@ def measure(n: int, workers: int) -> tuple[float, int]:
         plan = Plan(
             Path(folder), ("tiny-llava",), load_dataset("scenes", n), "Describe the scene.", 16, 32, views=False
         )
-        here = Here(plan, plan.names, {}, {})
-        with here if not workers else Cluster("auto", workers, 0.0).workers(here) as hands:
-            hands.load(0, lambda: None)
-            while workers and len(hands.idle) < workers:  # the others load too
-                list(hands._outcomes(lambda: None))
+        local = LocalWorker(plan, plan.names, {}, {})
+        with local if not workers else Cluster("auto", workers, 0.0).workers(local) as makers:
+            makers.load(0, lambda: None)
+            while workers and len(makers.idle) < workers:  # the others load too
+                list(makers._outcomes(lambda: None))
             started = time.perf_counter()
-            hands.shards(0, list(range(len(plan))), lambda done: None)
+            makers.make_shards(0, list(range(len(plan))), lambda done: None)
             seconds = time.perf_counter() - started
         return seconds, sum(file.stat().st_size for file in Path(folder).rglob("*") if file.is_file())
 

@@ -21,7 +21,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 
 def pytest_xdist_auto_num_workers(config) -> int:
-    """All the default tests in two processes. A few files, or a lane such as `-m ray`, in one: that starts sooner, and alone."""
+    """Two processes for the whole default suite, one for a few files or for a lane (`-m ray`)."""
     whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS and not config.option.keyword
     return 2 if whole and config.option.markexpr.startswith("not ") else 0
 
@@ -43,7 +43,7 @@ def blip_vlm() -> mv.VLM:
 
 
 @pytest.fixture(scope="session")
-def one(vlm):
+def single(vlm):
     """One example."""
     return vlm.inputs(noise_image(0), "what is this")
 

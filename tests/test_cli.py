@@ -1,4 +1,4 @@
-"""The command line as its user sees it: exit codes, plain messages, the folder."""
+"""The command line as its user sees it: exit codes, messages, files."""
 
 import json
 import re
@@ -21,14 +21,14 @@ from mechvlm import bundled, cli, explore
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     """Both families as folders on disk."""
-    made = []
+    paths = []
     for name, make in (("a-llava", llava), ("a-blip", instructblip)):
         model, processor = make()
         folder = tmp_path_factory.mktemp("models") / name
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
-        made.append(str(folder))
-    return made
+        paths.append(str(folder))
+    return paths
 
 
 def call(capsys, *arguments) -> tuple[int, str, str]:
@@ -56,7 +56,7 @@ def test_study_of_two_folders(capsys, folders, tmp_path):
     assert (record["seed"], record["settings"]["batch_size"], record["settings"]["prompt"]) == (3, 3, "what is this")
     assert all(len(about["sha256"]) == 64 for about in record["models"].values())
     assert (out / "report.html").is_file()
-    # The models were not installed under these names: no path but the one that was typed.
+    # The paths in the record are those that were typed.
     assert record["settings"]["out"] == str(out)
 
 
@@ -84,7 +84,7 @@ def test_view_writes_the_patch_view_of_all_text_after_the_image(capsys, folders,
     text = [p for p in inputs.tokens.text.tolist() if p > inputs.tokens.image[0]]
     assert len(text) > 2
     if family == 0:
-        assert len(text) < len(inputs.tokens.text), "what stands before the image has not read it"
+        assert len(text) < len(inputs.tokens.text), "text before the image cannot read it"
     results = mv.read(
         vlm, inputs, mv.LogitLens(k=3), mv.NormAttention(dst=text), *([mv.QueryReading()] if family else [])
     )
@@ -95,14 +95,14 @@ def test_a_view_without_room_for_all_its_text_says_so(capsys, folders, picture, 
     vlm = mv.load(folders[0])
     inputs = vlm.inputs(picture, "what is this")
     text = inputs.tokens.text[inputs.tokens.text > inputs.tokens.image[0]]
-    each = 4 * vlm.n_layers * vlm.n_heads * len(inputs.tokens)
-    assert explore.destinations(vlm, inputs.tokens, room=3 * each + 1).tolist() == text[-3:].tolist()
+    row_size = 4 * vlm.n_layers * vlm.n_heads * len(inputs.tokens)  # characters
+    assert explore.destinations(vlm, inputs.tokens, room=3 * row_size + 1).tolist() == text[-3:].tolist()
     assert explore.destinations(vlm, inputs.tokens, room=0).tolist() == [inputs.tokens.last]
     monkeypatch.setattr(vlm, "n_layers", 32)
     monkeypatch.setattr(vlm, "n_heads", 32)
     tokens = large_inputs().tokens
-    found = [len(explore.destinations(vlm, tokens, room)) for room in (explore.PAGE_ROOM, explore.GALLERY_ROOM)]
-    assert (found, len(tokens.text)) == ([28, 7], 43), "at the size of 7B"
+    n_dest = [len(explore.destinations(vlm, tokens, room)) for room in (explore.PAGE_ROOM, explore.GALLERY_ROOM)]
+    assert (n_dest, len(tokens.text)) == ([28, 7], 43), "at the size of 7B"
     monkeypatch.setattr("mechvlm.explore.destinations", lambda vlm, tokens: text[-2:])
     code, printed, _ = call(
         capsys, "view", folders[0], picture, "--prompt", "what is this", "--out", tmp_path / "x.html"
@@ -138,7 +138,9 @@ def test_view_without_out_writes_over_nothing(capsys, folders, picture, tmp_path
         (["MODEL", "IMAGE", "--out", "/proc/view.html"], "Error: Nothing can be written to /proc/view.html"),
     ],
 )
-def test_what_cannot_be_viewed_is_one_message(capsys, folders, picture, tmp_path, monkeypatch, arguments, message):
+def test_a_view_that_cannot_be_made_gives_one_message(
+    capsys, folders, picture, tmp_path, monkeypatch, arguments, message
+):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "notes.png").write_text("no picture")
     (tmp_path / "there.html").write_text("keep")
@@ -154,7 +156,7 @@ def test_what_cannot_be_viewed_is_one_message(capsys, folders, picture, tmp_path
     assert (tmp_path / "there.html").read_text() == "keep"
 
 
-def test_what_is_wrong_is_said_before_the_model_is_loaded(capsys, picture, tmp_path, monkeypatch):
+def test_errors_come_before_the_model_is_loaded(capsys, picture, tmp_path, monkeypatch):
     monkeypatch.setattr("mechvlm.vlm.loading.load", lambda *_, **__: pytest.fail("the model was loaded"))
     for wrong in (["gone.png"], [picture, "--out", tmp_path], [picture, "--device", "abacus"]):
         assert call(capsys, "view", "tiny-llava", *wrong, "--prompt", "a")[0] == 1
@@ -187,7 +189,7 @@ def test_a_folder_of_images(capsys, folders, tmp_path):
         (["--model", "EMPTY"], "holds no config.json"),
     ],
 )
-def test_what_cannot_be_used_is_one_message(capsys, folders, tmp_path, arguments, message):
+def test_a_study_that_cannot_be_run_gives_one_message(capsys, folders, tmp_path, arguments, message):
     (tmp_path / "empty").mkdir()
     names = {"MODEL": folders[0], "EMPTY": tmp_path / "empty"}
     out = [] if "--out" in arguments else ["--out", tmp_path / "out"]
@@ -226,12 +228,12 @@ def test_no_command_shows_the_help(capsys):
 
 def test_without_out_no_study_is_written_over(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert cli._free("s") == "s"
+    assert cli._free_name("s") == "s"
     (tmp_path / "s").mkdir()
-    assert cli._free("s") == "s", "an empty folder will do"
+    assert cli._free_name("s") == "s", "an empty folder is free"
     (tmp_path / "s" / "run.json").touch()
     (tmp_path / "s-2").touch()
-    assert cli._free("s") == "s-3"
+    assert cli._free_name("s") == "s-3"
 
 
 def test_an_interrupt_is_130(capsys, monkeypatch):
@@ -245,7 +247,7 @@ def test_an_interrupt_is_130(capsys, monkeypatch):
     assert "Traceback" not in err
 
 
-def test_a_bug_is_not_dressed_up(monkeypatch):
+def test_a_bug_shows_its_traceback(monkeypatch):
     def fail(*_, **__):
         raise ZeroDivisionError
 
@@ -264,7 +266,7 @@ def test_too_little_memory_says_what_to_try(capsys, monkeypatch):
     assert "--batch-size" in err
 
 
-def test_models_lists_what_there_is(capsys):
+def test_models_lists_models_and_classes(capsys):
     code, out, _ = call(capsys, "models")
     assert code == 0
     for name in (*bundled.NAMES, "LlavaForConditionalGeneration", "InstructBlipForConditionalGeneration"):
@@ -286,12 +288,12 @@ def test_help_needs_no_torch(command, options):
     assert done.returncode == 0, done.stderr
     for option in options:
         assert re.search(f"--{option}[ \n]", done.stdout)
-    # A second is the aim; slow machines get some more.
+    # The aim is one second; slow machines may take three.
     assert time.perf_counter() - started < 3
 
 
 def test_images_may_be_odd(capsys, folders, tmp_path):
-    """Grey, palette with transparency, and one pixel: all are pictures."""
+    """Grey images, palettes with transparency, and single pixels are read."""
     folder = tmp_path / "d"
     folder.mkdir()
     noise_image(0).convert("L").save(folder / "grey.png")

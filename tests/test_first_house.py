@@ -1,6 +1,7 @@
-"""What earlier versions saved still opens: results, finished and unfinished studies, and jobs left on NDIF.
+"""Files of earlier versions still open: results, finished and unfinished studies, jobs on NDIF.
 
-tests/data/first_house holds what the first released layout of the package wrote, on the bundled models.
+tests/data/first_house holds files that the first released layout of the package wrote, with the
+bundled models.
 """
 
 import json
@@ -33,7 +34,7 @@ PROBES = (
 
 
 @pytest.fixture(scope="module")
-def asked():
+def questions():
     return naming(2)
 
 
@@ -43,19 +44,21 @@ def vlm():
 
 
 @pytest.fixture(scope="module")
-def inputs(vlm, asked):
-    return vlm.inputs([a.image for a in asked], [a.prompt for a in asked])
+def inputs(vlm, questions):
+    return vlm.inputs([q.image for q in questions], [q.prompt for q in questions])
 
 
-def same(old, new) -> None:
-    """Both results hold the same, name by name."""
+def assert_same(old, new) -> None:
+    """Compare two results field by field."""
     assert type(old) is type(new)
     for name, value in vars(new).items():
-        was = getattr(old, name)
+        old_value = getattr(old, name)
         if isinstance(value, torch.Tensor):
-            torch.testing.assert_close(was, value, rtol=1e-4, atol=1e-5, equal_nan=True)
+            torch.testing.assert_close(old_value, value, rtol=1e-4, atol=1e-5, equal_nan=True)
+        elif isinstance(value, float):
+            assert old_value == pytest.approx(value, nan_ok=True), name
         else:
-            assert was == pytest.approx(value, nan_ok=True) if isinstance(value, float) else was == value, name
+            assert old_value == value, name
 
 
 def saved(cls, name: str):
@@ -66,61 +69,61 @@ def test_results_of_probes(vlm, inputs):
     kinds = {"lens": mv.LogitLensResult, "context": mv.ContextualizationResult, "norms": mv.NormAttentionResult,
              "likelihood": mv.LikelihoodResult, "attribution": mv.LogitAttributionResult}  # fmt: skip
     for (name, kind), new in zip(kinds.items(), mv.read(vlm, inputs, *PROBES), strict=True):
-        same(saved(kind, name), new)
+        assert_same(saved(kind, name), new)
 
 
-def test_results_of_experiments(vlm, inputs, asked):
-    answers, boxes = [a.answer for a in asked], [a.box for a in asked]
-    same(saved(mv.InformationFlowResult, "flow"), mv.information_flow(vlm, inputs, answers, window=3))
-    same(saved(mv.CausalTraceResult, "trace"), mv.causal_trace(vlm, inputs, answers, corrupt="blank"))
+def test_results_of_experiments(vlm, inputs, questions):
+    answers, boxes = [q.answer for q in questions], [q.box for q in questions]
+    assert_same(saved(mv.InformationFlowResult, "flow"), mv.information_flow(vlm, inputs, answers, window=3))
+    assert_same(saved(mv.CausalTraceResult, "trace"), mv.causal_trace(vlm, inputs, answers, corrupt="blank"))
     ablated = mv.object_ablation(vlm, inputs, boxes, answers, margins=(0, 1), draws=2)
-    same(saved(mv.ObjectAblationResult, "ablation"), ablated)
-    same(saved(mv.MultimodalNeuronsResult, "neurons"), mv.multimodal_neurons(vlm, inputs, answers, k=3))
+    assert_same(saved(mv.ObjectAblationResult, "ablation"), ablated)
+    assert_same(saved(mv.MultimodalNeuronsResult, "neurons"), mv.multimodal_neurons(vlm, inputs, answers, k=3))
     first, second = list(scenes(2))
     pair = Pair("0", (first.image, second.image), (first.captions[0], second.captions[0]))
-    same(saved(mv.WinogroundResult, "winoground"), mv.winoground(vlm, [pair]))
+    assert_same(saved(mv.WinogroundResult, "winoground"), mv.winoground(vlm, [pair]))
 
 
-def test_results_of_queries_and_phases(vlm, asked):
+def test_results_of_queries_and_phases(vlm, questions):
     blip = mv.load("tiny-instructblip")
-    inputs = blip.inputs([a.image for a in asked], [a.prompt for a in asked])
-    same(saved(mv.QueryReadingResult, "reading"), mv.query_reading(blip, inputs))
+    inputs = blip.inputs([q.image for q in questions], [q.prompt for q in questions])
+    assert_same(saved(mv.QueryReadingResult, "reading"), mv.query_reading(blip, inputs))
     many = vlm.inputs([e.image for e in scenes(6)], "Describe the scene.")
-    same(saved(Phases, "phases"), mv.fit_phases(mv.contextualization(vlm, many), n_bootstrap=50))
+    assert_same(saved(Phases, "phases"), mv.fit_phases(mv.contextualization(vlm, many), n_bootstrap=50))
 
 
 def test_a_job_that_was_left_on_ndif(vlm, inputs, monkeypatch):
-    """The same call collects it: it asks the same question, and makes the same results of what was saved."""
+    """The same call as before fetches the job's results: they are for the same request."""
     tensors = load_file(SAVED / "job.safetensors")
     with safe_open(SAVED / "job.safetensors", framework="pt") as file:
-        asked, layout = (json.loads(file.metadata()[key]) for key in ("asked", "rows"))
+        request, layout = (json.loads(file.metadata()[key]) for key in ("asked", "rows"))
     rows = [
         [None if keys is None else {key: tensors[f"{p}.{i}.{key}"] for key in keys} for i, keys in enumerate(kept)]
         for p, kept in enumerate(layout)
     ]
     finite = [tensors[f"finite.{i}"] for i in range(vlm.n_layers + 1)]
     new = mv.read(vlm, inputs, *PROBES)
-    done = Done({"asked": asked, "rows": rows, "finite": finite})
+    done = Done({"asked": request, "rows": rows, "finite": finite})
     monkeypatch.setattr("mechvlm.tracing.reading.backend_for", lambda *_, **__: done)
     job = mv.read(vlm, inputs, *PROBES, blocking=False, job_id="old")
-    for was, now in zip(job.result(), new, strict=True):
-        same(was, now)
+    for result, expected in zip(job.result(), new, strict=True):
+        assert_same(result, expected)
     with pytest.raises(mv.InputError, match="asked something else"):
         mv.read(vlm, inputs, mv.LogitLens(k=3), blocking=False, job_id="old").result()
 
 
 class Done(Connection):
-    """A request whose job is done, and gives what an earlier version saved."""
+    """A connection to a finished job, which returns what an earlier version saved."""
 
-    def __init__(self, found: dict):
+    def __init__(self, saved: dict):
         super().__init__("model:{}", blocking=False, job_id="old")
-        self.found = found
+        self.saved = saved
 
-    def look(self):
+    def last_response(self):
         return SimpleNamespace(status=Status.COMPLETED)
 
     def poll(self, tracer=None):
-        return self.found
+        return self.saved
 
 
 def test_a_finished_study():
@@ -135,13 +138,12 @@ def test_a_finished_study():
 
 
 def test_an_unfinished_study_goes_on(tmp_path):
-    """The same command takes its shard as it is; its tables are those of the study that was never stopped."""
+    """The same command keeps the finished shard. Its tables equal those of an unstopped study."""
     folder = tmp_path / "study"
     shutil.copytree(SAVED / "unfinished", folder)
     settings = read_settings(folder)
-    settings["versions"] = {
-        package: version(package) for package in RESULT_PACKAGES
-    }  # as if written beside today's packages
+    # As if it had been begun with the packages that are installed now.
+    settings["versions"] = {package: version(package) for package in RESULT_PACKAGES}
     (folder / "settings.json").write_text(json.dumps(settings))
     shard = folder / "shards" / "0-00000" / "about.json"
     before = shard.stat().st_ino

@@ -1,6 +1,7 @@
-"""The house keeps its order: data flows one way, no file imports what imports it, nothing heavy loads early."""
+"""The order of the house: data flows one way, no circles of imports, nothing heavy loads early."""
 
 import ast
+import dataclasses
 import io
 import re
 import subprocess
@@ -8,9 +9,13 @@ import sys
 import tokenize
 from pathlib import Path
 
+import pytest
+
 import mechvlm
 
 ROOT = Path(mechvlm.__file__).parent
+FILES = sorted(ROOT.rglob("*.py"))
+TESTS = sorted(Path(__file__).parent.rglob("*.py"))
 
 # From the ground up: a room imports itself and the rooms before it, lazily or not.
 ROOMS = [
@@ -31,7 +36,7 @@ Graph = dict[str, set[str]]
 
 
 def graph_of(root: Path) -> Graph:
-    """For each file, the files of the package that it imports: at its top, in functions, and for types alone."""
+    """For each file, the package's files that it imports: at its top, lazily, or for types."""
     files = {".".join(p.relative_to(root.parent).with_suffix("").parts): p for p in root.rglob("*.py")}
     files = {name.removesuffix(".__init__"): path for name, path in files.items()}
     graph: Graph = {}
@@ -120,9 +125,71 @@ def _packages(name: str) -> set[str]:
     return {module.split(".")[0] for module in _imported(path)}
 
 
-# -- how it speaks -----------------------------------------------------------------------------------------------------
+FACTS = {
+    "attention_call|attention_interface": {"families/record.py", "decoder/attention.py"},
+    "text_config": {"families/record.py", "families/known.py", "decoder/decoder.py"},
+    "image_token_(id|index)": {"families/record.py"},
+    "rms_norm_eps": {"families/record.py"},
+    "variance_epsilon|norm\\.weight": {"decoder/norms.py"},
+    "qformer_config|vision_config|language_model_outputs": {"families/record.py", "families/known.py"},
+}
+"""Facts about a family, as patterns, and the only files that may state them."""
 
-FILES = sorted(ROOT.rglob("*.py"))
+
+@pytest.mark.parametrize("pattern", FACTS)
+def test_a_fact_about_a_family_has_one_home(pattern):
+    uses = re.compile(rf"(?<!record\.)(?<!vlm\.)(?<!self\.)\b({pattern})\b")
+    stating = set()
+    for path in FILES:
+        code = "\n".join(line for line in _code(path) if "import" not in line and "attention_call(" not in line)
+        if uses.search(code):
+            stating.add(path.relative_to(ROOT).as_posix())
+    assert stating <= FACTS[pattern]
+
+
+def _code(path: Path) -> list[str]:
+    """The lines of a file without comments and docstrings."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        if isinstance(body, list) and len(body) > 1:
+            node.body = [part for part in body if not _is_prose(part)]  # type: ignore[attr-defined]
+    return ast.unparse(tree).split("\n")
+
+
+def _is_prose(node: ast.AST) -> bool:
+    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+
+
+def test_a_name_means_the_same_in_every_result():
+    """`layers` are numbers, only inputs have `tokens`, and other fields have one type each."""
+    kinds: dict[str, set[str]] = {}
+    for result in _results():
+        for field in dataclasses.fields(result):
+            kinds.setdefault(field.name, set()).add(_kind(field.type))
+        shown = {name for name in dir(result) if not name.startswith("_")}
+        assert "tokens" not in shown | {field.name for field in dataclasses.fields(result)}, result
+    assert kinds["layers"] == {"numbers"}
+    several = {name: found for name, found in kinds.items() if len(found) > 1}
+    assert several == {}
+
+
+def _results() -> list[type]:
+    names = [getattr(mechvlm, name) for name in mechvlm.__all__ if name.endswith("Result")]
+    from mechvlm.measures.phases import Phases
+
+    return [*names, Phases]
+
+
+def _kind(annotation) -> str:
+    text = annotation if isinstance(annotation, str) else getattr(annotation, "__name__", str(annotation))
+    if "Tensor" in text:
+        return "tensor"
+    return {"tuple[int, ...]": "numbers"}.get(str(annotation), str(annotation))
+
+
+# -- how it speaks ---------------------------------------------------------------------------------
+
 VAGUE = ("found", "one", "asked")
 
 
@@ -151,7 +218,7 @@ def test_nothing_registers_itself():
 
 
 def vague_names(tree: ast.Module) -> list[str]:
-    """Where `found`, `one` or `asked` lives for more than three lines: nobody remembers what it was by then."""
+    """Scopes in which `found`, `one` or `asked` lives for more than three lines."""
     scopes = (ast.FunctionDef, ast.Lambda, ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
     long = []
 
@@ -192,14 +259,14 @@ def _is_stored(node: ast.AST) -> bool:
 def test_vague_names_live_for_three_lines():
     assert vague_names(ast.parse("def f(x):\n    found = x\n    x += 1\n    return found")) == []
     assert vague_names(ast.parse("def f(x):\n    found = x\n    x += 1\n\n    return found")) == ["found, lines 2 to 5"]
-    wrong = {str(path.relative_to(ROOT)): vague_names(ast.parse(path.read_text(encoding="utf-8"))) for path in FILES}
+    wrong = {str(path): vague_names(ast.parse(path.read_text(encoding="utf-8"))) for path in [*FILES, *TESTS]}
     assert {name: lines for name, lines in wrong.items() if lines} == {}
 
 
 def test_prose_is_100_columns_wide():
     """Comments and docstrings; code may take 120."""
     wide = []
-    for path in FILES:
+    for path in [*FILES, *TESTS]:
         text = path.read_text(encoding="utf-8")
         lines = text.split("\n")
         prose = {
@@ -214,7 +281,7 @@ def test_prose_is_100_columns_wide():
                 and isinstance(node.value.value, str)
             ):
                 prose |= set(range(node.lineno, node.end_lineno + 1))
-        wide += [f"{path.relative_to(ROOT)}:{line}" for line in sorted(prose) if len(lines[line - 1]) > 100]
+        wide += [f"{path}:{line}" for line in sorted(prose) if len(lines[line - 1]) > 100]
     assert wide == []
 
 
@@ -255,7 +322,7 @@ def _imported(path: Path) -> set[str]:
     return modules
 
 
-# -- what it costs, and what it shows ----------------------------------------------------------------------------------
+# -- what it costs, and what it shows --------------------------------------------------------------
 
 
 def run(code: str) -> str:
@@ -263,7 +330,7 @@ def run(code: str) -> str:
 
 
 def test_import_is_light():
-    """Neither `import mechvlm` nor its command line's help loads torch; loading a model never loads TransformerLens."""
+    """`import mechvlm` and `--help` load no torch; loading a model loads no TransformerLens."""
     heavy = {"torch", "nnsight", "transformers", "matplotlib"}
     code = f"import sys, mechvlm, mechvlm.cli; print(sorted({heavy} & set(sys.modules)))"
     assert run(code) == "[]"

@@ -1,4 +1,4 @@
-"""One call a method: it completes its options, and they are those of the probe."""
+"""Methods as functions: their options are those of the probe, and an editor completes them."""
 
 import dataclasses
 import inspect

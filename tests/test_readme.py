@@ -28,7 +28,7 @@ def test_the_examples_run(tmp_path, monkeypatch):
     inputs = vlm.inputs(names["image"], "Describe the scene.")
     assert names["resid"].shape == (1, len(inputs.tokens), vlm.d_model)
     assert names["weights"].shape == (1, vlm.n_heads, 1, len(inputs.tokens))
-    assert names["lens"].tokens.shape == (vlm.n_layers + 1, len(inputs.tokens.image), 5)
+    assert names["lens"].ids.shape == (vlm.n_layers + 1, len(inputs.tokens.image), 5)
 
 
 @pytest.mark.ndif
@@ -39,9 +39,9 @@ def test_the_example_on_NDIF_runs(server, tmp_path):
     file.write_text(code)
     names: dict = {}
     exec(compile(code, str(file), "exec"), names)
-    assert names["there"].apart
+    assert not names["there"].has_weights
     assert names["logits"].shape == (1, names["there"].d_vocab)
-    assert names["lens"].tokens.shape[0] == names["there"].n_layers + 1
+    assert names["lens"].ids.shape[0] == names["there"].n_layers + 1
     assert names["found"]["norm"].shape == (1, len(names["inputs"].tokens))
 
 

@@ -1,4 +1,4 @@
-"""The tutorials run from the first cell to the last, and what is committed of them is small and of no machine in particular."""
+"""The tutorials run, and their committed outputs are small and name no machine."""
 
 import base64
 import importlib.util
@@ -37,7 +37,7 @@ def test_there_are_seven():
 @pytest.mark.tutorial
 @BY_NAME
 def test_it_runs(path):
-    """No cell fails, and it prints what is committed, up to rounding (the text speaks of these numbers)."""
+    """No cell fails, and each prints what is committed, up to rounding: the text quotes it."""
     committed = nbformat.read(path, as_version=4)
     ran = script.run(path)
     assert any("<iframe " in o.get("data", {}).get("text/html", "") for o in outputs(ran)) == (
@@ -102,7 +102,7 @@ def test_it_says_what_changes_for_a_large_model(path):
 
 
 def test_a_view_is_committed_as_its_still_picture():
-    """A picture stays of what is shown, and nothing of frames, progress bars and what went to stderr."""
+    """Of views a picture stays; frames, progress bars and stderr go."""
     png = "aGVsbG8="
     view = f'<div><img alt="a" src="data:image/png;base64,{png}"><iframe srcdoc="&lt;script&gt;"></iframe></div>'
     new = nbformat.v4.new_output

@@ -1,4 +1,4 @@
-"""The small trained models that ship with the package. Each folder holds its model card, README.md."""
+"""The small trained models that ship with the package. Each folder has a model card, README.md."""
 
 from pathlib import Path
 
@@ -12,5 +12,5 @@ def path(name: str) -> Path:
         KeyError: for a name that is not in `NAMES`.
     """
     if name not in NAMES:
-        raise KeyError(f"There is no bundled model {name!r}: there are {', '.join(NAMES)}.")
+        raise KeyError(f"There is no bundled model {name!r}. The bundled models are {', '.join(NAMES)}.")
     return Path(__file__).parent / name

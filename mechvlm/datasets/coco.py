@@ -1,10 +1,13 @@
-"""Captions in COCO's format: a `captions_*.json` and the folder of its images (Lin et al. 2014; Chen et al. 2015).
+"""Captions in COCO's format: a `captions_*.json` and a folder of images.
+
+Source: Lin et al. 2014 (COCO); Chen et al. 2015 (its captions).
 
     {"images": [{"id": 397133, "file_name": "000000397133.jpg", ...}, ...],
-     "annotations": [{"id": 370509, "image_id": 397133, "caption": "A man is in a kitchen making pizzas."}, ...]}
+     "annotations": [{"id": 370509, "image_id": 397133, "caption": "A man makes pizzas."}, ...]}
 
-Taken as COCO unpacks it, `annotations/captions_val2017.json` beside `val2017/`, or with the images in `images/` or beside
-the file. `coco:FILE?images=DIR` names another folder.
+The images are looked for where COCO unpacks them (`val2017/` beside
+`annotations/captions_val2017.json`), in `images/`, and beside the captions file.
+`coco:FILE?images=DIR` names another folder.
 """
 
 import json
@@ -15,29 +18,31 @@ from pathlib import Path
 from typing import Any
 
 from mechvlm.datasets.example import Example
-from mechvlm.datasets.files import Folder, SetAside, storable
+from mechvlm.datasets.files import ImageFolder, SetAside, storable
 from mechvlm.errors import InputError
 
 
 def read_coco(where: str | PathLike, images: str | PathLike | None = None) -> tuple[list[Example], list[SetAside]]:
-    """The usable examples in the order of the file, and those set aside with their reasons.
+    """Read COCO captions: the usable examples in the order of the file, and those set aside.
 
-    An example's id is COCO's image id, its captions are all that the file has of the image, in the order of their ids, and
-    `meta["file_name"]` is the image's name. Images are only looked for, not opened.
+    An example's id is COCO's image id. Its captions are all captions of the image, in the order of
+    the annotations' ids. `meta["file_name"]` is the name of the image file. Images are only looked
+    for, not opened.
 
     Args:
-        where: a captions file, or a folder that holds one, itself or in `annotations/`.
-        images: the folder of the images; by default found beside the file.
+        where: a captions file, or a folder that holds one, either directly or in `annotations/`.
+        images: the folder of the images; by default it is looked for beside the file.
 
     Raises:
-        InputError: where there is no captions file, or several; where the file is no JSON (it says where), or not of this
-            structure; and where not one of its images is found.
+        InputError: when there is no captions file, or there are several; when the file is not JSON
+            (the error gives the position), or does not have this structure; or when not one of its
+            images is found.
     """
     file = _captions_file(Path(where))
     listed, annotations = _content(file)
     names, aside = _names(listed)
     captions, strays = _captions(annotations, names)
-    folder = Folder(_image_folder(file, names.values(), images))
+    folder = ImageFolder(_image_folder(file, names.values(), images))
     examples = []
     for key, name in names.items():
         try:
@@ -57,16 +62,16 @@ def _captions_file(where: Path) -> Path:
         return where
     if not where.is_dir():
         raise InputError(f"{where} is not there; coco:DIR needs a folder with a captions_*.json, or that file itself.")
-    found = sorted(file for folder in (where, where / "annotations") for file in folder.glob("captions*.json"))
-    if len(found) == 1:
-        return found[0]
-    if found:
-        names = ", ".join(str(file.relative_to(where)) for file in found)
-        raise InputError(f"{where} holds {len(found)} files of captions ({names}). Name one: coco:{found[0]}")
+    files = sorted(file for folder in (where, where / "annotations") for file in folder.glob("captions*.json"))
+    if len(files) == 1:
+        return files[0]
+    if files:
+        names = ", ".join(str(file.relative_to(where)) for file in files)
+        raise InputError(f"{where} holds {len(files)} files of captions ({names}). Name one: coco:{files[0]}")
     others = sorted(str(f.relative_to(where)) for f in (*where.glob("*.json"), *where.glob("annotations/*.json")))
-    there = f"It holds {', '.join(others[:5])}; if one of them is" if others else "If there is one elsewhere"
+    hint = f"It holds {', '.join(others[:5])}; if one of them is" if others else "If another file is"
     raise InputError(
-        f"{where} holds no captions_*.json, nor does its folder annotations. {there} in COCO's captions format, name it: "
+        f"{where} holds no captions_*.json, nor does its folder annotations. {hint} in COCO's captions format, name it: "
         f"coco:{where / 'FILE.json'}"
     )
 
@@ -77,7 +82,7 @@ def _content(file: Path) -> tuple[list, list]:
     except json.JSONDecodeError as error:
         raise InputError(
             f"{file} is not JSON: {error.msg} at line {error.lineno}, column {error.colno} (character {error.pos:,} of "
-            f"{len(error.doc):,}). If it ends there, fetch it again."
+            f"{len(error.doc):,}). If the file ends there, download it again."
         ) from None
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{file} cannot be read ({error}). It should be JSON in UTF-8.") from None
@@ -87,8 +92,8 @@ def _content(file: Path) -> tuple[list, list]:
     images, annotations = content.get("images"), content.get("annotations")
     if not isinstance(images, list) or not isinstance(annotations, list):
         raise InputError(f"{file} holds {', '.join(map(repr, content)) or 'nothing'}, not COCO's {shape}.")
-    first = next((a for a in annotations if isinstance(a, dict)), {})
     if annotations and not any(isinstance(a, dict) and "caption" in a for a in annotations):
+        first = next((a for a in annotations if isinstance(a, dict)), {})
         raise InputError(
             f"{file} has annotations without captions (the first holds {', '.join(map(repr, first)) or 'nothing'}): it is "
             "another of COCO's files, and captions_*.json is needed."
@@ -97,7 +102,7 @@ def _content(file: Path) -> tuple[list, list]:
 
 
 def _names(listed: list) -> tuple[dict[str, str], list[SetAside]]:
-    """{id: file name}, and the entries that say neither or an id again."""
+    """{image id: file name}, and the entries that lack either or repeat an id."""
     names: dict[str, str] = {}
     aside = []
     for number, entry in enumerate(listed):
@@ -113,27 +118,27 @@ def _names(listed: list) -> tuple[dict[str, str], list[SetAside]]:
 
 
 def _captions(annotations: list, names: dict[str, str]) -> tuple[dict[str, list[str]], list[SetAside]]:
-    """{image id: captions in the order of their ids}, and what belongs to no image that is listed."""
-    found: dict[str, list[tuple[int, str]]] = defaultdict(list)
-    seen, aside = set(), []
-    lost: dict[str, int] = defaultdict(int)
+    """{image id: captions in the order of their ids}, and the entries that cannot be used."""
+    numbered: dict[str, list[tuple[int, str]]] = defaultdict(list)  # {image id: [(id, caption)]}
+    seen_ids, aside = set(), []
+    n_strays: dict[str, int] = defaultdict(int)  # captions of images that the file does not list
     for number, entry in enumerate(annotations):
         image = _id(entry.get("image_id")) if isinstance(entry, dict) else None
         text = entry.get("caption") if isinstance(entry, dict) else None
         if image is None or not isinstance(text, str):
             aside.append(SetAside(f"annotations[{number}]", 'an annotation without "image_id" or "caption"'))
             continue
-        own = entry.get("id")
-        if isinstance(own, int) and own in seen:
-            aside.append(SetAside(f"annotation {own}", f"annotations[{number}] uses this id again: the first is kept"))
+        id = entry.get("id")
+        if isinstance(id, int) and id in seen_ids:
+            aside.append(SetAside(f"annotation {id}", f"annotations[{number}] uses this id again: the first is kept"))
             continue
-        seen.add(own if isinstance(own, int) else None)
+        seen_ids.add(id if isinstance(id, int) else None)
         if image not in names:
-            lost[image] += 1
+            n_strays[image] += 1
         elif text.strip():
-            found[image].append((own if isinstance(own, int) else number, storable(text).strip()))
-    aside += [SetAside(image, f"{n} captions, but the file lists no such image") for image, n in lost.items()]
-    return {image: [text for _, text in sorted(some)] for image, some in found.items()}, aside
+            numbered[image].append((id if isinstance(id, int) else number, storable(text).strip()))
+    aside += [SetAside(image, f"{n} captions, but the file lists no such image") for image, n in n_strays.items()]
+    return {image: [text for _, text in sorted(captions)] for image, captions in numbered.items()}, aside
 
 
 def _id(value: Any) -> str | None:
@@ -142,23 +147,24 @@ def _id(value: Any) -> str | None:
     return storable(str(value))
 
 
-def _image_folder(file: Path, names: Iterable[str], given: str | PathLike | None) -> Path:
-    """The first folder that holds any of the images."""
+def _image_folder(file: Path, names: Iterable[str], images: str | PathLike | None) -> Path:
+    """The folder `images`, or the first usual one, provided that it holds any of the images."""
     split = file.stem.removeprefix("captions").strip("_-") or "images"
     root = file.parent
     roots = [root.parent, root] if root.name == "annotations" else [root]
-    tried = [f for base in roots for f in (base / split, base / "images" / split, base / "images", base)]
-    tried = [Path(given)] if given is not None else tried
-    there = [folder for folder in tried if folder.is_dir()]
-    for folder in there:
-        look = Folder(folder)
+    usual = [f for base in roots for f in (base / split, base / "images" / split, base / "images", base)]
+    candidates = [Path(images)] if images is not None else usual
+    for folder in candidates:
+        if not folder.is_dir():
+            continue
+        image_folder = ImageFolder(folder)
         for name in names:
             try:
-                look.image(name)
+                image_folder.image(name)
             except InputError:
                 continue
             return folder
     raise InputError(
-        f"None of the images that {file} lists was found in {', '.join(map(str, tried))}. Put the folder {split} of images "
-        f"there, or name it: coco:{file}?images=DIR"
+        f"None of the images that {file} lists was found in {', '.join(map(str, candidates))}. Put the folder {split} of "
+        f"images there, or name it: coco:{file}?images=DIR"
     )

@@ -1,4 +1,4 @@
-"""What every data set yields: an image and the captions that describe it."""
+"""One example of a data set: an image and the captions that describe it."""
 
 from __future__ import annotations
 
@@ -16,10 +16,13 @@ class Example:
     """One image with its captions.
 
     Attributes:
-        id: stable over runs and machines; tables are keyed by it.
-        image: the picture itself, or the file or row it is read from when it is needed.
-        captions: what people (or a generator) say of it; at least one.
-        meta: what the data set knows beyond that (a scene's objects, say).
+        id: the same in every run and on every machine; tables use it as their key.
+        image: the picture itself, or the file or table row that it is read from when needed.
+        captions: descriptions of the image, by people or by a generator; at least one.
+        meta: further facts that the data set knows, such as the objects of a scene.
+
+    Example:
+        >>> Example("dog-1", Path("photos/dog.jpg"), ("a dog asleep", "a dog on a sofa"))
     """
 
     id: str

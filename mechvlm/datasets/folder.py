@@ -3,7 +3,7 @@
     {"image": "kitchen.jpg", "captions": ["a kitchen", "pots on a stove"]}
     {"image": "more/dog.png", "caption": "a dog asleep", "id": "dog-1"}
 
-`image` is relative to the folder. `id` is optional, and is the image's path where it is not given.
+`image` is relative to the folder. `id` is optional; its default is the image's path.
 """
 
 import json
@@ -12,20 +12,21 @@ from pathlib import Path
 from typing import Any
 
 from mechvlm.datasets.example import Example
-from mechvlm.datasets.files import Folder, SetAside, storable, texts
+from mechvlm.datasets.files import ImageFolder, SetAside, storable, storable_captions
 from mechvlm.errors import InputError
 
 CAPTION_FILE = "captions.jsonl"
 
 
 def read_folder(folder: str | PathLike) -> tuple[list[Example], list[SetAside]]:
-    """The usable examples of a folder in the order of its `captions.jsonl`, and those set aside with their reasons.
+    """Read a folder: its usable examples in the order of `captions.jsonl`, and those set aside.
 
-    Images are not opened here, only looked for: `mechvlm.inputs.images.open_image` says what is wrong with one when it is
-    read.
+    Images are only looked for, not opened. A broken image is found later, when
+    `mechvlm.inputs.images.open_image` opens it; its error says what is wrong.
 
     Raises:
-        InputError: where nothing can be used: no such folder, no `captions.jsonl`, or not one usable line in it.
+        InputError: when nothing can be used: there is no such folder, no `captions.jsonl`, or not
+            one usable line in it.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -35,14 +36,15 @@ def read_folder(folder: str | PathLike) -> tuple[list[Example], list[SetAside]]:
         )
     listing = folder / CAPTION_FILE
     try:
-        lines = listing.read_text(encoding="utf-8-sig").split("\n")  # and at nothing else that a caption may hold
+        # Not splitlines(): a caption may hold the other characters that end a line.
+        lines = listing.read_text(encoding="utf-8-sig").split("\n")
     except FileNotFoundError:
         raise InputError(
             f'{folder} holds no {CAPTION_FILE}. Write one line for each image: {{"image": "a.jpg", "captions": ["..."]}}'
         ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{listing} cannot be read ({error}). It should be a text file in UTF-8.") from error
-    images = Folder(folder)
+    images = ImageFolder(folder)
     examples: dict[str, Example] = {}
     aside = []
     for number, line in enumerate(lines, start=1):
@@ -66,7 +68,7 @@ def read_folder(folder: str | PathLike) -> tuple[list[Example], list[SetAside]]:
     return list(examples.values()), aside
 
 
-def _example(folder: Folder, line: str) -> Example:
+def _example(folder: ImageFolder, line: str) -> Example:
     try:
         entry: Any = json.loads(line)
     except (ValueError, RecursionError) as error:
@@ -75,7 +77,7 @@ def _example(folder: Folder, line: str) -> Example:
         raise InputError('no "image", the name of a file in the folder')
     image = entry["image"]
     path = folder.image(image)
-    captions = texts(entry.get("captions", entry.get("caption")))
+    captions = storable_captions(entry.get("captions", entry.get("caption")))
     if captions is None:
         raise InputError(f'the image {image!r} has no "captions", a list of strings')
     if not captions:

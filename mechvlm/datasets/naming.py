@@ -1,4 +1,4 @@
-"""Scenes with one question about one object, and where that object is: what causal experiments need."""
+"""Scenes with a question about one object, and that object's box, for causal experiments."""
 
 import random
 from collections.abc import Iterator, Sequence
@@ -11,7 +11,7 @@ from mechvlm.datasets.scenes import sample_scene
 
 
 class Naming(NamedTuple):
-    """One question, its one-word answer, and the object that it asks for.
+    """A question about one object of an image, its one-word answer, and the object's box.
 
     box: (left, top, right, bottom) in pixels of the image.
     """
@@ -23,9 +23,20 @@ class Naming(NamedTuple):
 
 
 def naming(n: int, seed: int = 0, split: str = "test", counts: Sequence[int] = (1, 2, 3)) -> list[Naming]:
-    """`n` scenes, each with the color of one object asked for that no other resembles in shape.
+    """Make `n` scenes, each with the question what color one of its objects has.
 
-    A longer list begins with the shorter one.
+    No other object of the scene has the same shape, so the question has one answer. A longer list
+    begins with the shorter one.
+
+    Args:
+        n: the number of questions.
+        seed: of the random scenes and questions.
+        split: "train", "val" or "test", as in `mechvlm.datasets.scenes`.
+        counts: the numbers of objects that a scene may have.
+
+    Example:
+        >>> question = naming(1)[0]
+        >>> question.prompt, question.answer
     """
     return list(islice(_namings(seed, split, counts), n))
 
@@ -35,7 +46,7 @@ def _namings(seed: int, split: str, counts: Sequence[int]) -> Iterator[Naming]:
         rng = random.Random(f"naming-{split}-{seed}-{i}-{tuple(counts)}")
         scene = sample_scene(rng, split, counts)
         shapes = [o.shape for o in scene.objects]
-        alone = [o for o in scene.objects if shapes.count(o.shape) == 1]
-        if alone:
-            asked = rng.choice(alone)
-            yield Naming(scene.render(), f"What color is the {asked.shape}?", asked.color, asked.box())
+        unique = [o for o in scene.objects if shapes.count(o.shape) == 1]
+        if unique:
+            target = rng.choice(unique)
+            yield Naming(scene.render(), f"What color is the {target.shape}?", target.color, target.box())

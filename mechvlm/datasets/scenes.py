@@ -1,11 +1,12 @@
-"""Generated scenes: colored shapes on a plain ground, with captions and questions that are true of them.
+"""Generated scenes: colored shapes on a plain ground, with true captions and questions.
 
-A scene is a small frozen value; the picture, the captions, the questions and the segmentation are all derived from it,
-so nothing has to be annotated or downloaded. Distances are pixels of the native size (`SIZE`) unless another is named.
+A scene is a small frozen value. The picture, the captions, the questions and the segmentation are
+all derived from it, so nothing has to be annotated or downloaded. Distances are pixels of the
+native size (`SIZE`) unless another size is named.
 
-The splits are disjoint by construction: a scene's *content* (its ground and the set of its colored shapes, without
-where they lie) is hashed, and the hash alone says which split the scene belongs to. So a held-out scene shows a
-combination that training never showed in any arrangement.
+The splits are disjoint by construction. A scene's *content* is its ground and the set of its
+colored shapes, without their places. The hash of the content alone decides the split. So a held-out
+scene shows a combination that training never showed in any arrangement.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ COLORS: dict[str, tuple[int, int, int]] = {
     "brown": (120, 72, 36),
 }
 
-# Top and bottom tone of each ground; none of them is a color word, so no caption is ambiguous.
+# Top and bottom tone of each ground. No name is a color word, so no caption is ambiguous.
 GROUNDS: dict[str, tuple[tuple[int, int, int], tuple[int, int, int]]] = {
     "sand": ((243, 229, 200), (226, 205, 163)),
     "snow": ((250, 252, 255), (224, 234, 244)),
@@ -47,10 +48,13 @@ GROUNDS: dict[str, tuple[tuple[int, int, int], tuple[int, int, int]]] = {
 
 
 def _regular(n: int, inner: float | None = None, start: float = -90.0) -> list[tuple[float, float]]:
-    """A regular polygon, or with `inner` a star whose inner corners lie at that radius; unit circle, y down."""
+    """The n corners of a regular polygon on the unit circle, y down.
+
+    With `inner` a star of n points, whose inner corners lie at that radius.
+    """
     radii = [1.0] if inner is None else [1.0, inner]
-    m = n * len(radii)
-    angles = [math.radians(start + 360.0 * i / m) for i in range(m)]
+    corners = n * len(radii)
+    angles = [math.radians(start + 360.0 * i / corners) for i in range(corners)]
     return [(radii[i % len(radii)] * math.cos(a), radii[i % len(radii)] * math.sin(a)) for i, a in enumerate(angles)]
 
 
@@ -66,7 +70,7 @@ def _cross(arm: float = 0.34) -> list[tuple[float, float]]:
     return [(-a, -e), (a, -e), (a, -a), (e, -a), (e, a), (a, a), (a, e), (-a, e), (-a, a), (-e, a), (-e, -a), (-a, -a)]
 
 
-# Outlines in units of the object's half width. A ring is a circle with a hole.
+# Corners (x, y) in units of the object's half width.
 SHAPES: dict[str, list[tuple[float, float]]] = {
     "circle": _regular(72),
     "square": [(-0.88, -0.88), (0.88, -0.88), (0.88, 0.88), (-0.88, 0.88)],
@@ -77,6 +81,7 @@ SHAPES: dict[str, list[tuple[float, float]]] = {
     "cross": _cross(),
     "ring": _regular(72),
 }
+# Radius of the hole, in the same units.
 _HOLES = {"ring": 0.52}
 
 
@@ -101,18 +106,24 @@ class SceneObject:
         return f"{self.color} {self.shape}"
 
     def outline(self, size: int = SIZE) -> list[tuple[float, float]]:
-        """Corners (x, y) in pixels of a picture of that size; the hole of a ring is not part of it."""
+        """Corners (x, y) of the outer edge, in pixels of a picture `size` x `size`.
+
+        A ring's hole is not part of it.
+        """
         k = size / SIZE
         return [((self.x + px * self.radius) * k, (self.y + py * self.radius) * k) for px, py in SHAPES[self.shape]]
 
     def box(self, size: int = SIZE) -> tuple[float, float, float, float]:
-        """(left, top, right, bottom) in pixels of a picture of that size; every pixel of the object lies within it."""
+        """(left, top, right, bottom) in pixels of a picture `size` x `size`; holds all of it."""
         points = self.outline(size)
         xs, ys = [p[0] for p in points], [p[1] for p in points]
         return min(xs), min(ys), max(xs), max(ys)
 
     def coverage(self, samples: int) -> tuple[Image.Image, tuple[int, int]]:
-        """Its antialiased mask (mode L, native size, `samples`² samples a pixel), and where the mask's corner lies."""
+        """The object's antialiased mask, and the place (x, y) of the mask's top left corner.
+
+        The mask has mode L and native size, with `samples`² samples per pixel.
+        """
         left, top, right, bottom = self.box()
         x0, y0 = int(left // 1), int(top // 1)
         w, h = int(right - x0) + 2, int(bottom - y0) + 2
@@ -129,7 +140,10 @@ class SceneObject:
 
 
 class Question(NamedTuple):
-    """A question with its one-word answer; `kind` is color, shape, count, exists, where or relation."""
+    """A question with its one-word answer.
+
+    kind: "color", "shape", "count", "exists", "where" or "relation".
+    """
 
     kind: str
     text: str
@@ -141,7 +155,10 @@ def article(words: str) -> str:
 
 
 def relation(a: SceneObject, b: SceneObject, margin: float = 1.5) -> str | None:
-    """Where `a` lies from `b`: left, right, above or below; None where neither direction clearly wins (by `margin`)."""
+    """Where `a` lies as seen from `b`: "left", "right", "above" or "below".
+
+    None unless the distance along one axis is at least `margin` times that along the other.
+    """
     dx, dy = a.x - b.x, a.y - b.y
     if abs(dx) >= margin * abs(dy):
         return "left" if dx < 0 else "right"
@@ -163,12 +180,12 @@ class Scene:
     # ---- identity ----
     @property
     def content(self) -> str:
-        """What is shown, not where: the ground and the sorted names."""
+        """The ground and the sorted names of the objects, without their places."""
         return self.ground + ": " + ", ".join(sorted(o.name for o in self.objects))
 
     @property
     def split(self) -> str:
-        """Decided by the content alone: 10 % test, 5 % val, the rest train."""
+        """The split, by the content's hash alone: 10 % test, 5 % val, the rest train."""
         bucket = int(hashlib.sha256(self.content.encode()).hexdigest()[:8], 16) % 20
         return "test" if bucket < 2 else "val" if bucket == 2 else "train"
 
@@ -181,76 +198,85 @@ class Scene:
         image = Image.fromarray(np.ascontiguousarray(np.broadcast_to(column[:, None, :], (SIZE, SIZE, 3))))
         for o in self.objects:
             mask, (x0, y0) = o.coverage(4)
-            image.paste((0, 0, 0), (x0 + 2, y0 + 3), mask.point(lambda v: v * 2 // 9))  # a soft shadow
+            shadow = mask.point(lambda v: v * 2 // 9)
+            image.paste((0, 0, 0), (x0 + 2, y0 + 3), shadow)
             image.paste(COLORS[o.color], (x0, y0), mask)
         return image if size == SIZE else image.resize((size, size), Image.Resampling.BICUBIC)
 
     def segmentation(self, size: int = SIZE) -> np.ndarray:
-        """Which object each pixel shows: [size, size] uint8, 0 the ground, i + 1 object i."""
-        out = np.zeros((SIZE, SIZE), dtype=np.uint8)
+        """Labels of the pixels [size, size], uint8: 0 for the ground, i + 1 for object i."""
+        labels = np.zeros((SIZE, SIZE), dtype=np.uint8)
         for i, o in enumerate(self.objects):
             mask, (x0, y0) = o.coverage(2)
             inside = np.asarray(mask) >= 128
             h, w = inside.shape
-            view = out[y0 : y0 + h, x0 : x0 + w]
-            view[inside[: view.shape[0], : view.shape[1]]] = i + 1
+            window = labels[y0 : y0 + h, x0 : x0 + w]
+            window[inside[: window.shape[0], : window.shape[1]]] = i + 1
         if size == SIZE:
-            return out
-        return np.asarray(Image.fromarray(out).resize((size, size), Image.Resampling.NEAREST))
+            return labels
+        return np.asarray(Image.fromarray(labels).resize((size, size), Image.Resampling.NEAREST))
 
     # ---- text ----
     def listing(self, order: Sequence[int] | None = None) -> str:
-        """ "a red circle and a blue square on sand." in the order given."""
+        """All objects: "a red circle and a blue square on sand."
+
+        `order` holds the objects' numbers, by default 0, 1, 2, ...
+        """
         names = [article(self.objects[i].name) for i in (order or range(len(self.objects)))]
         joined = names[0] if len(names) == 1 else ", ".join(names[:-1]) + " and " + names[-1]
         return f"{joined} on {self.ground}."
 
     def relations(self) -> list[str]:
-        """For each ordered pair that is clearly arranged: "a red circle left of a blue square on sand.\""""
-        out = []
+        """A caption for each ordered pair of objects with a clear relation.
+
+        Such as "a red circle left of a blue square on sand."
+        """
+        captions = []
         for a in self.objects:
             for b in self.objects:
                 if a is not b and (r := relation(a, b)):
-                    out.append(f"{article(a.name)} {RELATION_PHRASES[r]} {article(b.name)} on {self.ground}.")
-        return out
+                    captions.append(f"{article(a.name)} {RELATION_PHRASES[r]} {article(b.name)} on {self.ground}.")
+        return captions
 
     def captions(self) -> tuple[str, ...]:
-        """Several true captions, the listing in the objects' own order first."""
+        """Several true captions; the first lists the objects in their own order."""
         n = len(self.objects)
-        out = [self.listing()]
+        captions = [self.listing()]
         if n > 1:
-            out.append(self.listing(tuple(reversed(range(n)))))
-        out.append("there is " + self.listing())
-        out += self.relations()[:4]
-        return tuple(out)
+            captions.append(self.listing(tuple(reversed(range(n)))))
+        captions.append("there is " + self.listing())
+        captions += self.relations()[:4]
+        return tuple(captions)
 
     def questions(self) -> list[Question]:
-        """Questions with one true word for an answer; one that the scene leaves open is not asked."""
-        objects, out = self.objects, [Question("count", "How many objects are there?", COUNTS[len(self.objects)])]
+        """All questions that the scene answers with exactly one word."""
+        objects = self.objects
+        questions = [Question("count", "How many objects are there?", COUNTS[len(objects)])]
         for o in objects:
             if sum(p.shape == o.shape for p in objects) == 1:
-                out.append(Question("color", f"What color is the {o.shape}?", o.color))
+                questions.append(Question("color", f"What color is the {o.shape}?", o.color))
             if sum(p.color == o.color for p in objects) == 1:
-                out.append(Question("shape", f"What shape is the {o.color} object?", o.shape))
+                questions.append(Question("shape", f"What shape is the {o.color} object?", o.shape))
             if place := _place(o):
-                out.append(Question("where", f"Where is the {o.name}?", place))
-            out.append(Question("exists", f"Is there {article(o.name)}?", "yes"))
+                questions.append(Question("where", f"Where is the {o.name}?", place))
+            questions.append(Question("exists", f"Is there {article(o.name)}?", "yes"))
         names, wrong = {o.name for o in objects}, []
-        # The negatives are near misses: words of this scene joined wrongly, then one word of it with a strange one.
+        # The objects asked for in vain are near misses: a color and a shape of this scene that do
+        # not belong together, then one word of this scene with another one.
         wrong += [f"{a.color} {b.shape}" for a in objects for b in objects]
         i = sum(map(ord, self.content))
         wrong += [f"{o.color} {list(SHAPES)[(i + 3 * k) % len(SHAPES)]}" for k, o in enumerate(objects)]
         wrong += [f"{list(COLORS)[(i + 5 * k) % len(COLORS)]} {o.shape}" for k, o in enumerate(objects)]
         wrong = [w for w in dict.fromkeys(wrong) if w not in names]
-        out += [Question("exists", f"Is there {article(w)}?", "no") for w in wrong[: len(objects)]]
+        questions += [Question("exists", f"Is there {article(w)}?", "no") for w in wrong[: len(objects)]]
         for a in objects:
             for b in objects:
                 if a is not b and (r := relation(a, b)):
-                    out.append(Question("relation", f"Where is the {a.name} from the {b.name}?", r))
-        return out
+                    questions.append(Question("relation", f"Where is the {a.name} from the {b.name}?", r))
+        return questions
 
     def meta(self) -> dict:
-        """What an `Example` carries: plain values only."""
+        """The `meta` of the scene's `Example`: ground, objects and questions, as plain values."""
         return {
             "ground": self.ground,
             "objects": [{"color": o.color, "shape": o.shape, "box": o.box()} for o in self.objects],
@@ -259,7 +285,10 @@ class Scene:
 
 
 def _place(o: SceneObject) -> str | None:
-    """Where it lies in the picture: left, right, top, bottom or middle; None near a boundary."""
+    """Where an object lies in the picture: "left", "right", "top", "bottom" or "middle".
+
+    None near a boundary between these.
+    """
     dx, dy = o.x - SIZE / 2, o.y - SIZE / 2
     far, near = max(abs(dx), abs(dy)), min(abs(dx), abs(dy))
     if far < 0.10 * SIZE:
@@ -272,7 +301,10 @@ def _place(o: SceneObject) -> str | None:
 
 
 def _arrange(rng: random.Random, names: Sequence[tuple[str, str]], ground: str, clear: bool) -> Scene | None:
-    """Puts the named objects at random places without overlap; None if they do not fit this time."""
+    """Place the objects (color, shape) at random without overlap.
+
+    With `clear` every pair of objects has a `relation`. None if they do not fit this time.
+    """
     small, large = (26, 37) if len(names) < 5 else (22, 30)
     placed: list[SceneObject] = []
     for color, shape in names:
@@ -289,107 +321,59 @@ def _arrange(rng: random.Random, names: Sequence[tuple[str, str]], ground: str, 
     return Scene(tuple(placed), ground)
 
 
-def _names(rng: random.Random, n: int) -> list[tuple[str, str]]:
-    out: list[tuple[str, str]] = []
-    while len(out) < n:
+def _random_names(rng: random.Random, n: int) -> list[tuple[str, str]]:
+    """`n` different pairs (color, shape)."""
+    names: list[tuple[str, str]] = []
+    while len(names) < n:
         name = rng.choice(list(COLORS)), rng.choice(list(SHAPES))
-        if name not in out:
-            out.append(name)
-    return out
+        if name not in names:
+            names.append(name)
+    return names
 
 
 def sample_scene(
     rng: random.Random, split: str | None = None, counts: Sequence[int] = (1, 2, 3), clear: bool | None = None
 ) -> Scene:
-    """Draws a scene of that split with one of these numbers of objects.
+    """Draw a random scene.
 
-    `clear` asks for arrangements in which every pair has an unambiguous relation; by default so with two objects.
+    Args:
+        rng: the random numbers.
+        split: "train", "val" or "test"; None for any.
+        counts: the numbers of objects to choose from.
+        clear: whether every pair of objects must have an unambiguous relation; by default only in
+            scenes of two objects.
     """
     while True:
         n = rng.choice(list(counts))
-        scene = _arrange(rng, _names(rng, n), rng.choice(list(GROUNDS)), n == 2 if clear is None else clear)
+        scene = _arrange(rng, _random_names(rng, n), rng.choice(list(GROUNDS)), n == 2 if clear is None else clear)
         if scene is not None and (split is None or scene.split == split):
             return scene
 
 
 def sample_scenes(n: int, seed: int = 0, split: str = "test", counts: Sequence[int] = (1, 2, 3)) -> Iterator[Scene]:
-    """`n` scenes; scene i depends on (split, seed, i, counts) alone, so a longer run begins with the shorter one."""
+    """Draw `n` scenes. Scene i depends only on (split, seed, i, counts).
+
+    So a longer run begins with the shorter one.
+
+    Raises:
+        ValueError: for an unknown split.
+    """
     if split not in SPLITS:
-        raise ValueError(f"no split {split!r}: there are {', '.join(SPLITS)}")
+        raise ValueError(f"There is no split {split!r}. There are: {', '.join(SPLITS)}.")
     for i in range(n):
         yield sample_scene(random.Random(f"{split}-{seed}-{i}-{tuple(counts)}"), split, counts)
 
 
 def scenes(n: int, seed: int = 0, split: str = "test", counts: Sequence[int] = (1, 2, 3)) -> Iterator[Example]:
-    """`n` scenes as examples: a 192 x 192 picture, true captions, and in `meta` the objects and the questions."""
+    """Draw `n` scenes as examples.
+
+    Each has a picture of 192 x 192 pixels, true captions, and in `meta` its objects and questions.
+    Scene i is the same for every `n`, as in `sample_scenes`.
+
+    Example:
+        >>> example = next(scenes(1))
+        >>> example.image, example.captions, example.meta["questions"]
+    """
     tag = split if seed == 0 else f"{split}-s{seed}"
     for i, scene in enumerate(sample_scenes(n, seed, split, counts)):
         yield Example(f"scenes-{tag}-{i:06d}", scene.render(), scene.captions(), scene.meta())
-
-
-@dataclass(frozen=True)
-class SwapPair:
-    """Two scenes and two captions of the same words: caption i is true of scene i and false of the other.
-
-    `kind` is "attribute" (the colors are exchanged) or "relation" (the places are). As in Winoground (Thrush et al. 2022).
-    """
-
-    id: str
-    kind: str
-    scenes: tuple[Scene, Scene]
-    captions: tuple[str, str]
-
-    def images(self) -> tuple[Image.Image, Image.Image]:
-        return self.scenes[0].render(), self.scenes[1].render()
-
-
-def attribute_swaps(n: int, seed: int = 0, split: str = "test") -> Iterator[SwapPair]:
-    """Pairs such as "a red circle and a blue square" and "a blue circle and a red square", both of the split."""
-    for i in range(n):
-        rng = random.Random(f"attribute-{split}-{seed}-{i}")
-        while True:
-            a = sample_scene(rng, split, (2,))
-            p, q = a.objects
-            if p.color == q.color or p.shape == q.shape:
-                continue
-            # Each object changes its color and keeps its place; or its shape, so that no place tells the answer.
-            if rng.random() < 0.5:
-                swapped = (_recolor(p, q.color), _recolor(q, p.color))
-            else:
-                swapped = (_reshape(p, q.shape), _reshape(q, p.shape))
-            b = Scene(swapped, a.ground)
-            if b.split == split:
-                break
-        shapes = [p.shape, q.shape] if rng.random() < 0.5 else [q.shape, p.shape]
-        yield SwapPair(f"attribute-{i:04d}", "attribute", (a, b), (_by_shape(a, shapes), _by_shape(b, shapes)))
-
-
-def relation_swaps(n: int, seed: int = 0, split: str = "test") -> Iterator[SwapPair]:
-    """Pairs such as "a red circle left of a blue square" and "a blue square left of a red circle"."""
-    for i in range(n):
-        rng = random.Random(f"relation-{split}-{seed}-{i}")
-        while True:
-            a = sample_scene(rng, split, (2,))
-            p, q = a.objects
-            b = Scene((_moved(p, q), _moved(q, p)), a.ground)
-            if p.color != q.color and p.shape != q.shape:
-                break
-        phrase = RELATION_PHRASES[relation(p, q) or ""]
-        captions = tuple(f"{article(u.name)} {phrase} {article(v.name)} on {a.ground}." for u, v in ((p, q), (q, p)))
-        yield SwapPair(f"relation-{i:04d}", "relation", (a, b), (captions[0], captions[1]))
-
-
-def _recolor(o: SceneObject, color: str) -> SceneObject:
-    return SceneObject(color, o.shape, o.x, o.y, o.radius)
-
-
-def _reshape(o: SceneObject, shape: str) -> SceneObject:
-    return SceneObject(o.color, shape, o.x, o.y, o.radius)
-
-
-def _moved(o: SceneObject, to: SceneObject) -> SceneObject:
-    return SceneObject(o.color, o.shape, to.x, to.y, to.radius)
-
-
-def _by_shape(scene: Scene, shapes: Sequence[str]) -> str:
-    return scene.listing([[o.shape for o in scene.objects].index(s) for s in shapes])

@@ -1,1 +1,4 @@
-"""The half of a model that travels to a server: activations, attention and weights under uniform names."""
+"""A model inside a trace: activations, attention and weights under uniform names.
+
+This is the half of a `VLM` that travels to a server.
+"""

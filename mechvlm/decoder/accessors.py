@@ -1,10 +1,15 @@
-"""The model's activations under TransformerLens' names, inside a trace: `vlm.resid_post[3]`, readable and assignable.
+"""Accessors read and replace activations inside a trace, under TransformerLens' names.
 
-Every accessor is indexed by layer, 0 to n_layers - 1 (or -1 for the last). Within a trace a forward pass goes by once, so
-read what you need in the order in which the model computes it: layer by layer, and in a layer `resid_pre`, `q`, `k`,
-`v`, `pattern`, `z`, `attn_out`, `resid_mid`, `mlp_out`, `resid_post`.
+    with vlm.trace(inputs):
+        state = nnsight.save(vlm.resid_post[3])  # [batch pos d_model]
+        vlm.z[5] = torch.zeros_like(vlm.z[5])  # [batch pos head d_head]
 
-`resid_mid` is replaced in place, since two things read it: what you read of it before changes too. For the clean state save
+Every accessor is indexed by layer, 0 to n_layers - 1 (or -1 for the last). A trace runs the forward
+once, so read in the order in which the model computes: layer by layer, and within a layer
+`resid_pre`, `q`, `k`, `v`, `pattern`, `z`, `attn_out`, `resid_mid`, `mlp_out`, `resid_post`.
+
+Assigning `resid_mid` changes the tensor in place, since both the MLP's norm and the residual sum
+read it. A tensor that was read from it before changes too. To keep the clean state save
 `vlm.resid_mid[l].clone()`, and for a gradient through it read `vlm.resid_mid[l] * 1`.
 """
 
@@ -22,7 +27,10 @@ T = TypeVar("T")
 
 
 class Accessor(Generic[T]):
-    """One activation of every layer: `accessor[layer]` reads it, `accessor[layer] = value` replaces it."""
+    """One activation of every layer.
+
+    `accessor[layer]` reads it, and `accessor[layer] = value` replaces it.
+    """
 
     def __init__(self, name: str, layers, read: Callable, write: Callable):
         self.name, self._layers, self._read, self._write = name, layers, read, write
@@ -44,11 +52,12 @@ class Accessor(Generic[T]):
 
 
 class PatternAccessor(Accessor[Tensor]):
-    """Attention weights [batch head dest src], recomputed from q and k: the model keeps its own implementation.
+    """Attention weights [batch head dest src], recomputed from q and k.
 
-    `pattern[layer]` gives all rows, `pattern[layer, rows]` those of the destinations `rows`, numbers for every example or
-    [batch row]. Rows of padding mean nothing. Assigning `pattern[layer] = weights` makes the layer write what these
-    weights over its values give.
+    The model keeps its own attention implementation. `pattern[layer]` gives all rows.
+    `pattern[layer, rows]` gives those of the destinations `rows`, which are numbers for every
+    example or [batch row]. Rows of padding mean nothing. After `pattern[layer] = weights` the
+    layer's heads write their values averaged with these weights.
     """
 
     def __init__(self, layers, attention: Callable, write: Callable):
@@ -63,25 +72,33 @@ class PatternAccessor(Accessor[Tensor]):
             n = a.q.shape[2]
             if not ((rows >= -n) & (rows < n)).all():
                 raise IndexError(
-                    f"pattern[{layer}, rows]: rows {rows.tolist()} were asked for; there are 0 to {n - 1}."
+                    f"pattern[{layer}, rows]: rows {rows.tolist()} were asked for; there are rows 0 to {n - 1}."
                 )
             rows = rows % n
         return attention_rows(a.q, a.k, a.mask, a.scale, rows, a.q.dtype)
 
 
 def build_accessors(layers, record: Architecture, d_head: int, has_weights: bool = True) -> dict[str, Accessor[Any]]:
-    """The accessors of a decoder, over the nnsight envoys of its layers.
+    """A decoder's accessors by name, on the nnsight envoys of its layers.
 
-    has_weights: False for a block in NDIF's sandbox, where a tensor changed in place stays changed in the sandbox alone.
+    Args:
+        layers: envoys of the decoder's layers.
+        record: record of the model's class.
+        d_head: width of a head.
+        has_weights: False for a block in NDIF's sandbox. A change in place stays inside the
+            sandbox, so `resid_mid` is replaced there by assigning to the sum that computes it.
     """
 
     def attn(layer):
         if not has_weights:
-            layer.source  # noqa: B018  (asked for before the layer runs, as `mid_sum` needs it)
+            # `mid_sum` needs the layer's source, which nnsight must rewrite before the layer runs.
+            layer.source  # noqa: B018
         return getattr(layer, record.attention)
 
     def proj(layer, name):
-        attention_call(attn(layer), record)  # asked for before the attention runs
+        # `pattern` may be read later in this trace. nnsight must rewrite the attention's source
+        # before the attention runs, so ask for it now.
+        attention_call(attn(layer), record)
         return getattr(attn(layer), getattr(record, f"{name}_proj"))
 
     def heads(x):
@@ -103,7 +120,7 @@ def build_accessors(layers, record: Architecture, d_head: int, has_weights: bool
         if not has_weights:
             getattr(layer.source, record.mid_sum).output = value
             return
-        # The norm's input is also what the MLP's output is added to: only a change in place reaches both.
+        # The norm and the sum with the MLP's output both read this tensor: change it in place.
         getattr(layer, record.mid_norm).input[:] = value
 
     def write_resid_post(layer, value):
@@ -129,7 +146,8 @@ def build_accessors(layers, record: Architecture, d_head: int, has_weights: bool
 
         return write
 
-    plain = {
+    # Name: (read, write).
+    functions = {
         "resid_pre": (lambda x: x.input, write_resid_pre),
         "resid_mid": (read_resid_mid, write_resid_mid),
         "resid_post": (lambda x: x.output, write_resid_post),
@@ -140,11 +158,11 @@ def build_accessors(layers, record: Architecture, d_head: int, has_weights: bool
         "v": (lambda x: heads(proj(x, "v").output), write_proj("v")),
         "z": (lambda x: heads(proj(x, "o").input), write_z),
     }
-    found: dict[str, Accessor[Any]] = {name: Accessor(name, layers, *pair) for name, pair in plain.items()}
-    found["pattern"] = PatternAccessor(layers, attention, write_pattern)
-    found["attention"] = Accessor("attention", layers, attention, _read_only)
-    return found
+    accessors: dict[str, Accessor[Any]] = {name: Accessor(name, layers, *pair) for name, pair in functions.items()}
+    accessors["pattern"] = PatternAccessor(layers, attention, write_pattern)
+    accessors["attention"] = Accessor("attention", layers, attention, _refuse_write)
+    return accessors
 
 
-def _read_only(layer, value):
+def _refuse_write(layer, value):
     raise TypeError("attention is read-only: assign q, k, v or pattern.")

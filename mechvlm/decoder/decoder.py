@@ -1,7 +1,7 @@
-"""A model inside a trace: its activations and weights under uniform names.
+"""The decoder of a model inside a trace: its activations and weights under uniform names.
 
-A `VLM` is a `Decoder` with a processor and inputs. To a server only this half travels
-(`mechvlm.ndif`): plain functions and data, with nothing that a server lacks.
+A `VLM` is a `Decoder` with a processor and inputs. Only this half travels to a server
+(`mechvlm.ndif`), so it is made of plain functions and data, and needs nothing that a server lacks.
 """
 
 from typing import Any
@@ -19,7 +19,24 @@ from mechvlm.families.record import Architecture, part
 
 
 class Decoder:
-    """A model's decoder, and its modules before and after it, around an nnsight model; see `VLM`."""
+    """A model's decoder, with the modules before and after it, on an nnsight model; see `VLM`.
+
+    Attributes:
+        resid_pre, resid_mid, resid_post: residual stream [batch pos d_model] before a layer,
+            between its attention and its MLP, and after it.
+        attn_out, mlp_out: output of a layer's attention and of its MLP [batch pos d_model].
+        q, k, v: outputs of the projections [batch pos head d_head], before the rotary embedding; k
+            and v have n_kv_heads heads.
+        z: values averaged by the attention [batch pos head d_head], the output projection's input.
+        pattern: attention weights [batch head dest src], recomputed from q and k.
+        attention: what a layer's attention is computed from, an `Attention`; read-only.
+        model: the nnsight model.
+        record: record of the model's class.
+        name: the model's name.
+        config: config of the Hugging Face model.
+        d_vocab: number of tokens in the vocabulary.
+        n_layers, n_heads, n_kv_heads, d_model, d_head: sizes of the decoder.
+    """
 
     resid_pre: Accessor[Tensor]
     resid_mid: Accessor[Tensor]
@@ -51,7 +68,10 @@ class Decoder:
 
     @property
     def has_weights(self) -> bool:
-        """Whether this process holds the weights. A VLM on NDIF has none here, nor a block in a sandbox there."""
+        """Whether this process holds the weights.
+
+        The client of a model on NDIF does not, nor does a block in NDIF's sandbox.
+        """
         return has_weights(part(self.model, self.record.embed))
 
     @property
@@ -65,7 +85,7 @@ class Decoder:
         return getattr(self.text_config, self.record.norm_eps)
 
     def trace(self, inputs: Any, **kwargs):
-        """A trace over one forward of `inputs`, in the middle of a request that holds several."""
+        """A trace over one forward of `inputs`, inside a request that holds several."""
         return self.model.trace(**inputs.encoding, **kwargs)
 
     @property
@@ -85,7 +105,7 @@ class Decoder:
 
     @property
     def cross_attentions(self) -> list:
-        """The attentions with which the queries read the image (empty where visual tokens are patches)."""
+        """The attentions by which the queries read the image; empty for patches."""
         record = self.record
         if record.qformer_layers is None or record.cross_attention is None or record.cross_attention_every is None:
             return []
@@ -96,58 +116,69 @@ class Decoder:
         """A layer's attention, as nnsight's envoy."""
         return getattr(self.layers[layer], self.record.attention)
 
-    # -- activations that belong to no layer ---------------------------------------------------------------------------
+    # -- activations that belong to no layer --
 
     @property
     def logits(self) -> Float[Tensor, "batch pos d_vocab"]:
-        """Inside a trace: the model's logits."""
+        """Inside a trace: the model's logits, readable and assignable."""
         return self.unembed.output
 
     @logits.setter
     def logits(self, value: Tensor) -> None:
         self.unembed.output = value
 
-    # -- weights -------------------------------------------------------------------------------------------------------
+    # -- weights --
 
     def readout(self) -> tuple[Norm, Projection]:
-        """Inside a trace: final norm and unembedding, with their weights wherever the block runs."""
+        """Inside a trace: final norm and unembedding, with their weights even in a sandbox."""
         embed = part(self.model, self.record.embed)
         return Norm(self.final_norm, embed, self.d_model, self.norm_eps), Projection(self.unembed, embed, self.d_model)
 
     def projection(self, name: str, layer: int) -> Projection:
-        """Inside a trace: a layer's "q_proj", "k_proj", "v_proj" or "o_proj", with its weight wherever the block runs."""
+        """Inside a trace: a layer's projection, with its weight even in a sandbox.
+
+        Args:
+            name: "q_proj", "k_proj", "v_proj" or "o_proj".
+            layer: the layer.
+        """
         envoy = getattr(self.attention_module(layer), getattr(self.record, name))
         width = self.n_heads * self.d_head if name == "o_proj" else self.d_model
         return Projection(envoy, part(self.model, self.record.embed), width)
 
     @property
     def W_E(self) -> Float[Tensor, "d_vocab d_model"]:
+        """The token embedding."""
         embed = part(self.model, self.record.embed)
         return embed.weight if has_weights(embed) else embed(torch.arange(self.d_vocab))
 
     @property
     def W_U(self) -> Float[Tensor, "d_model d_vocab"]:
+        """The unembedding."""
         return self.readout()[1].weight.T
 
     @property
     def W_Q(self) -> Weights:
+        """The query weights, `W_Q[layer]` [head d_model d_head]."""
         return Weights(self.n_layers, "W_Q", lambda layer: self._by_head(layer, "q_proj"))
 
     @property
     def W_K(self) -> Weights:
+        """The key weights, `W_K[layer]` [head d_model d_head]."""
         return Weights(self.n_layers, "W_K", lambda layer: self._by_head(layer, "k_proj"))
 
     @property
     def W_V(self) -> Weights:
+        """The value weights, `W_V[layer]` [head d_model d_head]."""
         return Weights(self.n_layers, "W_V", lambda layer: self._by_head(layer, "v_proj"))
 
     @property
     def W_O(self) -> Weights:
+        """The output weights, `W_O[layer]` [head d_head d_model]."""
         return Weights(
             self.n_layers, "W_O", lambda layer: out_heads(self.projection("o_proj", layer).weight, self.d_head)
         )
 
     def _by_head(self, layer: int, name: str) -> Float[Tensor, "head d_model d_head"]:
         weight = in_heads(self.projection(name, layer).weight, self.d_head)
-        n = len(weight)  # of keys and values, as many as there are key-value heads
+        n = len(weight)  # n_kv_heads for k and v, each shared by a group of query heads
         return weight if n == self.n_heads else weight.repeat_interleave(self.n_heads // n, dim=0)

@@ -1,4 +1,7 @@
-"""RMSNorm: x / r * g, with r = sqrt(mean(x²) + eps). Every use of r and of the weight g is here."""
+"""RMSNorm: x / r * g, with r = sqrt(mean(x²) + eps).
+
+All code that needs the divisor r or the gain g (the norm's weight) gets it from this file.
+"""
 
 from typing import Any
 
@@ -11,23 +14,23 @@ from mechvlm.decoder.weights import has_weights
 
 
 def rms(x: Float[Tensor, "*axes d_model"], eps: float) -> Float[Tensor, "*axes 1"]:
-    """What an RMSNorm divides by, in float32: TransformerLens' hook_scale."""
+    """The divisor r of an RMSNorm, in float32: TransformerLens' hook_scale."""
     return (x.float().pow(2).mean(-1, keepdim=True) + eps).sqrt()
 
 
 def gain(norm: Any) -> Float[Tensor, " d_model"]:
-    """What a norm multiplies with once it has divided: the weight of an RMSNorm."""
+    """The gain g of an RMSNorm: its weight."""
     return norm.weight
 
 
 class Norm:
-    """An RMSNorm inside a trace: callable, with its gain wherever the block runs.
+    """An RMSNorm inside a trace: callable, with its gain even in a sandbox.
 
     Args:
-        envoy: nnsight's.
+        envoy: nnsight's envoy of the norm.
         embed: nnsight's envoy of the token embedding, whose output shows dtype and device.
-        width: of the states.
-        eps: of the norm.
+        width: width of the states.
+        eps: epsilon of the norm.
     """
 
     def __init__(self, envoy: Any, embed: Any, width: int, eps: float):
@@ -39,13 +42,13 @@ class Norm:
 
     @property
     def gain(self) -> Float[Tensor, " d_model"]:
-        """The norm's own weight, or in a sandbox, which holds none, what its output shows of it."""
+        """The gain g: the norm's weight, or in a sandbox computed from an output of the norm."""
         if self._gain is None:
             self._gain = gain(self.envoy) if has_weights(self.envoy) else self._probed()
         return self._gain
 
     def rms(self, x: Float[Tensor, "*axes d_model"]) -> Float[Tensor, "*axes 1"]:
-        """What the norm divides these states by, in float32."""
+        """The divisor r of these states, in float32."""
         return rms(x, self.eps)
 
     def _probed(self) -> Tensor:
@@ -55,7 +58,7 @@ class Norm:
 
 @torch.no_grad()
 def fold(norm: nn.Module, unembed: nn.Module) -> None:
-    """Multiply a norm's gain into a copy of the unembedding, and leave a gain of one in its place.
+    """Multiply a norm's gain into a copy of the unembedding's weight, and set the gain to one.
 
     The logits stay the same: W_U (x / r * g) = (W_U g) (x / r).
     """

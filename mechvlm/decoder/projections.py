@@ -1,7 +1,7 @@
-"""Linear modules inside a trace: callable, with their weight and bias wherever the block runs.
+"""Linear modules inside a trace: callable, with their weight and bias even in a sandbox.
 
 NDIF runs the blocks of users whom it does not trust in a sandbox, a process without weights. A
-module can still be called there, and its outputs for the unit vectors give its weight, exactly.
+module can still be called there, and its outputs for the unit vectors are its weight, exactly.
 """
 
 from collections.abc import Callable
@@ -19,9 +19,9 @@ class Projection:
     """A linear module inside a trace.
 
     Args:
-        envoy: nnsight's.
+        envoy: nnsight's envoy of the module.
         embed: nnsight's envoy of the token embedding, whose output shows dtype and device.
-        width: of the module's input.
+        width: width of the module's input.
     """
 
     def __init__(self, envoy: Any, embed: Any, width: int):
@@ -33,14 +33,14 @@ class Projection:
 
     @property
     def weight(self) -> Float[Tensor, "out in"]:
-        """The module's own weight, or in a sandbox what its outputs show of it."""
+        """The module's weight, or in a sandbox computed from its outputs for the unit vectors."""
         if self._weight is None:
             self._weight = self.envoy.weight if has_weights(self.envoy) else self._probed()
         return self._weight
 
     @property
     def bias(self) -> Float[Tensor, " out"] | None:
-        """The module's own bias, or None; in a sandbox its output for a zero vector."""
+        """The module's bias, or None; in a sandbox its output for the zero vector."""
         if has_weights(self.envoy):
             return getattr(self.envoy, "bias", None)
         return output_for(self.envoy, self._embed, torch.zeros, self._width)[0]
@@ -51,16 +51,16 @@ class Projection:
 
 
 def output_for(envoy: Any, embed: Any, make: Callable[..., Tensor], width: int) -> Tensor:
-    """The module's output for the [width width] tensor that `make` makes, in the model's dtype."""
+    """The module's output for the tensor `make(width, width)`, in the model's dtype."""
     like = embed(torch.zeros(1, dtype=torch.long))
     return envoy(make(width, width, device=like.device, dtype=like.dtype))
 
 
 def in_heads(weight: Float[Tensor, "heads_d_head d_model"], d_head: int) -> Float[Tensor, "head d_model d_head"]:
-    """The weight of q, k or v by head, as TransformerLens lays it out."""
+    """The weight of q, k or v by head, in TransformerLens' layout."""
     return rearrange(weight, "(head d_head) d_model -> head d_model d_head", d_head=d_head)
 
 
 def out_heads(weight: Float[Tensor, "d_model heads_d_head"], d_head: int) -> Float[Tensor, "head d_head d_model"]:
-    """The output projection's weight by head, as TransformerLens lays it out."""
+    """The output projection's weight by head, in TransformerLens' layout."""
     return rearrange(weight, "d_model (head d_head) -> head d_head d_model", d_head=d_head)

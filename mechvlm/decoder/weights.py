@@ -1,4 +1,4 @@
-"""Weights of every layer, and whether they are in this process at all."""
+"""Weights by layer and head, and whether this process holds any weights."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,24 +8,29 @@ from torch import Tensor
 
 
 def has_weights(envoy: Any) -> bool:
-    """Whether this process holds the module's weight: not on a client of NDIF, nor in its sandbox."""
+    """Whether this process holds the module's weight: not on NDIF's clients, nor in its sandbox."""
     weight = getattr(envoy, "weight", None)
     return weight is not None and weight.device.type != "meta"
 
 
 class Weights:
-    """One weight of every layer, per head: views of the model's own parameters.
+    """One weight of every layer, by head: `weights[layer]` is a view of the model's parameters.
 
     Grouped keys and values are repeated, so that every query head has its own.
+
+    Args:
+        n_layers: number of the decoder's layers.
+        name: TransformerLens' name of the weight, for the error text.
+        read: gives the weight of a layer.
     """
 
-    def __init__(self, n: int, name: str, read: Callable[[int], Tensor]):
-        self._n, self._name, self._read = n, name, read
+    def __init__(self, n_layers: int, name: str, read: Callable[[int], Tensor]):
+        self._n_layers, self._name, self._read = n_layers, name, read
 
     def __len__(self) -> int:
-        return self._n
+        return self._n_layers
 
     def __getitem__(self, layer: int) -> Float[Tensor, "head _ _"]:
-        if not -self._n <= layer < self._n:
-            raise IndexError(f"{self._name}[{layer}]: the decoder has layers 0 to {self._n - 1}.")
+        if not -self._n_layers <= layer < self._n_layers:
+            raise IndexError(f"{self._name}[{layer}]: the decoder has layers 0 to {self._n_layers - 1}.")
         return self._read(layer)

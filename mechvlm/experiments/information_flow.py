@@ -1,4 +1,10 @@
-"""Attention knockout in a sliding window of layers: along which edges, and where, the answer's information flows."""
+"""Attention knockout in a sliding window of layers: where the answer's information flows.
+
+1. A flow is a source and a destination, groups of positions such as "image -> last".
+2. Around each layer, a window of layers has the attention from that source to that destination
+   knocked out.
+3. The change of the answer's probability says how much of it came along that edge, at these layers.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +18,7 @@ from matplotlib.axes import Axes
 from torch import Tensor
 
 from mechvlm.errors import InputError
-from mechvlm.experiments.cases import Example, Examples, each, positions
+from mechvlm.experiments.cases import Example, Examples, for_each, positions
 from mechvlm.experiments.sweep import Edit, run, sweep, windows
 from mechvlm.figures.headings import ALONE, INTERVAL, heading, n_examples, short_name, window_width
 from mechvlm.figures.style import axes, style, text
@@ -23,21 +29,15 @@ from mechvlm.tracing.interventions import knock_out
 from mechvlm.vlm.vlm import VLM
 
 FLOWS = ("image -> question", "image -> last", "question -> last", "last -> last")
-
-
-# Okabe and Ito's. As many as have no common divisor with the dashes: 28 flows look different.
 FLOW_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-
-
+"""Okabe and Ito's. Seven colors and four dashes have no common divisor: 28 flows look different."""
 FLOW_DASHES = ("-", "--", "-.", ":")
-
-
 FLOW_MARKERS = ("o", "s", "^", "D")
 
 
 @dataclass(frozen=True, repr=False)
 class InformationFlowResult(Result):
-    """How the answer's probability changes where attention between two groups of positions is knocked out.
+    """How the answer's probability changes where attention from a source to a destination is gone.
 
     Attributes:
         p: of the answer's first token, undisturbed.
@@ -59,7 +59,7 @@ class InformationFlowResult(Result):
 
     @property
     def change(self) -> Float[Tensor, "flow layer example"]:
-        """100 (p' - p) / p, in percent: -100 where the answer is lost altogether, NaN where its p was 0."""
+        """100 (p' - p) / p, in percent: -100 where the answer is lost, NaN where its p was 0."""
         return 100 * (self.p_knocked - self.p) / torch.where(self.p > 0, self.p, torch.nan)
 
     @property
@@ -68,28 +68,27 @@ class InformationFlowResult(Result):
         return mean_interval(self.change.movedim(-1, 0))
 
     def to_frame(self) -> pd.DataFrame:
-        """One row per flow, layer (the window's center) and example: p, p_knocked and change (%)."""
-        axes = {"flow": self.flows, "layer": range(len(self.windows)), "example": range(len(self.p))}
-        frame = long_frame(self.p_knocked, **axes).rename(columns={"value": "p_knocked"})
+        """One row per flow, layer (the window's center) and example: p, p_knocked, change (%)."""
+        labels = {"flow": self.flows, "layer": range(len(self.windows)), "example": range(len(self.p))}
+        frame = long_frame(self.p_knocked, **labels).rename(columns={"value": "p_knocked"})
         frame["p"] = self.p.numpy()[frame["example"]]
-        return frame.assign(change=long_frame(self.change, **axes)["value"])
+        return frame.assign(change=long_frame(self.change, **labels)["value"])
 
     def plot(self, ax: Axes | None = None) -> Axes:
-        """The mean change of the answer's probability by the window's center, a line and its band for each flow.
+        """The mean change by the window's center, a line in its band of the interval for each flow.
 
         An answer of probability 0 has no relative change: its example is left out.
         """
-        change, found = self.change, self.interval
+        change, interval = self.change, self.interval
         layers = np.arange(len(self.windows))
         step = -(-len(layers) // 14)
         with style():
             ax = axes(ax, width=7, height=4)
             ax.axhline(0, color="#444444", linewidth=0.8)
             for i, flow in enumerate(self.flows):
-                color, mean = FLOW_COLORS[i % len(FLOW_COLORS)], found.mean[i].numpy()
-                ax.fill_between(
-                    layers, found.low[i].numpy(), found.high[i].numpy(), color=color, alpha=0.15, linewidth=0
-                )
+                color = FLOW_COLORS[i % len(FLOW_COLORS)]
+                mean, low, high = (values[i].numpy() for values in interval)
+                ax.fill_between(layers, low, high, color=color, alpha=0.15, linewidth=0)
                 ax.plot(
                     layers, mean, color=color, linestyle=FLOW_DASHES[i % 4], marker=FLOW_MARKERS[i % 4], label=arrow(flow),
                     markevery=step,
@@ -113,39 +112,46 @@ def information_flow(
     window: int = 9,
     flows: Sequence[str] = FLOWS,
 ) -> InformationFlowResult:
-    """The answer's probability with attention from one group of positions to another knocked out, window by window.
+    """The answer's probability with attention between two groups of positions knocked out.
 
-    100 (p' - p) / p, where p' is the probability of the answer's first token while no position of the destination attends
-    to the source in the `window` layers around each layer (Zhang et al. 2024, "Cross-modal Information Flow in Multimodal
-    Large Language Models", window 9). Differs: "question" is all that is neither image nor the last position, so that
-    image, question and last are every position once.
+    100 (p' - p) / p, where p' is the probability of the answer's first token while no position of
+    the destination attends to the source in the `window` layers around each layer (Zhang et al.
+    2024, "Cross-modal Information Flow in Multimodal Large Language Models", window 9). Differs:
+    "question" is all that is neither image nor the last position, so that image, question and last
+    are every position once.
+
+    >>> result = mv.information_flow(vlm, inputs, "red", flows=["image -> last"])
+    >>> result.interval.mean  # [flow layer], in percent
 
     Args:
         vlm: the model; its attention must be sdpa or eager.
-        inputs: any number of examples, as one batch or several. Each is run alone, its windows batched; on NDIF
-            those of one batch are one request.
-        answers: a word or token id for all examples, or one each; by default the model's own first token.
+        inputs: any number of examples, as one batch or several. Each is run alone, its windows
+            batched; on NDIF those of one batch are one request.
+        answers: a word or token id for all examples, or one each; by default the model's own first
+            token.
         window: layers knocked out together; at the ends of the decoder fewer.
-        flows: "source -> destination", in names of `TokenMap.select`; several are joined, "image -> question + last".
+        flows: "source -> destination", in names of `TokenMap.select`; several are joined,
+            "image -> question + last".
 
-    Every window starts from the clean states at its first layer and computes only the positions that it can change.
-    Tested: equals one whole forward per window.
+    Every window starts from the clean states at its first layer and computes only the positions
+    that it can change. Tested: equals one whole forward per window.
 
     Raises:
-        InputError: for answers that do not fit the examples, or a flow that an example does not have.
+        InputError: for answers that do not fit the examples, or a flow that an example does not
+            have.
         ValueError: for an unknown flow or window.
     """
     spans = windows(vlm.n_layers, window)
     if not flows or any(flow.count("->") != 1 for flow in flows):
         raise ValueError(f"A flow reads 'source -> destination', such as {FLOWS[0]!r}; got {list(flows)}.")
-    found = each(
+    by_example = for_each(
         vlm,
         Examples(vlm, inputs, answers),
-        _knocked_out,
+        _knock_out_flows,
         lambda example: ([_edges(example, flow) for flow in flows], spans),
         "information flow",
     )
-    tokens, p, p_knocked = zip(*found, strict=True)
+    tokens, p, p_knocked = zip(*by_example, strict=True)
     return InformationFlowResult(
         p=torch.tensor(p), p_knocked=torch.tensor(p_knocked).permute(1, 2, 0), flows=tuple(flows),
         windows=tuple((span.start, span.stop) for span in spans),
@@ -153,17 +159,19 @@ def information_flow(
     )  # fmt: skip
 
 
-def _knocked_out(vlm: VLM, example: Example, edges: list, spans: list[range]) -> tuple[int, float, list[list[float]]]:
-    """The answer's token, its probability, and that with each flow knocked out in each window [flow window]."""
+def _knock_out_flows(
+    vlm: VLM, example: Example, edges: list[tuple[list[int], list[int]]], spans: list[range]
+) -> tuple[int, float, list[list[float]]]:
+    """The answer's token, and its probability clean and with each flow out [flow window]."""
     clean = run(vlm, example.inputs)
     token = example.token(clean.logits)
 
     def change(layer: int, rows: list[Edit]) -> None:
-        here = [edges[edit.key[0]] if layer in edit.layers else (None, None) for edit in rows]
-        if any(src for src, _ in here):
-            knock_out(vlm, [src for src, _ in here], [dst for _, dst in here], layer)
+        blocked = [edges[edit.key[0]] if layer in edit.layers else (None, None) for edit in rows]
+        if any(src for src, _ in blocked):
+            knock_out(vlm, [src for src, _ in blocked], [dst for _, dst in blocked], layer)
 
-    # Near the ends windows may be the same: each is run once.
+    # Near the ends of the decoder windows may be the same: each is run once.
     edits = [Edit((flow, span), span, min(dst)) for flow, (_, dst) in enumerate(edges) for span in dict.fromkeys(spans)]
     logits = sweep(vlm, clean, edits, change)
     knocked = [[float(logits[flow, span].softmax(-1)[token]) for span in spans] for flow in range(len(edges))]
@@ -171,13 +179,16 @@ def _knocked_out(vlm: VLM, example: Example, edges: list, spans: list[range]) ->
 
 
 def _edges(example: Example, flow: str) -> tuple[list[int], list[int]]:
-    """Sources, and those destinations that stand after (or at) one of them."""
+    """The sources, and the destinations that stand at or after the first source."""
     source, _, destination = flow.partition("->")
     tokens = example.inputs.tokens
     src = positions(tokens, source).tolist()
     dst = [d for d in positions(tokens, destination).tolist() if d >= src[0]]
     if not dst:
-        raise InputError(f"Example {example.number} has no flow {flow!r}: no destination stands after a source.")
+        raise InputError(
+            f"Example {example.number} has no flow {flow!r}: attention looks back, and no destination stands at or after a "
+            "source. Turn the flow around, or leave the example out."
+        )
     return src, dst
 
 

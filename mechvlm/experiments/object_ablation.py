@@ -1,4 +1,10 @@
-"""Ablating the visual tokens of an object: is it still named, and would as many other tokens have done the same?"""
+"""Ablating an object's visual tokens: is it still named, and do other tokens matter as much?
+
+1. The object's visual tokens are those whose patches lie in its box; `margins` adds patches around.
+2. Where they enter the decoder, they become the mean visual token.
+3. The same is done to as many other tokens of the image, random ones and those of highest norm.
+4. Each condition's drop in naming accuracy says whether the object's own tokens carry its name.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +18,7 @@ from matplotlib.axes import Axes
 from torch import Tensor
 
 from mechvlm.errors import InputError
-from mechvlm.experiments.cases import Example, Examples, each
+from mechvlm.experiments.cases import Example, Examples, for_each
 from mechvlm.experiments.sweep import Edit, run, sweep
 from mechvlm.figures.headings import ALONE, INTERVAL, heading, number, short_name
 from mechvlm.figures.style import axes, style
@@ -27,14 +33,13 @@ from mechvlm.vlm.vlm import VLM
 
 ABLATION_CONDITIONS = ("own", "random", "highest norm")
 QUERY_SHARE = 4
-"""Of queries, this part (a quarter) counts as the object's: those that read most of it."""
-
-
+"""One in so many queries counts as the object's: the quarter that reads most of it."""
 BARS = {
     "own": ("the object's own tokens", "#0072B2", ""),
     "random": ("random others", "#E69F00", "///"),
     "highest norm": ("others of highest norm", "#999999", "..."),
 }
+"""Label, color and hatch of each condition."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -43,8 +48,8 @@ class ObjectAblationResult(Result):
 
     Attributes:
         correct: whether the model's first token is the answer's, undisturbed.
-        correct_ablated: the same with tokens ablated (0 or 1; of "random" the mean over its draws). NaN where the picture
-            holds too few tokens outside of the object to compare with.
+        correct_ablated: the same with tokens ablated (0 or 1; of "random" the mean over its draws).
+            NaN where the picture holds too few tokens outside of the object to compare with.
         p, p_ablated: the answer's probability, likewise.
         n_tokens: how many tokens were ablated.
         conditions: "own" (the object's), "random" and "highest norm" (others, as many).
@@ -67,46 +72,43 @@ class ObjectAblationResult(Result):
 
     @property
     def drop(self) -> Float[Tensor, "condition margin example"]:
-        """100 (correct - correct_ablated): the mean over examples is the drop in naming accuracy, in percentage points."""
+        """100 (correct - correct_ablated), in percentage points.
+
+        The mean over examples is the drop in naming accuracy.
+        """
         return 100 * (self.correct.float() - self.correct_ablated)
 
     @property
     def interval(self) -> Interval:
-        """The mean drop over examples [condition margin] with its 95 % bootstrap interval (percentage points)."""
+        """The mean drop over examples [condition margin] with its 95 % bootstrap interval.
+
+        In percentage points.
+        """
         return mean_interval(self.drop.movedim(-1, 0))
 
     def to_frame(self) -> pd.DataFrame:
-        """One row per condition, margin and example: n_tokens, correct, correct_ablated, drop, p and p_ablated."""
-        axes = {"condition": self.conditions, "margin": self.margins, "example": range(len(self.p))}
-        frame = long_frame(self.correct_ablated, **axes).rename(columns={"value": "correct_ablated"})
-        frame["p_ablated"] = long_frame(self.p_ablated, **axes)["value"]
-        frame["drop"] = long_frame(self.drop, **axes)["value"]
+        """One row per condition, margin and example.
+
+        Columns: n_tokens, correct, correct_ablated, drop, p and p_ablated.
+        """
+        labels = {"condition": self.conditions, "margin": self.margins, "example": range(len(self.p))}
+        frame = long_frame(self.correct_ablated, **labels).rename(columns={"value": "correct_ablated"})
+        frame["p_ablated"] = long_frame(self.p_ablated, **labels)["value"]
+        frame["drop"] = long_frame(self.drop, **labels)["value"]
         for name in ("p", "correct"):
             frame[name] = getattr(self, name).numpy()[frame["example"]]
         rows = frame["margin"].map({m: i for i, m in enumerate(self.margins)})
         return frame.assign(n_tokens=self.n_tokens.numpy()[rows, frame["example"]])
 
     def plot(self, ax: Axes | None = None) -> Axes:
-        """The drop in naming accuracy by margin, a bar for each condition; over fewer examples where it says so."""
-        found = self.interval
-        seen = (~self.drop.isnan()).sum(-1)
+        """The drop in naming accuracy by margin, a bar for each condition.
+
+        A bar over fewer examples than there are says over how many.
+        """
         n_conditions, n_margins, n = self.drop.shape
         with style():
             ax = axes(ax, width=max(5.5, 1.8 + 1.5 * n_margins), height=3.9)
-            width = 0.8 / n_conditions
-            for i, condition in enumerate(self.conditions):
-                label, color, hatch = BARS[condition]
-                x = np.arange(n_margins) + (i - (n_conditions - 1) / 2) * width
-                mean, low, high = (part[i].numpy() for part in found)
-                ax.bar(x, mean, 0.9 * width, label=label, color=color, hatch=hatch, edgecolor="white", linewidth=0)
-                ax.vlines(x, low, high, color="#222222", linewidth=1.2)
-                tops = np.fmax(high, np.fmax(mean, 0))
-                for at, value, top, count in zip(x, mean.tolist(), tops, seen[i].tolist(), strict=True):
-                    words = ("–" if np.isnan(value) else number(value, 0)) + (f"\nn = {count}" if count < n else "")
-                    ax.annotate(
-                        words, (at, 0 if np.isnan(value) else top), xytext=(0, 2), textcoords="offset points", ha="center",
-                        va="bottom", fontsize=7, color="#222222",
-                    )  # fmt: skip
+            self._draw_bars(ax)
             ax.axhline(0, color="#444444", linewidth=0.8)
             ax.margins(y=0.12)
             ax.grid(False, axis="x")
@@ -126,6 +128,26 @@ class ObjectAblationResult(Result):
             )  # fmt: skip
         return ax
 
+    def _draw_bars(self, ax: Axes) -> None:
+        """A bar per condition and margin, with its interval and value, and n where it is fewer."""
+        interval = self.interval
+        n_compared = (~self.drop.isnan()).sum(-1)  # [condition margin]
+        n_conditions, n_margins, n = self.drop.shape
+        width = 0.8 / n_conditions
+        for i, condition in enumerate(self.conditions):
+            label, color, hatch = BARS[condition]
+            x = np.arange(n_margins) + (i - (n_conditions - 1) / 2) * width
+            mean, low, high = (part[i].numpy() for part in interval)
+            ax.bar(x, mean, 0.9 * width, label=label, color=color, hatch=hatch, edgecolor="white", linewidth=0)
+            ax.vlines(x, low, high, color="#222222", linewidth=1.2)
+            tops = np.fmax(high, np.fmax(mean, 0))
+            for at, value, top, count in zip(x, mean.tolist(), tops, n_compared[i].tolist(), strict=True):
+                note = ("–" if np.isnan(value) else number(value, 0)) + (f"\nn = {count}" if count < n else "")
+                ax.annotate(
+                    note, (at, 0 if np.isnan(value) else top), xytext=(0, 2), textcoords="offset points", ha="center",
+                    va="bottom", fontsize=7, color="#222222",
+                )  # fmt: skip
+
 
 def object_ablation(
     vlm: VLM,
@@ -136,28 +158,35 @@ def object_ablation(
     draws: int = 5,
     seed: int = 0,
 ) -> ObjectAblationResult:
-    """Naming accuracy with an object's visual tokens ablated, against random others and those of highest norm.
+    """Naming accuracy with an object's visual tokens ablated, against random and high-norm others.
 
-    Where the tokens enter the decoder they become the mean visual token of all examples (Neo et al. 2024, "Towards
-    Interpreting Visual Information Processing in Vision-Language Models"). Both controls are as many tokens of the same image
-    from outside of the object (with the same margin). An answer is right when the model's first token is the answer's.
+    Where the tokens enter the decoder they become the mean visual token of all examples (Neo et al.
+    2024, "Towards Interpreting Visual Information Processing in Vision-Language Models"). Both
+    controls are as many tokens of the same image from outside of the object (with the same margin).
+    An answer is right when the model's first token is the answer's.
+
+    >>> result = mv.object_ablation(vlm, inputs, boxes=[(14, 20, 60, 72)], answers="dog")
+    >>> result.drop  # [condition margin example], in percentage points
 
     Args:
         vlm: the model.
-        inputs: any number of examples, as one batch or several, of one image each; on NDIF those of one batch are two
-            requests.
-        boxes: the object of each example, (left, top, right, bottom) in pixels of the original image.
+        inputs: any number of examples, as one batch or several, of one image each; on NDIF those of
+            one batch are two requests.
+        boxes: the object of each example, (left, top, right, bottom) in pixels of the original
+            image.
         answers: what the object is rightly named, a word or token id for all examples, or one each.
         margins: how many patches around the object go with it.
         draws: how often random tokens are drawn.
         seed: of the draws.
 
-    An object's tokens are the patches of which it covers at least half, or, where it covers none so far, the one of which it
-    covers most. InstructBLIP's queries have no place: its object's tokens are the quarter of the queries whose reading of the
-    image (`query_reading`) lies in these patches most.
+    An object's tokens are the patches of which it covers at least half, or, where it covers none so
+    far, the one of which it covers most. InstructBLIP's queries have no place: its object's tokens
+    are the quarter of the queries whose reading of the image (`query_reading`) lies in these
+    patches most.
 
     Raises:
-        InputError: for boxes or answers that do not fit the examples, or an object that the model does not see.
+        InputError: for boxes or answers that do not fit the examples, or an object that the model
+            does not see.
         ValueError: for no margin or no draw.
     """
     if not len(margins) or min(margins) < 0 or draws < 1:
@@ -172,15 +201,15 @@ def object_ablation(
         )
     if answers is None:
         raise InputError("object_ablation needs the right answers: what each object is named.")
-    mean, readings = _look(vlm, batches)
-    found = each(
+    mean, readings = _mean_token(vlm, batches)
+    by_example = for_each(
         vlm,
         examples,
-        _ablated,
-        lambda example: (_object(example, boxes[example.number], margins, readings), mean, draws, seed),
+        _ablate_object,
+        lambda example: (_object_positions(example, boxes[example.number], margins, readings), mean, draws, seed),
         "object ablation",
     )
-    tokens, correct, p, n_tokens, by_condition = zip(*found, strict=True)
+    tokens, correct, p, n_tokens, by_condition = zip(*by_example, strict=True)
     correct_ablated, p_ablated = torch.stack(by_condition, -1)
     return ObjectAblationResult(
         correct=torch.tensor(correct), correct_ablated=correct_ablated, p=torch.tensor(p), p_ablated=p_ablated,
@@ -189,18 +218,23 @@ def object_ablation(
     )  # fmt: skip
 
 
-def _ablated(
-    vlm: VLM, example: Example, owned: list[list[int]], mean: Tensor, draws: int, seed: int
+def _ablate_object(
+    vlm: VLM, example: Example, objects: list[list[int]], mean: Tensor, draws: int, seed: int
 ) -> tuple[int, bool, float, list[int], Float[Tensor, "2 condition margin"]]:
-    """The answer's token, whether the model gives it, its probability, how many tokens are ablated with each margin, and the
-    share of right answers and the probability under each condition (NaN where there is nothing to compare with)."""
+    """One example under every condition; `objects` holds the object's positions for each margin.
+
+    Returns:
+        The answer's token, whether the model gives it, its probability, how many tokens are ablated
+        with each margin, and under each condition the share of right answers and the probability
+        (NaN where there is nothing to compare with).
+    """
     clean = run(vlm, example.inputs)
     token = example.token(clean.logits)
     image = example.inputs.tokens.image
     norms = clean.resid[0][0, image].float().norm(dim=-1).cpu()
     generator = torch.Generator().manual_seed(seed + example.number)
-    chosen: dict[tuple, list[int]] = {}
-    for m, own in enumerate(owned):
+    chosen: dict[tuple, list[int]] = {}  # by (condition, margin, draw)
+    for m, own in enumerate(objects):
         chosen[0, m, 0] = own
         outside = torch.isin(image, torch.tensor(own), invert=True)
         others, norm = image[outside], norms[outside]
@@ -215,21 +249,21 @@ def _ablated(
             ablate(vlm, [[i - first for i in chosen[edit.key]] for edit in rows], 0, how="mean", source=mean)
 
     logits = sweep(vlm, clean, [Edit(key, range(1), int(image[0])) for key in chosen], change)
-    found = torch.full((2, len(ABLATION_CONDITIONS), len(owned)), torch.nan)
+    measured = torch.full((2, len(ABLATION_CONDITIONS), len(objects)), torch.nan)
     for condition, m in {key[:2] for key in chosen}:
-        same = torch.stack([row for key, row in logits.items() if key[:2] == (condition, m)])
-        found[0, condition, m] = (same.argmax(-1) == token).float().mean()
-        found[1, condition, m] = same.softmax(-1)[:, token].mean()
-    return token, int(clean.logits.argmax()) == token, clean.p(token), [len(own) for own in owned], found
+        by_draw = torch.stack([row for key, row in logits.items() if key[:2] == (condition, m)])
+        measured[0, condition, m] = (by_draw.argmax(-1) == token).float().mean()
+        measured[1, condition, m] = by_draw.softmax(-1)[:, token].mean()
+    return token, int(clean.logits.argmax()) == token, clean.p(token), [len(own) for own in objects], measured
 
 
 @dataclass(frozen=True)
-class _Entering:
-    """Probe: the sum over all visual tokens of what enters the decoder [d_model], and their number."""
+class _VisualTokenSum:
+    """Probe: the sum of all visual tokens as they enter the decoder [d_model], and their number."""
 
     def prepare(self, vlm: Model, inputs: Inputs) -> list[tuple[int, Tensor]]:
         """The image's positions, example by example."""
-        return [(row, m.image) for row, m in enumerate(inputs.token_maps)]
+        return [(row, tokens.image) for row, tokens in enumerate(inputs.token_maps)]
 
     def at_state(self, plan: list[tuple[int, Tensor]], state: State) -> Row | None:
         """The sum at state 0."""
@@ -238,39 +272,45 @@ class _Entering:
         return {"sum": torch.stack([state.resid[row, pos].double().sum(0) for row, pos in plan]).sum(0)}
 
     def result(self, plan: list[tuple[int, Tensor]], rows: list[Row], vlm: Model, inputs: Inputs) -> tuple[Tensor, int]:
-        """The sum, and how many tokens it is of."""
+        """The sum, and how many tokens are in it."""
         return rows[0]["sum"].cpu(), sum(len(pos) for _, pos in plan)
 
 
-def _look(vlm: VLM, batches: Sequence[Inputs]) -> tuple[Float[Tensor, "1 d_model"], list[Tensor]]:
-    """The mean visual token as it enters the decoder, and of queries where each example's read the image [query row col]."""
+def _mean_token(vlm: VLM, batches: Sequence[Inputs]) -> tuple[Float[Tensor, "1 d_model"], list[Tensor]]:
+    """The mean visual token as it enters the decoder.
+
+    For a model with queries also where each example's queries read the image, [query row col].
+    """
     total, count, readings = torch.zeros(vlm.d_model, dtype=torch.float64), 0, []
-    probes = (_Entering(), *([QueryReading()] if vlm.cross_attentions else []))
+    probes = (_VisualTokenSum(), *([QueryReading()] if vlm.cross_attentions else []))
     for batch in batches:
-        (entering, n), *reading = read(vlm, batch, *probes)
-        total, count = total + entering, count + n
-        readings += [one for found in reading for one in found.map]
+        (batch_sum, n), *reading = read(vlm, batch, *probes)
+        total, count = total + batch_sum, count + n
+        readings += [example_map for result in reading for example_map in result.map]
     return (total / count).float()[None], readings
 
 
-def _object(
+def _object_positions(
     example: Example, box: Sequence[float | int], margins: Sequence[int], readings: list[Tensor]
 ) -> list[list[int]]:
     """Positions of the object's tokens, for each margin."""
     tokens = example.inputs.tokens
     if len(tokens.grids) != 1:
-        raise InputError(f"Example {example.number} holds {len(tokens.grids)} images; a box is of one.")
+        raise InputError(
+            f"Example {example.number} holds {len(tokens.grids)} images, and a box lies on one: give one image per example."
+        )
     grid = tokens.grids[0]
     covered = grid.covered(box)
     if not covered.max() > 0:
-        seen = tuple(round(x) for x in grid.crop_box)
+        crop_box = tuple(round(x) for x in grid.crop_box)
         raise InputError(
-            f"Box {tuple(box)} of example {example.number} is not on the image as the model sees it, {seen}."
+            f"Box {tuple(box)} of example {example.number} is not on the image as the model sees it, {crop_box}. Boxes are "
+            "(left, top, right, bottom) in pixels of the original image."
         )
     least = min(0.5, float(covered.max()))
-    grown = [grid.inside(box, least, margin) for margin in margins]
+    by_margin = [grid.inside(box, least, margin) for margin in margins]
     if tokens.patches:
-        return [tokens.image[patches.flatten()].tolist() for patches in grown]
-    reads = readings[example.number]
+        return [tokens.image[patches.flatten()].tolist() for patches in by_margin]
+    reading = readings[example.number]
     n = max(1, len(tokens.image) // QUERY_SHARE)
-    return [tokens.image[(reads * patches).sum((1, 2)).topk(n).indices].tolist() for patches in grown]
+    return [tokens.image[(reading * patches).sum((1, 2)).topk(n).indices].tolist() for patches in by_margin]

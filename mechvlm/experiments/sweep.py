@@ -1,7 +1,17 @@
-"""A forward that starts in the middle: from the state of an earlier one, at the first layer and position that differ.
+"""A forward that starts mid-way: at the first layer and position that an intervention changes.
 
-What an intervention cannot reach is not computed again. Below the first layer that it changes, every state is the earlier
-run's; and no position before the first one that it changes can differ, so that its keys and values stand for it.
+An experiment runs hundreds of interventions on one example. Most of each forward is the same.
+
+1. `run` records one whole forward of the example: the states that enter each layer, and each
+   layer's keys and values.
+2. No layer below the first one that changes can differ. `run_from` skips those layers and starts
+   from the recorded state.
+3. No position before the first one that changes can differ. `run_from` computes the later positions
+   alone; the recorded keys and values stand for the earlier ones (`PrefixLayer`).
+4. `sweep` sorts many interventions (`Edit`) by where they start. Those that start close to each
+   other are the rows of one forward.
+
+Tested: equals one whole forward per intervention.
 """
 
 from collections.abc import Callable
@@ -18,8 +28,11 @@ from mechvlm.inputs.batch import Inputs
 from mechvlm.vlm.vlm import VLM
 
 TOKENS_PER_FORWARD, ROWS_PER_FORWARD = 512, 8
-"""How many tokens, and how many rows, one forward of a sweep may hold. More rows share more work, but start further apart,
-and each is computed from where the first one starts: 8 was the quickest of 4 to 64 on a decoder of 32 layers."""
+"""How many tokens, and how many rows, one forward of a sweep may hold.
+
+More rows share more work, but start further apart, and each is computed from where the first one
+starts. 8 was the quickest of 4 to 64 on a decoder of 32 layers.
+"""
 
 
 @dataclass(frozen=True)
@@ -27,10 +40,11 @@ class Run:
     """One example's finished forward, from which others start.
 
     Attributes:
-        inputs: of the example.
-        resid: what entered each layer, [1 pos d_model] each.
-        keys, values: of each layer's attention, [1 kv_head pos d_head] each, keys after the rotary embedding.
-        kept: what `keep` asked for, by layer.
+        inputs: the example's.
+        resid: the states that enter each layer, [1 pos d_model] each.
+        keys, values: of each layer's attention, [1 kv_head pos d_head] each, keys after the rotary
+            embedding.
+        kept: the output of the accessor that `run` was told to keep, by layer.
         logits: of the last position, [d_vocab] in float32.
     """
 
@@ -51,7 +65,11 @@ def run(
 ) -> Run:
     """One example's forward, from its inputs, or with other embeddings entering the decoder.
 
-    `keep` names an accessor ("mlp_out", say) that is kept too.
+    Args:
+        vlm: the model.
+        inputs: one example.
+        keep: an accessor ("mlp_out", say) whose outputs are kept too.
+        embeddings: enter the decoder instead of the example's own.
     """
     if embeddings is None or not vlm.has_weights:
         forward = vlm.trace(inputs, logits_to_keep=1)
@@ -72,11 +90,14 @@ def run(
     return Run(inputs, resid, keys, values, kept, logits[0].float())
 
 
-class _Prefix(DynamicLayer):
-    """Keys and values of the positions before the first one that is computed: all rows read the same ones."""
+class PrefixLayer(DynamicLayer):
+    """A layer of a key-value cache that holds the positions before the first computed one.
+
+    All rows of the forward read the same keys and values, [1 kv_head pos d_head].
+    """
 
     def __init__(self, keys: Tensor, values: Tensor):
-        DynamicLayer.__init__(self)  # not super(): this class travels
+        DynamicLayer.__init__(self)  # super() without arguments does not travel to NDIF
         self.dtype, self.device = keys.dtype, keys.device
         self.keys, self.values = keys, values
         self.is_initialized = True
@@ -89,38 +110,49 @@ class _Prefix(DynamicLayer):
         )
 
 
-def rerun(
-    vlm: VLM, run: Run, rows: int, layer: int, pos: int, change: Callable[[int], None]
+def run_from(
+    vlm: VLM, base: Run, rows: int, layer: int, pos: int, change: Callable[[int], None]
 ) -> Float[Tensor, "rows d_vocab"]:
-    """Logits of the last position in `rows` copies of a run, computed again from `layer` and from position `pos` on.
+    """Logits of the last position in `rows` copies of a run, computed from `layer` and `pos` on.
 
-    `change(layer)` is called inside the trace, before each layer from `layer` on, and may intervene there. Positions of
-    what the layers hold count from `pos`; those of attention (`knock_out`) from 0 as ever.
+    Args:
+        vlm: the model.
+        base: the run to start from.
+        rows: how many copies of it.
+        layer: the first layer that is computed.
+        pos: the first position that is computed.
+        change: `change(layer)` is called inside the trace, before each layer from `layer` on, and
+            may intervene there. Positions in what the layers hold count from `pos`; those of
+            attention (`knock_out`) from 0, as ever.
 
     Tested: equals whole forwards with the same interventions.
     """
     if not vlm.has_weights:
-        return _whole(vlm, run, rows, layer, change)
-    first = run.resid[layer][:, pos:].expand(rows, -1, -1)
-    past = Cache(layers=[_Prefix(k[:, :, :pos], v[:, :, :pos]) for k, v in zip(run.keys, run.values, strict=True)])
-    with torch.no_grad(), part(vlm.model, vlm.record.decoder).trace(inputs_embeds=first, past_key_values=past):
+        return _run_all_positions(vlm, base, rows, layer, change)
+    start = base.resid[layer][:, pos:].expand(rows, -1, -1)
+    prefix = [PrefixLayer(k[:, :, :pos], v[:, :, :pos]) for k, v in zip(base.keys, base.values, strict=True)]
+    past = Cache(layers=prefix)
+    with torch.no_grad(), part(vlm.model, vlm.record.decoder).trace(inputs_embeds=start, past_key_values=past):
         for below in range(layer):
-            vlm.layers[below].skip(first)
+            vlm.layers[below].skip(start)
         for at in range(layer, vlm.n_layers):
             change(at)
         logits = nnsight.save(vlm.unembed(vlm.final_norm(vlm.resid_post[vlm.n_layers - 1][:, -1])))
     return logits.float()
 
 
-def _whole(vlm: VLM, run: Run, rows: int, layer: int, change: Callable[[int], None]) -> Tensor:
-    """The same over all positions, for NDIF's sandbox: it traces whole models only, and passes on no cache of ours."""
-    first = run.resid[layer].expand(rows, -1, -1)
-    encoding = {key: torch.cat([value] * rows) for key, value in run.inputs.encoding.items()}
+def _run_all_positions(vlm: VLM, base: Run, rows: int, layer: int, change: Callable[[int], None]) -> Tensor:
+    """`run_from` position 0, for NDIF's sandbox.
+
+    The sandbox traces whole models only, and passes on no cache of ours.
+    """
+    start = base.resid[layer].expand(rows, -1, -1)
+    encoding = {key: torch.cat([value] * rows) for key, value in base.inputs.encoding.items()}
     with torch.no_grad(), vlm.model.trace(**encoding, logits_to_keep=1):
         for below in range(layer):
-            vlm.layers[below].skip(first)
+            vlm.layers[below].skip(start)
         if layer == 0:
-            vlm.resid_pre[0] = first
+            vlm.resid_pre[0] = start
         for at in range(layer, vlm.n_layers):
             change(at)
         logits = nnsight.save(vlm.unembed(vlm.final_norm(vlm.resid_post[vlm.n_layers - 1][:, -1])))
@@ -129,38 +161,49 @@ def _whole(vlm: VLM, run: Run, rows: int, layer: int, change: Callable[[int], No
 
 @dataclass(frozen=True)
 class Edit:
-    """One row of a sweep: what it does to `pos` at `layers`; `key` is for whoever asked for it."""
+    """One intervention, a row of a sweep.
+
+    Attributes:
+        key: the caller's name for it.
+        layers: the layers that it changes.
+        pos: the first position that it changes.
+    """
 
     key: tuple
     layers: range
     pos: int
-    """The first position that it changes."""
 
 
 def sweep(
-    vlm: VLM, run: Run, edits: list[Edit], change: Callable[[int, list[Edit]], None]
+    vlm: VLM, base: Run, edits: list[Edit], change: Callable[[int, list[Edit]], None]
 ) -> dict[tuple, Float[Tensor, " d_vocab"]]:
-    """Logits of the last position for each edit of a run, by its key; edits that share a forward are its rows.
+    """Logits of the last position for each edit of a run, by its key.
 
-    `change(layer, rows)` intervenes at a layer: what row i does there is up to `rows[i]`.
+    Args:
+        vlm: the model.
+        base: the run that is edited.
+        edits: the interventions; those that share a forward are its rows.
+        change: `change(layer, rows)` intervenes at a layer: in row i as `rows[i]` says.
     """
     if not vlm.has_weights:
         edits = [Edit(edit.key, edit.layers, 0) for edit in edits]
-    found: dict[tuple, Tensor] = {}
-    length = run.resid[0].shape[1]
+    logits_of: dict[tuple, Tensor] = {}
+    length = base.resid[0].shape[1]
     for pos in sorted({edit.pos for edit in edits}):
-        # By their first layers, so that rows of one forward start close to each other.
-        left = sorted((edit for edit in edits if edit.pos == pos), key=lambda edit: edit.layers.start)
+        # Sorted by first layer, so that the rows of one forward start close to each other.
+        queue = sorted((edit for edit in edits if edit.pos == pos), key=lambda edit: edit.layers.start)
         size = min(ROWS_PER_FORWARD, max(1, TOKENS_PER_FORWARD // (length - pos)))
-        for start in range(0, len(left), size):
-            rows = left[start : start + size]
-            logits = rerun(vlm, run, len(rows), rows[0].layers.start, pos, lambda layer, rows=rows: change(layer, rows))
-            found |= {edit.key: row for edit, row in zip(rows, logits, strict=True)}
-    return found
+        for start in range(0, len(queue), size):
+            rows = queue[start : start + size]
+            logits = run_from(
+                vlm, base, len(rows), rows[0].layers.start, pos, lambda layer, rows=rows: change(layer, rows)
+            )
+            logits_of |= {edit.key: row for edit, row in zip(rows, logits, strict=True)}
+    return logits_of
 
 
 def windows(n_layers: int, width: int) -> list[range]:
-    """For each layer the window of `width` layers around it, cut off at the first and the last layer."""
+    """For each layer the window of `width` layers around it, cut off at the first and the last."""
     if width < 1:
         raise ValueError(f"A window of {width} layers was asked for; it has at least 1.")
     starts = (layer - (width - 1) // 2 for layer in range(n_layers))

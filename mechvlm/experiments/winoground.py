@@ -1,4 +1,10 @@
-"""Winoground: whether a model tells two captions of the same words apart, and where a caption that is not true shows."""
+"""Winoground: does a model tell two captions of the same words apart, and where does it show?
+
+1. Each of a pair's two captions is written after each of its two images, as the model's answer.
+2. One forward of such an input gives the caption's likelihood, and every other measure.
+3. Likelihoods give the text, image and group score; the other measures are compared between the
+   caption that is true of an image and the other one (`WinogroundResult`).
+"""
 
 from collections.abc import Iterator, Sequence
 
@@ -27,47 +33,62 @@ PROMPT = "Describe the scene."
 def caption_logprob(
     vlm: VLM, images: Sequence[ImageLike], captions: Sequence[str], prompt: str = PROMPT, batch_size: int = 16
 ) -> Float[Tensor, " example"]:
-    """log p(caption | image, prompt) in nats: the sum over the caption's tokens, each given all before it.
+    """log p(caption | image, prompt) in nats: the sum over the caption's tokens.
 
-    The caption stands after the prompt in the family's template, where the model would answer; the end of the sequence is no
-    part of it. Not divided by the length: Winoground's two captions have the same words. One forward a batch, and logits
-    of the captions' positions alone.
+    Each token is given all before it. The caption stands after the prompt in the family's template,
+    where the model would answer; the end of the sequence is no part of it. Not divided by the
+    length: Winoground's two captions have the same words. One forward per batch, and logits of the
+    captions' positions alone.
 
-    Source: as VisualGPTScore, Lin et al. 2024 (arXiv:2306.01879). Tested: equals one forward of the Hugging Face model for
-    each caption.
+    >>> mv.caption_logprob(vlm, [image, image], ["a dog on a mat", "a mat on a dog"])  # [2]
+
+    Source: as VisualGPTScore, Lin et al. 2024 (arXiv:2306.01879).
+    Tested: equals one forward of the Hugging Face model for each caption.
 
     Raises:
-        InputError: for an image that cannot be read, other numbers of images than captions, or a caption that leaves no room.
+        InputError: for an image that cannot be read, other numbers of images than captions, or a
+            caption that leaves no room.
     """
     if len(images) != len(captions) or not len(images):
         raise InputError(f"{len(images)} images and {len(captions)} captions were given: give one caption for each.")
-    found = []
+    totals = []
     for start in track(range(0, len(images), batch_size), "captions, batches"):
-        at = slice(start, start + batch_size)
-        inputs, n_tokens = vlm.answered(vlm.inputs(list(images[at]), prompt), list(captions[at]))
-        found.append(read(vlm, inputs, Likelihood(n_tokens))[0].total)
-    return torch.cat(found)
+        batch = slice(start, start + batch_size)
+        inputs, n_tokens = vlm.answered(vlm.inputs(list(images[batch]), prompt), list(captions[batch]))
+        totals.append(read(vlm, inputs, Likelihood(n_tokens))[0].total)
+    return torch.cat(totals)
 
 
 def winoground(vlm: VLM, pairs: Sequence[Pair], prompt: str = PROMPT, batch_size: int = 16) -> WinogroundResult:
-    """The text, image and group score, and every measure with the caption that is true of an image against the other one.
+    """The text, image and group score of pairs, and every measure under true and false captions.
 
-    Each of a pair's two captions is written after each of its two images and the prompt, where the model would answer, and
-    everything is read in that one forward: the likelihood of the caption (as `caption_logprob`); precision and recall of
-    the words that the image's tokens decode to, against the caption; the mean cosine of image and caption tokens (eq. (1)
-    of Wei et al. 2024 over the caption alone); and how much the caption's last token reads from the image (norm-based
-    attention, the sum over the image's tokens).
+    Each of a pair's two captions is written after each of its two images and the prompt, where the
+    model would answer, and everything is read in that one forward:
 
-    Where visual tokens stand before the text they cannot see it: a lens reads the same words off them under both captions, and
-    a pair's captions hold the same words. Their precision and recall differ by inflections alone, which makes them a control.
+    - the likelihood of the caption (as `caption_logprob`);
+    - precision and recall of the words that the image's tokens decode to, against the caption;
+    - the mean cosine of image and caption tokens (eq. (1) of Wei et al. 2024 over the caption
+      alone);
+    - how much the caption's last token reads from the image (norm-based attention, the sum over the
+      image's tokens).
+
+    Where visual tokens stand before the text they cannot see it. A lens then reads the same words
+    off them under both captions, and a pair's captions hold the same words: precision and recall
+    differ by inflections alone, which makes them a control.
+
+    >>> result = mv.winoground(vlm, mechvlm.datasets.pairs_of(data.examples))
+    >>> result.scores.to_frame()  # percent of pairs, intervals and chance
 
     Args:
         vlm: the model.
-        pairs: what `mechvlm.datasets.pairs_of` gives of Winoground's examples, or pairs of your own.
+        pairs: what `mechvlm.datasets.pairs_of` gives of Winoground's examples, or pairs of your
+            own.
         prompt: what the captions answer; the family's template is put around it.
-        batch_size: forwards together, of whole pairs (four each): it changes speed and memory, not results.
+        batch_size: forwards together, of whole pairs (four each): it changes speed and memory, not
+            results.
 
-    A pair with an image that cannot be read, or whose activations are not finite, is set aside with the reason.
+    A pair with an image that cannot be read, or whose activations are not finite, is set aside with
+    the reason.
 
     Source: Thrush et al. 2022 (arXiv:2204.03162).
 
@@ -78,67 +99,78 @@ def winoground(vlm: VLM, pairs: Sequence[Pair], prompt: str = PROMPT, batch_size
         raise InputError("There is no pair. mechvlm.datasets.pairs_of(examples) gives those of a data set.")
     step = max(1, batch_size // 4)
     used: list[Pair] = []
-    found: list[Tensor] = []
-    aside: list[tuple[str, str]] = []
+    values: list[Tensor] = []
+    set_aside: list[tuple[str, str]] = []
     for start in track(range(0, len(pairs), step), "winoground, batches"):
-        for some, values in _reads(vlm, list(pairs[start : start + step]), prompt, aside):
-            used += some
-            found.append(values)
+        for batch, batch_values in _read_or_set_aside(vlm, list(pairs[start : start + step]), prompt, set_aside):
+            used += batch
+            values.append(batch_values)
     if not used:
-        raise InputError(f"None of the {len(pairs)} pairs could be read. The first, {aside[0][0]}: {aside[0][1]}")
+        first, reason = set_aside[0]
+        raise InputError(f"None of the {len(pairs)} pairs could be read. The first, {first}: {reason}")
     return WinogroundResult(
-        values=torch.cat(found, 2), pairs=tuple(pair.id for pair in used), set_aside=tuple(aside), prompt=prompt,
+        values=torch.cat(values, 2), pairs=tuple(pair.id for pair in used), set_aside=tuple(set_aside), prompt=prompt,
         model=vlm.name,
     )  # fmt: skip
 
 
-def _reads(vlm: VLM, pairs: list[Pair], prompt: str, aside: list) -> Iterator[tuple[list[Pair], Tensor]]:
-    """The pairs in one forward; where one spoils it, each alone."""
+def _read_or_set_aside(
+    vlm: VLM, pairs: list[Pair], prompt: str, set_aside: list[tuple[str, str]]
+) -> Iterator[tuple[list[Pair], Tensor]]:
+    """The pairs with their values, all in one forward; where one spoils it, each pair alone.
+
+    A pair that cannot be read even alone is added to `set_aside`.
+    """
     try:
         values = read_pairs(vlm, pairs, prompt)
     except (InputError, NonFiniteError) as error:
         if len(pairs) == 1:
-            aside.append((pairs[0].id, str(error)))
+            set_aside.append((pairs[0].id, str(error)))
             return
         for pair in pairs:
-            yield from _reads(vlm, [pair], prompt, aside)
+            yield from _read_or_set_aside(vlm, [pair], prompt, set_aside)
     else:
         yield pairs, values
 
 
 def read_pairs(vlm: VLM, pairs: Sequence[Pair], prompt: str) -> Float[Tensor, "measure layer pair caption image"]:
-    """What `WinogroundResult.values` holds, of these pairs: their four combinations, caption by caption, in one forward.
+    """The values of these pairs, as `WinogroundResult.values` holds them, in one forward.
+
+    The forward holds four examples per pair, caption by caption and image by image.
 
     Raises:
         InputError: for an image that cannot be read, or a caption that leaves no room.
         NonFiniteError: where activations are not finite.
     """
-    each = [(pair, caption, image) for pair in pairs for caption in (0, 1) for image in (0, 1)]
-    captions = [pair.captions[caption] for pair, caption, _ in each]
-    inputs = vlm.inputs([pair.images[image] for pair, _, image in each], prompt)
+    combinations = [(pair, caption, image) for pair in pairs for caption in (0, 1) for image in (0, 1)]
+    captions = [pair.captions[caption] for pair, caption, _ in combinations]
+    inputs = vlm.inputs([pair.images[image] for pair, _, image in combinations], prompt)
     inputs, n_tokens = vlm.answered(inputs, captions)
-    probes = Likelihood(n_tokens), LogitLens(k=1), _CaptionContext(n_tokens), NormAttention(dst="last")
-    likelihood, lens, context, norms = read(vlm, inputs, *probes)
-    values = torch.full((len(PAIR_MEASURES), vlm.n_layers + 1, len(each)), torch.nan)
+    probes = Likelihood(n_tokens), LogitLens(k=1), _CaptionCosine(n_tokens), NormAttention(dst="last")
+    likelihood, lens, cosine, norms = read(vlm, inputs, *probes)
+    values = torch.full((len(PAIR_MEASURES), vlm.n_layers + 1, len(combinations)), torch.nan)
     for i, (caption, tokens) in enumerate(zip(captions, inputs.token_maps, strict=True)):
         words = lens_precision_recall(lens.of(i).pieces(), caption)
         for measure in ("precision", "recall"):
             by_layer = words[words["measure"] == measure]["value"].to_numpy(dtype="float32")
             values[PAIR_MEASURES.index(measure), :, i] = torch.from_numpy(by_layer)
         values[PAIR_MEASURES.index("norm attention"), 1:, i] = norms.norm[:, i, 0, tokens.image].sum(-1)
-    values[PAIR_MEASURES.index("contextualization")] = context
+    values[PAIR_MEASURES.index("contextualization")] = cosine
     values[PAIR_MEASURES.index("log-likelihood"), -1] = likelihood.total
     return values.unflatten(-1, (len(pairs), 2, 2))
 
 
-class _CaptionContext:
-    """Probe: the mean cosine between an example's image tokens and its last `n_tokens` tokens [layer example]."""
+class _CaptionCosine:
+    """Probe: the mean cosine of an example's image tokens and its last `n_tokens` tokens.
+
+    The result is [layer example].
+    """
 
     def __init__(self, n_tokens: Sequence[int]):
         self.n_tokens = n_tokens
 
     def prepare(self, vlm: Model, inputs: Inputs) -> ContextualizationPlan:
-        """Which positions hold the image, and which the caption."""
+        """Find the positions of image and caption."""
         image, caption = (torch.zeros(inputs.encoding["input_ids"].shape, dtype=torch.bool) for _ in range(2))
         for row, (tokens, n) in enumerate(zip(inputs.token_maps, self.n_tokens, strict=True)):
             image[row, tokens.image], caption[row, -n:] = True, True

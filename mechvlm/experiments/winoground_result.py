@@ -1,4 +1,7 @@
-"""What the experiment on Winoground's pairs finds: scores, and measures with the true caption against the other one."""
+"""Result of the experiment on Winoground's pairs: scores, and measures under both captions.
+
+`pair_scores` is the formula of the three scores; `WinogroundResult` holds every measure.
+"""
 
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
@@ -10,23 +13,23 @@ from jaxtyping import Bool, Float
 from matplotlib.axes import Axes
 from torch import Tensor
 
-from mechvlm.figures.headings import INTERVAL
-from mechvlm.figures.style import axes, layer_axis, style, text
+from mechvlm.figures.headings import INTERVAL, short_name
+from mechvlm.figures.style import axes, layer_axis, style
 from mechvlm.intervals import Interval, mean_interval
 from mechvlm.results import Result, long_frame
 
 PAIR_MEASURES = ("precision", "recall", "contextualization", "norm attention", "log-likelihood")
 CAPTION_CONDITIONS = ("matched", "mismatched")
-
-
 CHANCE = {"text": 25.0, "image": 25.0, "group": 100 / 6}
-"""Of a model whose four likelihoods stand in any order alike often, in percent (Thrush et al. 2022)."""
+"""Scores of a model for which every order of the four likelihoods is equally likely, in percent.
 
-
+Thrush et al. 2022.
+"""
 LABELS = {
     "precision": "lens precision", "recall": "lens recall", "contextualization": "cosine of image and caption",
     "norm attention": "last token's reading of the image",
 }  # fmt: skip
+"""Titles of the panels: the measures that are drawn by layer."""
 
 
 class PairScores(NamedTuple):
@@ -37,23 +40,33 @@ class PairScores(NamedTuple):
     group: Bool[Tensor, " pair"]
 
     def to_frame(self, seed: int = 0) -> pd.DataFrame:
-        """One row per score: score, percent of pairs, its 95 % bootstrap interval low and high, chance, n pairs."""
-        found = mean_interval(100 * torch.stack(list(self), -1).double(), seed=seed)
-        ends = {name: getattr(found, name).tolist() for name in ("low", "high")}
-        percent = {"score": list(CHANCE), "percent": found.mean.tolist()}
+        """One row per score.
+
+        Columns: score, percent of pairs, low and high (its 95 % bootstrap interval), chance, and n
+        pairs.
+        """
+        interval = mean_interval(100 * torch.stack(list(self), -1).double(), seed=seed)
+        ends = {name: getattr(interval, name).tolist() for name in ("low", "high")}
+        percent = {"score": list(CHANCE), "percent": interval.mean.tolist()}
         return pd.DataFrame({**percent, **ends, "chance": list(CHANCE.values()), "n": len(self.group)})
 
 
 def pair_scores(s: Float[Tensor, "pair caption image"]) -> PairScores:
-    """The text, image and group score of each pair of two captions and two images; caption i is true of image i.
+    """The text, image and group score of each pair; caption i is true of image i.
 
-        text:  s(C0, I0) > s(C1, I0) and s(C1, I1) > s(C0, I1)      each image's own caption is the likelier
-        image: s(C0, I0) > s(C0, I1) and s(C1, I1) > s(C1, I0)      each caption's own image makes it likelier
+        text:  s(C0, I0) > s(C1, I0) and s(C1, I1) > s(C0, I1)
+               (each image's own caption is the likelier one)
+        image: s(C0, I0) > s(C0, I1) and s(C1, I1) > s(C1, I0)
+               (each caption's own image makes it likelier)
         group: both
 
     Equal values count as wrong. Chance is 25, 25 and 16.7 %.
 
-    Source: Thrush et al. 2022, "Winoground: Probing Vision and Language Models for Visio-Linguistic Compositionality".
+    >>> scores = mv.pair_scores(result.logprob)
+    >>> scores.group.float().mean()  # the share of pairs that are right both ways
+
+    Source: Thrush et al. 2022, "Winoground: Probing Vision and Language Models for
+    Visio-Linguistic Compositionality".
     Tested: equals values worked by hand; random values give chance.
 
     Raises:
@@ -74,10 +87,11 @@ class WinogroundResult(Result):
     """Every measure of every pair, with each of its captions on each of its images.
 
     Attributes:
-        values: by `measures`; NaN where a measure has no such layer (norm-based attention begins at 1, and the likelihood is
-            the model's own, at n_layers) or no value (the precision of no word).
+        values: by `measures`; NaN where a measure has no such layer (norm-based attention begins at
+            1, and the likelihood is the model's own, at n_layers) or no value (the precision of no
+            word).
         pairs: their ids.
-        set_aside: (id, reason) of the pairs that could not be read.
+        set_aside: (id, reason) of each pair that could not be read.
         prompt: what the captions answered.
         model: the model's name.
     """
@@ -98,7 +112,10 @@ class WinogroundResult(Result):
 
     @property
     def scores(self) -> PairScores:
-        """Which pairs are right by the text, image and group score; `scores.to_frame()` gives percentages and chance."""
+        """Which pairs are right by the text, image and group score.
+
+        `scores.to_frame()` gives percentages, intervals and chance.
+        """
         return pair_scores(self.logprob)
 
     @property
@@ -110,76 +127,86 @@ class WinogroundResult(Result):
 
     @property
     def difference(self) -> Interval:
-        """Matched less mismatched, the mean over pairs [measure layer] with its 95 % bootstrap interval.
+        """Matched less mismatched: the mean over pairs [measure layer] with its interval.
 
-        A pair's two images count as one value, their mean: they are no independent examples.
+        The interval is the 95 % bootstrap one. A pair's two images count as one value, their mean,
+        because they are not independent examples.
         """
         return self.difference_by(seed=0)
 
     def difference_by(self, seed: int) -> Interval:
-        """`difference`, with the bootstrap's seed."""
+        """`difference`, with a seed for the bootstrap."""
         matched, mismatched = self.by_condition
         return mean_interval((matched - mismatched).nanmean(-1).movedim(-1, 0), seed=seed)
 
     def to_frame(self) -> pd.DataFrame:
-        """One row per measure, layer, pair, image and condition ("matched", "mismatched"); layers that a measure lacks are
-        left out."""
+        """One row per measure, layer, pair, image and condition ("matched", "mismatched").
+
+        Layers that a measure does not have are left out.
+        """
         names = dict(zip(range(len(self.pairs)), self.pairs, strict=True))
         layers = range(self.values.shape[1])
-        axes = {
+        labels = {
             "condition": CAPTION_CONDITIONS,
             "measure": PAIR_MEASURES,
             "layer": layers,
             "pair": names,
             "image": (0, 1),
         }
-        frame = long_frame(self.by_condition, **axes)
+        frame = long_frame(self.by_condition, **labels)
         frame["pair"] = frame["pair"].map(names)
-        lacking = {"norm attention": frame["layer"] > 0, "log-likelihood": frame["layer"] == layers[-1]}
-        for measure, there in lacking.items():
-            frame = frame[(frame["measure"] != measure) | there.loc[frame.index]]
+        has_value = {"norm attention": frame["layer"] > 0, "log-likelihood": frame["layer"] == layers[-1]}
+        for measure, rows in has_value.items():
+            frame = frame[(frame["measure"] != measure) | rows.loc[frame.index]]
         return frame[["pair", "image", "measure", "layer", "condition", "value"]].reset_index(drop=True)
 
     def plot(self, ax: Axes | None = None) -> Axes:
-        """The scores as bars with their intervals and chance; on a new figure, below them each measure's difference by layer."""
+        """The scores as bars, with their intervals and chance.
+
+        A new figure also shows, below them, each measure's difference by layer.
+        """
         with style():
             if ax is None:
                 figure = axes(None, width=8, height=6.6).figure
                 figure.clear()
                 grid = figure.add_gridspec(3, 2, height_ratios=(1.1, 1, 1))
                 ax = figure.add_subplot(grid[0, :])
+                interval = self.difference
                 for i, measure in enumerate(LABELS):
                     row = self.measures.index(measure)
-                    ends = (part[row].numpy() for part in self.difference)
-                    by_layer(figure.add_subplot(grid[1 + i // 2, i % 2]), measure, *ends)
-            _scores(ax, self)
+                    values = (ends[row].numpy() for ends in interval)
+                    draw_difference(figure.add_subplot(grid[1 + i // 2, i % 2]), measure, *values)
+            draw_scores(ax, self)
         return ax
 
 
-def _scores(ax: Axes, result: WinogroundResult) -> None:
-    found = result.scores.to_frame()
-    x = np.arange(len(found))
-    ax.bar(x, found["percent"], 0.55, color="#0072B2")
-    ax.vlines(x, found["low"], found["high"], color="#222222", linewidth=1.2)
-    ax.hlines(found["chance"], x - 0.4, x + 0.4, color="#D55E00", linestyle="--", linewidth=1.5, label="chance")
-    for at, percent, high in zip(x, found["percent"], found["high"], strict=True):
+def draw_scores(ax: Axes, result: WinogroundResult) -> None:
+    """The three scores as bars, with their intervals and chance."""
+    scores = result.scores.to_frame()
+    x = np.arange(len(scores))
+    ax.bar(x, scores["percent"], 0.55, color="#0072B2")
+    ax.vlines(x, scores["low"], scores["high"], color="#222222", linewidth=1.2)
+    ax.hlines(scores["chance"], x - 0.4, x + 0.4, color="#D55E00", linestyle="--", linewidth=1.5, label="chance")
+    for at, percent, high in zip(x, scores["percent"], scores["high"], strict=True):
         top = np.nanmax([percent, high, 25])
         ax.annotate(f"{percent:.1f}", (at, top), xytext=(0, 2), textcoords="offset points", ha="center", fontsize=8)
-    ax.set_xticks(x, [f"{name} score" for name in found["score"]])
+    ax.set_xticks(x, [f"{name} score" for name in scores["score"]])
     ax.set_ylim(0, 112)
     ax.set_ylabel("pairs (%)")
     ax.grid(False, axis="x")
     ax.legend(loc="upper right")
     n = len(result.pairs)
-    aside = f", {len(result.set_aside)} set aside" if result.set_aside else ""
-    model = text(result.model.rstrip("/").split("/")[-1], 40)
-    ax.set_title(f"Winoground's scores, {model}: n = {n} pairs{aside}", pad=18)
+    set_aside = f", {len(result.set_aside)} set aside" if result.set_aside else ""
+    ax.set_title(f"Winoground's scores, {short_name(result.model)}: n = {n} pairs{set_aside}", pad=18)
     note = f"bars are shares of pairs, bands and vertical lines the {INTERVAL} over pairs"
     ax.annotate(note, (0, 1), xycoords="axes fraction", xytext=(0, 6), textcoords="offset points", fontsize=8)
 
 
-def by_layer(ax: Axes, measure: str, mean: np.ndarray, low: np.ndarray, high: np.ndarray) -> None:
-    """The mean paired difference of the two conditions: between pairs the measures differ more than within."""
+def draw_difference(ax: Axes, measure: str, mean: np.ndarray, low: np.ndarray, high: np.ndarray) -> None:
+    """One measure's mean paired difference of the two conditions, by layer, with its interval.
+
+    Paired, because measures differ more between pairs than within one.
+    """
     x = np.arange(len(mean))
     ax.axhline(0, color="#444444", linewidth=0.8)
     ax.fill_between(x, low, high, color="#0072B2", alpha=0.15, linewidth=0)

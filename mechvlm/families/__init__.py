@@ -1,1 +1,1 @@
-"""Where each Hugging Face class keeps its parts: records, which are data."""
+"""Records that say where each Hugging Face class keeps its parts. They are data, not code."""

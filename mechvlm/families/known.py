@@ -1,4 +1,4 @@
-"""The records of the known Hugging Face classes: data, not code paths."""
+"""The records of the known Hugging Face classes. A new family is one more record here."""
 
 from mechvlm.errors import ModelError
 from mechvlm.families.record import Architecture
@@ -44,7 +44,7 @@ def architecture_of(hf_class: str) -> Architecture:
     """The record of a Hugging Face class.
 
     Raises:
-        ModelError: for a class without a record; the message lists those that have one.
+        ModelError: for a class without a record; the message lists the known classes.
     """
     if hf_class not in ARCHITECTURES:
         known = ", ".join(sorted(ARCHITECTURES))

@@ -1,4 +1,4 @@
-"""What mechvlm must know of a Hugging Face class: a frozen record of names and paths, no code paths.
+"""The record that describes a Hugging Face class to mechvlm: names and paths, and no code.
 
 Module paths are attribute paths from the Hugging Face model; those of a layer's parts start at the
 layer. Config paths start at the model's config. A new family is a new record in
@@ -15,22 +15,33 @@ class Architecture:
 
     Attributes:
         hf_class: name of the class in `transformers`.
-        embed, decoder, layers, norm, unembed: token embedding, the decoder without its unembedding,
-            its layers, final norm and unembedding.
+        embed, decoder, layers, norm, unembed: module paths of the token embedding, the decoder
+            without its unembedding, its layers, its final norm and its unembedding.
         visual_tokens: what an image becomes in the decoder. "patches": one token a patch, in
             reading order; "queries": learned queries that read the whole image.
-        template: the prompt where the processor brings no chat template. `{images}` stands for the
-            image tokens and is absent where the processor puts them in by itself.
+        template: the prompt, used if the processor has no chat template. `{images}` stands for the
+            image tokens; it is absent if the processor inserts them by itself.
         images_per_prompt: how many images one prompt can hold; None for any number.
-        qformer_layers, cross_attention: for queries: the Q-Former's layers, and in some of them the
-            attention that reads the image.
-        cross_attention_every: config path: every how many of these layers hold one.
+        qformer_layers: for queries: module path of the Q-Former's layers.
+        cross_attention: for queries: path, in a Q-Former layer, of the attention that reads the
+            image. Only some layers have one.
+        cross_attention_every: for queries: config path of n, where every n-th Q-Former layer has
+            such an attention, from the first.
         right_padded: encodings that are padded on the right, since their positions are absolute.
-        max_lengths: (encoding, config path) of the longest sequences that the model takes.
+        max_lengths: pairs of an encoding and the config path of its largest length.
         text_config: config path of the decoder's own config.
         image_token_id: config path of the placeholder token's id.
         patch_size: config path of the side of the vision encoder's patches, in pixels.
-        decoder_outputs: where the class's output holds that of its decoder; None where they are one.
+        decoder_outputs: attribute of the class's output that holds the decoder's output; None if
+            the two are the same.
+        attention, mlp, mid_norm: a layer's attention, its MLP, and the norm between them. These and
+            the projections below are the parts of a Llama layer, which both families use.
+        q_proj, k_proj, v_proj, o_proj, down_proj: projections in the attention and in the MLP.
+        norm_eps: the decoder config's name for the RMSNorms' epsilon.
+        attention_call: nnsight's name, in the source of the attention's forward, for the call that
+            every attention implementation goes through.
+        mid_sum: nnsight's name, in the source of the layer's forward, for the sum of the layer's
+            input and its attention's output.
     """
 
     hf_class: str
@@ -51,7 +62,6 @@ class Architecture:
     image_token_id: str = "image_token_index"
     patch_size: str = "vision_config.patch_size"
     decoder_outputs: str | None = None
-    # The parts of a Llama layer, which both families' decoders are made of.
     attention: str = "self_attn"
     mlp: str = "mlp"
     mid_norm: str = "post_attention_layernorm"
@@ -60,16 +70,13 @@ class Architecture:
     v_proj: str = "v_proj"
     o_proj: str = "o_proj"
     down_proj: str = "down_proj"
-    # The decoder config's name for the RMSNorm's epsilon.
     norm_eps: str = "rms_norm_eps"
-    # nnsight's name, in the attention's source, for the call that every implementation goes through.
     attention_call: str = "attention_interface_1"
-    # nnsight's name, in the layer's source, for the sum of the layer's input and its attention's output.
     mid_sum: str = "hidden_states_1"
 
 
 def part(root: Any, path: str) -> Any:
-    """The object at an attribute path: of a model, of the nnsight model around it, or of a config."""
+    """The object at a dotted attribute path from a model, an nnsight model or a config."""
     for name in path.split("."):
         root = getattr(root, name)
     return root

@@ -1,1 +1,1 @@
-"""What all figures share: one look, headings, and axes beside axes."""
+"""What all figures share: one style, headings, and axes beside axes."""

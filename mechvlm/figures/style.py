@@ -1,11 +1,11 @@
-"""One look for every figure: colors, lines and bands, axes of layers, heat maps.
+"""One style for every figure: colors, lines and bands, axes of layers, heat maps.
 
-A figure that `result.plot()` makes is pyplot's, as with pandas: a notebook shows it at the end of
-its cell, `plt.show()` in a window, and a script that makes many closes them with `plt.close`. On
-given axes pyplot is neither needed nor loaded.
+A figure that `result.plot()` makes belongs to pyplot, as with pandas: a notebook shows it at the
+end of its cell, `plt.show()` in a window, and a script that makes many closes them with
+`plt.close`. On given axes pyplot is neither needed nor loaded.
 
-Colors are Okabe and Ito's, which differ for the color-blind; lines differ by their dashes and
-markers too, so that a figure survives a grey printer.
+Colors are Okabe and Ito's, which the color-blind can tell apart. Lines also differ by their dashes
+and markers, so that a figure survives a grey printer.
 """
 
 from collections.abc import Sequence
@@ -16,7 +16,32 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 
+
+class Line(NamedTuple):
+    """How one kind of curve looks in every figure."""
+
+    label: str
+    color: str
+    dash: str | tuple
+    marker: str
+
+
 LAYER = "layer (0 = embeddings)"
+HEAT = "magma_r"
+SIGNED = "RdBu_r"
+"""Colors for values of either sign, white at 0; the color-blind can tell the ends apart."""
+PALE, DARK = 0.13, 0.35
+"""Opacity of a band of standard deviations, and of a band of intervals of the mean."""
+LINES = {
+    "inter": Line("image – text", "#0072B2", "-", "o"),
+    "image": Line("within image", "#D55E00", "--", "s"),
+    "text": Line("within text", "#009E73", "-.", "^"),
+    "own": Line("image tokens, own captions", "#0072B2", "-", "o"),
+    "single": Line("image tokens, each caption alone", "#56B4E9", "-.", "d"),
+    "other": Line("image tokens, another image's captions", "#E69F00", "--", "s"),
+    "other_single": Line("image tokens, another's captions, each alone", "#CC79A7", (0, (3, 1, 1, 1)), "v"),
+    "prompt": Line("text tokens, own captions", "#666666", ":", "^"),
+}
 FIGURE_STYLE = {
     "font.family": "DejaVu Sans", "font.size": 9, "axes.titlesize": 9.5, "axes.titleweight": "bold",
     "axes.titlelocation": "left", "axes.labelsize": 9, "axes.spines.top": False, "axes.spines.right": False,
@@ -28,37 +53,11 @@ FIGURE_STYLE = {
 }  # fmt: skip
 
 
-class Line(NamedTuple):
-    """How one kind of curve looks, everywhere."""
-
-    label: str
-    color: str
-    dash: str | tuple
-    marker: str
-
-
-LINES = {
-    "inter": Line("image – text", "#0072B2", "-", "o"),
-    "image": Line("within image", "#D55E00", "--", "s"),
-    "text": Line("within text", "#009E73", "-.", "^"),
-    "own": Line("image tokens, own captions", "#0072B2", "-", "o"),
-    "single": Line("image tokens, each caption alone", "#56B4E9", "-.", "d"),
-    "other": Line("image tokens, another image's captions", "#E69F00", "--", "s"),
-    "other_single": Line("image tokens, another's captions, each alone", "#CC79A7", (0, (3, 1, 1, 1)), "v"),
-    "prompt": Line("text tokens, own captions", "#666666", ":", "^"),
-}
-HEAT = "magma_r"
-SIGNED = "RdBu_r"
-"""For values of either sign, white at 0; the color-blind can tell its ends apart."""
-PALE, DARK = 0.13, 0.35
-"""Opacity of a band of standard deviations, and of one of intervals of the mean."""
-
-
 @contextmanager
 def style():
-    """Figures made and drawn within have this package's look; nothing outside changes."""
-    # Not mpl.rc_context, which undoes everything: a notebook's backend, loaded by the first figure, turns on interactive mode
-    # for good, and without it no later figure is shown.
+    """Context in which figures have this package's style; it changes nothing outside."""
+    # mpl.rc_context would undo too much: in a notebook the first figure loads the backend, which
+    # turns on interactive mode for good. Undone, no later figure would be shown.
     before = {key: mpl.rcParams[key] for key in FIGURE_STYLE}
     mpl.rcParams.update(FIGURE_STYLE)
     try:
@@ -68,10 +67,10 @@ def style():
 
 
 def axes(ax: Axes | None, width: float | int = 6, height: float | int = 3.6) -> Axes:
-    """The given axes, or those of a new figure of pyplot (inches)."""
+    """The given axes, or those of a new pyplot figure, `width` x `height` inches."""
     if ax is not None:
         return ax
-    import matplotlib.pyplot as plt  # here, so that a study, which draws on figures of its own, does without
+    import matplotlib.pyplot as plt  # only here: a study draws on its own figures, without pyplot
 
     return plt.subplots(figsize=(width, height), layout="constrained")[1]
 
@@ -85,15 +84,23 @@ def curve(
     limits: tuple[float, float] = (-np.inf, np.inf),
     thin: bool = False,
 ) -> None:
-    """Mean over examples of `values` [example, x], within a band of their standard deviation to either side.
+    """Draw the mean over examples, within a band of one standard deviation to either side.
 
-    NaN is left out. The band ends at `limits`, past which no value can lie.
+    NaN is left out.
+
+    Args:
+        ax: where to draw.
+        x: one number per column of `values`.
+        values: [example, x].
+        line: how the curve looks.
+        limits: the band ends here; no value can lie outside.
+        thin: a thinner line with smaller markers.
     """
-    seen = ~np.isnan(values).all(0)
-    values = values[:, seen]
+    has_value = ~np.isnan(values).all(0)
+    values = values[:, has_value]
     mean = np.nanmean(values, axis=0) if values.size else np.zeros(0)
     spread = np.nanstd(values, axis=0) if len(values) > 1 and values.size else None
-    banded(ax, np.asarray(x)[seen], mean, line, spread, limits=limits, thin=thin)
+    banded(ax, np.asarray(x)[has_value], mean, line, spread, limits=limits, thin=thin)
 
 
 def banded(
@@ -107,9 +114,21 @@ def banded(
     limits: tuple[float, float] = (-np.inf, np.inf),
     thin: bool = False,
 ) -> None:
-    """A line of means, within a pale band of `spread` to either side and a darker one from `interval`'s low to high."""
+    """Draw a line of means, a pale band of `spread` to either side, a darker one of `interval`.
+
+    Args:
+        ax: where to draw.
+        x: positions of the means [x].
+        mean: [x].
+        line: how the curve looks.
+        spread: standard deviations [x].
+        interval: low and high ends of an interval of the mean, each [x].
+        limits: the pale band ends here; no value can lie outside.
+        thin: a thinner line with smaller markers.
+    """
     if spread is not None:
-        # Not percentiles: of shares that are mostly 0 the mean can lie outside of them.
+        # Standard deviations and not percentiles: when shares are mostly 0, their mean can lie
+        # outside the percentiles.
         low, high = np.clip([mean - spread, mean + spread], *limits)
         ax.fill_between(x, low, high, color=line.color, alpha=PALE, linewidth=0)
     if interval is not None:
@@ -121,20 +140,29 @@ def banded(
 
 
 def layer_axis(ax: Axes, n_layers: int) -> None:
-    """Layers 0 (embeddings) to n_layers along x."""
+    """Label the x axis with layers 0 (embeddings) to n_layers."""
     ax.set_xlim(-0.25, n_layers + 0.25)
     ax.set_xticks(range(0, n_layers + 1, -(-(n_layers + 1) // 14)))
     ax.set_xlabel(LAYER)
 
 
 def heatmap(ax: Axes, values: np.ndarray, layers: Sequence[int], edges: np.ndarray | None = None, cmap=HEAT, **limits):
-    """[layer, position] with the first layer at the bottom; NaN is left white. Gives the mesh, for a color bar.
+    """Draw `values` [layer, position], the first layer at the bottom; NaN stays white.
 
-    `edges` are the positions' borders along x, one more than there are positions; by default each is 1 wide.
+    Args:
+        ax: where to draw.
+        values: [layer, position].
+        layers: labels of the rows.
+        edges: borders of the positions along x [position + 1]; by default each position is 1 wide.
+        cmap: a matplotlib color map.
+        limits: further arguments of `Axes.pcolormesh`, such as vmin and vmax.
+
+    Returns:
+        The mesh, for a color bar.
     """
     edges = np.arange(values.shape[1] + 1) - 0.5 if edges is None else edges
     rows = np.arange(len(layers) + 1) - 0.5
-    # As pixels, in vector files too: half a million small rectangles would stall a browser.
+    # Pixels even in vector files: half a million small rectangles would stall a browser.
     mesh = ax.pcolormesh(edges, rows, values, cmap=cmap, rasterized=True, **limits)
     step = -(-len(layers) // 9)
     ax.set_yticks(range(0, len(layers), step), [str(layer) for layer in layers[::step]])
@@ -146,12 +174,13 @@ def heatmap(ax: Axes, values: np.ndarray, layers: Sequence[int], edges: np.ndarr
 
 
 def text(piece: str, most: int) -> str:
-    """A token as matplotlib can draw it: no mathematics, no control characters, and short."""
+    """A token as matplotlib can draw it: no formulas or control characters, at most `most` long."""
     shown = "".join(c if c.isprintable() else "·" for c in piece.replace("▁", " ").strip() or "·")
-    # A dollar sign opens mathematics.
+    # matplotlib reads text between dollar signs as a formula.
     return (shown if len(shown) <= most else shown[: most - 1] + "…").replace("$", r"\$")
 
 
 def position_ticks(ax: Axes, positions: list[int]) -> None:
+    """Label the x axis with up to about 16 of the positions, evenly spaced."""
     step = max(1, len(positions) // 16)
     ax.set_xticks(range(0, len(positions), step), [str(p) for p in positions[::step]])

@@ -1,1 +1,1 @@
-"""From images and prompts to a padded batch, and what each of its positions is."""
+"""Images and prompts become a padded batch and a map of its positions."""

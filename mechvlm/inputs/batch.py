@@ -1,4 +1,10 @@
-"""From images and prompts to one padded batch that knows what each of its positions is."""
+"""Images and prompts become one padded batch, with a `TokenMap` for each example.
+
+1. Pair each image, or list of images, with its prompt.
+2. Put the prompt in the family's template.
+3. Run the Hugging Face processor on each pair alone.
+4. Pad the sequences to one length, and map what each position holds.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -17,15 +23,18 @@ from mechvlm.inputs.tokens import Modality, TokenMap
 
 @dataclass(frozen=True)
 class Inputs:
-    """A batch for the model, with what is needed to read its activations.
+    """A batch for the model, with the token maps, images and prompts that its activations need.
+
+    >>> inputs = vlm.inputs([first, second], "What is in the image?")
+    >>> inputs.token_maps[0].image  # positions of the first example's visual tokens
 
     Attributes:
-        encoding: what the Hugging Face model is called with; sequences are padded on the left.
+        encoding: keyword arguments of the Hugging Face model; sequences are padded on the left.
         token_maps: one `TokenMap` per example.
-        images: the original images in RGB, per example in the prompt's order.
+        images: the original images in RGB, one tuple per example, in the prompt's order.
         prompts: the prompts as they were given.
         texts: the prompts in the family's template, as they were tokenized.
-        model: the name of the model that they were made for.
+        model: name of the model that the batch was made for.
     """
 
     encoding: dict[str, Tensor] = field(repr=False)
@@ -42,23 +51,23 @@ class Inputs:
         """One example alone, without its padding.
 
         Raises:
-            IndexError: for an example that is not there.
+            IndexError: for an example that does not exist.
         """
         if not -len(self) <= example < len(self):
             raise IndexError(f"Example {example} was asked for; these inputs hold 0 to {len(self) - 1}.")
         row = example % len(self)
-        # Several images of one prompt lie one after the other in pixel_values.
-        first = sum(len(group) for group in self.images[:row])
+        # pixel_values has one row per image: those of earlier examples come first.
+        first_image = sum(len(group) for group in self.images[:row])
         encoding = {}
         for key, value in self.encoding.items():
             if key == "pixel_values":
-                encoding[key] = value[first : first + len(self.images[row])]
+                encoding[key] = value[first_image : first_image + len(self.images[row])]
             else:
                 mask = "qformer_attention_mask" if key.startswith("qformer") else "attention_mask"
                 encoding[key] = value[row : row + 1, self.encoding[mask][row].bool()]
-        old, keep = self.token_maps[row], self.encoding["attention_mask"][row].bool()
-        strings = tuple(s for s, k in zip(old.strings, keep.tolist(), strict=True) if k)
-        tokens = TokenMap(old.ids[keep], strings, old.modality[keep], old.grids, old.patches)
+        padded, keep = self.token_maps[row], self.encoding["attention_mask"][row].bool()
+        strings = tuple(s for s, kept in zip(padded.strings, keep.tolist(), strict=True) if kept)
+        tokens = TokenMap(padded.ids[keep], strings, padded.modality[keep], padded.grids, padded.patches)
         return Inputs(
             encoding,
             (tokens,),
@@ -70,10 +79,10 @@ class Inputs:
 
     @property
     def tokens(self) -> TokenMap:
-        """The TokenMap of the only example.
+        """The `TokenMap` of a batch of one example.
 
         Raises:
-            ValueError: when there are several: take `token_maps[i]`.
+            ValueError: for a batch of several; use `token_maps[i]` there.
         """
         if len(self) != 1:
             raise ValueError(f"These inputs hold {len(self)} examples: take inputs.token_maps[i] of one of them.")
@@ -89,27 +98,36 @@ def build_inputs(
     processor,
     model: str = "",
 ) -> Inputs:
-    """One image (or a list: one per example, or one list of images per example) and its prompt, as a batch.
+    """Images and their prompts as a batch.
 
-    A single image goes with every prompt and a single prompt with every image. A prompt that already holds the image
-    token is taken as it is, template and all.
+    A single image goes with every prompt, and a single prompt with every image. A prompt that
+    already contains the image token is taken as it is: the template is not added.
+
+    Args:
+        images: one image for all examples, one per example, or one list of images per example.
+        prompts: one prompt for all examples, or one per example.
+        record: record of the model's class.
+        config: config of the model.
+        processor: the Hugging Face processor.
+        model: name of the model.
 
     Raises:
-        InputError: for an image that cannot be read, numbers of images and prompts that do not match, a prompt that
-            holds another number of image tokens than there are images, or one that leaves no room for the image.
+        InputError: for an image that cannot be read, numbers of images and prompts that do not
+            match, a prompt whose image tokens are more or fewer than its images, or a prompt that
+            leaves no room for the image.
     """
     pairs = _pair(images, prompts)
     token = processor.tokenizer.convert_ids_to_tokens(part(config, record.image_token_id))
     encodings, texts = [], []
     opened: list[tuple[Image.Image, ...]] = []
-    for number, (group, prompt) in enumerate(pairs):
+    for example, (group, prompt) in enumerate(pairs):
         pictures = tuple(open_image(image) for image in group)
         for picture in pictures:
             check_resize(picture.size, processor.image_processor)
-        text = _text(prompt, len(pictures), token, record, processor, number)
-        # One example at a time and unpadded: InstructBLIP's processor would put the padding between image and text.
+        text = _fill_template(prompt, len(pictures), token, record, processor, example)
+        # One example at a time: in a batch, InstructBLIP's processor pads between image and text.
         encoding = processor(images=list(pictures), text=[text], return_tensors="pt")
-        _check_room(encoding, prompt, record, config, number)
+        _check_room(encoding, prompt, record, config, example)
         encodings.append(encoding)
         texts.append(text)
         opened.append(pictures)
@@ -122,7 +140,8 @@ def build_inputs(
 
 
 def _pair(images, prompts) -> list[tuple[tuple[ImageLike, ...], str]]:
-    _check_kinds(images, prompts)
+    """(images, prompt) of each example."""
+    _check_types(images, prompts)
     one_image = isinstance(images, ImageLike)
     groups = [images] if one_image else list(images)
     groups = [(g,) if isinstance(g, ImageLike) else tuple(g) for g in groups]
@@ -141,32 +160,34 @@ def _pair(images, prompts) -> list[tuple[tuple[ImageLike, ...], str]]:
     return list(zip(groups, texts, strict=True))
 
 
-def _check_kinds(images, prompts) -> None:
+def _check_types(images, prompts) -> None:
     for group in images if isinstance(images, list | tuple) else [images]:
         for image in group if isinstance(group, list | tuple) else [group]:
             if not isinstance(image, ImageLike):
                 raise InputError(
-                    f"An image is a PIL image or the path of one, not {type(image).__name__}; of an array of 0..255, make one "
-                    "with PIL.Image.fromarray(array)."
+                    f"An image is a PIL image or the path of one, not {type(image).__name__}. Turn an array of 0..255 "
+                    "into one with PIL.Image.fromarray(array)."
                 )
     for prompt in prompts if isinstance(prompts, list | tuple) else [prompts]:
         if not isinstance(prompt, str):
             raise InputError(f"A prompt is a string, not {type(prompt).__name__}.")
 
 
-def _text(prompt: str, n_images: int, token: str, record: Architecture, processor, number: int) -> str:
-    """The prompt in the family's template."""
+def _fill_template(prompt: str, n_images: int, token: str, record: Architecture, processor, example: int) -> str:
+    """The prompt in the chat template of the processor, or else in the record's template."""
     if not n_images:
-        raise InputError(f"Example {number} has no image; a vision-language model is read with at least one.")
+        raise InputError(f"Example {example} has no image; a vision-language model is read with at least one.")
     if record.images_per_prompt is not None and n_images > record.images_per_prompt:
-        raise InputError(f"Example {number} has {n_images} images; {record.hf_class} takes {record.images_per_prompt}.")
+        raise InputError(
+            f"Example {example} has {n_images} images; {record.hf_class} takes {record.images_per_prompt}."
+        )
     if token in prompt:
-        found = prompt.count(token)
+        n_tokens = prompt.count(token)
         if record.visual_tokens == "queries":
             raise InputError(f"Leave {token} out of the prompt: {record.hf_class} puts its queries before the text.")
-        if found != n_images:
+        if n_tokens != n_images:
             raise InputError(
-                f"The prompt {prompt!r} holds {found} {token}, but example {number} has {n_images} images."
+                f"The prompt {prompt!r} holds {n_tokens} {token}, but example {example} has {n_images} images."
             )
         return prompt
     if getattr(processor, "chat_template", None):
@@ -175,22 +196,28 @@ def _text(prompt: str, n_images: int, token: str, record: Architecture, processo
     return record.template.format(images="\n".join([token] * n_images), prompt=prompt)
 
 
-def _check_room(encoding, prompt: str, record: Architecture, config, number: int) -> None:
+def _check_room(encoding, prompt: str, record: Architecture, config, example: int) -> None:
+    """Refuse an encoding that is longer than the model takes, or that holds no image token."""
     image_token = part(config, record.image_token_id)
     for key, path in record.max_lengths:
         length, limit = encoding[key].shape[-1], part(config, path)
         if length > limit:
             visual = int((encoding["input_ids"] == image_token).sum())
             raise InputError(
-                f"The prompt of example {number} ({prompt[:40]!r}...) leaves no room: {length} tokens in {key}, of which "
-                f"{visual if key == 'input_ids' else 0} for the image, where the model takes {limit}. Shorten it."
+                f"The prompt of example {example} ({prompt[:40]!r}...) leaves no room: {length} tokens in {key}, "
+                f"{visual if key == 'input_ids' else 0} of them for the image. The model takes {limit}. "
+                "Shorten the prompt."
             )
     if not (encoding["input_ids"] == image_token).any():
-        raise InputError(f"The prompt of example {number} holds no image token ({image_token}).")
+        raise InputError(f"The prompt of example {example} holds no image token ({image_token}).")
 
 
 def _collate(encodings: list, record: Architecture, processor) -> dict[str, Tensor]:
-    """Sequences padded to the longest, on the left but for the record's `right_padded`; images stacked."""
+    """The encodings of all examples as one batch.
+
+    Sequences are padded to the longest: on the right if the record lists them in `right_padded`,
+    else on the left. Images are concatenated.
+    """
     batch = {}
     for key in encodings[0]:
         rows = [e[key] for e in encodings]
@@ -201,7 +228,7 @@ def _collate(encodings: list, record: Architecture, processor) -> dict[str, Tens
         value = 0
         if key.endswith("input_ids"):
             tokenizer = processor.qformer_tokenizer if right else processor.tokenizer
-            value = tokenizer.pad_token_id or 0  # masked: any id will do where the tokenizer names none
+            value = tokenizer.pad_token_id or 0  # padding is masked: any id will do
         longest = max(r.shape[-1] for r in rows)
         pad = [(0, longest - r.shape[-1]) if right else (longest - r.shape[-1], 0) for r in rows]
         batch[key] = torch.cat([torch.nn.functional.pad(r, p, value=value) for r, p in zip(rows, pad, strict=True)])
@@ -209,6 +236,7 @@ def _collate(encodings: list, record: Architecture, processor) -> dict[str, Tens
 
 
 def _token_map(batch, row, pixels, images, record, config, processor) -> TokenMap:
+    """The map of one row; `pixels` [image channel height width] are its pixel values."""
     ids = batch["input_ids"][row]
     tokenizer = processor.tokenizer
     modality = torch.full_like(ids, Modality.TEXT)
@@ -229,41 +257,47 @@ def _token_map(batch, row, pixels, images, record, config, processor) -> TokenMa
     return tokens
 
 
-# -- several batches, and whose answers are whose --
+# -- several batches, and their answers --
 
 Answers = str | int | Sequence[str | int] | Tensor | None
-"""A word or a token id for all examples, or one per example; None for the model's own."""
+"""A word or a token id for all examples, or one per example; None for the model's own answer."""
 
 
 def as_batches(inputs: Any) -> list[Inputs]:
-    """One batch, or several, as a list.
+    """One batch or several, as a list.
 
     Raises:
         InputError: for anything else, or an empty list.
     """
     batches = [inputs] if isinstance(inputs, Inputs) else list(inputs)
-    strange = sorted({type(one).__name__ for one in batches if not isinstance(one, Inputs)})
-    if strange or not batches:
+    wrong_types = sorted({type(batch).__name__ for batch in batches if not isinstance(batch, Inputs)})
+    if wrong_types or not batches:
         raise InputError(
-            f"Give what vlm.inputs(images, prompts) gives, or a list of such batches, not {strange or 'an empty list'}."
+            "Give a batch that vlm.inputs(images, prompts) returns, or a list of such batches, not "
+            f"{wrong_types or 'an empty list'}."
         )
     return batches
 
 
 def by_batch(batches: Sequence[Inputs], answers: Answers) -> list[Any]:
-    """The answers of each batch, where a sequence holds one for every example of all batches in order.
+    """The answers of each batch.
+
+    Args:
+        batches: the batches.
+        answers: one answer for all examples, None, or one answer for each example of all batches,
+            in order.
 
     Raises:
-        InputError: for another number of answers than examples.
+        InputError: when the number of answers is not that of the examples.
     """
     answers = answers.tolist() if isinstance(answers, Tensor) else answers
     if answers is None or isinstance(answers, str | int):
         return [answers] * len(batches)
-    given, sizes = list(answers), [len(one) for one in batches]
-    if len(given) != sum(sizes):
+    per_example, sizes = list(answers), [len(batch) for batch in batches]
+    if len(per_example) != sum(sizes):
         raise InputError(
-            f"{len(given)} answers were given for {sum(sizes)} examples: give one for all, or one each, over all batches "
+            f"{len(per_example)} answers were given for {sum(sizes)} examples: give one for all, or one each, over all batches "
             "in order."
         )
     ends = torch.tensor(sizes).cumsum(0).tolist()
-    return [given[end - size : end] for size, end in zip(sizes, ends, strict=True)]
+    return [per_example[end - size : end] for size, end in zip(sizes, ends, strict=True)]

@@ -1,4 +1,4 @@
-"""Where the vision encoder's patches lie on the image as it was given, through resize and crop."""
+"""Places the vision encoder's patches on the original image, through resize and crop."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,17 +13,22 @@ from mechvlm.inputs.images import MAX_PIXELS
 
 @dataclass(frozen=True)
 class PatchGrid:
-    """Where the vision encoder's patches lie on the image as it was given.
+    """Where the vision encoder's patches lie on the original image.
 
-    The processor resizes the image and crops its centre; the patches tile that crop. A box is in pixels of the
-    ORIGINAL image, so that it can be drawn on it: (left, top, right, bottom), floats, x to the right and y down.
+    The processor resizes the image and crops its centre; the patches tile that crop. A box is in
+    pixels of the ORIGINAL image, so that it can be drawn on it: (left, top, right, bottom), floats,
+    x to the right and y down.
+
+    >>> grid = inputs.tokens.grids[0]
+    >>> image.crop(grid.box(row=2, col=3))  # the pixels of one patch
 
     Attributes:
-        rows, cols: of the grid.
+        rows, cols: number of rows and of columns of patches.
         patch: side of a patch, in pixels of the crop.
         image_size: (width, height) of the original image.
         resized: (width, height) after the resize, before the crop.
-        crop: (left, top) of the crop in the resized image; negative where the crop is larger and was padded.
+        crop: (left, top) of the crop in the resized image; negative for a crop that is larger than
+            the resized image, which is padded then.
     """
 
     rows: int
@@ -40,7 +45,7 @@ class PatchGrid:
 
     @property
     def crop_box(self) -> tuple[float, float, float, float]:
-        """The part of the original image that the model sees, (left, top, right, bottom) in original pixels."""
+        """The part that the model sees, (left, top, right, bottom) in original pixels."""
         (left, top, _, _), (_, _, right, bottom) = self.box(0, 0), self.box(self.rows - 1, self.cols - 1)
         return left, top, right, bottom
 
@@ -48,7 +53,7 @@ class PatchGrid:
         """One patch's (left, top, right, bottom) in original pixels.
 
         Raises:
-            IndexError: for a cell outside the grid.
+            IndexError: for a row or column outside the grid.
         """
         if not (0 <= row < self.rows and 0 <= col < self.cols):
             raise IndexError(f"row {row}, col {col} is outside the grid of {self.rows} rows x {self.cols} cols.")
@@ -68,33 +73,41 @@ class PatchGrid:
         return width * height / ((b[..., 2] - b[..., 0]) * (b[..., 3] - b[..., 1]))
 
     def inside(self, box: Sequence[float | int], covered: float = 0.5, margin: int = 0) -> Bool[Tensor, "row col"]:
-        """Which patches lie in a box: those of which at least the share `covered` does, and their neighbours up to `margin`.
+        """Which patches lie in a box.
+
+        Args:
+            box: (left, top, right, bottom) in original pixels.
+            covered: share of a patch's area that must lie in the box.
+            margin: neighbours of these patches, up to so many patches away (diagonals as well), are
+                counted too.
 
         Raises:
             ValueError: for a margin below 0.
         """
         if margin < 0:
-            raise ValueError(f"A margin of {margin} patches was asked for; it is 0 or more.")
-        lies = (self.covered(box) >= covered).float()[None]
-        return torch.nn.functional.max_pool2d(lies, 2 * margin + 1, stride=1, padding=margin)[0] > 0
+            raise ValueError(f"A margin of {margin} patches was asked for; it must be 0 or more.")
+        is_covered = (self.covered(box) >= covered).float()[None]
+        return torch.nn.functional.max_pool2d(is_covered, 2 * margin + 1, stride=1, padding=margin)[0] > 0
 
 
 def patch_grid(image_size: tuple[int, int], processor, pixels: tuple[int, int], patch: int) -> PatchGrid:
-    """The grid that a Hugging Face image processor's settings lay over an image of `image_size` (width, height).
+    """The patch grid that follows from an image processor's settings.
 
     Args:
-        image_size: (width, height) of the image before the processor.
-        processor: the image processor; its `do_resize`, `size`, `do_center_crop` and `crop_size` are read.
-        pixels: (height, width) of the tensor it returned for the image.
+        image_size: (width, height) of the original image.
+        processor: the Hugging Face image processor; its `do_resize`, `size` and `do_center_crop`
+            are read.
+        pixels: (height, width) of the tensor that it returned for the image.
         patch: side of the vision encoder's patches in pixels.
 
     Raises:
-        InputError: when the settings do not lead to a tensor of this size (a processor that splits or pads images).
+        InputError: when the settings do not lead to a tensor of this size, as for a processor that
+            splits or pads images.
     """
     resized = _resized(image_size, processor)
     height, width = pixels
     if getattr(processor, "do_center_crop", False):
-        # As transformers crops: half of what is over is cut before, by floor division.
+        # transformers rounds down the half that it cuts off at the left and the top.
         crop = ((resized[0] - width) // 2, (resized[1] - height) // 2)
     else:
         crop = (0, 0)
@@ -107,7 +120,9 @@ def patch_grid(image_size: tuple[int, int], processor, pixels: tuple[int, int], 
 
 
 def check_resize(image_size: tuple[int, int], processor) -> None:
-    """Refuse an image that the processor would blow up: a 1 x 20,000 strip has few pixels until its short side is 336.
+    """Refuse an image that the processor would enlarge beyond `MAX_PIXELS` pixels.
+
+    A strip of 1 x 20,000 has few pixels until its short side is resized to 336.
 
     Raises:
         InputError: when the resized image would have more than `MAX_PIXELS` pixels.
@@ -121,6 +136,7 @@ def check_resize(image_size: tuple[int, int], processor) -> None:
 
 
 def _resized(image_size: tuple[int, int], processor) -> tuple[int, int]:
+    """(width, height) of the image after the processor's resize, before its crop."""
     width, height = image_size
     if not getattr(processor, "do_resize", False):
         return image_size
@@ -132,4 +148,6 @@ def _resized(image_size: tuple[int, int], processor) -> tuple[int, int]:
         return (edge, other) if width <= height else (other, edge)
     if {"height", "width"} <= set(size):
         return size["width"], size["height"]
-    raise InputError(f"{type(processor).__name__} resizes by {size}: mechvlm knows shortest_edge, or height and width.")
+    raise InputError(
+        f"{type(processor).__name__} resizes by {size}: mechvlm knows only shortest_edge, or height and width."
+    )

@@ -1,4 +1,4 @@
-"""Opening images, and following one through its processor: resize, centre crop, patches."""
+"""Opens images of every mode as RGB, or says why one cannot be used."""
 
 from dataclasses import dataclass, field
 from io import BufferedReader, BytesIO
@@ -12,22 +12,25 @@ from PIL import Image, ImageOps
 from mechvlm.errors import InputError
 
 MAX_PIXELS = 100_000_000
-"""Larger images are refused before they are decoded: 100 megapixels, 300 MB as RGB."""
+"""Larger images are refused before they are decoded. 100 megapixels are 300 MB as RGB."""
 
 
 @dataclass(frozen=True)
 class StoredImage:
-    """An image in a row of a table (of the library `datasets`): its file's bytes, read when they are needed and not kept."""
+    """An image in a row of a table of the library `datasets`.
+
+    Its bytes are read each time they are needed, and not kept.
+    """
 
     table: Any = field(repr=False)
     row: int
     column: str
 
     def open(self, mode: str = "rb") -> BytesIO | BufferedReader:
-        """The image's file, in binary as `Path.open("rb")` gives it.
+        """The image's file, open in binary as by `Path.open("rb")`.
 
         Raises:
-            InputError: where the row holds no image.
+            InputError: when the row holds no image.
         """
         value = self.table[self.row][self.column]
         value = value if isinstance(value, dict) else {"bytes": value}
@@ -42,26 +45,29 @@ ImageLike = Image.Image | str | PathLike | StoredImage
 
 
 def open_image(image: ImageLike) -> Image.Image:
-    """The image in RGB, turned as its EXIF data says.
+    """The image in RGB, rotated as its EXIF data says, with white behind transparent pixels.
 
     Raises:
-        InputError: when the file is missing, empty, truncated or no image, or has more than `MAX_PIXELS` pixels.
+        InputError: when the file is missing, empty, truncated or no image, when the image has more
+            than `MAX_PIXELS` pixels or none, or when its range of values is unknown (modes I and
+            F).
     """
     if isinstance(image, str) and "://" in image:
         raise InputError(f"The image {image!r} is an address: fetch it first, and give the file.")
     if isinstance(image, Image.Image):
         try:
-            return _rgb(image, "given")
-        except OSError as error:  # opened lazily, and truncated
+            return _to_rgb(image, "given")
+        except OSError as error:  # PIL reads the pixels only now, and the file is truncated
             raise InputError(f"The image given cannot be read ({error}). Is its file whole?") from error
     name = f"of row {image.row}" if isinstance(image, StoredImage) else str(Path(image))
     try:
-        file = image.open() if isinstance(image, StoredImage) else _there(Path(image))
-        # PIL's own guard against decompression bombs sits lower and only warns; ours below refuses.
+        file = image.open() if isinstance(image, StoredImage) else _existing(Path(image))
+        # PIL's own guard against decompression bombs has a lower limit and only warns. `_to_rgb`
+        # refuses instead, before anything is decoded.
         limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
         try:
             with Image.open(file) as opened:
-                return _rgb(opened, name)
+                return _to_rgb(opened, name)
         finally:
             Image.MAX_IMAGE_PIXELS = limit
     except InputError:
@@ -70,7 +76,8 @@ def open_image(image: ImageLike) -> Image.Image:
         raise InputError(f"The image {name} cannot be read ({error}). Is it whole, and an image?") from error
 
 
-def _there(path: Path) -> Path:
+def _existing(path: Path) -> Path:
+    """The path itself, if it is a file with content."""
     if not path.is_file():
         raise InputError(f"No image at {path}: " + ("it is a folder." if path.is_dir() else "there is no such file."))
     if path.stat().st_size == 0:
@@ -78,7 +85,7 @@ def _there(path: Path) -> Path:
     return path
 
 
-def _rgb(image: Image.Image, name: str) -> Image.Image:
+def _to_rgb(image: Image.Image, name: str) -> Image.Image:
     width, height = image.size
     if width * height > MAX_PIXELS:
         raise InputError(
@@ -87,18 +94,18 @@ def _rgb(image: Image.Image, name: str) -> Image.Image:
         )
     if width * height == 0:
         raise InputError(f"The image {name} is {width} x {height}: it has no pixels.")
-    turned = ImageOps.exif_transpose(image)
-    if turned.mode.startswith("I;16"):
+    upright = ImageOps.exif_transpose(image)
+    if upright.mode.startswith("I;16"):
         # `convert` would clip at 255 instead of scaling: nearly everything would be white.
-        turned = Image.fromarray((np.asarray(turned) >> 8).astype(np.uint8))
-    elif turned.mode in ("I", "F"):
+        upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
+    elif upright.mode in ("I", "F"):
         raise InputError(
-            f"The image {name} has mode {turned.mode}, whose range of values is unknown. Scale it to 0..255 and convert it to "
+            f"The image {name} has mode {upright.mode}, whose range of values is unknown. Scale it to 0..255 and convert it to "
             "mode L or RGB first."
         )
-    if turned.mode in ("RGBA", "LA", "PA") or "transparency" in turned.info:
-        # White under transparency: `convert` alone would show whatever colour the hidden pixels happen to hold.
-        turned = turned.convert("RGBA")
-        ground = Image.new("RGBA", turned.size, "white")
-        return Image.alpha_composite(ground, turned).convert("RGB")
-    return turned.convert("RGB")
+    if upright.mode in ("RGBA", "LA", "PA") or "transparency" in upright.info:
+        # `convert` alone would show whatever colours the transparent pixels happen to hold.
+        upright = upright.convert("RGBA")
+        white = Image.new("RGBA", upright.size, "white")
+        return Image.alpha_composite(white, upright).convert("RGB")
+    return upright.convert("RGB")

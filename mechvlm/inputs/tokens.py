@@ -1,4 +1,4 @@
-"""Which position of a sequence is what, and where on the image a patch lies. No model here, only tensors and numbers."""
+"""The map of a sequence: what each position holds, and which patch of the image."""
 
 import re
 from collections.abc import Sequence
@@ -15,7 +15,10 @@ from mechvlm.inputs.grids import PatchGrid
 
 
 class Modality(IntEnum):
-    """What a position holds. `SPECIAL` are the tokenizer's control tokens (`<s>`), other than image and padding."""
+    """What a position holds.
+
+    `SPECIAL` are the tokenizer's control tokens such as `<s>`, except image and padding tokens.
+    """
 
     PADDING = 0
     SPECIAL = 1
@@ -25,16 +28,21 @@ class Modality(IntEnum):
 
 @dataclass(frozen=True, repr=False)
 class TokenMap:
-    """What each position of one example's sequence is.
+    """What each position of one example's sequence holds.
 
-    Positions count from the start of the padded sequence, so that they index the model's activations directly.
+    Positions count from the start of the padded sequence, so that they index the model's
+    activations directly.
+
+    >>> tokens = vlm.inputs(image, "Is there a dog?").tokens
+    >>> tokens.image, tokens.last, tokens.pos_of("dog"), tokens.pos_in_box((0, 0, 50, 50))
 
     Attributes:
         ids: token ids, padding included.
         strings: the tokenizer's pieces, with the `▁` that marks the start of a word.
         modality: one `Modality` a position.
-        grids: the vision encoder's grid, one per image.
-        patches: whether each visual token is one patch of its grid (else it is a query that reads all of them).
+        grids: the vision encoder's patch grid, one per image.
+        patches: True if each visual token is one patch of its grid, False if it is a query that
+            reads the whole image.
     """
 
     ids: Int[Tensor, " pos"]
@@ -55,7 +63,7 @@ class TokenMap:
 
     @cached_property
     def image(self) -> Int[Tensor, " n"]:
-        """Positions of the visual tokens, of all images in their order."""
+        """Positions of the visual tokens of all images, in order."""
         return self._where(Modality.IMAGE)
 
     @cached_property
@@ -75,12 +83,12 @@ class TokenMap:
 
     @cached_property
     def question(self) -> Int[Tensor, " n"]:
-        """Positions of all that is neither image nor the last position: the prompt, its template and its control tokens.
+        """Positions of the prompt, its template and its control tokens, except the last position.
 
-        `image`, `question` and `last` are every position once.
+        `image`, `question` and `last` together are every position once.
         """
-        words = self._where(Modality.SPECIAL, Modality.TEXT)
-        return words[words != self.last]
+        prompt = self._where(Modality.SPECIAL, Modality.TEXT)
+        return prompt[prompt != self.last]
 
     @property
     def last(self) -> int:
@@ -89,24 +97,29 @@ class TokenMap:
 
     @property
     def last_text(self) -> int:
-        """The last text token."""
+        """Position of the last text token."""
         return int(self.text[-1])
 
     @property
     def last_image(self) -> int:
-        """The last visual token."""
+        """Position of the last visual token."""
         return int(self.image[-1])
 
     @property
     def images(self) -> tuple[Int[Tensor, " n"], ...]:
-        """Positions of the visual tokens, image by image."""
+        """Positions of the visual tokens, one tensor per image."""
         return self.image.chunk(len(self.grids))
 
     def select(self, where: str | int | Sequence[int] | Tensor) -> Int[Tensor, " n"]:
-        """Positions by name ("image", "text", "question", "special", "all", "last", "last_text", "last_image") or by number.
+        """Positions by name or by number.
+
+        Args:
+            where: "image", "text", "question", "special", "all", "last", "last_text", "last_image",
+                or one or several numbers.
 
         Raises:
-            ValueError: for an unknown name, a number outside the sequence or on padding, or an empty selection.
+            ValueError: for an unknown name, a number outside the sequence or on padding, or an
+                empty selection.
         """
         groups = ("image", "text", "question", "special", "all")
         lasts = {"last": "all", "last_text": "text", "last_image": "image"}
@@ -114,68 +127,77 @@ class TokenMap:
             if where not in groups and where not in lasts:
                 names = ", ".join((*groups, *lasts))
                 raise ValueError(f"There are no positions called {where!r}. Names: {names}; or give numbers.")
-            found = getattr(self, lasts[where])[-1:] if where in lasts else getattr(self, where)
+            positions = getattr(self, lasts[where])[-1:] if where in lasts else getattr(self, where)
         else:
-            found = torch.as_tensor(where)
-            if found.dtype == torch.bool or (found.is_floating_point() and found.numel()):
+            positions = torch.as_tensor(where)
+            if positions.dtype == torch.bool or (positions.is_floating_point() and positions.numel()):
                 raise ValueError(
-                    f"Positions are whole numbers, not {found.dtype}; of a mask, give mask.nonzero()[:, 0]."
+                    f"Positions are whole numbers, not {positions.dtype}. For a mask, give mask.nonzero()[:, 0]."
                 )
-            found = found.reshape(-1).long()
-            bad = [int(p) for p in found if not 0 <= int(p) < len(self) or self.modality[int(p)] == Modality.PADDING]
+            positions = positions.reshape(-1).long()
+            bad = [
+                int(p) for p in positions if not 0 <= int(p) < len(self) or self.modality[int(p)] == Modality.PADDING
+            ]
             if bad:
                 first = int(self.all[0])
                 raise ValueError(
                     f"Positions {bad} are not tokens of this example, which has {first} to {len(self) - 1}."
                 )
-        if not len(found):
+        if not len(positions):
             raise ValueError(f"The selection {where!r} is empty: this example has no such position.")
-        return found.clone()  # the map's own tensors are cached
+        return positions.clone()  # a caller may change it, but not the map's cached tensors
 
     def position(self, row: int, col: int, image: int = 0) -> int:
         """The position of one patch's visual token.
 
         Raises:
-            ValueError: where visual tokens are queries, which have no place.
-            IndexError: for a cell outside the grid.
+            ValueError: when visual tokens are queries, which have no place on the image.
+            IndexError: for an image that does not exist, or a row or column outside the grid.
         """
         grid = self._grid(image)
-        grid.box(row, col)
+        grid.box(row, col)  # refuses a cell outside the grid
         return int(self.images[image][row * grid.cols + col])
 
     def cell(self, position: int) -> tuple[int, int, int]:
-        """(image, row, col) of a visual token that is a patch.
+        """(image, row, col) of the patch at a position.
 
         Raises:
-            ValueError: where visual tokens are queries, or the position holds no visual token.
+            ValueError: when visual tokens are queries, or the position holds no visual token.
         """
         for image, positions in enumerate(self.images):
-            hit = (positions == position).nonzero()
-            if len(hit):
-                row, col = divmod(int(hit[0, 0]), self._grid(image).cols)
+            matches = (positions == position).nonzero()
+            if len(matches):
+                row, col = divmod(int(matches[0, 0]), self._grid(image).cols)
                 return image, row, col
         raise ValueError(f"Position {position} holds no visual token; they are at {self.image.tolist()}.")
 
     def pos_in_box(
         self, box: Sequence[float | int], image: int = 0, covered: float = 0.5, margin: int = 0
     ) -> Int[Tensor, " n"]:
-        """Positions of the patches of which at least the share `covered` lies in a box given in original pixels.
+        """Positions of the patches that lie in a box.
 
-        With `margin`, their neighbours too, up to so many patches away (diagonals as well).
+        Args:
+            box: (left, top, right, bottom) in pixels of the original image.
+            image: which image of the prompt.
+            covered: share of a patch's area that must lie in the box.
+            margin: neighbours of these patches, up to so many patches away (diagonals as well), are
+                included too.
 
         Raises:
-            ValueError: where visual tokens are queries, which have no place.
-            IndexError: for an image that is not there.
+            ValueError: when visual tokens are queries, which have no place on the image.
+            IndexError: for an image that does not exist.
         """
         return self.images[image][self._grid(image).inside(box, covered, margin).flatten()]
 
     def pos_of(self, word: str) -> Int[Tensor, " n"]:
-        """Positions of the tokens that spell a word or a phrase, wherever it stands in the text (whole words, this case).
+        """Positions of the tokens that spell a word or a phrase, at every occurrence in the text.
+
+        Only whole words match, and only in the same case.
 
         Raises:
-            ValueError: when the text does not hold it; the message quotes the text.
+            ValueError: when the text does not contain it; the message quotes the text.
         """
-        # Pieces as they read, with a character that no word holds for everything that is not text.
+        # Positions without text become a NUL, which no word or phrase contains.
         is_text = (self.modality == Modality.TEXT).tolist()
         pieces = [_spelled(s) if t else "\0" for s, t in zip(self.strings, is_text, strict=True)]
         ends = list(accumulate(len(piece) for piece in pieces))
@@ -185,18 +207,19 @@ class TokenMap:
         )
         if not spans:
             raise ValueError(f"The text holds no {word!r}. It reads: {text.replace(chr(0), '').strip()!r}.")
-        found = [
+        positions = [
             i
             for i, (piece, end) in enumerate(zip(pieces, ends, strict=True))
-            if is_text[i] and any(a < end and end - len(piece.lstrip()) < b for a, b in spans)
+            if is_text[i] and any(first < end and end - len(piece.lstrip()) < stop for first, stop in spans)
         ]
-        return torch.tensor(found)
+        return torch.tensor(positions)
 
     def _grid(self, image: int) -> PatchGrid:
+        """The grid of one image, if its visual tokens are patches."""
         if not self.patches:
             raise ValueError(
                 "This model's visual tokens are queries: each reads the whole image and has no place on it. "
-                "mechvlm.query_reading gives the map [query, row, col] of where each one reads."
+                "mechvlm.query_reading gives a map [query, row, col] of where each one reads."
             )
         if not 0 <= image < len(self.grids):
             raise IndexError(f"Image {image} was asked for; the prompt holds {len(self.grids)}.")
@@ -204,5 +227,5 @@ class TokenMap:
 
 
 def _spelled(piece: str) -> str:
-    """A tokenizer's piece as it stands in the text: spaces and line breaks for their marks."""
+    """A tokenizer's piece as text, with spaces and line breaks in place of the marks for them."""
     return piece.replace("▁", " ").replace("Ġ", " ").replace("Ċ", "\n").replace("<0x0A>", "\n")

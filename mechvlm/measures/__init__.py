@@ -1,1 +1,1 @@
-"""Plain numbers, no model: words against captions, curves and their phases."""
+"""Measures of numbers and words, without a model: phases of curves, words against captions."""

@@ -1,4 +1,10 @@
-"""Fitting the phases of a curve: how many segments, which, and where they turn."""
+"""Fits the phases of a curve over layers.
+
+1. Choose the number of segments and the first direction by cross-validation over examples.
+2. Fit these segments to the mean curve.
+3. Refit them to bootstrap resamples of the examples, for the intervals.
+4. Label the segments with the paper's phases, and explain the finding in words.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +17,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mechvlm.measures.phases import PAPER, PAPER_WITHIN, Change, Evidence, Phases
+from mechvlm.measures.phases import PAPER_PHASES, PAPER_WITHIN_MODALITY, Change, Evidence, Phases
 from mechvlm.measures.segments import (
-    MOVED,
+    DIRECTION_VERBS,
     cross_validate,
     directions_of,
     explains_most,
@@ -26,17 +32,20 @@ from mechvlm.measures.segments import (
 )
 
 N_BOOTSTRAP = 1000
-
-
 N_FOLDS = 10
-
-
-N_SELECTIONS = 100  # resamples in which the number is chosen anew: each costs N_FOLDS fits, and a share needs no more
+N_SELECTION_RESAMPLES = 100
+"""Resamples in which the number of segments is chosen again. Each costs N_FOLDS fits, and a share
+needs no more."""
 
 
 @runtime_checkable
 class ModalityCurves(Protocol):
-    """Similarities between and within the modalities, as `ContextualizationResult` holds them."""
+    """Similarities between and within the modalities, as in a `ContextualizationResult`.
+
+    Attributes:
+        inter, image, text: between image and text, within the image, and within the text
+            [layer example].
+    """
 
     inter: Float[Tensor, "layer example"]
     image: Float[Tensor, "layer example"]
@@ -53,42 +62,64 @@ def fit_phases(
     confidence: float = 0.95,
     seed: int = 0,
 ) -> Phases:
-    """The rising and falling segments that the inter-modal curves support, and which of the paper's phases they are.
+    """The rising and falling segments that inter-modal curves support, with the paper's phases.
 
-    `curves` is a `ContextualizationResult`, or holds each example's inter-modal similarity at each layer, [example layer];
-    `image` and `text` are then the intra-modal ones of the same examples; they corroborate and decide nothing.
+    >>> phases = mv.fit_phases(mv.contextualization(vlm, inputs))
+    >>> print(phases.explanation)
 
-    Number of segments: 10-fold cross-validation over examples. `fit_segments` of the mean of the training examples is
-    held against each held-out example; the fewest segments within one standard error of the least error are chosen
-    (Breiman et al. 1984), from 0, a flat line, to `max_segments`, rising or falling first. Every curve is taken
-    without its mean over layers, which has no direction. The standard error is that of the error, not of a
-    difference: a turn counts where it stands out from how examples differ. Since it shrinks with their number, so does
-    the smallest turn that counts.
+    Number of segments: chosen by 10-fold cross-validation over examples, from 0 (a flat line) to
+    `max_segments`, rising or falling first. `fit_segments` fits the mean of the training examples,
+    and the fit is compared with each held-out example. The fewest segments within one standard
+    error of the least error are chosen (Breiman et al. 1984). Every curve is taken without its mean
+    over layers, which has no direction. The standard error is that of the error, not of a
+    difference: a turn counts if it stands out from the differences between examples. The standard
+    error shrinks with the number of examples, and with it the smallest turn that counts.
 
-    Intervals: percentiles over `n_bootstrap` resamples of the examples, of the turning layers refitted with the chosen
-    number and first direction, and of the changes between the layers found. They do not carry the uncertainty of the
-    number itself: `support` does, the share of 100 resamples that choose the same.
+    Intervals: percentiles over `n_bootstrap` resamples of the examples. In each, the turning layers
+    are refitted with the chosen number and first direction, and the changes are taken between the
+    layers of the original fit. The intervals do not carry the uncertainty of the number itself:
+    `support` does, the share of 100 resamples that choose the same.
 
-    Labels: rise, fall, rise, fall are I to IV, and `shows_pattern` is True. Three in a row fit in one place only, and
-    are labelled: rise, fall, rise are I to III, fall, rise, fall are II to IV. One or two are too few to tell, and more
-    than four are not the paper's: labelled None. Only order and direction are judged, since the paper gives no layer
-    for "very early" and "very late".
+    Labels: rise, fall, rise, fall are I to IV, and `shows_pattern` is True. Three segments fit the
+    paper's order in one place only: rise, fall, rise are I to III, and fall, rise, fall are II to
+    IV. One or two are too few to tell; four in another order, and more than four, are not the
+    paper's: they are labelled None. Only order and direction are judged, since the paper gives no
+    layer for "very early" and "very late".
+
+    One example has no spread. It gets the fewest segments that leave at most 5 % of its variance,
+    with NaN for every interval and no label.
 
     Source: Wei et al. 2024 (arXiv 2411.00646). Differs: the paper reads the curves by eye.
-    Tested: known boundaries are found, and covered at the nominal rate; noise gives 0 segments, a ramp 1.
+    Tested: known boundaries are found, and covered at the nominal rate; noise gives 0 segments, a
+    ramp 1.
 
-    One example has no spread: it gets the fewest segments that leave at most 5 % of its variance, with NaN for every
-    interval and no label. Raises ValueError for NaN, no example, fewer than 3 layers, or shapes that differ.
+    Args:
+        curves: a `ContextualizationResult`, or each example's inter-modal similarity [example
+            layer].
+        image: similarity within the image, of the same examples [example layer]. It corroborates
+            the phases and decides nothing. A `ContextualizationResult` brings its own.
+        text: the same within the text.
+        max_segments: largest number of segments to try, at most one less than the layers.
+        n_bootstrap: resamples for the intervals.
+        confidence: share of the resamples inside an interval, between 0 and 1.
+        seed: of the folds and resamples.
+
+    Returns:
+        The `Phases`, in the unit of the curves.
+
+    Raises:
+        ValueError: for NaN, no example, fewer than 3 layers, shapes that differ, or an option out
+            of its range.
     """
-    between: np.ndarray | Tensor
+    inter_modal: np.ndarray | Tensor
     if isinstance(curves, ModalityCurves):
-        between, image, text = curves.inter.T, curves.image.T, curves.text.T
+        inter_modal, image, text = curves.inter.T, curves.image.T, curves.text.T
     else:
-        between = curves
-    values = {"inter": _checked("curves", between)}
-    for name, other in (("image", image), ("text", text)):
-        if other is not None:
-            values[name] = _checked(name, other)
+        inter_modal = curves
+    values = {"inter": _check_curves("curves", inter_modal)}
+    for name, intra_modal in (("image", image), ("text", text)):
+        if intra_modal is not None:
+            values[name] = _check_curves(name, intra_modal)
             if values[name].shape != values["inter"].shape:
                 raise ValueError(f"{name} must have the shape of curves, {values['inter'].shape} (example, layer), "
                                  f"not {values[name].shape}: give the same examples and layers.")  # fmt: skip
@@ -105,7 +136,9 @@ def fit_phases(
     if n_examples == 1:
         n_segments, first = explains_most(inter[0], max_segments)
     else:
-        n_segments, first, evidence, support = _select(inter, max_segments, min(n_bootstrap, N_SELECTIONS), rng)
+        n_segments, first, evidence, support = _select(
+            inter, max_segments, min(n_bootstrap, N_SELECTION_RESAMPLES), rng
+        )
         resampled = resampled_means(values, n_bootstrap, rng)
 
     mean = inter.mean(0)
@@ -123,7 +156,8 @@ def fit_phases(
     if resampled is not None and first is not None:
         ends = partitions(interval_errors(resampled["inter"]), n_segments, first)[-1]
         turning = turning_layers(fit_runs(resampled["inter"], ends, first)[0], ends, first)
-        low = np.quantile(turning, tail, axis=0, method="lower")  # outwards, to whole layers
+        # Rounded outwards, to whole layers.
+        low = np.quantile(turning, tail, axis=0, method="lower")
         high = np.quantile(turning, 1 - tail, axis=0, method="higher")
         boundary_intervals = tuple(zip(low.astype(float).tolist(), high.astype(float).tolist(), strict=True))
     changes = {}
@@ -134,7 +168,7 @@ def fit_phases(
     return Phases(
         mean=torch.from_numpy(mean), fit=torch.from_numpy(fit), n_segments=n_segments, directions=directions, labels=labels,
         intervals=intervals, boundaries=boundaries, boundary_intervals=boundary_intervals, changes=changes,
-        evidence=evidence, support=support, shows_pattern=labels == tuple(PAPER), n_examples=n_examples,
+        evidence=evidence, support=support, shows_pattern=labels == tuple(PAPER_PHASES), n_examples=n_examples,
         confidence=confidence,
         explanation=_explain(directions, labels, intervals, changes, support, inter.shape, max_segments),
     )  # fmt: skip
@@ -143,18 +177,24 @@ def fit_phases(
 def _select(
     curves: Float[np.ndarray, "example layer"], max_segments: int, n_resamples: int, rng: np.random.Generator
 ) -> tuple[int, str | None, tuple[Evidence, ...], float]:
-    """Number, first direction, evidence, and the share of resamples that choose the same."""
+    """Choose the segments by cross-validation: the fewest within one standard error of the best.
+
+    Returns:
+        (number, first direction, evidence, share of resamples that choose the same).
+    """
     n_examples = len(curves)
     centred = curves - curves.mean(1, keepdims=True)
     fold = rng.permutation(n_examples) % min(N_FOLDS, n_examples)
     counts = rng.multinomial(n_examples, np.full(n_examples, 1 / n_examples), size=n_resamples)
-    # Copies of an example stay in its fold, or they would be held out and trained on at once.
+    # An example's copies stay in its fold, or the same example would be held out and trained on. A
+    # resample therefore needs examples of two folds.
     counts = counts[(counts @ np.eye(fold.max() + 1)[fold] > 0).sum(1) > 1]
+    # Row 0 is the original sample.
     counts = np.concatenate([np.ones((1, n_examples), dtype=counts.dtype), counts])
-    candidates = [(0, None)] + [(n, first) for n in range(1, max_segments + 1) for first in MOVED]
+    candidates = [(0, None)] + [(n, first) for n in range(1, max_segments + 1) for first in DIRECTION_VERBS]
     errors, standard_errors = cross_validate(centred, counts, fold, candidates)
 
-    # Rounding must not decide between numbers that predict alike.
+    # Rounding must not decide between candidates that predict equally well.
     slack = 1e-9 * (centred**2).sum(1).mean()
     best = errors.argmin(1)[:, None]
     enough = errors <= np.take_along_axis(errors, best, 1) + np.take_along_axis(standard_errors, best, 1) + slack
@@ -163,8 +203,8 @@ def _select(
     chosen = np.where(numbers == fewest, errors, np.inf).argmin(1)
     n_segments, first = candidates[chosen[0]]
     evidence = tuple(
-        Evidence(n, way, float(errors[0, i]), float(standard_errors[0, i]), bool(i == chosen[0]))
-        for i, (n, way) in enumerate(candidates)
+        Evidence(n, direction, float(errors[0, i]), float(standard_errors[0, i]), bool(i == chosen[0]))
+        for i, (n, direction) in enumerate(candidates)
     )
     support = float((chosen[1:] == chosen[0]).mean()) if len(chosen) > 1 else math.nan
     return n_segments, first, evidence, support
@@ -176,6 +216,7 @@ def _change(
     interval: tuple[int, int],
     tail: float,
 ) -> Change:
+    """The change of the mean curve over an interval of layers, with its bootstrap interval."""
     first, last = interval
     low = high = math.nan
     if resampled is not None:
@@ -184,8 +225,8 @@ def _change(
 
 
 def _labels(directions: tuple[str, ...]) -> tuple[str | None, ...]:
-    """The paper's phases where the directions have one place in its order, and are enough of it to say so."""
-    names, order = tuple(PAPER), tuple(PAPER.values())
+    """The paper's phases of three or four segments in its order; None for each of any others."""
+    names, order = tuple(PAPER_PHASES), tuple(PAPER_PHASES.values())
     n = len(directions)
     if n in (3, 4):
         for start in range(len(order) - n + 1):
@@ -203,16 +244,16 @@ def _explain(
     shape: tuple[int, int],
     max_segments: int,
 ) -> str:
-    """What is seen, in plain words, and why it is or is not the paper's."""
+    """The finding in words, and why it is or is not the paper's pattern."""
     n, (n_examples, n_layers) = len(directions), shape
     if n == 0:
         return ("The inter-modal curve neither rises nor falls by more than examples differ: a flat line predicts them "
                 "as well as any segments do. None of the paper's phases shows.")  # fmt: skip
-    seen = ", then ".join(
-        f"{MOVED[direction]} over layers {first}-{last}"
+    course = ", then ".join(
+        f"{DIRECTION_VERBS[direction]} over layers {first}-{last}"
         for direction, (first, last) in zip(directions, intervals, strict=True)
     )
-    sentences = [f"The inter-modal curve {seen}."]
+    sentences = [f"The inter-modal curve {course}."]
     order = ", ".join(directions)
     if n_examples == 1:
         sentences.append("From one example nothing tells a turn from noise, so no phase is named and no interval is "
@@ -232,7 +273,7 @@ def _explain(
                          "falls: four segments, but not the paper's four phases. None is named.")  # fmt: skip
     elif n > 4:
         sentences.append(f"The data support {n} segments, more than the paper's four, so none is named.")
-        if (start := _paper_within(directions)) is not None:
+        if (start := _pattern_start(directions)) is not None:
             sentences.append(f"Segments {start + 1} to {start + 4} alone would go in its order.")
     elif n == 2:
         place = ("could be phases I and II or III and IV" if directions[0] == "rise" else
@@ -245,37 +286,39 @@ def _explain(
         sentences.append(f"No more than {max_segments} segments were tried; the data may support more.")
     if not math.isnan(support):
         sentences.append(f"{support:.0%} of the resamples of the {n_examples} examples choose the same segments.")
-    sentences += _within(labels, changes)
+    sentences += _explain_within(labels, changes)
     return " ".join(sentences)
 
 
-def _paper_within(directions: tuple[str, ...]) -> int | None:
-    """Where the paper's four directions begin within more, if in one place only."""
-    order = tuple(PAPER.values())
-    places = [i for i in range(len(directions) - 3) if directions[i : i + 4] == order]
-    return places[0] if len(places) == 1 else None
+def _pattern_start(directions: tuple[str, ...]) -> int | None:
+    """Index of the segment at which the paper's four directions start, if there is only one."""
+    order = tuple(PAPER_PHASES.values())
+    starts = [i for i in range(len(directions) - 3) if directions[i : i + 4] == order]
+    return starts[0] if len(starts) == 1 else None
 
 
-def _within(labels: tuple[str | None, ...], changes: dict[str, tuple[Change, ...]]) -> list[str]:
-    """Whether the similarity within each modality moved as the paper says, for each labelled phase it says it of."""
+def _explain_within(labels: tuple[str | None, ...], changes: dict[str, tuple[Change, ...]]) -> list[str]:
+    """Sentences on whether the similarities within image and text changed as in the paper.
+
+    Only for labelled phases in which the paper gives their direction.
+    """
     sentences = []
     for i, label in enumerate(labels):
-        if label not in PAPER_WITHIN:
+        if label not in PAPER_WITHIN_MODALITY:
             continue
         for name in ("image", "text"):
             if name in changes:
                 change = changes[name][i]
-                moved = {"rise": "rose", "fall": "fell", None: "did not clearly change"}[change.direction]
-                agrees = "as in the paper" if change.direction == PAPER_WITHIN[label] else "unlike the paper's"
+                verb = {"rise": "rose", "fall": "fell", None: "did not clearly change"}[change.direction]
+                agrees = "as in the paper" if change.direction == PAPER_WITHIN_MODALITY[label] else "unlike the paper's"
                 by_how_much = f"{change.value:+.3f} [{change.low:+.3f}, {change.high:+.3f}]"
                 phase = label.split()[0]
-                sentences.append(
-                    f"In phase {phase} the similarity within the {name} {moved} ({by_how_much}), {agrees}."
-                )
+                sentences.append(f"In phase {phase} the similarity within the {name} {verb} ({by_how_much}), {agrees}.")
     return sentences
 
 
-def _checked(name: str, curves: np.ndarray | Tensor) -> Float[np.ndarray, "example layer"]:
+def _check_curves(name: str, curves: np.ndarray | Tensor) -> Float[np.ndarray, "example layer"]:
+    """The curves as a float64 array, if they have a usable shape and are finite."""
     if isinstance(curves, Tensor):
         curves = curves.detach().double().cpu().numpy()
     curves = np.asarray(curves, dtype=np.float64)
@@ -284,7 +327,7 @@ def _checked(name: str, curves: np.ndarray | Tensor) -> Float[np.ndarray, "examp
                          f"{curves.shape}. For one curve give curve[None].")  # fmt: skip
     if not (finite := np.isfinite(curves)).all():
         examples = np.flatnonzero(~finite.all(1))
-        some = ", ".join(map(str, examples[:5])) + (", ..." if len(examples) > 5 else "")
+        first_few = ", ".join(map(str, examples[:5])) + (", ..." if len(examples) > 5 else "")
         raise ValueError(f"{name} must be finite, but {int((~finite).sum())} values are not, in {len(examples)} "
-                         f"examples ({some}): leave those out, or see why they have no value there.")  # fmt: skip
+                         f"examples ({first_few}): leave those out, or see why they have no value there.")  # fmt: skip
     return curves

@@ -1,14 +1,16 @@
-"""MEASURE: the phases of a curve over layers, as alternating monotone segments. What the data do not show is not named.
+"""The phases of a curve over layers, as alternating rising and falling segments.
 
-Wei et al. 2024 (arXiv 2411.00646) read four phases off the cosine between image and text tokens, layer by layer:
+Wei et al. 2024 (arXiv 2411.00646) read four phases off the cosine between image and text tokens,
+layer by layer:
 
     I    alignment                the curve rises, in the very early layers
     II   intra-modal encoding     it falls, while the similarity within each modality rises
     III  inter-modal encoding     it rises again
-    IV   output preparation       it falls in the very late layers, as everything does
+    IV   output preparation       it falls in the very late layers, as all similarities do
 
-They read them by eye. Here the curve is fitted with rising and falling segments, their number is chosen by how well the
-curves of examples that were held out are predicted, and the boundaries get bootstrap intervals over examples.
+They read them by eye. Here rising and falling segments are fitted to the curve. Their number is the
+one that best predicts the curves of held-out examples, and the boundaries get bootstrap intervals
+over examples. A phase that the data do not show is not named.
 """
 
 from __future__ import annotations
@@ -27,28 +29,43 @@ from torch import Tensor
 from mechvlm.figures.style import LINES, axes, layer_axis, style
 from mechvlm.results import Result
 
-PAPER = {
+PAPER_PHASES = {
     "I alignment": "rise",
     "II intra-modal encoding": "fall",
     "III inter-modal encoding": "rise",
     "IV output preparation": "fall",
 }
-# What the paper says of the similarity within the image and within the text. Of I and III it says nothing.
-PAPER_WITHIN = {"II intra-modal encoding": "rise", "IV output preparation": "fall"}
+"""The paper's phases in their order, and the direction of the inter-modal curve in each."""
+PAPER_WITHIN_MODALITY = {"II intra-modal encoding": "rise", "IV output preparation": "fall"}
+"""Direction of the similarity within image and within text. The paper gives none for I and III."""
+PHASE_COLORS = {"I": "#DCE9F5", "II": "#FBE6D4", "III": "#DDF0E6", "IV": "#EFE3F3"}
 
 
 class Evidence(NamedTuple):
-    """How well a number of segments predicts held-out examples. Errors are squares summed over layers, per example."""
+    """How well a number of segments predicts held-out examples.
+
+    Attributes:
+        n_segments: number of segments; 0 for a flat line.
+        first: direction of the first segment, "rise" or "fall"; None for no segment.
+        error: squared error summed over layers, mean over the held-out examples.
+        standard_error: of `error`.
+        chosen: whether this number and direction were chosen.
+    """
 
     n_segments: int
-    first: str | None  # the first segment's direction; None for no segment, a flat line
+    first: str | None
     error: float
     standard_error: float
     chosen: bool
 
 
 class Change(NamedTuple):
-    """The mean curve's last value in a segment less its first, with its bootstrap interval over examples."""
+    """How much a mean curve changes over a segment.
+
+    Attributes:
+        value: the curve's last value in the segment minus its first.
+        low, high: ends of the value's bootstrap interval over examples.
+    """
 
     value: float
     low: float
@@ -56,49 +73,80 @@ class Change(NamedTuple):
 
     @property
     def direction(self) -> str | None:
-        """Rise or fall where the interval leaves out 0, else None."""
+        """The direction, "rise" or "fall"; None if the interval contains 0."""
         return "rise" if self.low > 0 else "fall" if self.high < 0 else None
 
 
 @dataclass(frozen=True, repr=False)
 class Phases(Result):
-    """What `fit_phases` found. A segment goes from a layer to a layer, and neighbours share their turning layer."""
+    """The segments of a curve over layers, as `fit_phases` returns them.
+
+    A segment goes from a layer to a layer, and neighbours share their turning layer.
+
+    >>> phases = mv.fit_phases(mv.contextualization(vlm, inputs))
+    >>> phases.boundaries, phases.labels
+    >>> phases.to_frame()
+    >>> phases.plot()
+
+    Attributes:
+        mean: mean of the inter-modal curve over examples [layer].
+        fit: the rising and falling curve fitted to `mean` [layer].
+        n_segments: number of segments; 0 if a flat line predicts held-out examples as well.
+        directions: "rise" or "fall" of each segment.
+        labels: the paper's phase of each segment, or None where it cannot be told.
+        intervals: (first, last) layer of each segment.
+        boundaries: the turning layers between the segments.
+        boundary_intervals: (low, high) layer of each boundary's bootstrap interval, NaN for one
+            example.
+        changes: "inter", and "image" and "text" if they were given, each with a `Change` for each
+            segment.
+        evidence: an `Evidence` for each number of segments and first direction.
+        support: share of resamples that choose the same number and directions, 0 to 1; NaN if it
+            cannot be told.
+        shows_pattern: whether the segments are the paper's four phases in order.
+        explanation: the finding in words.
+        n_examples: number of examples.
+        confidence: share of the resamples inside each interval.
+    """
 
     units = "cosine similarity"
 
     mean: Float[Tensor, " layer"]
     fit: Float[Tensor, " layer"]
-    n_segments: int  # 0: a flat line predicts held-out examples as well
+    n_segments: int
     directions: tuple[str, ...]
     labels: tuple[str | None, ...]
-    intervals: tuple[tuple[int, int], ...]  # first and last layer of each segment
-    boundaries: tuple[int, ...]  # the turning layers between them
-    boundary_intervals: tuple[tuple[float, float], ...]  # low and high layer of each, NaN for one example
-    changes: Mapping[str, Sequence]  # "inter", and "image" and "text" where given: a Change for each segment
-    evidence: Sequence  # an Evidence for each number of segments and first direction
-    support: float  # share of resamples with the same number and directions, 0 to 1; NaN where it cannot be told
+    intervals: tuple[tuple[int, int], ...]
+    boundaries: tuple[int, ...]
+    boundary_intervals: tuple[tuple[float, float], ...]
+    changes: Mapping[str, Sequence]
+    evidence: Sequence
+    support: float
     shows_pattern: bool
     explanation: str
     n_examples: int
     confidence: float
 
     def __post_init__(self):
-        # Loaded from JSON, these come back without their names.
-        changes = {curve: tuple(Change(*one) for one in changes) for curve, changes in self.changes.items()}
+        # A loaded file gives plain tuples: JSON does not keep the classes.
+        changes = {curve: tuple(Change(*fields) for fields in values) for curve, values in self.changes.items()}
         object.__setattr__(self, "changes", changes)
-        object.__setattr__(self, "evidence", tuple(Evidence(*one) for one in self.evidence))
+        object.__setattr__(self, "evidence", tuple(Evidence(*fields) for fields in self.evidence))
 
     def to_frame(self) -> pd.DataFrame:
-        """One row a segment. `low` and `high` are the interval of `last_layer`, NaN for the last segment's, which
-        ends where the curve does. `phase` and `name` are None where the paper's phase cannot be told."""
+        """The segments as a table, one row each.
+
+        `low` and `high` are the interval of `last_layer`; NaN for the last segment, which ends
+        where the curve does. `phase` and `name` are None where the paper's phase cannot be told.
+        """
         rows = []
         for i, (label, direction, interval) in enumerate(
             zip(self.labels, self.directions, self.intervals, strict=True)
         ):
             phase, _, name = label.partition(" ") if label else (None, None, None)
             low_high = self.boundary_intervals[i] if i < len(self.boundaries) else (math.nan, math.nan)
-            moved = [value for changes in self.changes.values() for value in changes[i]]
-            rows.append([phase, name, direction, *interval, *low_high, *moved])
+            change_values = [value for changes in self.changes.values() for value in changes[i]]
+            rows.append([phase, name, direction, *interval, *low_high, *change_values])
         columns = ["phase", "name", "direction", "first_layer", "last_layer", "low", "high"]
         for curve in self.changes:
             prefix = "" if curve == "inter" else f"{curve}_"
@@ -106,35 +154,41 @@ class Phases(Result):
         return pd.DataFrame(rows, columns=columns)
 
     def plot(self, ax: Axes | None = None) -> Axes:
-        """The mean curve, its fitted segments, and the phases that the data show."""
+        """Plot the mean curve, its fitted segments and the phases that the data show.
+
+        Returns:
+            The axes, those given or new ones.
+        """
         with style():
             ax = axes(ax)
-            n = len(self.mean) - 1
+            last = len(self.mean) - 1
             shade(ax, self)
             line = LINES["inter"]
-            marker = line.marker if n < 20 else ""
-            ax.plot(range(n + 1), self.mean.numpy(), color=line.color, marker=marker, label="mean", zorder=3)
+            marker = line.marker if last < 20 else ""
+            ax.plot(range(last + 1), self.mean.numpy(), color=line.color, marker=marker, label="mean", zorder=3)
             ax.plot(
-                range(n + 1), self.fit.numpy(), color="#222222", linestyle="--", linewidth=1, label="fitted segments"
+                range(last + 1), self.fit.numpy(), color="#222222", linestyle="--", linewidth=1, label="fitted segments"
             )
-            layer_axis(ax, n)
+            layer_axis(ax, last)
             ax.set_ylabel("image – text similarity (mean cosine)")
             ax.legend(loc="lower right")
         return ax
 
 
-# --- how many segments ---
+def shade(ax: Axes, phases: Phases, names: bool = True, heads: bool = True) -> None:
+    """Shade the segments behind a plot, and draw their boundaries.
 
-
-PHASES = {"I": "#DCE9F5", "II": "#FBE6D4", "III": "#DDF0E6", "IV": "#EFE3F3"}
-
-
-def shade(ax: Axes, found: Phases, names: bool = True, heads: bool = True) -> None:
-    """The segments as ground, their phases above them where the data show which, boundaries with their intervals."""
+    Args:
+        ax: axes with layers on x.
+        phases: the segments.
+        names: write a phase's name below its number, in segments that are wide enough.
+        heads: write each segment's phase number (or an arrow, if it has no phase) at the top, and
+            draw the intervals of the boundaries.
+    """
     for i, ((first, last), label, direction) in enumerate(
-        zip(found.intervals, found.labels, found.directions, strict=True)
+        zip(phases.intervals, phases.labels, phases.directions, strict=True)
     ):
-        color = PHASES[label.split()[0]] if label else ("#F4F4F4", "#EBEBEB")[i % 2]
+        color = PHASE_COLORS[label.split()[0]] if label else ("#F4F4F4", "#EBEBEB")[i % 2]
         ax.axvspan(first, last, color=color, linewidth=0, zorder=0)
         if not heads:
             continue
@@ -143,13 +197,13 @@ def shade(ax: Axes, found: Phases, names: bool = True, heads: bool = True) -> No
             head, ((first + last) / 2, 1), xycoords=ax.get_xaxis_transform(), xytext=(0, -3), ha="center", va="top",
             textcoords="offset points", fontsize=11 if label else 9, weight="bold", color="#333333",
         )  # fmt: skip
-        if label and names and last - first > 0.1 * len(found.mean):
+        if label and names and last - first > 0.1 * len(phases.mean):
             words = label.split(maxsplit=1)[1].replace(" ", "\n").replace("-", "-\u200b")
             ax.annotate(
                 words, ((first + last) / 2, 1), xycoords=ax.get_xaxis_transform(), xytext=(0, -18), ha="center",
                 va="top", textcoords="offset points", fontsize=6.5, color="#444444", linespacing=1.05,
             )  # fmt: skip
-    for at, (low, high) in zip(found.boundaries, found.boundary_intervals, strict=True):
+    for at, (low, high) in zip(phases.boundaries, phases.boundary_intervals, strict=True):
         ax.axvline(at, color="#333333", linewidth=0.8, linestyle=(0, (2, 2)), zorder=1)
         if heads and not np.isnan(low):
             ax.errorbar(

@@ -1,12 +1,14 @@
-"""MEASURE: decoded vocabulary pieces against captions. Precision and recall of the words that a lens reads off tokens.
+"""Precision and recall of the words that a logit lens decodes, against captions.
 
-A word is a run of at least two letters, of any script. Everything else parts words or is a non-word: digits,
-punctuation, hyphens, apostrophes, byte pieces (`<0x0A>`), special tokens (`<s>`). Vocabularies cut at hyphens and
-apostrophes too, so a caption's "t-shirt" is looked for as "shirt", and its "dog's" as "dog".
+A word is a run of at least two letters, of any script. Everything else separates words or is a
+non-word: digits, punctuation, hyphens, apostrophes, byte pieces (`<0x0A>`), special tokens (`<s>`).
+Vocabularies split at hyphens and apostrophes too, so a caption's "t-shirt" is looked for as
+"shirt", and its "dog's" as "dog".
 
-What a purely formal definition cannot know: a fragment (`ffe`, the end of "giraffe") counts as a decoded word, a
-wrong one, and a caption word that the vocabulary holds only in pieces is never found. The controls share both faults,
-so compare with them rather than with 1. Captions are taken to be in a language that writes spaces between words.
+The definition is formal, and therefore errs in two ways. A fragment (`ffe`, the end of "giraffe")
+counts as a decoded word, a wrong one. A caption word that is not one piece of the vocabulary is
+never found. The controls share both faults, so compare with them rather than with 1. Captions are
+assumed to be in a language that writes spaces between words.
 """
 
 from __future__ import annotations
@@ -20,13 +22,14 @@ from typing import NamedTuple
 
 import pandas as pd
 
-# What opens a word in a piece: SentencePiece's mark, and byte-level BPE's.
+# The marks of a word's start in a piece: SentencePiece's, and byte-level BPE's.
 WORD_STARTS = ("▁", "Ġ")
-# Byte-level BPE writes space and newline as these letters: past the start they are no part of a word.
+# Byte-level BPE writes space and newline as these letters. Within a piece they are no letters of a
+# word.
 WRITTEN_SPACES = {"Ġ", "Ċ"}
 
-# English words of grammar alone. Ready-made lists also hold what is seen in images: scikit-learn's "two", "fire" and
-# "front", stop-words' "man", "room" and "large".
+# English words of grammar alone. Ready-made lists also contain words for things seen in images:
+# scikit-learn's "two", "fire" and "front", stop-words' "man", "room" and "large".
 STOP_WORDS = frozenset(
     {
         # articles, determiners, quantifiers
@@ -46,7 +49,7 @@ STOP_WORDS = frozenset(
         "under", "until", "up", "via", "while", "within", "without",
         # conjunctions
         "and", "or", "but", "nor", "so", "yet", "if", "because", "although", "though", "unless", "whether",
-        # auxiliaries, and the verbs that carry no act
+        # auxiliaries, and verbs with little meaning of their own
         "am", "is", "are", "was", "were", "be", "been", "being", "have", "has", "had", "having", "do", "does",
         "did", "doing", "done", "can", "could", "may", "might", "must", "shall", "should", "will", "would",
         "cannot", "go", "get",
@@ -54,7 +57,7 @@ STOP_WORDS = frozenset(
         "not", "there", "here", "then", "when", "where", "why", "how", "again", "also", "almost", "already",
         "always", "just", "even", "ever", "never", "now", "often", "only", "quite", "rather", "still", "together",
         "too", "very", "well", "away",
-        # what an apostrophe leaves of a contraction
+        # parts of contractions, split at the apostrophe
         "aren", "couldn", "didn", "doesn", "don", "hadn", "hasn", "haven", "isn", "ll", "shouldn", "ve", "wasn",
         "weren", "wouldn",
     }
@@ -62,10 +65,19 @@ STOP_WORDS = frozenset(
 
 
 class PrecisionRecall(NamedTuple):
-    """Shares from 0 to 1, NaN for 0/0, and the counts that they are made of."""
+    """Shares from 0 to 1, and the counts that they are computed from.
 
-    precision: float  # n_correct / n_decoded
-    recall: float  # n_found / n_caption
+    Attributes:
+        precision: n_correct / n_decoded; NaN for 0/0.
+        recall: n_found / n_caption; NaN for 0/0.
+        n_decoded: decoded words, or by token the positions with one.
+        n_correct: decoded words that are in the captions, or by token the positions with one.
+        n_caption: words in the captions, by token with repeats.
+        n_found: words in the captions that were decoded, by token with repeats.
+    """
+
+    precision: float
+    recall: float
     n_decoded: int
     n_correct: int
     n_caption: int
@@ -73,14 +85,17 @@ class PrecisionRecall(NamedTuple):
 
 
 def word_of(piece: str) -> str | None:
-    """The case-folded word that a vocabulary piece is, or None where it is none.
+    """The case-folded word in a vocabulary piece, or None if the piece is no word.
 
-    `piece` is as `convert_ids_to_tokens` gives it. One word-start mark (`▁`, or `Ġ` of byte-level vocabularies) is
-    stripped, and what is left must be at least two letters and nothing else. `▁cat`, `cat` and `ĠCat` are "cat";
-    `##ing`, `<0x0A>`, `</s>`, `42` and `▁a` are None. Non-ASCII pieces of byte-level vocabularies are not decoded.
+    One word-start mark (`▁`, or `Ġ` of byte-level vocabularies) is stripped. The rest must be at
+    least two letters and nothing else. `▁cat`, `cat` and `ĠCat` are "cat"; `##ing`, `<0x0A>`,
+    `</s>`, `42` and `▁a` are None. Non-ASCII pieces of byte-level vocabularies are not decoded.
 
     >>> word_of("▁Cat"), word_of("<0x0A>")
     ('cat', None)
+
+    Args:
+        piece: the piece, as `convert_ids_to_tokens` returns it.
     """
     word = _letters(piece)
     return None if word is None else word.casefold()
@@ -91,17 +106,25 @@ def caption_words(
 ) -> set[str]:
     """The unique words of one caption, or of several together, case-folded.
 
-    `lemmas=True` gives each word's lemma, by simplemma. It sees no context and errs on some: "leaves" is "leave", and
-    "playing" is "playe", which "play" does not find.
-    `stop_words=False` leaves out `STOP_WORDS`, English words of grammar alone, by form or lemma ("goes" by "go");
-    numbers count. True counts every word; a set of words leaves out those instead. The result may be empty: the caption
-    "a" has no word.
-
-    Raises ValueError where there is no caption, or none with any text; and for `stop_words=False` in another language
-    than English, for which there is no list.
+    The result may be empty: the caption "a" has no word.
 
     >>> sorted(caption_words("Two dogs run after the children's frisbee."))
     ['child', 'dog', 'frisbee', 'run', 'two']
+
+    Args:
+        captions: one caption or several.
+        lemmas: True gives each word's lemma, by simplemma. It sees no context and errs on some
+            words: "leaves" becomes "leave", and "playing" becomes "playe", which does not match
+            "play".
+        stop_words: False leaves out `STOP_WORDS`, English words of grammar alone, by form or by
+            lemma ("goes" by "go"); number words count. True counts every word. A set of words
+            leaves out those instead.
+        lang: language of the captions, as simplemma names it.
+
+    Raises:
+        ValueError: for no caption, or none with any text; for `stop_words=False` in another
+            language than English, for which there is no list.
+        TypeError: for `stop_words` that is one string.
     """
     return set(_caption_counts(captions, lemmas, _left_out(stop_words, lang), lang))
 
@@ -116,31 +139,47 @@ def precision_recall(
     non_words: bool = False,
     lang: str = "en",
 ) -> PrecisionRecall:
-    """Precision and recall of the words decoded at some positions, against an image's captions (shares, 0 to 1).
-
-    `decoded` is [position][k]: each position's top-k vocabulary pieces. Top-1 is k = 1.
+    """Precision and recall of decoded words against an image's captions (shares, 0 to 1).
 
     By word, each word counts once:
+
         precision = |decoded words ∩ caption words| / |decoded words|
         recall    = |decoded words ∩ caption words| / |caption words|
+
     By token, each occurrence counts:
-        precision = positions with a caption word among their k / positions with any word among their k
-        recall    = words in the captions, repeats counted, that are decoded anywhere / words in the captions
-    so by token a position counts once whatever its k, and a word that five captions name weighs five times.
 
-    Stop words and lemmas as in `caption_words`; a stop word that is left out is neither right nor wrong. Non-words
-    are left out too, or with `non_words=True` count as decoded and wrong: by word each distinct piece, by token each
-    position that holds one. 0/0 is NaN, never 0: precision where no word was decoded, recall where the captions
-    have no word.
+        precision = positions with a caption word in their top k / positions with any word in it
+        recall    = words in the captions that are decoded anywhere / words in the captions
 
-    After the logit-lens verbalization of Wei et al. 2024 (arXiv 2411.00646). Which words count is for the options.
+    So by token a position counts once whatever its k, and the words in the captions count with
+    their repeats: a word in five captions weighs five times.
+
+    0/0 is NaN, never 0: precision if no word was decoded, recall if the captions have no word.
+
+    >>> precision_recall([["▁dogs"], ["▁cat"]], "A dog runs.")[:2]
+    (0.5, 0.5)
+
+    Source: the logit-lens verbalization of Wei et al. 2024 (arXiv 2411.00646). Which words count is
+    set by the options.
     Tested: equals the sums written out over positions and words.
 
-    Raises ValueError for another `by`, for captions without text, and where `decoded` is not nested.
+    Args:
+        decoded: the top-k vocabulary pieces of each position, [position][k]. Top-1 is k = 1.
+        captions: the image's caption or captions.
+        by: "word" or "token", as above.
+        lemmas: compare lemmas, as in `caption_words`.
+        stop_words: as in `caption_words`. A stop word that is left out is neither right nor wrong.
+        non_words: False leaves out pieces that are no word. True counts them as decoded and wrong:
+            by word each distinct piece, by token each position that holds one.
+        lang: language of the captions.
+
+    Raises:
+        ValueError: for another `by`, for captions without text, and for `decoded` that is not
+            nested.
     """
-    pieces, left_out = _checked(decoded, by), _left_out(stop_words, lang)
+    pieces, left_out = _check_nested(decoded, by), _left_out(stop_words, lang)
     counts = _caption_counts(captions, lemmas, left_out, lang)
-    return _score(pieces, _readings(pieces, lemmas, left_out, lang), counts, by, non_words)
+    return _score(pieces, _read_pieces(pieces, lemmas, left_out, lang), counts, by, non_words)
 
 
 def lens_precision_recall(
@@ -155,38 +194,55 @@ def lens_precision_recall(
     lang: str = "en",
     single: bool = False,
 ) -> pd.DataFrame:
-    """`precision_recall` at each layer of one example, with its control: a frame of layer, measure, control, value.
+    """`precision_recall` at each layer of one example, with controls.
 
-    `tokens` is [layer][position][k]. `other_captions` holds one entry for each of some other images, its caption or
-    captions; give as many an image as `captions` has, since more captions find more words. The rows whose `control`
-    is "captions" are against the image's own, those of "other captions" are the mean of the values against each
-    other image, NaN left out. The other control, text positions, is the same call on their tokens.
+    The column `control` tells the captions that the words are compared with:
 
-    "captions" takes an image's captions together: their union finds more words than each of them. With `single=True` there
-    are also rows "single captions" and "other single captions": the mean of the values against each caption alone that has
-    a word, of the image and of the others.
+    - "captions": those of the image.
+    - "other captions": those of other images, a mean over these images, NaN left out.
+    - "single captions", "other single captions" (with `single=True`): the same, with each caption
+      by itself, a mean over the captions that have a word. "captions" takes an image's captions
+      together, and their union finds more words than each of them.
 
-    Raises ValueError as `precision_recall` does.
+    The other control, text positions, is the same call on the tokens of those positions.
+
+    Args:
+        tokens: the top-k vocabulary pieces at each layer, [layer][position][k].
+        captions: the image's caption or captions.
+        other_captions: the caption or captions of each of some other images. Give as many for each
+            as `captions` has, since more captions find more words.
+        by: as in `precision_recall`, like the four below.
+        lemmas: see there.
+        stop_words: see there.
+        non_words: see there.
+        lang: see there.
+        single: also compare with single captions.
+
+    Returns:
+        A table of layer, measure ("precision" or "recall"), control and value (0 to 1).
+
+    Raises:
+        ValueError: as `precision_recall` does.
     """
     left_out = _left_out(stop_words, lang)
 
-    def counts(some: Sequence[str | Sequence[str]]) -> list[Counter[str]]:
-        return [_caption_counts(one, lemmas, left_out, lang) for one in some]
+    def counts(by_image: Sequence[str | Sequence[str]]) -> list[Counter[str]]:
+        return [_caption_counts(image_captions, lemmas, left_out, lang) for image_captions in by_image]
 
-    against = {"captions": counts([captions]), "other captions": counts(other_captions)}
+    controls = {"captions": counts([captions]), "other captions": counts(other_captions)}
     if single:
-        for control, all_captions in (("single captions", [captions]), ("other single captions", other_captions)):
-            each = counts([one for some in all_captions for one in _one_by_one(some)])
-            # Against a caption without a word precision would be 0 whatever is decoded.
-            against[control] = [words for words in each if words] or each[:1]
+        for control, by_image in (("single captions", [captions]), ("other single captions", other_captions)):
+            by_caption = counts([caption for image_captions in by_image for caption in _one_by_one(image_captions)])
+            # A caption without a word is left out: precision would be 0 whatever is decoded.
+            controls[control] = [words for words in by_caption if words] or by_caption[:1]
     rows = []
     for layer, decoded in enumerate(tokens):
-        pieces = _checked(decoded, by)
-        readings = _readings(pieces, lemmas, left_out, lang)
-        for control, some in against.items():
-            if not some:
+        pieces = _check_nested(decoded, by)
+        readings = _read_pieces(pieces, lemmas, left_out, lang)
+        for control, counts_by_image in controls.items():
+            if not counts_by_image:
                 continue
-            scores = [_score(pieces, readings, words, by, non_words) for words in some]
+            scores = [_score(pieces, readings, words, by, non_words) for words in counts_by_image]
             for measure in ("precision", "recall"):
                 values = [value for score in scores if not math.isnan(value := getattr(score, measure))]
                 rows.append((layer, measure, control, sum(values) / len(values) if values else math.nan))
@@ -196,9 +252,9 @@ def lens_precision_recall(
 # --- pieces and captions to words ---
 
 
-@lru_cache(maxsize=1 << 18)  # a vocabulary is read again at every layer of every example
+@lru_cache(maxsize=1 << 18)  # the same pieces come at every layer of every example
 def _letters(piece: str) -> str | None:
-    """The lower-case word in a piece, not yet case-folded: simplemma knows "straße", not "strasse"."""
+    """The lower-case word in a piece. Not case-folded: simplemma knows "straße", not "strasse"."""
     text = unicodedata.normalize("NFC", piece)
     text = text[1:] if text.startswith(WORD_STARTS) else text
     if not all(map(_is_letter, text)) or sum(map(str.isalpha, text)) < 2 or WRITTEN_SPACES & set(text):
@@ -207,7 +263,7 @@ def _letters(piece: str) -> str | None:
 
 
 def _is_letter(character: str) -> bool:
-    # Marks too: Devanagari writes its vowels as marks on a letter.
+    # Marks count as letters: Devanagari writes its vowels as marks on a letter.
     return unicodedata.category(character)[0] in "LM"
 
 
@@ -219,7 +275,7 @@ def _lemma(word: str, lang: str) -> str:
 
 
 def _left_out(stop: bool | Collection[str], lang: str) -> frozenset[str]:
-    """The words that are not counted, for the three forms of the `stop_words` option."""
+    """The case-folded words that the `stop_words` option leaves out."""
     if isinstance(stop, str):
         raise TypeError(f"stop_words is True, False or a set of words, not the one string {stop!r}.")
     if isinstance(stop, bool):
@@ -231,12 +287,15 @@ def _left_out(stop: bool | Collection[str], lang: str) -> frozenset[str]:
 
 
 def _counted(word: str, lemmas: bool, left_out: frozenset[str], lang: str) -> str | None:
-    """What a lower-case word counts as, or None for a stop word. Stop words go by form and by lemma: "goes", "go"."""
+    """The lemma or form as which a lower-case word is counted; None for a stop word.
+
+    A stop word matches by its form or by its lemma: "goes" by "go".
+    """
     form = word.casefold()
     if form in left_out:
         return None
     if not lemmas and not left_out:
-        return form  # any language will do, also one that simplemma does not know
+        return form  # needs no lemma, so the language may be one that simplemma does not know
     lemma = _lemma(word, lang).casefold()
     if lemma in left_out:
         return None
@@ -244,6 +303,7 @@ def _counted(word: str, lemmas: bool, left_out: frozenset[str], lang: str) -> st
 
 
 def _caption_counts(captions: str | Sequence[str], lemmas: bool, left_out: frozenset[str], lang: str) -> Counter[str]:
+    """How often each word occurs in the captions together."""
     captions = [captions] if isinstance(captions, str) else list(captions)
     if not any(caption.strip() for caption in captions):
         raise ValueError(f"captions must hold text to look for words in, got {captions!r}.")
@@ -258,13 +318,14 @@ def _caption_counts(captions: str | Sequence[str], lemmas: bool, left_out: froze
 
 
 def _one_by_one(captions: str | Sequence[str]) -> list[str]:
+    """The captions as a list; of several, only those with text."""
     return [captions] if isinstance(captions, str) else [caption for caption in captions if caption.strip()]
 
 
-def _checked(decoded: Sequence[Sequence[str]], by: str) -> Sequence[Sequence[str]]:
+def _check_nested(decoded: Sequence[Sequence[str]], by: str) -> Sequence[Sequence[str]]:
     if by not in ("word", "token"):
         raise ValueError(f"by is 'word' or 'token', not {by!r}.")
-    # A string is a sequence of strings too: a flat list would quietly be read letter by letter.
+    # A string is a sequence of strings too: a flat list would be read letter by letter.
     if isinstance(decoded, str) or any(isinstance(position, str) for position in decoded):
         raise ValueError("decoded is [position][k], a sequence of pieces for each position, but a position is a plain "
                          "string: for top-1 write [[piece] for piece in decoded].")  # fmt: skip
@@ -274,10 +335,10 @@ def _checked(decoded: Sequence[Sequence[str]], by: str) -> Sequence[Sequence[str
 # --- scores ---
 
 
-def _readings(
+def _read_pieces(
     decoded: Sequence[Sequence[str]], lemmas: bool, left_out: frozenset[str], lang: str
 ) -> tuple[dict[str, str], set[str]]:
-    """{piece: what it counts as} over the distinct pieces, and the pieces that are no word."""
+    """{piece: the word it counts as} for the distinct pieces, and the pieces that are no word."""
     words, non_words = {}, set()
     for piece in set().union(*decoded):
         word = _letters(piece)
@@ -295,6 +356,7 @@ def _score(
     by: str,
     non_words: bool,
 ) -> PrecisionRecall:
+    """The precision and recall of the pieces that `_read_pieces` has read."""
     words, wrong = readings
     wrong = wrong if non_words else set()
     unique = set(words.values())

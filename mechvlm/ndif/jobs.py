@@ -1,4 +1,4 @@
-"""Jobs that nobody waits for: they are looked at, and collected by their id, in this process or in another."""
+"""Jobs that nobody waits for: they run on NDIF, and are collected by their id, in any process."""
 
 import time
 from collections.abc import Callable
@@ -10,15 +10,20 @@ from mechvlm.errors import RemoteError
 from mechvlm.ndif.connection import Connection, retrying
 from mechvlm.progress import StatusLine
 
-UNKNOWN = 30.0
-"""Seconds after which a job that NDIF has said nothing of is taken for one that it does not know."""
+UNKNOWN_AFTER = 30.0
+"""Seconds of silence after which NDIF is taken not to know a job."""
 
 
 class Job:
-    """Work that NDIF was given with `blocking=False`.
+    """Work left on NDIF with `blocking=False`.
+
+        job = mv.read(vlm, inputs, mv.LogitLens(), blocking=False)
+        job.status                              # "queued", ..., "completed"
+        (lens,) = job.result(timeout=600.0)
 
     Attributes:
-        id: by which it is found again: `mv.read(vlm, inputs, *probes, blocking=False, job_id=id)`, `vlm.job(id)`.
+        id: finds the job again: `mv.read(vlm, inputs, *probes, blocking=False, job_id=id)` or
+            `vlm.job(id)`.
     """
 
     def __init__(self, request: Connection, finish: Callable[[dict[str, Any]], Any]):
@@ -30,41 +35,43 @@ class Job:
 
     @property
     def status(self) -> str:
-        """What NDIF says now: received, queued, provisioning, deploying, dispatched, running, completed or error.
+        """The job's status on NDIF now.
+
+        One of received, queued, provisioning, deploying, dispatched, running, completed, error.
 
         Raises:
             RemoteError: when NDIF cannot be asked.
         """
-        found = self._request.look()
-        return (Status.RECEIVED if found is None else found.status).value.lower()
+        response = self._request.last_response()
+        return (Status.RECEIVED if response is None else response.status).value.lower()
 
     def result(self, timeout: float | None = None) -> Any:
-        """What it found, as without `blocking=False`; waits for it, at most `timeout` seconds.
+        """The same result as without `blocking=False`; waits for it, at most `timeout` seconds.
 
-        A connection that is lost meanwhile costs nothing: the job goes on, and is asked after again.
+        A connection that is lost meanwhile costs nothing: the job goes on, and NDIF is asked again.
 
         Raises:
-            RemoteError: where it failed, where NDIF knows no such job or keeps its result no longer; `retryable` where it is not
-                done in time, or NDIF cannot be reached.
+            RemoteError: when the job failed, or when NDIF knows no such job or no longer keeps its
+                result; `retryable` when it is not done in time or NDIF cannot be reached.
         """
-        begun, pause = time.monotonic(), 0.1
+        start, pause = time.monotonic(), 0.1
         with StatusLine(f"NDIF: {self.id}", shown=self._request.display.enabled) as line:
             while True:
-                found = retrying(self._request.look)
-                if found is not None and found.status in (Status.COMPLETED, Status.ERROR):
+                response = retrying(self._request.last_response)
+                if response is not None and response.status in (Status.COMPLETED, Status.ERROR):
                     return self._finish(retrying(self._request.poll))
-                waited = time.monotonic() - begun
-                if found is None and self._request.status is None and waited > UNKNOWN:
+                waited = time.monotonic() - start
+                if response is None and self._request.status is None and waited > UNKNOWN_AFTER:
                     raise RemoteError(
-                        f"NDIF at {self._request.host} knows no job {self.id!r}. Look at the id, and whether the job "
-                        "was given to this server."
+                        f"NDIF at {self._request.host} knows no job {self.id!r}. Check the id, and that the job was "
+                        "sent to this server."
                     )
-                status = "received" if found is None else found.status.value.lower()
-                line.say(f"NDIF: {status}")
+                status = "received" if response is None else response.status.value.lower()
+                line.update(f"NDIF: {status}")
                 if timeout is not None and waited + pause > timeout:
                     raise RemoteError(
-                        f"The job {self.id} is {status} on NDIF, and not done after {timeout:g} s. It goes on: ask for its "
-                        "result again, here or by its id elsewhere.",
+                        f"The job {self.id} is {status} on NDIF, and not done after {timeout:g} s. It goes on: ask for "
+                        "its result again, here, or elsewhere by its id.",
                         retryable=True,
                     )
                 time.sleep(pause)

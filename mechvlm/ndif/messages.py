@@ -1,4 +1,4 @@
-"""What went wrong on NDIF, in plain words."""
+"""Messages for what went wrong on NDIF: each says what happened, where, and what to do."""
 
 import json
 import socket
@@ -27,7 +27,7 @@ STATUS_WORDS = {
 
 @runtime_checkable
 class Attempt(Protocol):
-    """A request to NDIF, as far as a message needs to know it: where it went, and how far it came."""
+    """A request to NDIF, as far as a message needs it: where it went, and how far it got."""
 
     host: str
     api_key: str
@@ -38,14 +38,14 @@ class Attempt(Protocol):
 
 
 def without_key(text: str, key: str) -> str:
-    """The text, with the API key blotted out: a server may send it back."""
+    """The text with the API key blotted out: a server may send the key back."""
     for secret in {key, CONFIG.API.APIKEY or ""} - {""}:
         text = text.replace(secret, "(your API key)")
     return text
 
 
 def in_plain_words(error: Exception, at: Attempt) -> RemoteError:
-    """What an error of the connection or of the server means, and what to do."""
+    """A connection's or a server's error as a `RemoteError`: what it means, and what to do."""
     cause = error.__cause__ if isinstance(error, ServersError) else error
     if isinstance(cause, httpx.HTTPStatusError):
         text, retryable = _refused(cause.response.status_code, _detail(cause.response), at)
@@ -60,22 +60,26 @@ def in_plain_words(error: Exception, at: Attempt) -> RemoteError:
 
 def _lost(error: BaseException, at: Attempt) -> str:
     reason = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-    before = isinstance(error, ConnectionRefusedError | socket.gaierror | httpx.ConnectError | httpx.ConnectTimeout)
-    if before or not (at.sent or at.job_id):
+    never_connected = isinstance(
+        error, ConnectionRefusedError | socket.gaierror | httpx.ConnectError | httpx.ConnectTimeout
+    )
+    if never_connected or not (at.sent or at.job_id):
         return (
-            f"No NDIF answers at {at.host} ({reason}). Look whether the address is right (nnsight.CONFIG.API.HOST, or the "
-            "environment's NDIF_HOST) and whether this machine reaches it, or try again later."
+            f"No NDIF answers at {at.host} ({reason}). Check that the address is right (nnsight.CONFIG.API.HOST, or "
+            "NDIF_HOST in the environment) and that this machine reaches it, or try again later."
         )
     if at.job_id:
         return (
-            f"The connection to NDIF at {at.host} was lost ({reason}). The job {at.job_id} goes on: ask after it again."
+            f"The connection to NDIF at {at.host} was lost ({reason}). The job {at.job_id} goes on: ask about it again."
         )
-    what = (
-        f"The job was {STATUS_WORDS[at.status]}" if at.status is not None else "Whether the job was taken is not known"
+    progress = (
+        f"The job was {STATUS_WORDS[at.status]}"
+        if at.status is not None
+        else "It is not known whether the server took the job"
     )
     return (
-        f"The connection to NDIF at {at.host} was lost ({reason}). {what}. Ask again: that changes nothing on the server, and "
-        "costs at most a second run."
+        f"The connection to NDIF at {at.host} was lost ({reason}). {progress}. Ask again: that changes nothing on the "
+        "server, and costs at most a second run."
     )
 
 
@@ -92,10 +96,12 @@ def _refused(code: int, detail: str, at: Attempt) -> tuple[str, bool]:
     if "minimum supported" in detail or "version was not provided" in detail:
         return f"NDIF at {at.host} does not work with the versions here: {detail} {_versions()}", False
     if code in (401, 403) or "API key" in detail:
-        get = "One is to be had at https://login.ndif.us; `nnsight login` keeps it, or the environment's NDIF_API_KEY holds it."
+        get_one = (
+            "Get one at https://login.ndif.us, and keep it with `nnsight login`, or in NDIF_API_KEY in the environment."
+        )
         if not at.api_key:
-            return f"NDIF at {at.host} wants an API key, and there is none in nnsight's configuration. {get}", False
-        return f"NDIF at {at.host} does not take the API key of nnsight's configuration ({detail}). {get}", False
+            return f"NDIF at {at.host} wants an API key, and there is none in nnsight's configuration. {get_one}", False
+        return f"NDIF at {at.host} does not take the API key of nnsight's configuration ({detail}). {get_one}", False
     if code == 413:
         return f"The request is too large for NDIF at {at.host} ({detail}). Send smaller batches.", False
     if code == 429 or code >= 500:
@@ -117,7 +123,7 @@ def _failed(text: str, at: Attempt) -> tuple[str, bool]:
     if "payload could not be read" in text or "doesn't match the one your code was traced against" in text:
         return f"NDIF could not read the request. {text.splitlines()[0]} {_versions()}", False
     if "try again later" in text or "cancelled or preempted" in text:
-        return f"NDIF did not run the job: {text} It may be asked again.", True
+        return f"NDIF did not run the job: {text} Send it again.", True
     if "out of memory" in text.lower():
         return f"NDIF ran out of memory on this request. Send smaller batches, or save less.\n{_block(text)}", False
     if "Traceback (most recent call last)" in text:
@@ -126,14 +132,14 @@ def _failed(text: str, at: Attempt) -> tuple[str, bool]:
 
 
 def _block(text: str) -> str:
-    """The traceback, from the lines of the block on: those of the server's own packages say nothing about it."""
-    lines, kept, theirs = text.rstrip().splitlines(), [], False
+    """The traceback without frames of the server's packages: they say nothing about the block."""
+    lines, kept, in_servers_frame = text.rstrip().splitlines(), [], False
     for line in lines:
         if line.startswith("  File "):
-            theirs = any(place in line for place in ("site-packages/", "/lib/python3", "/ndif/services/"))
+            in_servers_frame = any(place in line for place in ("site-packages/", "/lib/python3", "/ndif/services/"))
         elif not line.startswith("    "):
-            theirs = False
-        if not theirs:
+            in_servers_frame = False
+        if not in_servers_frame:
             kept.append(line)
     return "\n".join(kept if any(line.startswith("  File ") for line in kept) else lines)
 
@@ -147,26 +153,28 @@ def _model(model_key: str) -> str:
 
 def _hosted(at: Attempt) -> str:
     try:
-        there = httpx.get(f"{at.host}/status", timeout=30).raise_for_status().json()["deployments"].values()
+        status = httpx.get(f"{at.host}/status", timeout=30).raise_for_status().json()
+        deployments = status["deployments"].values()
     except (httpx.HTTPError, ValueError, KeyError):
         return "`nnsight.status()` says what it hosts."
-    names = sorted({d["repo_id"] for d in there if d.get("application_state") == "RUNNING" and d.get("repo_id")})
+    names = sorted({d["repo_id"] for d in deployments if d.get("application_state") == "RUNNING" and d.get("repo_id")})
     return f"It runs {', '.join(names) or 'no model'} at the moment; `nnsight.status()` says more."
 
 
 def _versions() -> str:
-    """Which versions differ between here and the server, of the packages that matter."""
+    """The versions that differ between here and the server, of the packages that matter."""
     try:
-        found = EnvComparison(get_local_env(), get_remote_env(force_refresh=True))
+        comparison = EnvComparison(get_local_env(), get_remote_env(force_refresh=True))
     except (httpx.HTTPError, ValueError):
         return "`print(nnsight.compare())` says which versions differ."
+    # Builds of one version, such as +cpu and +cu128, do not differ.
     differ = [
         f"{name} is {p['remote']} there and {p['local']} here"
-        for name, p in sorted(found.critical_mismatches.items())
-        if p["remote"].split("+")[0] != p["local"].split("+")[0]  # +cpu, +cu128 are builds of one version
+        for name, p in sorted(comparison.critical_mismatches.items())
+        if p["remote"].split("+")[0] != p["local"].split("+")[0]
     ]
-    if not found.python_matches:
-        differ.append(f"Python is {found.remote_python} there and {found.local_python} here")
+    if not comparison.python_matches:
+        differ.append(f"Python is {comparison.remote_python} there and {comparison.local_python} here")
     if not differ:
         return f"The versions of {', '.join(sorted(CRITICAL_PACKAGES))} are the same there and here."
     return f"The versions differ: {', '.join(differ)}. Install the server's; `print(nnsight.compare())` shows all."

@@ -1,4 +1,21 @@
-"""What travels to NDIF: a trace's block as source, with the objects that it names."""
+"""Pickling for NDIF: what travels to a server that holds the weights.
+
+A server has torch, transformers, einops and nnsight, but not mechvlm. A trace's block travels as
+source, together with the objects that it names. mechvlm's functions and classes travel by value.
+Some objects are cut down first:
+
+- a `VLM` travels as its `Decoder`: accessors and weights, without processor and tokenizer;
+- a probe travels as its settings and its `at_` methods: `prepare` and `result` run here;
+- `Inputs` travel without the original images;
+- a module of mechvlm travels as a namespace of the parts that the block uses;
+- a class travels as the functions, properties and constants written in it. The methods that Python
+  generates for a dataclass or a named tuple are generated again on the server, in its own bytecode.
+
+Code that runs on a server must be plain: functions, dataclasses and closures, with imports at the
+top of the file. Decorators, context managers, `super()` without arguments and references to
+modules of one's own do not travel. What a block changes outside of itself is lost: its results are
+what it saves.
+"""
 
 import ast
 import collections
@@ -23,8 +40,8 @@ from mechvlm.inputs.batch import Inputs
 
 
 def dumps(tracer) -> bytes:
-    """A trace as it travels: how the model is called, the block's source, and what the block names."""
-    pull_env()  # notebooks' and scripts' own functions travel by value too
+    """A trace as bytes: how the model is called, the block's source, and the objects it names."""
+    pull_env()  # makes functions of notebooks and scripts travel by value too
     frame = tracer.info.frame
     source, outer, inner = reduce_block(tracer.node, frame.f_globals, dict(frame.f_locals))
     buffer = io.BytesIO()
@@ -34,62 +51,66 @@ def dumps(tracer) -> bytes:
 
 
 class Packer(CustomCloudPickler):
-    """nnsight's pickler, which knows what of mechvlm travels."""
+    """nnsight's pickler, with mechvlm's classes cut down to what a server needs."""
 
     def reducer_override(self, obj):
         if isinstance(obj, Decoder) and type(obj) is not Decoder:
             return Decoder, (obj.model, obj.record, obj.name, obj.config, obj.d_vocab)
         if isinstance(obj, Inputs):
-            unseen = tuple(() for _ in obj.images)
-            return Inputs, (obj.encoding, obj.token_maps, unseen, obj.prompts, obj.texts, obj.model)
+            no_images = tuple(() for _ in obj.images)
+            return Inputs, (obj.encoding, obj.token_maps, no_images, obj.prompts, obj.texts, obj.model)
         if isinstance(obj, functools.cached_property):
-            return functools.cached_property, (obj.func,)  # without its lock
+            return functools.cached_property, (obj.func,)  # its lock cannot be pickled
         if isinstance(obj, type):
             if issubclass(obj, AbstractArray):
-                return getattr, (torch, "Tensor")  # a server has no jaxtyping: shapes are not checked there
+                return getattr, (torch, "Tensor")  # a server has no jaxtyping, and checks no shapes
             if _by_value(obj) and (dataclasses.is_dataclass(obj) or _is_probe(obj)):
-                made = types.new_class, (obj.__name__, () if _is_probe(obj) else obj.__bases__)
-                return *made, (_written(obj), _dataclass(obj)), None, None, fill_class
+                constructor = types.new_class, (obj.__name__, () if _is_probe(obj) else obj.__bases__)
+                return *constructor, (_written_in(obj), _dataclass_spec(obj)), None, None, fill_class
             if _by_value(obj) and issubclass(obj, tuple) and hasattr(obj, "_field_defaults"):
                 defaults = tuple(obj._field_defaults.values())
-                made = named_tuple, (obj.__name__, obj._fields, defaults)
-                return *made, (_written(obj), None), None, None, fill_class
+                constructor = named_tuple, (obj.__name__, obj._fields, defaults)
+                return *constructor, (_written_in(obj), None), None, None, fill_class
         return super().reducer_override(obj)
 
     def _dynamic_function_reduce(self, func: FunctionType):
-        # jaxtyping's checks wrap a function, which nnsight would then look up in jaxtyping's own scope.
+        # jaxtyping wraps functions in checks; nnsight would look a wrapper up in jaxtyping's scope.
         plain = inspect.unwrap(func)
         _refuse_decorators(plain)
-        made, args, scope, *rest = super()._dynamic_function_reduce(plain if isinstance(plain, FunctionType) else func)
-        if isinstance(args[0], str):  # a function as its source; its annotations say nothing there
+        constructor, args, scope, *rest = super()._dynamic_function_reduce(
+            plain if isinstance(plain, FunctionType) else func
+        )
+        if isinstance(args[0], str):  # travels as source, where annotations mean nothing
             scope = _without_modules(args[0], scope)
             args = tuple(None if value is plain.__annotations__ else value for value in args)
-        return made, args, scope, *rest
+        return constructor, args, scope, *rest
 
 
 def _refuse_decorators(function: Callable) -> None:
-    """A function travels as its source, and is not decorated again: what a decorator did would be gone without a word."""
-    if function.__module__.split(".")[0] == "nnsight":  # its own, which a server has too
+    """Raises TypeError for a decorated function: its source travels, and its decorator is lost."""
+    if function.__module__.split(".")[0] == "nnsight":  # a server has nnsight's own functions
         return
     try:
         (definition,) = ast.parse(textwrap.dedent(inspect.getsource(function))).body
-    except (OSError, TypeError, ValueError, SyntaxError):  # a lambda, or what has no source
+    except (OSError, TypeError, ValueError, SyntaxError):  # a lambda, or a function without source
         return
-    told = [ast.unparse(one) for one in getattr(definition, "decorator_list", [])]
-    lost = [one for one in told if one.split(".")[-1] not in ("property", "cached_property", "setter", "staticmethod")]
+    decorators = [ast.unparse(node) for node in getattr(definition, "decorator_list", [])]
+    survive = ("property", "cached_property", "setter", "staticmethod")
+    lost = [decorator for decorator in decorators if decorator.split(".")[-1] not in survive]
     if lost:
         raise TypeError(
-            f"{function.__name__} is decorated with @{', @'.join(lost)}, which does not travel to NDIF: call a plain function in "
-            "the trace, and use context managers and caches around it, here."
+            f"{function.__name__} is decorated with @{', @'.join(lost)}, which does not travel to NDIF: call a plain "
+            "function in the trace, and use context managers and caches outside of the trace, on this machine."
         )
 
 
-def named_tuple(name: str, names: tuple[str, ...], defaults: tuple) -> type:
-    return type(name, (collections.namedtuple(name, names, defaults=defaults),), {})
+def named_tuple(name: str, fields: tuple[str, ...], defaults: tuple) -> type:
+    """On the server: a class derived from a named tuple, to be filled by `fill_class`."""
+    return type(name, (collections.namedtuple(name, fields, defaults=defaults),), {})
 
 
 def fill_class(cls: type, state: tuple) -> None:
-    """On the server: give a class what was written in it, and make it the dataclass that it was."""
+    """On the server: put the written attributes into a class, and make it a dataclass again."""
     written, dataclass = state
     for name, value in written.items():
         setattr(cls, name, value)
@@ -108,8 +129,8 @@ def _is_probe(cls: type) -> bool:
     return all(hasattr(cls, name) for name in ("prepare", "result"))
 
 
-def _dataclass(cls: type) -> tuple[dict[str, Callable | None], dict[str, bool]] | None:
-    """A dataclass's fields, with what makes their defaults where something does, and its options."""
+def _dataclass_spec(cls: type) -> tuple[dict[str, Callable | None], dict[str, bool]] | None:
+    """A dataclass's fields with their default factories (None without one), and its options."""
     if not dataclasses.is_dataclass(cls):
         return None
     factories = {
@@ -119,24 +140,28 @@ def _dataclass(cls: type) -> tuple[dict[str, Callable | None], dict[str, bool]] 
     return factories, {name: getattr(params, name) for name in ("frozen", "eq", "order", "unsafe_hash")}
 
 
-def _written(cls: type) -> dict[str, Any]:
-    """The functions, properties and constants of a class; of a probe without those that run here, with its bases'."""
-    found: dict[str, Any] = {}
+def _written_in(cls: type) -> dict[str, Any]:
+    """The functions, properties and constants written in a class.
+
+    A probe loses its bases on the way, so theirs are included; its `prepare` and `result` run here
+    and stay here.
+    """
+    written: dict[str, Any] = {}
     made_by_python = ("__", "_abc", "_is_protocol", "_field", "_make")
     for base in [base for base in reversed(cls.__mro__) if _by_value(base)] if _is_probe(cls) else [cls]:
         for name, value in vars(base).items():
             if isinstance(value, FunctionType):
-                kept = _has_source(inspect.unwrap(value), base.__module__)
-            else:  # slots and fields of tuples are data descriptors too
-                kept = isinstance(value, property) or not inspect.isdatadescriptor(value)
-                kept = kept and not name.startswith(made_by_python)
-            if kept:
-                found[name] = value
-    return {name: value for name, value in found.items() if not (_is_probe(cls) and name in ("prepare", "result"))}
+                keep = _has_source(inspect.unwrap(value), base.__module__)
+            else:  # slots and named tuples' fields are data descriptors too, as properties are
+                keep = isinstance(value, property) or not inspect.isdatadescriptor(value)
+                keep = keep and not name.startswith(made_by_python)
+            if keep:
+                written[name] = value
+    return {name: value for name, value in written.items() if not (_is_probe(cls) and name in ("prepare", "result"))}
 
 
 def _has_source(function: Callable, module: str) -> bool:
-    """Whether somebody wrote it there: neither generated by `dataclass` nor wrapped around what was."""
+    """Whether a function was written in this module: not by `dataclass`, and no wrapper."""
     try:
         inspect.getsource(function)
     except (OSError, TypeError):
@@ -149,31 +174,35 @@ def _by_value(cls: type) -> bool:
 
 
 def _without_modules(source: str, scope: dict[str, Any]) -> dict[str, Any]:
-    """The scope, with namespaces in the place of mechvlm's modules that hold what the source uses of them."""
-    return {name: _used(value, _chains(source, name)) if _is_ours(value) else value for name, value in scope.items()}
+    """The scope, with mechvlm's modules replaced by namespaces of what the source uses of them."""
+    return {
+        name: _namespace(value, _attribute_chains(source, name)) if _is_our_module(value) else value
+        for name, value in scope.items()
+    }
 
 
-def _is_ours(value: Any) -> bool:
+def _is_our_module(value: Any) -> bool:
     return isinstance(value, types.ModuleType) and value.__name__.split(".")[0] == "mechvlm"
 
 
-def _chains(source: str, name: str) -> list[list[str]]:
-    """What stands behind a name's dots in the source: [["ablate"], ["interventions", "steer"]]."""
-    found = []
+def _attribute_chains(source: str, name: str) -> list[list[str]]:
+    """A name's attributes in the source, such as [["ablate"], ["interventions", "steer"]]."""
+    chains = []
     for node in ast.walk(ast.parse(source)):
         chain: list[str] = []
         while isinstance(node, ast.Attribute):
             chain.insert(0, node.attr)
             node = node.value
         if chain and isinstance(node, ast.Name) and node.id == name:
-            found.append(chain)
-    return found
+            chains.append(chain)
+    return chains
 
 
-def _used(module: types.ModuleType, chains: list[list[str]]) -> types.SimpleNamespace:
-    held = {}
+def _namespace(module: types.ModuleType, chains: list[list[str]]) -> types.SimpleNamespace:
+    """The attributes of a module that these chains begin with, modules within modules likewise."""
+    attributes = {}
     for first in {chain[0] for chain in chains}:
         value = getattr(module, first)
         rest = [chain[1:] for chain in chains if chain[0] == first and len(chain) > 1]
-        held[first] = _used(value, rest) if _is_ours(value) else value
-    return types.SimpleNamespace(**held)
+        attributes[first] = _namespace(value, rest) if _is_our_module(value) else value
+    return types.SimpleNamespace(**attributes)

@@ -1,16 +1,4 @@
-"""NDIF: how a trace travels to a server that holds the weights, and what of mechvlm goes with it.
-
-A server has torch, transformers, einops and nnsight, and not mechvlm. A trace's block travels as source, with the objects that it
-names; mechvlm's functions and classes travel by value. Of what a block names there goes
-
-- of a `VLM` the `Decoder`: accessors and weights, without processor and tokenizer;
-- of a probe its settings and its `at_` methods: `prepare` and `result` run here;
-- of `Inputs` all but the original images.
-
-What runs there must be plain: functions, dataclasses and closures, with imports at the top of the file. Decorators, context
-managers, `super()` without arguments and references to modules of one's own do not travel, and what a block changes outside of
-itself is lost: results are what it saves.
-"""
+"""Requests to NDIF: which backend runs a trace, and how one request holds many traces."""
 
 import inspect
 from collections.abc import Callable
@@ -26,43 +14,50 @@ from mechvlm.ndif.connection import Connection
 from mechvlm.ndif.pickling import dumps
 
 
-def known_here(folder: str) -> None:
-    """Let nnsight name a model by a folder: the server finds it at the same path.
+def register_folder(folder: str) -> None:
+    """Let nnsight name a model by its folder: the server finds it at the same path.
 
-    nnsight 0.8.1 asks the hub how every name is spelled, folders too. Goes when `to_model_key` leaves folders alone.
+    nnsight 0.8.1 asks the hub for the spelling of every name, folders included. Remove this once
+    `to_model_key` leaves folders alone.
     """
     huggingface._ID_CACHE[folder] = folder
 
 
 def backend_for(vlm, remote: bool | str | None = None, blocking: bool = True, job_id: str | None = None) -> Any:
-    """What runs a trace of this VLM: a request to NDIF, its rehearsal here (remote="local"), or None for a trace here.
+    """The backend that runs a trace of this VLM.
+
+    A `Request` to NDIF (remote=True), a `Rehearsal` on this machine (remote="local"), or None for
+    an ordinary trace here (remote=False). `remote` is by default the VLM's own.
 
     Raises:
-        ModelError: for a job that nobody waits for (`blocking=False`), or one that has an id, where nothing runs on NDIF.
+        ModelError: for a job (`blocking=False`, or a `job_id`) where the model runs here.
     """
     remote = vlm.remote if remote is None else remote
     if remote:
-        nnsight.register("mechvlm")  # from now on its functions are pickled by value: a server cannot import them
+        # A server cannot import mechvlm: from now on its functions are pickled by value.
+        nnsight.register("mechvlm")
     if remote is True:
         return Request(vlm.model.to_model_key(), env=vlm.model._remoteable_get_env(), blocking=blocking, job_id=job_id)
     if not blocking or job_id is not None:
         raise ModelError(
-            f"blocking=False leaves a job on NDIF, and {vlm.name} runs here: load it with remote=True, or leave it out."
+            f"blocking=False and job_id are for jobs on NDIF, and {vlm.name} runs here: load it with remote=True, or "
+            "leave these options out."
         )
     return Rehearsal(vlm.model) if remote == "local" else None
 
 
-def together(vlm, work: Callable, *args):
-    """work(vlm, *args): where the model is remote as ONE request, whatever traces are in it; only what it returns comes back.
+def in_one_request(vlm, work: Callable, *args):
+    """work(vlm, *args), as ONE request where the model is remote, however many traces `work` holds.
 
-    `work` is a plain function of tensors, numbers and `Inputs`, and gives the same.
+    `work` is a plain function of tensors, numbers and `Inputs`, and returns the same. Only what it
+    returns comes back.
     """
     backend = backend_for(vlm)
     if backend is None:
         return work(vlm, *args)
     with vlm.model.session(backend=backend):
-        found = nnsight.save(work(vlm, *args))
-    return found
+        result = nnsight.save(work(vlm, *args))
+    return result
 
 
 class Request(Connection):
@@ -79,7 +74,7 @@ class Request(Connection):
 
 
 class Rehearsal(LocalSimulationBackend):
-    """The block is packed as for NDIF and unpacked where mechvlm is hidden; then it runs here."""
+    """A request without a server: a block is packed, unpacked with mechvlm hidden, and run here."""
 
     def __call__(self, tracer) -> None:
         blob = dumps(tracer)
@@ -93,9 +88,3 @@ class Rehearsal(LocalSimulationBackend):
             inspect.linecache.cache.pop(filename, None)  # type: ignore[attr-defined]
         tracer.info.code = restored.info.code
         tracer.execute(tracer.info.code)
-
-
-# -- classes: what somebody wrote of them travels, and what Python made of that is made again there (in its own bytecode) --
-
-
-# -- modules: of mechvlm's only what is used, since a server has them not -----------------------------------------------

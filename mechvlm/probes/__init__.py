@@ -1,1 +1,1 @@
-"""One method a file: plain tensor functions, the probe that reads for them, and its result."""
+"""One method per file: plain tensor functions, the probe that reads a forward, and its result."""

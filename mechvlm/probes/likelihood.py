@@ -1,4 +1,8 @@
-"""How likely the model finds a text that stands at the end of its input: teacher forcing."""
+"""How likely the model finds a text that stands at the end of its input (teacher forcing).
+
+The state at a position predicts the next token. So the text's log-probabilities are read off the
+last state, at the position before each of its tokens.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,12 +17,75 @@ from mechvlm.probes.probe import Model, Row, State
 from mechvlm.results import Result, to_cpu
 
 
+class LikelihoodPlan(NamedTuple):
+    """The number of the last state, and the last tokens of each example.
+
+    They are as many as the longest text has.
+    """
+
+    n_layers: int
+    ids: Int[Tensor, "batch token"]
+
+
+@dataclass(frozen=True)
+class Likelihood:
+    """Probe: log-probabilities of each example's last `n_tokens` tokens, each given all before it.
+
+    Logits are formed at these positions alone.
+
+    >>> inputs, n_tokens = vlm.answered(inputs, ["a red circle"])
+    >>> (likelihood,) = mv.read(vlm, inputs, mv.Likelihood(n_tokens))
+    >>> likelihood.total  # log p(text | image, prompt), [example], in nats
+
+    Args:
+        n_tokens: how many tokens are measured, per example: what `vlm.answered` gives.
+
+    Raises:
+        ValueError: from `read`, for other numbers of `n_tokens` than examples, or more tokens than
+            an example has.
+    """
+
+    n_tokens: Sequence[int]
+
+    def prepare(self, vlm: Model, inputs: Inputs) -> LikelihoodPlan:
+        """Find the measured tokens."""
+        if len(self.n_tokens) != len(inputs):
+            raise ValueError(f"n_tokens holds {len(self.n_tokens)} numbers for {len(inputs)} examples.")
+        ids = inputs.encoding["input_ids"]
+        for number, (n, tokens) in enumerate(zip(self.n_tokens, inputs.token_maps, strict=True)):
+            if not 0 < n < len(tokens.all):
+                raise ValueError(
+                    f"{n} tokens were asked for of example {number}, which has {len(tokens.all)}: choose 1 to "
+                    f"{len(tokens.all) - 1}, since nothing predicts the first."
+                )
+        # Padding is on the left: the last positions of all examples are tokens.
+        longest = max(self.n_tokens)
+        return LikelihoodPlan(vlm.n_layers, ids[:, -longest:])
+
+    def at_state(self, plan: LikelihoodPlan, state: State) -> Row | None:
+        """At the last state, the log-probability of each token [example token]."""
+        if state.layer < plan.n_layers:
+            return None
+        # The state at a position predicts the next token.
+        before = state.resid[:, -plan.ids.shape[1] - 1 : -1]
+        logits = state.unembed(state.final_norm(before)).float()
+        chosen = logits.gather(-1, plan.ids.to(logits.device)[..., None]).squeeze(-1)
+        return {"logprob": chosen - logits.logsumexp(-1)}
+
+    def result(self, plan: LikelihoodPlan, rows: list[Row], vlm: Model, inputs: Inputs) -> "LikelihoodResult":
+        """The log-probabilities, NaN before each example's first measured token."""
+        logprob = to_cpu(rows[0]["logprob"])
+        longest = logprob.shape[1]
+        measured = torch.arange(longest) >= longest - torch.tensor(list(self.n_tokens))[:, None]
+        return LikelihoodResult(logprob.where(measured, torch.nan), vlm.name)
+
+
 @dataclass(frozen=True, repr=False)
 class LikelihoodResult(Result):
     """Log-probabilities of the tokens at the end of each example, each given all before it.
 
     Attributes:
-        logprob: aligned at their ends; NaN before an example's first measured token.
+        logprob: in nats, aligned at their ends; NaN before an example's first measured token.
         model: the model's name.
     """
 
@@ -29,50 +96,5 @@ class LikelihoodResult(Result):
 
     @property
     def total(self) -> Float[Tensor, " example"]:
-        """The sum over an example's tokens: the log-likelihood of its text."""
+        """The sum over an example's tokens: the log-likelihood of its text, in nats."""
         return self.logprob.nansum(-1)
-
-
-class LikelihoodPlan(NamedTuple):
-    """The last state's number, and the last tokens of each example, as many as the longest text has."""
-
-    n_layers: int
-    ids: Int[Tensor, "batch token"]
-
-
-@dataclass(frozen=True)
-class Likelihood:
-    """Probe: log-probabilities of each example's last `n_tokens` tokens, from logits of these positions alone.
-
-    Args:
-        n_tokens: how many, per example: what `vlm.answered` gives.
-    """
-
-    n_tokens: Sequence[int]
-
-    def prepare(self, vlm: Model, inputs: Inputs) -> LikelihoodPlan:
-        """The tokens that are measured."""
-        if len(self.n_tokens) != len(inputs):
-            raise ValueError(f"n_tokens holds {len(self.n_tokens)} numbers for {len(inputs)} examples.")
-        ids = inputs.encoding["input_ids"]
-        for number, (n, tokens) in enumerate(zip(self.n_tokens, inputs.token_maps, strict=True)):
-            if not 0 < n < len(tokens.all):
-                raise ValueError(f"{n} tokens were asked for of example {number}, which has {len(tokens.all)}.")
-        longest = max(self.n_tokens)  # padding is on the left: the last positions of all examples are tokens
-        return LikelihoodPlan(vlm.n_layers, ids[:, -longest:])
-
-    def at_state(self, plan: LikelihoodPlan, state: State) -> Row | None:
-        """At the last state, each token's log-probability."""
-        if state.layer < plan.n_layers:
-            return None
-        before = state.resid[:, -plan.ids.shape[1] - 1 : -1]  # the state at a position predicts the next token
-        logits = state.unembed(state.final_norm(before)).float()
-        chosen = logits.gather(-1, plan.ids.to(logits.device)[..., None]).squeeze(-1)
-        return {"logprob": chosen - logits.logsumexp(-1)}
-
-    def result(self, plan: LikelihoodPlan, rows: list[Row], vlm: Model, inputs: Inputs) -> LikelihoodResult:
-        """NaN before each example's first measured token."""
-        logprob = to_cpu(rows[0]["logprob"])
-        longest = logprob.shape[1]
-        own = torch.arange(longest) >= longest - torch.tensor(list(self.n_tokens))[:, None]
-        return LikelihoodResult(logprob.where(own, torch.nan), vlm.name)

@@ -1,4 +1,13 @@
-"""Direct logit attribution: what each head and each MLP wrote toward an answer (Elhage et al. 2021)."""
+"""Direct logit attribution: what each head and each MLP wrote toward an answer.
+
+The last state is a sum of writes: the embedding, and every layer's heads, bias and MLP. Once the
+scale of the final norm is known, the logit is linear in that state, so each write has its own share
+(Elhage et al. 2021).
+
+1. `direction`: the final norm's gain times the unembedding of the answer (less that of the other).
+2. At every layer, each write is multiplied with that direction (`head_writes` for the heads).
+3. The last state gives the norm's scale, by which all of them are divided in the end.
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
@@ -17,7 +26,7 @@ from torch import Tensor
 from mechvlm.decoder.attention import Attention, attention_rows
 from mechvlm.decoder.norms import Norm
 from mechvlm.decoder.projections import Projection
-from mechvlm.figures.headings import toward
+from mechvlm.figures.headings import answer_label
 from mechvlm.figures.panels import above
 from mechvlm.figures.style import SIGNED, Line, axes, layer_axis, style
 from mechvlm.inputs.batch import Inputs
@@ -38,9 +47,11 @@ def head_writes(
     w_o: Float[Tensor, "d_model head_d_head"],
     direction: Float[Tensor, "batch d_model"],
 ) -> Float[Tensor, "batch head"]:
-    """z_h W_O^h · direction: what each head's output is worth along a direction of the residual stream. Float32.
+    """z_h W_O^h · direction: each head's output along a direction of the residual stream. Float32.
 
-    The direction goes through W_O first, so that no head's vector [d_model] is ever made. Tested: equals their products.
+    The direction goes through W_O first, so that no head's vector [d_model] is ever formed.
+
+    Tested: equals their products.
     """
     read = rearrange(direction @ w_o.float(), "batch (head d_head) -> batch head d_head", head=z.shape[1])
     return (z.float() * read).sum(-1)
@@ -49,28 +60,155 @@ def head_writes(
 def z_from(
     parts: Attention, dest: Int[Tensor, " batch"], src: Bool[Tensor, "batch src"]
 ) -> Float[Tensor, "batch head d_head"]:
-    """The part of z at `dest` that comes from the sources `src`: Σ α_h[dest, src] v_h[src]. Float32."""
+    """The part of z at `dest` that comes from `src`: Σ α_h[dest, src] v_h[src]. Float32."""
     alpha = attention_rows(parts.q, parts.k, parts.mask, parts.scale, dest[:, None])[:, :, 0]
     v = parts.v.float().repeat_interleave(alpha.shape[1] // parts.v.shape[1], dim=1)
     return torch.einsum("bhs,bhse->bhe", alpha * src.to(alpha)[:, None], v)
 
 
+class AttributionPlan(NamedTuple):
+    """The measured tokens, the position where they are measured, and the positions of the image.
+
+    toward: token ids of the answers, [example].
+    away: token ids of the answers that are subtracted, [example], or None.
+    answers, versus: their pieces.
+    last: each example's last position, [example].
+    image: which positions hold the image, [example pos].
+    n_layers: the number of the last state.
+    """
+
+    toward: Tensor
+    away: Tensor | None
+    answers: tuple[str, ...]
+    versus: tuple[str, ...]
+    last: Tensor
+    image: Tensor
+    n_layers: int
+
+    def difference(self, of: Callable[[Tensor], Tensor]) -> Float[Tensor, "example *rest"]:
+        """of(answers' ids) less of(subtracted ids), or the former alone. Float32."""
+        return of(self.toward).float() if self.away is None else of(self.toward).float() - of(self.away).float()
+
+    def direction(self, final_norm: Norm, unembed: Projection) -> Float[Tensor, "example d_model"]:
+        """g * (W_U[a] - W_U[b]): what a write is multiplied with, apart from the norm's scale."""
+        w_u = unembed.weight
+        return self.difference(lambda ids: w_u[ids.to(w_u.device)]) * final_norm.gain.float()
+
+    def at_last(self, x: Float[Tensor, "batch pos *rest"]) -> Float[Tensor, "batch *rest"]:
+        """x at each example's last position."""
+        return x[torch.arange(len(x), device=x.device), self.last.to(x.device)]
+
+
+@dataclass(frozen=True)
+class LogitAttribution:
+    """Probe: what each layer, head and MLP wrote toward an answer's logit, at the last position.
+
+    The final norm divides the last state x = Σ writes by its root mean square r, a number once x is
+    known, and multiplies by its weight g. So every write w is worth (w / r * g) · (W_U[a] - W_U[b])
+    logits, and these sum to logit(a) - logit(b).
+
+    >>> (parts,) = mv.read(vlm, inputs, mv.LogitAttribution("red", versus="blue"))
+    >>> parts.heads  # [layer example head], in logits
+
+    Args:
+        answers: a word or a token id for all examples, or one per example; of several tokens the
+            first one counts. None: the token that the model itself would write first (costs a
+            forward of its own).
+        versus: the same, for the answer whose logit is subtracted; None subtracts nothing.
+
+    Source: Elhage et al. 2021, "A Mathematical Framework for Transformer Circuits". Differs: the
+    norm is an RMSNorm, and its weight is kept apart from W_U.
+    Tested: the sum equals Hugging Face's logits.
+
+    Raises:
+        InputError: from `read`, for another number of answers than examples, or an answer that is
+            no token.
+        ValueError: from `read`, when an answer is its own `versus`.
+    """
+
+    answers: str | int | Sequence[str | int] | None = None
+    versus: str | int | Sequence[str | int] | None = None
+
+    def prepare(self, vlm: Model, inputs: Inputs) -> AttributionPlan:
+        """Find the answers' tokens, each example's last position and its image."""
+        toward = vlm.answer_tokens(inputs, self.answers)
+        away = None if self.versus is None else vlm.answer_tokens(inputs, self.versus)
+        answers, versus = vlm.to_str_tokens(toward), () if away is None else vlm.to_str_tokens(away)
+        if same := [(i, a) for i, (a, b) in enumerate(zip(answers, versus, strict=False)) if a == b]:
+            raise ValueError(
+                f"`answers` and `versus` begin with the same token in these examples, {same}: there is no difference to "
+                "attribute. Give answers whose first tokens differ."
+            )
+        image = torch.zeros(len(inputs), len(inputs.token_maps[0]), dtype=torch.bool)
+        for row, tokens in enumerate(inputs.token_maps):
+            image[row, tokens.image] = True
+        last = torch.tensor([tokens.last for tokens in inputs.token_maps])
+        return AttributionPlan(toward, away, answers, versus, last, image, vlm.n_layers)
+
+    def at_state(self, plan: AttributionPlan, state: State) -> Row | None:
+        """At state 0 the embedding's part; at the last state the logits and the norm's scale."""
+        if state.layer not in (0, plan.n_layers):
+            return None
+        resid = plan.at_last(state.resid)
+        if state.layer == 0:
+            return {"embed": (resid.float() * plan.direction(state.final_norm, state.unembed).to(resid.device)).sum(-1)}
+        logits = state.unembed(state.final_norm(resid))
+        bias = state.unembed.bias
+        bias = torch.zeros_like(logits[0]) if bias is None else bias
+        return {
+            "scale": state.final_norm.rms(resid)[:, 0],
+            "logit": plan.difference(lambda ids: logits.gather(1, ids[:, None].to(logits.device))[:, 0]),
+            "bias": plan.difference(lambda ids: bias[ids.to(bias.device)]),
+        }
+
+    def at_writes(self, plan: AttributionPlan, written: Written) -> Row:
+        """The parts of the layer's heads, their bias and its MLP, not yet divided by the scale."""
+        z, w_o, mlp_out = plan.at_last(written.z), written.w_o, plan.at_last(written.mlp_out)
+        direction = plan.direction(written.final_norm, written.unembed).to(z.device)
+        z_image = z_from(written.parts, plan.last.to(z.device), plan.image.to(z.device))
+        return {
+            "heads": head_writes(z, w_o, direction),
+            "from_image": head_writes(z_image, w_o, direction),
+            "attn_bias": torch.zeros_like(direction[:, 0]) if written.b_o is None else direction @ written.b_o.float(),
+            "mlps": (mlp_out.float() * direction.to(mlp_out.device)).sum(-1),
+        }
+
+    def result(self, plan: AttributionPlan, rows: list[Row], vlm: Model, inputs: Inputs) -> "LogitAttributionResult":
+        """All parts, each divided by the norm's scale."""
+        first, *layers, end = rows
+        scale = to_cpu(end["scale"])  # known at the end only
+        return LogitAttributionResult(
+            embed=to_cpu(first["embed"]) / scale,
+            heads=stack([row["heads"] for row in layers]) / scale[:, None],
+            from_image=stack([row["from_image"] for row in layers]) / scale[:, None],
+            attn_bias=stack([row["attn_bias"] for row in layers]) / scale,
+            mlps=stack([row["mlps"] for row in layers]) / scale,
+            bias=to_cpu(end["bias"]),
+            logit=to_cpu(end["logit"]),
+            answers=plan.answers,
+            versus=plan.versus,
+            model=vlm.name,
+        )
+
+
 @dataclass(frozen=True, repr=False)
 class LogitAttributionResult(Result):
-    """What was written toward an answer's logit at the last position, or toward the difference of two (logits).
+    """What was written toward an answer's logit, or a difference of two, at the last position.
 
-    The parts sum to the model's logit: `embed`, `heads`, `attn_bias`, `mlps` and `bias`. Entry l of an axis `layer` is layer
-    l + 1, which makes state l + 1.
+    Everything is in logits. The parts `embed`, `heads`, `attn_bias`, `mlps` and `bias` sum to the
+    model's logit. Entry l of an axis `layer` is layer l + 1, which makes state l + 1.
 
     Attributes:
-        embed: of what entered the decoder at the last position.
-        heads: of each head's output, z_h W_O^h.
-        from_image: the part of `heads` that came from the image's positions; `from_rest` is the other one.
-        attn_bias: of W_O's bias, which belongs to no head (0 where there is none).
-        mlps: of each MLP's output.
-        bias: of the unembedding's bias (0 where there is none).
+        embed: the part of what entered the decoder at the last position.
+        heads: the parts of the heads' outputs, z_h W_O^h.
+        from_image: the share of `heads` that came from the image's positions; `from_rest` is the
+            other one.
+        attn_bias: the part of W_O's bias, which belongs to no head (0 where there is none).
+        mlps: the parts of the MLPs' outputs.
+        bias: the part of the unembedding's bias (0 where there is none).
         logit: the model's own logit (difference), in its own dtype's precision.
-        answers, versus: the tokenizer's pieces of the tokens measured; `versus` is empty where there is one answer.
+        answers, versus: the tokenizer's pieces of the measured tokens; `versus` is empty where
+            nothing was subtracted.
         model: the model's name.
     """
 
@@ -89,12 +227,12 @@ class LogitAttributionResult(Result):
 
     @property
     def layer_totals(self) -> Float[Tensor, "layer example"]:
-        """Of all that each layer wrote."""
+        """The sum of all that each layer wrote: heads, attention bias and MLP."""
         return self.heads.sum(-1) + self.attn_bias + self.mlps
 
     @property
     def from_rest(self) -> Float[Tensor, "layer example head"]:
-        """The part of `heads` that came from all other positions, the last one among them."""
+        """The share of `heads` that came from all other positions, the last one among them."""
         return self.heads - self.from_image
 
     @property
@@ -103,10 +241,12 @@ class LogitAttributionResult(Result):
         return self.embed + self.layer_totals.sum(0) + self.bias
 
     def interval(self, part: str) -> Interval:
-        """The mean of one part over examples and its 95 % bootstrap interval, [layer head], [layer] or a single number.
+        """The mean of one part over examples with its 95 % bootstrap interval.
+
+        [layer head], [layer] or a single number.
 
         Raises:
-            ValueError: for something that is no part; the message lists them.
+            ValueError: for a name that is no part; the message lists the parts.
         """
         by_layer = ("heads", "from_image", "from_rest", "attn_bias", "mlps", "layer_totals")
         if part not in (*by_layer, "embed", "bias", "logit", "total"):
@@ -116,14 +256,17 @@ class LogitAttributionResult(Result):
         return mean_interval(values.transpose(0, 1) if part in by_layer else values)
 
     def to_frame(self) -> pd.DataFrame:
-        """One row per part, layer, head and example: part ("embed", "head", "attn_bias", "mlp", "bias"), layer (0 for
-        embed; the unembedding's bias has n_layers + 1), head (-1 but for heads), example, value, from_image (NaN but for
-        heads)."""
+        """One row per part, layer, head and example.
+
+        Columns: part ("embed", "head", "attn_bias", "mlp", "bias"), layer (0 for embed; the
+        unembedding's bias has n_layers + 1), head (-1 for parts without heads), example, value, and
+        from_image (NaN for parts without heads).
+        """
         n_layers, n_examples, n_heads = self.heads.shape
         examples, layers = range(n_examples), range(1, n_layers + 1)
-        head_axes = {"layer": layers, "example": examples, "head": range(n_heads)}
-        heads = long_frame(self.heads, **head_axes).assign(
-            part="head", from_image=long_frame(self.from_image, **head_axes)["value"]
+        labels = {"layer": layers, "example": examples, "head": range(n_heads)}
+        heads = long_frame(self.heads, **labels).assign(
+            part="head", from_image=long_frame(self.from_image, **labels)["value"]
         )
         rest = {
             "embed": long_frame(self.embed[None], layer=[0], example=examples),
@@ -135,164 +278,69 @@ class LogitAttributionResult(Result):
         return pd.concat(frames, ignore_index=True)[["part", "layer", "head", "example", "value", "from_image"]]
 
     def plot(self, ax: Axes | None = None) -> Axes:
-        """What the parts of each layer wrote, and above it each head; means over examples with their 95 % intervals.
+        """The parts of each layer, and above them each head; means over examples with intervals.
 
-        W_O's bias, where there is one, is drawn with the attention to the rest.
+        The intervals are the 95 % bootstrap ones. W_O's bias, where there is one, is drawn with the
+        attention to the rest.
         """
+        tall = min(0.9 + 0.14 * self.heads.shape[2], 3.5)  # inches
         with style():
-            n_layers, n_examples, n_heads = self.heads.shape
-            tall = min(0.9 + 0.14 * n_heads, 3.5)
             ax = axes(ax, width=6.6, height=3.2 + tall)
             top = above(ax, tall / 3)
-            values = {
-                "embed": self.embed[:, None],
-                "image": self.from_image.sum(-1).T,
-                "rest": (self.from_rest.sum(-1) + self.attn_bias).T,
-                "mlp": self.mlps.T,
-            }
-            ax.axhline(0, color="#888888", linewidth=0.8)
-            for number, (part, found) in enumerate(values.items()):
-                mean, low, high = (x.numpy() for x in mean_interval(found))
-                layers = np.zeros(1) if part == "embed" else np.arange(1, n_layers + 1) + (number - 2) * 0.12
-                line = PARTS[part]
-                ax.errorbar(
-                    layers, mean, yerr=None if n_examples < 2 else np.clip([mean - low, high - mean], 0, None), color=line.color,
-                    linestyle=line.dash, marker=line.marker, label=line.label, linewidth=1.3, elinewidth=1, capsize=2,
-                )  # fmt: skip
-            layer_axis(ax, n_layers)
-            ax.set_ylabel("written toward it (logits)")
-            ax.legend(ncols=2)
-
-            heads = self.interval("heads")
-            mesh = top.pcolormesh(
-                np.arange(n_layers + 1) + 0.5, np.arange(n_heads + 1) - 0.5, heads.mean.T.numpy(), cmap=SIGNED,
-                norm=CenteredNorm(), rasterized=True,
-            )  # fmt: skip
-            sure = ((heads.low > 0) | (heads.high < 0)).nonzero().numpy()
-            size = 9 if n_layers * n_heads < 400 else 2
-            top.scatter(sure[:, 0] + 1, sure[:, 1], s=size, color="#222222", edgecolors="white", linewidths=0.4)
-            top.tick_params(labelbottom=False)
-            top.yaxis.set_major_locator(MaxNLocator(8, integer=True))
-            top.set_ylabel("head")
-            top.grid(False)
-            ax.figure.colorbar(mesh, ax=top, label="logits", pad=0.01)
-            over = f"mean of {n_examples} examples with 95 % intervals; a dot where it leaves out 0"
-            title = f"Logit attribution: {toward(self.answers, self.versus)}, {self.model}"
-            top.set_title(f"{title}\n{over}" if n_examples > 1 else title, fontsize=8.5)
+            self._draw_parts(ax)
+            self._draw_heads(top)
         return ax
+
+    def _draw_parts(self, ax: Axes) -> None:
+        """The embedding, and each layer's attention to the image, to the rest, and MLP."""
+        n_layers, n_examples, _ = self.heads.shape
+        values = {
+            "embed": self.embed[:, None],
+            "image": self.from_image.sum(-1).T,
+            "rest": (self.from_rest.sum(-1) + self.attn_bias).T,
+            "mlp": self.mlps.T,
+        }
+        ax.axhline(0, color="#888888", linewidth=0.8)
+        for number, (part, by_example) in enumerate(values.items()):
+            mean, low, high = (x.numpy() for x in mean_interval(by_example))
+            layers = np.zeros(1) if part == "embed" else np.arange(1, n_layers + 1) + (number - 2) * 0.12
+            line = PARTS[part]
+            ax.errorbar(
+                layers, mean, yerr=None if n_examples < 2 else np.clip([mean - low, high - mean], 0, None), color=line.color,
+                linestyle=line.dash, marker=line.marker, label=line.label, linewidth=1.3, elinewidth=1, capsize=2,
+            )  # fmt: skip
+        layer_axis(ax, n_layers)
+        ax.set_ylabel("written toward it (logits)")
+        ax.legend(ncols=2)
+
+    def _draw_heads(self, ax: Axes) -> None:
+        """A map [head layer] of the heads' means, with a dot where the interval leaves out 0."""
+        n_layers, n_examples, n_heads = self.heads.shape
+        heads = self.interval("heads")
+        mesh = ax.pcolormesh(
+            np.arange(n_layers + 1) + 0.5, np.arange(n_heads + 1) - 0.5, heads.mean.T.numpy(), cmap=SIGNED,
+            norm=CenteredNorm(), rasterized=True,
+        )  # fmt: skip
+        sure = ((heads.low > 0) | (heads.high < 0)).nonzero().numpy()
+        size = 9 if n_layers * n_heads < 400 else 2
+        ax.scatter(sure[:, 0] + 1, sure[:, 1], s=size, color="#222222", edgecolors="white", linewidths=0.4)
+        ax.tick_params(labelbottom=False)
+        ax.yaxis.set_major_locator(MaxNLocator(8, integer=True))
+        ax.set_ylabel("head")
+        ax.grid(False)
+        ax.figure.colorbar(mesh, ax=ax, label="logits", pad=0.01)
+        note = f"mean of {n_examples} examples with 95 % intervals; a dot where it leaves out 0"
+        title = f"Logit attribution: {answer_label(self.answers, self.versus)}, {self.model}"
+        ax.set_title(f"{title}\n{note}" if n_examples > 1 else title, fontsize=8.5)
 
 
 def merge(results: Sequence[LogitAttributionResult]) -> LogitAttributionResult:
-    """Several batches as one result."""
+    """Several batches as one result: their examples one after the other."""
 
     def joined(name: str):
-        found = [getattr(r, name) for r in results]
-        if isinstance(found[0], Tensor):
-            return torch.cat(found, dim=0 if found[0].ndim == 1 else 1)
-        return sum(found, ()) if isinstance(found[0], tuple) else found[0]
+        values = [getattr(r, name) for r in results]
+        if isinstance(values[0], Tensor):
+            return torch.cat(values, dim=0 if values[0].ndim == 1 else 1)
+        return sum(values, ()) if isinstance(values[0], tuple) else values[0]
 
     return LogitAttributionResult(**{f.name: joined(f.name) for f in fields(LogitAttributionResult)})
-
-
-class AttributionPlan(NamedTuple):
-    """Which tokens are measured, where, and what belongs to the image."""
-
-    toward: Tensor  # token ids [example], and of the answers that are subtracted
-    away: Tensor | None
-    answers: tuple[str, ...]
-    versus: tuple[str, ...]
-    last: Tensor  # each example's last position
-    image: Tensor  # [example pos]
-    n_layers: int
-
-    def difference(self, of: Callable[[Tensor], Tensor]) -> Float[Tensor, "example *rest"]:
-        """What `of` gives for each example's answer, less what it gives for the other one. Float32."""
-        return of(self.toward).float() if self.away is None else of(self.toward).float() - of(self.away).float()
-
-    def direction(self, final_norm: Norm, unembed: Projection) -> Float[Tensor, "example d_model"]:
-        """g * (W_U[a] - W_U[b]): what a write is multiplied with, but for the norm's scale."""
-        w_u = unembed.weight
-        return self.difference(lambda ids: w_u[ids.to(w_u.device)]) * final_norm.gain.float()
-
-    def at_last(self, x: Float[Tensor, "batch pos *rest"]) -> Float[Tensor, "batch *rest"]:
-        return x[torch.arange(len(x), device=x.device), self.last.to(x.device)]
-
-
-@dataclass(frozen=True)
-class LogitAttribution:
-    """Probe: what each layer, head and MLP wrote toward the logit of an answer, at the last position.
-
-    The final norm divides the last state x = Σ writes by its root mean square r, a number once x is known, and multiplies by
-    its weight g. So every write w is worth (w / r * g) · (W_U[a] - W_U[b]), and these sum to logit(a) - logit(b).
-
-    Args:
-        answers: a word or a token id for all examples, or one per example; of several tokens the first one counts. None:
-            the token that the model itself would write first (costs a forward of its own).
-        versus: the same, for the answer whose logit is subtracted; None subtracts nothing.
-
-    Source: Elhage et al. 2021, "A Mathematical Framework for Transformer Circuits". Differs: the norm is an RMSNorm, and its
-    weight is kept apart from W_U. Tested: the sum equals Hugging Face's logits.
-    """
-
-    answers: str | int | Sequence[str | int] | None = None
-    versus: str | int | Sequence[str | int] | None = None
-
-    def prepare(self, vlm: Model, inputs: Inputs) -> AttributionPlan:
-        """The answers' tokens, and each example's last position."""
-        toward = vlm.answer_tokens(inputs, self.answers)
-        away = None if self.versus is None else vlm.answer_tokens(inputs, self.versus)
-        answers, versus = vlm.to_str_tokens(toward), () if away is None else vlm.to_str_tokens(away)
-        if same := [(i, a) for i, (a, b) in enumerate(zip(answers, versus, strict=False)) if a == b]:
-            raise ValueError(
-                f"`answers` and `versus` begin with the same token in these examples, {same}: no difference."
-            )
-        image = torch.zeros(len(inputs), len(inputs.token_maps[0]), dtype=torch.bool)
-        for row, tokens in enumerate(inputs.token_maps):
-            image[row, tokens.image] = True
-        last = torch.tensor([m.last for m in inputs.token_maps])
-        return AttributionPlan(toward, away, answers, versus, last, image, vlm.n_layers)
-
-    def at_state(self, plan: AttributionPlan, state: State) -> Row | None:
-        """The embeddings' part, and at the last state the logits and the norm's scale."""
-        if state.layer not in (0, plan.n_layers):
-            return None
-        resid = plan.at_last(state.resid)
-        if state.layer == 0:
-            return {"embed": (resid.float() * plan.direction(state.final_norm, state.unembed).to(resid.device)).sum(-1)}
-        logits = state.unembed(state.final_norm(resid))
-        bias = state.unembed.bias
-        bias = torch.zeros_like(logits[0]) if bias is None else bias
-        return {
-            "scale": state.final_norm.rms(resid)[:, 0],
-            "logit": plan.difference(lambda ids: logits.gather(1, ids[:, None].to(logits.device))[:, 0]),
-            "bias": plan.difference(lambda ids: bias[ids.to(bias.device)]),
-        }
-
-    def at_writes(self, plan: AttributionPlan, written: Written) -> Row:
-        """What the layer's heads, their bias and its MLP wrote, but for the norm's scale."""
-        z, w_o, mlp_out = plan.at_last(written.z), written.w_o, plan.at_last(written.mlp_out)
-        direction = plan.direction(written.final_norm, written.unembed).to(z.device)
-        z_image = z_from(written.parts, plan.last.to(z.device), plan.image.to(z.device))
-        return {
-            "heads": head_writes(z, w_o, direction),
-            "from_image": head_writes(z_image, w_o, direction),
-            "attn_bias": torch.zeros_like(direction[:, 0]) if written.b_o is None else direction @ written.b_o.float(),
-            "mlps": (mlp_out.float() * direction.to(mlp_out.device)).sum(-1),
-        }
-
-    def result(self, plan: AttributionPlan, rows: list[Row], vlm: Model, inputs: Inputs) -> LogitAttributionResult:
-        """All parts, each divided by the norm's scale."""
-        first, *layers, end = rows
-        scale = to_cpu(end["scale"])  # known at the end only
-        return LogitAttributionResult(
-            embed=to_cpu(first["embed"]) / scale,
-            heads=stack([row["heads"] for row in layers]) / scale[:, None],
-            from_image=stack([row["from_image"] for row in layers]) / scale[:, None],
-            attn_bias=stack([row["attn_bias"] for row in layers]) / scale,
-            mlps=stack([row["mlps"] for row in layers]) / scale,
-            bias=to_cpu(end["bias"]),
-            logit=to_cpu(end["logit"]),
-            answers=plan.answers,
-            versus=plan.versus,
-            model=vlm.name,
-        )

@@ -12,7 +12,8 @@
        at_attention(plan, Attended)   each layer's attention
        at_writes(plan, Written)       each layer's writes to the residual stream
 
-3. `result = probe.result(plan, rows, vlm, inputs)`, afterwards: the rows in the order of the forward.
+3. `result = probe.result(plan, rows, vlm, inputs)`, afterwards, with the rows in the order of the
+   forward.
 
 The smallest probe, the norm of the last position's state:
 
@@ -40,15 +41,17 @@ from mechvlm.families.record import Architecture
 from mechvlm.inputs.batch import Answers, Inputs
 
 READS = ("at_queries", "at_state", "at_attention", "at_writes")
-"""A probe's methods, in the order in which a forward calls them."""
+"""The methods with which a probe reads, in the order in which a forward calls them."""
 
 Row = Mapping[str, Tensor]
 
 
 class State(NamedTuple):
-    """The residual stream where it enters a layer, or after the last one the final norm.
+    """The residual stream where it enters a layer; the last state enters the final norm.
 
-    layer: 0 (embeddings) to n_layers; resid: [batch pos d_model]; final_norm, unembed: the model's own.
+    layer: 0 (embeddings) to n_layers.
+    resid: [batch pos d_model].
+    final_norm, unembed: the model's own.
     """
 
     layer: int
@@ -58,10 +61,11 @@ class State(NamedTuple):
 
 
 class Attended(NamedTuple):
-    """The attention that makes state `layer` (1 to n_layers) out of the one before.
+    """The attention on the way from state `layer` - 1 to state `layer`.
 
-    parts: what the weights are computed from; w_o: [d_model, head * d_head], the output
-    projection's weight.
+    layer: 1 to n_layers.
+    parts: the tensors from which the attention is computed.
+    w_o: [d_model, head * d_head], the weight of the output projection.
     """
 
     layer: int
@@ -70,11 +74,15 @@ class Attended(NamedTuple):
 
 
 class Written(NamedTuple):
-    """What a layer wrote to the residual stream, to make state `layer` (1 to n_layers) out of the one before.
+    """A layer's writes to the residual stream, on the way from state `layer` - 1 to state `layer`.
 
-    z: [batch pos head d_head], the heads' outputs before W_O; attn_out, mlp_out: [batch pos d_model];
-    parts: what z is computed from; w_o: [d_model, head * d_head] and b_o: [d_model] or None, the
-    output projection's; final_norm, unembed: the model's own.
+    layer: 1 to n_layers.
+    z: [batch pos head d_head], the outputs of the heads before W_O.
+    attn_out, mlp_out: [batch pos d_model].
+    parts: the tensors from which z is computed.
+    w_o, b_o: [d_model, head * d_head] and [d_model] or None, weight and bias of the output
+        projection.
+    final_norm, unembed: the model's own.
     """
 
     layer: int
@@ -89,7 +97,11 @@ class Written(NamedTuple):
 
 
 class Queried(NamedTuple):
-    """One cross-attention with which the queries read the image: its number among them, and its parts."""
+    """One cross-attention from the queries to the image.
+
+    number: its place among the cross-attentions, from 0.
+    parts: the tensors from which it is computed.
+    """
 
     number: int
     parts: Attention
@@ -97,7 +109,7 @@ class Queried(NamedTuple):
 
 @runtime_checkable
 class Model(Protocol):
-    """What a probe may ask of a model: a `VLM`, with everything else left out."""
+    """The part of a `VLM` that probes use."""
 
     name: str
     record: Architecture
@@ -113,10 +125,10 @@ class Model(Protocol):
 
 
 class Probe(Protocol):
-    """What every probe has. Beside these it has one or more of the methods in `READS`."""
+    """The two methods of every probe; beside them it has one or more of those in `READS`."""
 
     def prepare(self, vlm: Model, inputs: Inputs) -> Any:
-        """Turn what was asked into a plan, and refuse what cannot be read."""
+        """Turn the settings into a plan for these inputs, and refuse what cannot be read."""
 
     def result(self, plan: Any, rows: list[Row], vlm: Model, inputs: Inputs) -> Any:
-        """Make the result out of the rows that were kept."""
+        """Turn the kept rows into the result."""

@@ -1,4 +1,8 @@
-"""Where on the image each query reads: the Q-Former's cross-attention (InstructBLIP, Dai et al. 2023)."""
+"""Where on the image each query reads: the cross-attention of InstructBLIP's Q-Former.
+
+The Q-Former (Dai et al. 2023) turns the patches into a few queries, which are the visual tokens.
+A query has no place on the image. Its attention weights over the patches say where it reads.
+"""
 
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
@@ -15,13 +19,59 @@ from mechvlm.probes.probe import Model, Queried, Row
 from mechvlm.results import Result, long_frame, stack
 
 
+class QueryPlan(NamedTuple):
+    """The number of queries, and the grid of patches that they read."""
+
+    n_queries: int
+    rows: int
+    cols: int
+
+
+@dataclass(frozen=True)
+class QueryReading:
+    """Probe: where on the image each query reads.
+
+    The result holds the weights [layer example query row col] of every cross-attention, means over
+    its heads.
+
+    >>> (reading,) = mv.read(vlm, inputs, mv.QueryReading())
+    >>> reading.map[0, 3]  # where query 3 of the first example reads, [row col]
+
+    Raises:
+        ValueError: from `read`, for a model whose visual tokens are patches.
+    """
+
+    def prepare(self, vlm: Model, inputs: Inputs) -> QueryPlan:
+        """Count the queries, and find the grid that they read."""
+        if not vlm.cross_attentions:
+            raise ValueError(
+                f"{vlm.record.hf_class} has no queries: its visual tokens are patches, and tokens.cell(position) says where "
+                "each lies."
+            )
+        n_queries = len(inputs.token_maps[0].image)
+        grid = inputs.token_maps[0].grids[0]
+        return QueryPlan(n_queries, grid.rows, grid.cols)
+
+    def at_queries(self, plan: QueryPlan, queried: Queried) -> Row:
+        """The weights of the queries on the patches, [example query row col], means over heads."""
+        q, k, _, _, scale = queried.parts
+        # q [batch head pos d_head] holds the queries first, then the instruction's tokens;
+        # k [batch head src d_head] holds the encoder's class token first, then the patches.
+        weights = (q[:, :, : plan.n_queries] @ k.transpose(-1, -2) * scale).float().softmax(-1).mean(1)
+        return {"weight": weights[..., -plan.rows * plan.cols :].unflatten(-1, (plan.rows, plan.cols))}
+
+    def result(self, plan: QueryPlan, rows: list[Row], vlm: Model, inputs: Inputs) -> "QueryReadingResult":
+        """The weights of all cross-attentions."""
+        return QueryReadingResult(stack([row["weight"] for row in rows]), vlm.name)
+
+
 @dataclass(frozen=True, repr=False)
 class QueryReadingResult(Result):
     """The cross-attention weights of the queries over the image's patches.
 
     Attributes:
-        weight: by cross-attention layer of the Q-Former, mean over its heads. The rest to 1 lies on the vision encoder's
-            class token, which has no place.
+        weight: by cross-attention layer of the Q-Former, mean over its heads (0 to 1). The rest to
+            1 lies on the vision encoder's class token, which has no place.
         model: the model's name.
     """
 
@@ -41,23 +91,16 @@ class QueryReadingResult(Result):
         return long_frame(self.weight, **{name: range(n) for name, n in zip(names, self.weight.shape, strict=True)})
 
     def plot(self, ax: Axes | None = None) -> Axes:
-        """Where each query of the first example reads: small maps in one tiling, in the order of the queries."""
+        """Where each query of the first example reads: one small map per query, in their order."""
+        maps = self.map[0].numpy()
+        n_queries, rows, cols = maps.shape
+        across = int(np.ceil(np.sqrt(n_queries)))
+        corners = [((i // across) * (rows + 1), (i % across) * (cols + 1)) for i in range(n_queries)]
         with style():
-            maps = self.map[0].numpy()
-            n, rows, cols = maps.shape
-            across = int(np.ceil(np.sqrt(n)))
-            down = int(np.ceil(n / across))
-            tiled = np.full((down * (rows + 1) - 1, across * (cols + 1) - 1), np.nan)
-            for i, one in enumerate(maps):
-                top, left = (i // across) * (rows + 1), (i % across) * (cols + 1)
-                tiled[top : top + rows, left : left + cols] = one
             ax = axes(ax, width=6, height=5.2)
-            mesh = ax.imshow(tiled, cmap=HEAT, vmin=0, interpolation="nearest")
-            for i in range(n):
-                ax.text(
-                    (i % across) * (cols + 1) - 0.4, (i // across) * (rows + 1) - 0.4, str(i), fontsize=6, va="top",
-                    color="#0072B2", weight="bold",
-                )  # fmt: skip
+            mesh = ax.imshow(tiled(maps, corners), cmap=HEAT, vmin=0, interpolation="nearest")
+            for query, (top, left) in enumerate(corners):
+                ax.text(left - 0.4, top - 0.4, str(query), fontsize=6, va="top", color="#0072B2", weight="bold")
             ax.set_xticks([])
             ax.set_yticks([])
             ax.grid(False)
@@ -66,36 +109,11 @@ class QueryReadingResult(Result):
         return ax
 
 
-class QueryPlan(NamedTuple):
-    """How many queries there are, and the grid of patches that they read."""
-
-    n_queries: int
-    rows: int
-    cols: int
-
-
-@dataclass(frozen=True)
-class QueryReading:
-    """Probe: where on the image each query reads, [query row col], in the same forward as everything else."""
-
-    def prepare(self, vlm: Model, inputs: Inputs) -> QueryPlan:
-        """How many queries there are, and on which grid they read."""
-        if not vlm.cross_attentions:
-            raise ValueError(
-                f"{vlm.record.hf_class} has no queries: its visual tokens are patches, and tokens.cell(position) says where "
-                "each lies."
-            )
-        n_queries = len(inputs.token_maps[0].image)
-        grid = inputs.token_maps[0].grids[0]
-        return QueryPlan(n_queries, grid.rows, grid.cols)
-
-    def at_queries(self, plan: QueryPlan, queried: Queried) -> Row:
-        """The queries' weights on the patches, mean over heads."""
-        q, k, _, _, scale = queried.parts
-        # The Q-Former's first positions are the queries, its last the instruction's; the encoder's first is its class token.
-        weights = (q[:, :, : plan.n_queries] @ k.transpose(-1, -2) * scale).float().softmax(-1).mean(1)
-        return {"weight": weights[..., -plan.rows * plan.cols :].unflatten(-1, (plan.rows, plan.cols))}
-
-    def result(self, plan: QueryPlan, rows: list[Row], vlm: Model, inputs: Inputs) -> QueryReadingResult:
-        """The weights of all cross-attentions."""
-        return QueryReadingResult(stack([row["weight"] for row in rows]), vlm.name)
+def tiled(maps: np.ndarray, corners: list[tuple[int, int]]) -> np.ndarray:
+    """All maps [query row col] in one picture, each at its (top, left) corner; NaN between them."""
+    _, rows, cols = maps.shape
+    tops, lefts = zip(*corners, strict=True)
+    picture = np.full((max(tops) + rows, max(lefts) + cols), np.nan)
+    for query_map, (top, left) in zip(maps, corners, strict=True):
+        picture[top : top + rows, left : left + cols] = query_map
+    return picture

@@ -1,4 +1,4 @@
-"""The study of Wei et al. 2024 over a data set: tables, figures and a report."""
+"""The study of Wei et al. 2024 on a data set: tables, figures and a report."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +11,7 @@ __all__ = ["Study", "run"]
 
 
 def __getattr__(name: str) -> Any:
-    # Only when it is asked for: a study that is opened again needs no model, and so no nnsight.
+    # `run` needs nnsight, which opening a finished study does not. So import it on first use.
     if name != "run":
         raise AttributeError(f"module 'mechvlm.study' has no attribute {name!r}")
     from mechvlm.study.running.runner import run

@@ -1,7 +1,6 @@
-"""compare(): several models on one axis, by relative depth."""
+"""compare(): the curves of several models on one axis, the relative depth."""
 
 import os
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import cycle
@@ -17,9 +16,18 @@ from mechvlm.figures.style import Line, style
 from mechvlm.study.curves import check_measures
 from mechvlm.study.load import load_study
 from mechvlm.study.record import StudyRecord
-from mechvlm.study.report.captioned import DOTTED, GREY, CaptionedFigure, bands, counts, legend, line_of, short
+from mechvlm.study.report.captioned import (
+    DOTTED,
+    GREY,
+    CaptionedFigure,
+    describe_bands,
+    describe_counts,
+    draw_curve,
+    legend,
+    short_name,
+)
 
-COMPARED = ("cosine_inter", "precision", "recall")
+DEFAULT_MEASURES = ("cosine_inter", "precision", "recall")
 MODEL_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#333333")
 MODEL_DASHES: tuple[str | tuple, ...] = ("-", "--", "-.", (0, (5, 1, 1, 1, 1, 1)))
 MODEL_MARKERS = ("o", "s", "^", "D", "v")
@@ -32,6 +40,7 @@ CONTROLS = {
     "_other": ("another image's captions", (0, (4, 1.5))),
     "_text": ("text tokens", (0, (4, 1.5, 1, 1.5))),
 }
+"""{ending of a control's measure: its name and dash}."""
 
 
 @dataclass(frozen=True)
@@ -39,11 +48,12 @@ class Comparison:
     """The curves of several models by relative depth.
 
     Attributes:
-        frame: label (the model, and its study where that is needed to tell them apart), and the columns of `Study.curves`
-            with depth = layer / n_layers, 0 (embeddings) to 1 (what the model itself unembeds).
-        counts: a sentence a study: examples read, set aside, data and seed.
-        notes: in what the studies differ, where that can matter; empty where they do not.
-        seeds: of the studies' bootstraps, in their order.
+        frame: label, depth, and the columns of `Study.curves`. The label is the model's name, with
+            its study where several studies hold the model. depth = layer / n_layers, from 0
+            (embeddings) to 1 (what the model itself unembeds).
+        counts: one sentence per study: examples read and set aside, data and seed.
+        notes: the differences between the studies that can matter; empty if there are none.
+        seeds: of the studies' bootstraps, in the order of the studies.
     """
 
     frame: pd.DataFrame = field(repr=False)
@@ -51,10 +61,14 @@ class Comparison:
     notes: tuple[str, ...]
     seeds: tuple[int, ...]
 
-    def plot(self, measures: Sequence[str] = COMPARED) -> CaptionedFigure:
-        """The curves with their bands, a panel a measure, and the controls of each beneath it: a figure and its caption.
+    def plot(self, measures: Sequence[str] = DEFAULT_MEASURES) -> CaptionedFigure:
+        """Draw the curves with their bands: a panel for each measure, and its controls beneath it.
 
-        Each model's own points, at their own depths: nothing is interpolated, and lines only join them.
+        Each point is a layer of a model, at its own depth. Lines join the points; nothing is
+        interpolated.
+
+        Args:
+            measures: of the column "measure" of `frame`.
 
         Raises:
             InputError: for a measure that `frame` does not hold.
@@ -64,27 +78,33 @@ class Comparison:
 
 
 def compare(studies: Sequence[StudyRecord | str | os.PathLike]) -> Comparison:
-    """Several models on one axis: what each study found, by relative depth (layer / n_layers).
+    """Compare the curves of several models by relative depth (layer / n_layers).
+
+    The same model may be in several studies, such as studies of different data. Data sets and seeds
+    may differ; the notes then say so. Layers of different models are not matched, and nothing is
+    interpolated.
 
     Args:
-        studies: studies, or the folders of written ones; of one study, its models are compared.
-
-    The same model may come from several studies, of different data. Data sets and seeds may differ, and then the notes
-    say so. Layers of different models are not matched, and nothing is interpolated.
+        studies: studies, or folders of finished studies. A single study compares its own models.
 
     Raises:
-        InputError: for no study, the same study twice, a folder that holds none, or studies that cannot be compared:
-            with other prompts, or whose measures were made otherwise.
+        InputError: for no study, the same study twice, a folder without a finished study, or
+            studies that cannot be compared: their prompts differ, or their measures were computed
+            with different settings.
+
+    Example:
+        >>> comparison = compare(["results/llava", "results/instructblip"])
+        >>> comparison.plot(["precision"]).save("compare.png")
     """
     if isinstance(studies, StudyRecord | str | os.PathLike):
         studies = [studies]
-    opened = [one if isinstance(one, StudyRecord) else StudyRecord(**load_study(Path(one))) for one in studies]
-    if not opened:
+    records = [s if isinstance(s, StudyRecord) else StudyRecord(**load_study(Path(s))) for s in studies]
+    if not records:
         raise InputError("Give one or more studies, or folders of studies, to compare.")
-    _check(opened)
-    labels = _labels(opened)
+    _check_comparable(records)
+    labels = _labels(records)
     parts = []
-    for i, study in enumerate(opened):
+    for i, study in enumerate(records):
         curves = study.curves()
         n_layers = curves["model"].map({model: about["n_layers"] for model, about in study.models.items()})
         curves.insert(0, "label", curves["model"].map({model: labels[i, model] for model in study.models}))
@@ -92,45 +112,45 @@ def compare(studies: Sequence[StudyRecord | str | os.PathLike]) -> Comparison:
         parts.append(curves)
     return Comparison(
         frame=pd.concat(parts, ignore_index=True),
-        counts=tuple(dict.fromkeys(counts(study) for study in opened)),
-        notes=_notes(opened, labels),
-        seeds=tuple(study.settings["seed"] for study in opened),
+        counts=tuple(dict.fromkeys(describe_counts(study) for study in records)),
+        notes=_notes(records, labels),
+        seeds=tuple(study.settings["seed"] for study in records),
     )
 
 
-def _check(studies: list[StudyRecord]) -> None:
-    """Raises InputError for studies whose numbers do not mean the same."""
+def _check_comparable(studies: list[StudyRecord]) -> None:
+    """Raise InputError for studies whose numbers mean different things."""
     first = studies[0]
     for number, other in enumerate(studies[1:], start=2):
-        if any(other is one or (one.out is not None and _same_folder(one, other)) for one in studies[: number - 1]):
+        if any(other is earlier or _same_folder(earlier, other) for earlier in studies[: number - 1]):
             raise InputError(f"Study {number} ({_name(other, number)}) was given twice.")
-        for what, mine, theirs in [
+        for setting, value, other_value in [
             ("prompt", first.settings["prompt"], other.settings["prompt"]),
-            *((f"measure of {key}", *pair) for key, pair in _unlike(first, other).items()),
+            *((f"measure of {key}", *values) for key, values in _measure_settings(first, other).items()),
         ]:
-            if mine != theirs:
+            if value != other_value:
                 raise InputError(
-                    f"The studies {_name(first, 1)} and {_name(other, number)} cannot be compared: the {what} is {mine!r} in "
-                    f"the one, and {theirs!r} in the other. Run both with the same."
+                    f"The studies {_name(first, 1)} and {_name(other, number)} cannot be compared: the {setting} is "
+                    f"{value!r} in the one, and {other_value!r} in the other. Run both with the same."
                 )
 
 
-def _unlike(one: StudyRecord, other: StudyRecord) -> dict[str, tuple]:
-    """How the measures were made. Phases are no curve, and are not compared."""
-    mine, theirs = (study.settings["measures"] for study in (one, other))
-    keys = [key for key in {**mine, **theirs} if key != "phases"]
-    # JSON has lists only.
-    return {key: (_plain(mine.get(key)), _plain(theirs.get(key))) for key in keys}
+def _measure_settings(a: StudyRecord, b: StudyRecord) -> dict[str, tuple]:
+    """The settings of each measure in both studies, but for phases, which are no curve."""
+    settings_a, settings_b = (study.settings["measures"] for study in (a, b))
+    keys = [key for key in {**settings_a, **settings_b} if key != "phases"]
+    return {key: (_as_json(settings_a.get(key)), _as_json(settings_b.get(key))) for key in keys}
 
 
-def _plain(value):
+def _as_json(value):
+    """The value as it comes back from a file: with lists for tuples."""
     if isinstance(value, dict):
-        return {key: _plain(one) for key, one in value.items()}
+        return {key: _as_json(inner) for key, inner in value.items()}
     return list(value) if isinstance(value, tuple) else value
 
 
-def _same_folder(one: StudyRecord, other: StudyRecord) -> bool:
-    return one.out is not None and other.out is not None and one.out.resolve() == other.out.resolve()
+def _same_folder(a: StudyRecord, b: StudyRecord) -> bool:
+    return a.out is not None and b.out is not None and a.out.resolve() == b.out.resolve()
 
 
 def _name(study: StudyRecord, number: int) -> str:
@@ -138,20 +158,24 @@ def _name(study: StudyRecord, number: int) -> str:
 
 
 def _labels(studies: list[StudyRecord]) -> dict[tuple[int, str], str]:
-    """By study and model. The model alone where it is in one study; else with its data, its folder, or a number."""
-    every = [model for study in studies for model in study.models]
-    among = list(dict.fromkeys(every))
+    """{(study's place, model): label}.
+
+    The label of a model in one study is its name. For a model in several studies, the first of data
+    set, folder and number that tells the studies apart is added.
+    """
+    models = list(dict.fromkeys(model for study in studies for model in study.models))
     ways = (
-        lambda i, model: short(model, among),
-        lambda i, model: f"{short(model, among)}, {studies[i].dataset['name']}",
-        lambda i, model: f"{short(model, among)}, {_folder(studies[i]) or f'study {i + 1}'}",
-        lambda i, model: f"{short(model, among)}, study {i + 1}",
+        lambda i, model: short_name(model, models),
+        lambda i, model: f"{short_name(model, models)}, {studies[i].dataset['name']}",
+        lambda i, model: f"{short_name(model, models)}, {_folder(studies[i]) or f'study {i + 1}'}",
+        lambda i, model: f"{short_name(model, models)}, study {i + 1}",
     )
     labels: dict[tuple[int, str], str] = {}
-    for model in among:
+    for model in models:
         keys = [(i, model) for i, study in enumerate(studies) if model in study.models]
-        named = next(found for way in ways if len(set(found := [way(*key) for key in keys])) == len(keys))
-        labels |= dict(zip(keys, named, strict=True))
+        candidates = ([way(*key) for key in keys] for way in ways)
+        unique = next(names for names in candidates if len(set(names)) == len(keys))
+        labels |= dict(zip(keys, unique, strict=True))
     return labels
 
 
@@ -162,19 +186,19 @@ def _folder(study: StudyRecord) -> str:
 def _notes(studies: list[StudyRecord], labels: dict[tuple[int, str], str]) -> tuple[str, ...]:
     notes = []
     if len({study.dataset["fingerprint"] for study in studies}) > 1:
-        notes.append("The studies read different examples: a difference between curves may be one between data.")
-    read = Counter(about["n_examples"] for study in studies for about in study.models.values())
-    if len(read) > 1 and not notes:
-        notes.append("The models did not read the same number of examples: some set more aside.")
+        notes.append("The studies read different examples: curves may differ because the data do.")
+    n_examples = {about["n_examples"] for study in studies for about in study.models.values()}
+    if len(n_examples) > 1 and not notes:
+        notes.append("The models did not read the same number of examples: some set more of them aside.")
     if len({about["dtype"] for study in studies for about in study.models.values()}) > 1:
         dtypes = [f"{label} in {studies[i].models[model]['dtype']}" for (i, model), label in labels.items()]
-        notes.append(f"Precision differs: {', '.join(dtypes)}.")
+        notes.append(f"The models ran in different dtypes: {', '.join(dtypes)}.")
     return tuple(notes)
 
 
-def compare_figure(found: "Comparison", measures: list[str]) -> CaptionedFigure:
-    """The curves on one axis of relative depth."""
-    frame, labels = found.frame, list(found.frame["label"].unique())
+def compare_figure(comparison: Comparison, measures: list[str]) -> CaptionedFigure:
+    """Draw the curves on one axis of relative depth."""
+    frame, labels = comparison.frame, list(comparison.frame["label"].unique())
     looks = zip(labels, cycle(MODEL_COLORS), cycle(MODEL_DASHES), cycle(MODEL_MARKERS), strict=False)
     lines = {label: Line(label, color, dash, marker) for label, color, dash, marker in looks}
     with style():
@@ -182,51 +206,52 @@ def compare_figure(found: "Comparison", measures: list[str]) -> CaptionedFigure:
             (0.6 + 4.2 * len(measures), 5.4 + 0.2 * (len(labels) // 4)), layout=ConstrainedLayoutEngine(w_pad=0.09)
         )
         grid = figure.subplots(2, len(measures), squeeze=False, sharex=True, gridspec_kw={"height_ratios": [2.4, 1.5]})
-        used = set()
-        for (top, low), measure in zip(grid.T, measures, strict=True):
+        drawn_controls = set()
+        for (top, bottom), measure in zip(grid.T, measures, strict=True):
             for label, line in lines.items():
-                mine = frame[frame["label"] == label]
-                line_of(top, mine[mine["measure"] == measure], line, x="depth")
+                curves = frame[frame["label"] == label]
+                draw_curve(top, curves[curves["measure"] == measure], line, x="depth")
                 for ending, (_, dash) in CONTROLS.items():
-                    rows = mine[mine["measure"] == _control(measure, ending)]
+                    rows = curves[curves["measure"] == _control(measure, ending)]
                     if rows["mean"].notna().any():
-                        used.add(ending)
-                        line_of(
-                            low, rows, line._replace(dash=dash, marker="", label=""), x="depth", thin=True, bands=False
-                        )
+                        drawn_controls.add(ending)
+                        control_line = line._replace(dash=dash, marker="", label="")
+                        draw_curve(bottom, rows, control_line, x="depth", thin=True, bands=False)
             if measure.startswith("cosine"):
                 top.set_ylabel("mean cosine")
             else:
                 top.set_ylabel("image tokens' share" if "_share_" in measure else "share of words")
                 top.set_ylim(-0.03, 1.03)
-            low.set_ylim(top.set_ylim(_span(top, low)))
-            low.set_ylabel("its controls")
-            low.set_xlabel("relative depth (layer / layers of the model)")
-            low.set_xlim(-0.02, 1.02)
+            # One scale for both, so that a measure and its controls can be compared by eye.
+            bottom.set_ylim(top.set_ylim(_span(top, bottom)))
+            bottom.set_ylabel("its controls")
+            bottom.set_xlabel("relative depth (layer / layers of the model)")
+            bottom.set_xlim(-0.02, 1.02)
             top.set_title(MEASURE_TITLES.get(measure, measure))
         controls = [
             Line2D([], [], color=GREY, linestyle=dash, linewidth=1.1, label=name)
             for ending, (name, dash) in CONTROLS.items()
-            if ending in used
+            if ending in drawn_controls
         ]
         legend(figure, grid[0, 0], extra=controls)
-    seeds = sorted(set(found.seeds))
+    seeds = sorted(set(comparison.seeds))
     return CaptionedFigure(figure, " ".join([
-        "Several models by relative depth, 0 what enters the decoder and 1 what the model itself unembeds: each model's own "
-        "layers at layer / n_layers, joined by lines and not interpolated. Beneath each measure its controls, without bands: "
-        "for similarities the anisotropy baseline, the same mean over tokens of different examples; for words decoded from "
-        "image tokens another image's captions, and the words decoded from text tokens.",
-        bands(*seeds), *found.counts, *found.notes,
+        "Several models by relative depth, from 0 (what enters the decoder) to 1 (what the model itself unembeds). Each point "
+        "is a layer of a model, at layer / n_layers; the points are joined by lines and not interpolated. Beneath each "
+        "measure are its controls, without bands. For similarities: the anisotropy baseline, the same mean over tokens of "
+        "different examples. For words decoded from image tokens: another image's captions, and the words decoded from text "
+        "tokens.",
+        describe_bands(*seeds), *comparison.counts, *comparison.notes,
     ]))  # fmt: skip
 
 
 def _control(measure: str, ending: str) -> str:
-    """A measure's control: of `precision_single` it is called `precision_other_single`."""
+    """The measure of a control: "precision_other_single" for "precision_single" and "_other"."""
     name, single, _ = measure.partition("_single")
     return name + ending + single
 
 
 def _span(*axes) -> tuple[float, float]:
-    """The limits that hold all axes: a control is read on its measure's scale."""
+    """The y limits that cover all axes."""
     low, high = zip(*(ax.get_ylim() for ax in axes), strict=True)
     return min(low), max(high)

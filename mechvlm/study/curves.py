@@ -1,4 +1,7 @@
-"""From a study's tables to tidy frames: one value a row, and of each curve the mean, the spread and the interval."""
+"""Tidy frames from a study's tables: every value in a row of its own, and curves over layers.
+
+A curve is the mean of one measure over examples, by layer, with its spread and its interval.
+"""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -15,88 +18,103 @@ from mechvlm.measures.phases import Phases
 from mechvlm.probes.contextualization import MODALITY_PAIRS
 
 CONFIDENCE = 0.95
+"""Of the bootstrap intervals of all curves."""
 
 
 def tidy(tables: dict[str, pd.DataFrame]) -> pd.DataFrame:
     """Every measure of every example: model, example, layer, measure, value.
 
-    Measures: `cosine_inter`, `cosine_image`, `cosine_text` (mean cosine, -1 to 1); `precision`, `recall` (share, 0 to 1) of
-    the words on image tokens against the example's own captions, with their controls `precision_other`, `recall_other`
-    (another image's captions) and `precision_text`, `recall_text` (words on text tokens). NaN is 0/0. In general a name
-    ends in what departs from image tokens and own captions. `norm_share_last_text`, `norm_share_last_image`: the image
-    tokens' share of the norms written to that destination (0 to 1), and `weight_share_...` of the raw weights.
+    Measures:
+        `cosine_inter`, `cosine_image`, `cosine_text`: mean cosine, -1 to 1.
+        `precision`, `recall`: of the words on image tokens against the example's own captions;
+            shares, 0 to 1, NaN for 0/0.
+        `precision_other`, `recall_other`: a control, against another image's captions.
+        `precision_text`, `recall_text`: a control, of the words on text tokens.
+        `norm_share_last_text`, `norm_share_last_image`: the image tokens' share (0 to 1) of the
+            norms written to that destination.
+        `weight_share_last_text`, `weight_share_last_image`: their share of the raw weights.
+
+    A measure of words is named after its tokens, unless they are image tokens, and after its
+    captions, unless they are the example's own.
     """
     cosine, lens, share = (tables[name] for name in ("contextualization", "lens", "attention_share"))
     measures = [
-        _names(cosine, ["pair"], lambda pair: f"cosine_{pair}"),
-        _names(
+        _measure_names(cosine, ["pair"], lambda pair: f"cosine_{pair}"),
+        _measure_names(
             lens, ["measure", "tokens", "captions"],
             lambda measure, tokens, captions: measure + _ending(tokens, "image") + _ending(captions, "own"),
         ),
-        _names(share, ["measure", "dest"], lambda measure, dest: f"{measure}_share_{dest}"),
+        _measure_names(share, ["measure", "dest"], lambda measure, dest: f"{measure}_share_{dest}"),
     ]  # fmt: skip
     parts = (cosine, lens, share)
     return pd.DataFrame(
         {
-            **{key: _union(part[key].astype("category") for part in parts) for key in ("model", "example")},
+            **{key: _concatenate(part[key].astype("category") for part in parts) for key in ("model", "example")},
             "layer": np.concatenate([part["layer"] for part in parts]),
-            "measure": _union(measures),
+            "measure": _concatenate(measures),
             "value": np.concatenate([part["value"] for part in parts]),
         }
     )
 
 
 def curves(tables: dict[str, pd.DataFrame], models: dict[str, dict[str, Any]], seed: int) -> pd.DataFrame:
-    """Each measure's curve over layers: model, measure, layer, n, mean, sd, low, high.
+    """The curve of each measure over layers: model, measure, layer, n, mean, sd, low, high.
 
-    `n` examples have a value; `sd` is their standard deviation (Σ (x - mean)² / n), as the bands of the paper; low and high
-    end the `CONFIDENCE` percentile bootstrap interval of the mean over examples (`mechvlm.intervals.mean_interval`, with
-    the study's seed), NaN for fewer than two. The anisotropy baselines, `cosine_inter_baseline` and so on, are of all
-    examples together, and have neither spread nor interval.
+    `n` is the number of examples with a value. `sd` is their standard deviation,
+    √(Σ (x - mean)² / n), as in the bands of the paper. `low` and `high` are the ends of the
+    percentile bootstrap interval (`CONFIDENCE`) of the mean over examples, with the study's seed
+    (`mechvlm.intervals.mean_interval`); NaN for fewer than two examples. The anisotropy baselines
+    (`cosine_inter_baseline`, ...) are computed from all examples together, and have neither spread
+    nor interval.
     """
     frame, parts = tidy(tables), []
     for model, about in models.items():
         wide = _wide(frame[frame["model"] == model])
-        values = wide.to_numpy(dtype="float64", copy=True)
-        seen = ~np.isnan(values)
-        n = seen.sum(0)
-        found = mean_interval(torch.from_numpy(values), CONFIDENCE, seed=seed)
+        values = wide.to_numpy(dtype="float64", copy=True)  # [example, measure and layer]
+        has_value = ~np.isnan(values)
+        n = has_value.sum(0)
+        interval = mean_interval(torch.from_numpy(values), CONFIDENCE, seed=seed)
         with np.errstate(invalid="ignore"):
-            sd = np.sqrt(np.where(seen, (values - found.mean.numpy()) ** 2, 0).sum(0) / n)
+            sd = np.sqrt(np.where(has_value, (values - interval.mean.numpy()) ** 2, 0).sum(0) / n)
         part = wide.columns.to_frame(index=False).assign(
-            n=n, mean=found.mean.numpy(), sd=sd, low=found.low.numpy(), high=found.high.numpy()
+            n=n, mean=interval.mean.numpy(), sd=sd, low=interval.low.numpy(), high=interval.high.numpy()
         )
         part.insert(0, "model", model)
-        base = tables["baseline"]
-        base = base[base["model"] == model].rename(columns={"value": "mean"})
-        base = base.assign(measure="cosine_" + base["pair"] + "_baseline", n=about["n_examples"])
-        parts += [part, base.drop(columns="pair")]
+        baseline = tables["baseline"]
+        baseline = baseline[baseline["model"] == model].rename(columns={"value": "mean"})
+        baseline = baseline.assign(measure="cosine_" + baseline["pair"] + "_baseline", n=about["n_examples"])
+        parts += [part, baseline.drop(columns="pair")]
     return pd.concat(parts, ignore_index=True)[["model", "measure", "layer", "n", "mean", "sd", "low", "high"]]
 
 
 def phases_of(contextualization: pd.DataFrame, model: str, seed: int) -> Phases | None:
-    """The phases of one model's curves; None for fewer than 3 states, which are no curve."""
-    mine = contextualization[contextualization["model"] == model]
-    inter, image, text = (_by_example(mine[mine["pair"] == pair]).to_numpy(dtype="float64") for pair in MODALITY_PAIRS)
+    """The phases of one model's curves; None for fewer than 3 states, too few for a curve."""
+    rows = contextualization[contextualization["model"] == model]
+    inter, image, text = (_by_example(rows[rows["pair"] == pair]).to_numpy(dtype="float64") for pair in MODALITY_PAIRS)
     return fit_phases(inter, image=image, text=text, seed=seed) if inter.shape[1] >= 3 else None
 
 
-def check_measures(asked: list[str], frame: pd.DataFrame) -> None:
-    """Raises InputError for a measure that is not there."""
-    there = list(frame["measure"].unique())
-    unknown = [one for one in asked if one not in there]
-    if unknown or not asked:
-        raise InputError(f"There is no measure {', '.join(map(repr, unknown))} here. There are: {', '.join(there)}.")
+def check_measures(measures: list[str], frame: pd.DataFrame) -> None:
+    """Raise InputError for an empty list, or a measure that `frame` does not hold."""
+    known = list(frame["measure"].unique())
+    if not measures:
+        raise InputError(f"Name at least one measure. There are: {', '.join(known)}.")
+    unknown = [measure for measure in measures if measure not in known]
+    if unknown:
+        raise InputError(f"There is no measure {', '.join(map(repr, unknown))} here. There are: {', '.join(known)}.")
 
 
-def _union(parts: Iterable[pd.Series | pd.Categorical]) -> pd.Categorical:
+def _concatenate(parts: Iterable[pd.Series | pd.Categorical]) -> pd.Categorical:
     return union_categoricals(list(parts), sort_categories=True)
 
 
-def _names(table: pd.DataFrame, columns: list[str], name: Callable[..., str]) -> pd.Categorical:
-    """The name of each row's measure: made for each combination of `columns`, of which there are few, and not for each row."""
+def _measure_names(table: pd.DataFrame, columns: list[str], name: Callable[..., str]) -> pd.Categorical:
+    """The measure of each row: `name` of the row's `columns`.
+
+    `name` is called once for each combination of the columns, of which there are few.
+    """
     groups = table.groupby(columns, observed=True, sort=False)
-    names = [name(*one) for one in table[columns].drop_duplicates().itertuples(index=False)]
+    names = [name(*keys) for keys in table[columns].drop_duplicates().itertuples(index=False)]
     return pd.Categorical.from_codes(groups.ngroup(), names)
 
 
@@ -105,11 +123,12 @@ def _ending(word: str, usual: str) -> str:
 
 
 def _wide(frame: pd.DataFrame) -> pd.DataFrame:
-    """One model's values: a row an example, a column a measure and layer. Measure by measure, which takes less memory."""
+    """One model's values: rows are examples, columns are (measure, layer)."""
+    # Pivoting measure by measure takes less memory than pivoting all at once.
     parts = {measure: _by_example(rows) for measure, rows in frame.groupby("measure", observed=True)}
     return pd.concat(parts, axis=1, names=["measure", "layer"]).sort_index().sort_index(axis=1)
 
 
 def _by_example(rows: pd.DataFrame) -> pd.DataFrame:
-    """Example by layer, sorted by the example's id."""
+    """Values [example, layer], sorted by the examples' ids."""
     return rows.pivot(index="example", columns="layer", values="value")

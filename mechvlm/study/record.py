@@ -1,4 +1,4 @@
-"""What a study found, as data: its tables, and the frames and curves that are made of them."""
+"""The data of a study: its tables, and the frames and curves computed from them."""
 
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -13,36 +13,42 @@ from mechvlm.measures.phases import Phases
 from mechvlm.study import curves
 
 
-class Shown(NamedTuple):
-    """A gallery's example as one model reads it."""
+class GalleryView(NamedTuple):
+    """An example of the report's gallery as one model reads it."""
 
     html: str
     """The page of its patch view."""
     heat: Image.Image
-    """What `token` reads from the image at `layer`, as the page first shows it."""
+    """The image with the heat that the page shows first: what `token` reads at `layer`."""
     token: str
     layer: int
 
 
 @dataclass(frozen=True)
 class StudyRecord:
-    """What a study found.
+    """The data of a study.
 
     Attributes:
-        tables: by the name of their file in `data/`: "contextualization", "baseline", "lens", "norm_attention",
-            "phases", "answers", "words", and of Winoground "pair_scores" and "pairs"; `mechvlm.study.save` says what is in them.
-            The text columns of the large ones, one value an example and layer, are categories (with pandas before
-            3, group them by `observed=True`).
-        phases: by model. None for a model of fewer than 3 states, which has no curve to segment.
-        skipped: model, example, reason: what was set aside ("" for model: before any model saw it).
-        settings: everything that was asked for, after defaults, and "measures": how each was made.
-        models: by name: class, revision, dtype, device, layers, examples read, threads, seconds.
-        dataset: the examples' name, number and fingerprint, and `usable`, how many they were drawn from; of Winoground also
-            `pairs`, those with both sides among the examples, and `half_pairs`, those with only one.
-        gallery: a few examples, with a small picture each; of an opened study the small pictures are the images.
-        views: their patch views, by (model, example id), where a folder was asked for.
-        seconds: of the whole run, files included.
-        out: the folder, None where none was asked for.
+        tables: each by the name of its file in `data/`: "contextualization", "baseline", "lens",
+            "norm_attention", "attention_share", "phases", "answers", "words", and for Winoground
+            "pair_scores" and "pairs". The docstring of `mechvlm.study.save` describes them. In the
+            large tables, with a value for each example and layer, the columns of text are
+            categories (with pandas before 3, group by them with `observed=True`).
+        phases: by model; None for a model of fewer than 3 states, too few for a curve.
+        skipped: the examples that were set aside: model, example, reason. The model is "" for an
+            example that was set aside before any model read it.
+        settings: every setting, with its default filled in, and "measures": how each measure was
+            computed.
+        models: for each model its class, revision, dtype, device, number of layers and of examples
+            read, threads and seconds.
+        dataset: the name, number and fingerprint of the examples, and `usable`, the number of
+            examples to draw from. For Winoground also `pairs`, the number of pairs with both sides
+            among the examples, and `half_pairs`, of those with one side only.
+        gallery: a few examples, each with a small picture of it. In a study opened from its folder
+            the small picture is also the example's image.
+        views: the gallery's patch views, by (model, example id); empty for a study without folder.
+        seconds: of the whole run, including writing its files.
+        out: the study's folder; None for a study without folder.
     """
 
     tables: dict[str, pd.DataFrame] = field(repr=False)
@@ -52,45 +58,66 @@ class StudyRecord:
     models: dict[str, dict[str, Any]]
     dataset: dict[str, Any]
     gallery: list[tuple[Example, Image.Image]] = field(repr=False)
-    views: dict[tuple[str, str], Shown] = field(repr=False)
+    views: dict[tuple[str, str], GalleryView] = field(repr=False)
     seconds: float
     out: Path | None = None
 
     def frame(self, measure: str | None = None) -> pd.DataFrame:
-        """Every value: model, example, layer, measure, value; of one measure, or of all. Layers count from 0 (embeddings).
+        """Every value: model, example, layer, measure, value.
 
-        Measures: `cosine_inter`, `cosine_image`, `cosine_text` (mean cosine, -1 to 1); `precision` and `recall` (shares, 0 to
-        1; NaN for 0/0) of the words that image tokens decode to, and their controls: `precision_other`, `recall_other`
-        against another image's captions, `precision_text`, `recall_text` of the words on text tokens. Where images have
-        several captions, `precision_single`, `recall_single`, `precision_other_single`, `recall_other_single`: the mean over each
-        caption alone. `norm_share_last_text`, `norm_share_last_image`, `weight_share_last_text`, `weight_share_last_image`:
-        the image tokens' share (0 to 1) of the norms written to that destination, and of the raw weights; source by source,
-        as means over examples, they are in `tables["norm_attention"]`.
+        Layers count from 0 (embeddings).
+
+        Measures:
+            `cosine_inter`, `cosine_image`, `cosine_text`: mean cosine, -1 to 1.
+            `precision`, `recall`: of the words that image tokens decode to, against the image's
+                own captions; shares, 0 to 1, NaN for 0/0.
+            `precision_other`, `recall_other`: a control, against another image's captions.
+            `precision_text`, `recall_text`: a control, of the words on text tokens.
+            `precision_single`, `recall_single`, `precision_other_single`, `recall_other_single`:
+                the mean over each caption alone, where images have several captions.
+            `norm_share_last_text`, `norm_share_last_image`: the image tokens' share (0 to 1) of the
+                norms written to that destination.
+            `weight_share_last_text`, `weight_share_last_image`: their share of the raw weights.
+
+        `tables["norm_attention"]` has norms and weights for each source, as means over examples.
+
+        Args:
+            measure: one measure; by default all.
 
         Raises:
-            InputError: for a measure that is not there.
+            InputError: for a measure that this study does not hold.
+
+        Example:
+            >>> Study.open("results").frame("precision").groupby(["model", "layer"])["value"].mean()
         """
-        return _of(curves.tidy(self.tables), measure).astype({"model": str, "example": str, "measure": str})
+        return _select(curves.tidy(self.tables), measure).astype({"model": str, "example": str, "measure": str})
 
     def curves(self, measure: str | None = None) -> pd.DataFrame:
-        """Each curve: model, measure, layer, n, mean, sd, low, high; of one measure, or of all.
+        """The curve of each measure: model, measure, layer, n, mean, sd, low, high.
 
-        Over the n examples that have a value: mean, standard deviation, and the ends of the 95 % bootstrap interval of the
-        mean, drawn with the study's seed (`mechvlm.intervals.mean_interval`; NaN for one example). Beside the measures of
-        `frame`, the anisotropy baselines `cosine_inter_baseline`, `cosine_image_baseline`, `cosine_text_baseline`: of
-        all examples together, so without spread.
+        Mean and standard deviation are over the n examples that have a value. Low and high are the
+        ends of the 95 % bootstrap interval of the mean, with the study's seed
+        (`mechvlm.intervals.mean_interval`); NaN for one example. The measures are those of `frame`
+        and the anisotropy baselines `cosine_inter_baseline`, `cosine_image_baseline` and
+        `cosine_text_baseline`, which are computed from all examples together and have no spread.
+
+        Args:
+            measure: one measure; by default all.
 
         Raises:
-            InputError: for a measure that is not there.
+            InputError: for a measure that this study does not hold.
+
+        Example:
+            >>> Study.open("results").curves("cosine_inter")
         """
-        return _of(self._curves, measure).copy()
+        return _select(self._curves, measure).copy()
 
     @cached_property
     def _curves(self) -> pd.DataFrame:
         return curves.curves(self.tables, self.models, self.settings["seed"])
 
 
-def _of(frame: pd.DataFrame, measure: str | None) -> pd.DataFrame:
+def _select(frame: pd.DataFrame, measure: str | None) -> pd.DataFrame:
     if measure is None:
         return frame
     curves.check_measures([measure], frame)

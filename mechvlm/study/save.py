@@ -1,40 +1,65 @@
-"""A study's folder, written and read back.
+"""Files of a study's folder. `save_study` writes them, `mechvlm.study.load` reads them back.
 
-    settings.json           everything that determines the results; written first, and held against whoever goes on
-    page.html             one page that works offline; its gallery opens the pages in views/
-    views/*.html            the patch view of each of the gallery's examples, by model: run.json says which is which
-    views/gallery.parquet   what else the report shows of them: model, example, captions, image and heat (PNG), token, layer, file
-    figures/*.png, *.svg    the four figures, and with Winoground a fifth, pairs
-    data/*.parquet          the tables below; data/README.txt says what is in them
-    skipped.csv             what was set aside: model, example, reason
-    run.json                models and revisions, versions, seed, the data's fingerprint, every setting, findings, captions
+    report.html             the report: one page that works offline; its gallery links to views/
+    views/*.html            patch views of the gallery's examples, one page for each model and
+                            example; run.json lists which file is which
+    views/gallery.parquet   the rest of what the gallery shows, a row for each page: model, example,
+                            captions, image and heat (PNG files: a small copy of the image, and the
+                            same with the heat that the page shows first), token and layer (of that
+                            heat), file (the page)
+    figures/*.png, *.svg    the four figures phases, lens, contextualization and norm_attention;
+                            for Winoground also pairs
+    data/*.parquet          the tables described below
+    data/README.txt         this description
+    skipped.csv             the examples that were set aside: model (empty for an example set aside
+                            before any model read it), example, reason
+    settings.json           every setting that determines the results; it is written first, and a
+                            run that continues the study must have the same settings
+    run.json                models and their revisions, versions of packages, seed, fingerprint of
+                            the data, all settings, findings, and the captions of the figures
 
-While a study runs, its folder holds settings.json and, in shards/, one folder for each shard that is done (M-NNNNN, shard
-NNNNN of model M; M-pairs-NNNNN of Winoground's pairs) and one for each model's gallery (M-gallery): Parquet tables and an
-about.json. What is not whole yet has a name that ends in .tmp. The rest appears at the end, run.json last, and then shards/
-goes: what it held is in the tables.
+While a study runs, its folder holds settings.json, a lock file (.lock) and the folder shards/. In
+shards/ there is one folder for each finished shard, a fixed number of consecutive examples:
+M-NNNNN is shard NNNNN of model M, M-pairs-NNNNN is a shard of Winoground's pairs, and M-gallery
+holds the gallery of model M. Models and shards are numbered from 0. Each of these folders holds
+Parquet tables and an about.json. Names that end in .tmp belong to unfinished files and folders. All
+other files are written at the end, run.json last. Then shards/ is deleted: the files above hold all
+of its content.
 
-Tables, one value a row; `example` is the data set's id, layers count from 0 (embeddings):
+The tables. `example` is the id in the data set. Layers count from 0 (embeddings) to the number of
+layers of the model; norm-based attention begins at layer 1.
 
-    contextualization    model, example, pair ("inter", "image", "text"), layer, value (mean cosine)
-    baseline             model, pair, layer, value: the mean cosine of tokens of different examples
-    lens                 model, example, tokens ("image", "text"), captions ("own", "other"; where there are several,
-                         also "single", "other_single": the mean over each alone), measure ("precision", "recall"), layer,
-                         value (share; empty for 0/0); "other" are those of the data set's next example
-    norm_attention       model, dest, dest_position, layer, src, piece, modality, norm (residual-stream units), weight
-                         (mean over heads), n: means over n examples
-    attention_share      model, example, dest, measure ("norm", "weight"), layer, value: the image tokens' share of the sum
-                         over all sources
-    phases               model, and the columns of `mechvlm.measures.phases.Phases.to_frame`
-    answers, words       of the few examples that the report shows: the model's answer; the words that most of its
-                         visual tokens decode to, by layer, with the number of positions
+    contextualization    model, example, pair ("inter", "image", "text"), layer, value: the mean
+                         cosine between image and text tokens, among image tokens, among text
+                         tokens
+    baseline             model, pair, layer, value: the same mean over tokens of different examples
+    lens                 model, example, tokens, captions, measure ("precision", "recall"), layer,
+                         value: a share of words, 0 to 1, empty for 0/0. tokens: the words are
+                         decoded from "image" or "text" tokens. captions: the words are compared
+                         with the example's "own" captions or with the "other" ones of the data
+                         set's next example; where there are several captions, "single" and
+                         "other_single" are the mean over each caption alone. Text tokens are
+                         compared with the "own" captions only
+    norm_attention       model, dest ("last_text", "last_image"), dest_position, layer, src (the
+                         position of the source), piece (its token), modality, norm (residual-stream
+                         units), weight (mean over heads), n: means over n examples
+    attention_share      model, example, dest, measure ("norm", "weight"), layer, value: the image
+                         tokens' share of the sum over all sources, 0 to 1
+    phases               a row for each rising or falling segment of the inter-modal curve: model,
+                         and the columns of `mechvlm.measures.phases.Phases.to_frame`
+    answers              model, example, answer: the model's answer to the prompt, for the gallery's
+                         examples
+    words                model, example, layer, word, positions: the words that most visual tokens
+                         decode to, and the number of these tokens, for the gallery's examples
 
-And, where the examples are Winoground's, of the pairs of which both sides were drawn:
+For Winoground also two tables of the pairs with both sides among the examples:
 
-    pair_scores          model, pair, tag (empty where the data set has none), text, image, group: whether the pair is right
-    pairs                model, pair, image (0, 1), measure ("precision", "recall", "contextualization", "norm attention",
-                         "log-likelihood"), layer, condition ("matched": with the image's own caption, "mismatched": with
-                         the pair's other one), value: as `mechvlm.WinogroundResult.to_frame`
+    pair_scores          model, pair, tag (empty where the data set has none), text, image, group:
+                         whether the pair is right by each score
+    pairs                model, pair, image (0, 1), measure ("precision", "recall",
+                         "contextualization", "norm attention", "log-likelihood"), layer, condition
+                         ("matched": with the image's own caption, "mismatched": with the other
+                         caption of the pair), value: as in `mechvlm.WinogroundResult.to_frame`
 """
 
 import dataclasses
@@ -52,6 +77,7 @@ import pandas as pd
 import torch
 from PIL import Image
 
+from mechvlm.measures.phases import Phases
 from mechvlm.progress import Progress
 from mechvlm.study.load import FOLDER_FORMAT
 from mechvlm.study.record import StudyRecord
@@ -70,25 +96,30 @@ RECORDED_PACKAGES = (
     "pillow",
     "simplemma",
 )
+"""The packages whose versions run.json records."""
 
 S = TypeVar("S", bound=StudyRecord)
 
 
 def save_study(study: S, to: Path, progress: Progress, started: float) -> S:
-    """Write everything but the tables, which are there, into the folder `to`; gives the study with the seconds it took in all."""
+    """Write every file but the tables, which are in the folder `to` already.
+
+    Returns the study with the seconds of the whole run, counted from `started` (perf_counter).
+    """
     (to / "data" / "README.txt").write_text(__doc__ or "", encoding="utf-8")
     study.skipped.to_csv(to / "skipped.csv", index=False)
     progress("figures", 0, 0)
-    drawn = figures.draw_all(study)
-    figures.save_all(drawn, to / "figures")
+    captioned = figures.draw_all(study)
+    figures.save_all(captioned, to / "figures")
     progress("report", 0, 0)
-    drawn_from = study.curves()
+    curves = study.curves()
     study = dataclasses.replace(study, seconds=round(time.perf_counter() - started, 2))
-    vars(study)["_curves"] = drawn_from  # which took a second, or more
-    record = describe(study)
-    captions = record["figures"] = {name: caption for name, (_, caption) in drawn.items()}
+    # The copy has lost the cached curves, which take a second or more to compute.
+    vars(study)["_curves"] = curves
+    record = run_record(study)
+    captions = record["figures"] = {name: caption for name, (_, caption) in captioned.items()}
     files = gallery.file_names(study.views)
-    record["views"] = [{"file": file, "model": key[0], "example": key[1]} for key, file in files.items()]
+    record["views"] = [{"file": file, "model": model, "example": id} for (model, id), file in files.items()]
     (to / "views").mkdir()
     for key, file in files.items():
         (to / file).write_text(study.views[key].html, encoding="utf-8")
@@ -100,28 +131,25 @@ def save_study(study: S, to: Path, progress: Progress, started: float) -> S:
 
 
 def _write_gallery(study: StudyRecord, files: dict[tuple[str, str], str], to: Path) -> None:
-    examples = {example.id: (example, png(image)) for example, image in study.gallery}
-    rows = [
-        {
-            "model": model, "example": id, "captions": list(examples[id][0].captions), "image": examples[id][1],
-            "heat": png(study.views[model, id].heat), "token": study.views[model, id].token,
-            "layer": study.views[model, id].layer, "file": file,
-        }
-        for (model, id), file in files.items()
-    ]  # fmt: skip
+    captions = {example.id: list(example.captions) for example, _ in study.gallery}
+    images = {example.id: encode_png(image) for example, image in study.gallery}
     columns = ["model", "example", "captions", "image", "heat", "token", "layer", "file"]
+    rows = []
+    for (model, id), file in files.items():
+        view = study.views[model, id]
+        rows.append([model, id, captions[id], images[id], encode_png(view.heat), view.token, view.layer, file])
     pd.DataFrame(rows, columns=columns).to_parquet(to / "views" / "gallery.parquet", index=False)
 
 
-def png(image: Image.Image) -> bytes:
-    """A picture as the bytes of a PNG file, without loss."""
-    held = BytesIO()
-    image.save(held, "PNG")
-    return held.getvalue()
+def encode_png(image: Image.Image) -> bytes:
+    """An image as the bytes of a PNG file, which loses nothing."""
+    file = BytesIO()
+    image.save(file, "PNG")
+    return file.getvalue()
 
 
-def describe(study: StudyRecord) -> dict:
-    """What run.json holds: all that is needed to run the study again, and what it found."""
+def run_record(study: StudyRecord) -> dict:
+    """The content of run.json but captions and views: how to run the study again, and findings."""
     rows = summary(study).to_dict("records")
     return {
         "study": "Wei et al. 2024, A Study on Multi-modal Interaction in Vision Large Language Models",
@@ -135,37 +163,37 @@ def describe(study: StudyRecord) -> dict:
         "skipped": len(study.skipped),
         "seconds": study.seconds,
         "findings": [{key: _plain(value) for key, value in row.items()} for row in rows],
-        "phases": {name: _phases(found) for name, found in study.phases.items()},
+        "phases": {model: _phases(phases) for model, phases in study.phases.items()},
     }
 
 
-def _phases(found) -> dict | None:
-    if found is None:
+def _phases(phases: Phases | None) -> dict | None:
+    if phases is None:
         return None
     return {
-        "shows_pattern": found.shows_pattern,
-        "explanation": found.explanation,
-        "support": _plain(found.support),
-        "labels": list(found.labels),
-        "directions": list(found.directions),
-        "boundaries": [int(b) for b in found.boundaries],
-        "boundary_intervals": [[_plain(v) for v in pair] for pair in found.boundary_intervals],
+        "shows_pattern": phases.shows_pattern,
+        "explanation": phases.explanation,
+        "support": _plain(phases.support),
+        "labels": list(phases.labels),
+        "directions": list(phases.directions),
+        "boundaries": [int(b) for b in phases.boundaries],
+        "boundary_intervals": [[_plain(end) for end in ends] for ends in phases.boundary_intervals],
     }
 
 
 def _plain(value):
-    """JSON has no NaN, and does not know numpy's numbers."""
+    """The value as JSON can hold it: a plain number for one of numpy's, None for NaN."""
     value = value.item() if hasattr(value, "item") else value
     return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version(), "platform": platform.platform()}
+    versions = {"python": platform.python_version(), "platform": platform.platform()}
     for package in RECORDED_PACKAGES:
         try:
-            found[package] = version(package)
+            versions[package] = version(package)
         except PackageNotFoundError:
-            found[package] = "not installed"
+            versions[package] = "not installed"
     if torch.cuda.is_available():
-        found["gpu"] = torch.cuda.get_device_name()
-    return found
+        versions["gpu"] = torch.cuda.get_device_name()
+    return versions

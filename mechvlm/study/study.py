@@ -1,4 +1,4 @@
-"""Study: what a study found, with its figures; opened again from its folder, and compared with others."""
+"""Study: a study's results and figures. It opens finished studies and compares several."""
 
 import os
 from collections.abc import Sequence
@@ -15,26 +15,40 @@ from mechvlm.study.report.summary import summary
 
 
 class Study(StudyRecord):
-    """What a study found. `mechvlm.study.run` makes one, `Study.open` reads one from its folder."""
+    """The results of a study. `mechvlm.study.run` returns one; `Study.open` reads one.
+
+    Example:
+        >>> study = Study.open("results")
+        >>> study.summary()
+        >>> study.plot("phases").save("phases.png")
+    """
 
     @classmethod
     def open(cls, folder: str | os.PathLike) -> "Study":
-        """A written study again, from its folder alone: no model is loaded, and none of the data's images.
+        """Open a finished study from its folder alone, without its models and images.
 
-        The phases are fitted again, from the table and with the recorded seed: they equal the run's.
+        The phases are fitted again, from the tables and with the recorded seed. So they equal those
+        of the run.
+
+        Args:
+            folder: the folder of a finished study.
 
         Raises:
-            InputError: where there is no such folder or no finished study in it, a file of it is missing or damaged (which
-                one), or a newer version wrote it.
+            InputError: when there is no such folder, it holds no finished study, a file in it is
+                missing or damaged (the error names it), or a newer version of mechvlm wrote it.
         """
         return cls(**load_study(Path(folder)))
 
     def summary(self) -> pd.DataFrame:
-        """One row a model: `mechvlm.study.report.summary.summary` says what its columns are."""
+        """One row per model. `mechvlm.study.report.summary.summary` describes the columns."""
         return summary(self)
 
     def plot(self, name: str) -> CaptionedFigure:
-        """A figure and its caption: "phases", "lens", "contextualization" or "norm_attention", of Winoground also "pairs".
+        """Draw one figure of the report, with its caption.
+
+        Args:
+            name: "phases", "lens", "contextualization" or "norm_attention"; for Winoground also
+                "pairs".
 
         Raises:
             InputError: for another name.
@@ -42,13 +56,13 @@ class Study(StudyRecord):
         return draw(self, name)
 
     def figures(self) -> dict[str, CaptionedFigure]:
-        """The report's figures with their captions, by name."""
+        """Draw all figures of the report, with their captions, by name."""
         return draw_all(self)
 
     def save_figures(self, folder: str | os.PathLike) -> None:
-        """Each of the figures as PNG (200 dpi) and SVG, in a folder that is made where it is missing."""
+        """Save each figure as PNG (200 dpi) and SVG. The folder is made when it does not exist."""
         save_all(self.figures(), Path(folder))
 
     def compare(self, others: Sequence[StudyRecord | str | os.PathLike]) -> Comparison:
-        """This study and others by relative depth: `mechvlm.compare([self, *others])`."""
+        """Compare this study with others by relative depth: `mechvlm.compare([self, *others])`."""
         return compare([self, *others])

@@ -1,18 +1,22 @@
-"""Changing what passes by: `knock_out`, `ablate`, `patch` and `steer`, inside any `with vlm.trace(inputs):`.
+"""Interventions inside any `with vlm.trace(inputs):`: `knock_out`, `ablate`, `patch` and `steer`.
 
-Positions count from the start of the (padded) sequence, as a `TokenMap` gives them: `tokens.image`, `tokens.question`,
-`tokens.last`, `tokens.pos_in_box(box)`, `tokens.pos_of(word)`. One selection (a number, several, a tensor) is for every example;
-a list with one selection per example (or None: leave this one as it is) gives each row of a batch an intervention of its own,
-`[m.image for m in inputs.token_maps]`. Heads are given likewise. What is done to padding has no effect on anything.
+**Positions** count from the start of the (padded) sequence, as a `TokenMap` gives them:
+`tokens.image`, `tokens.question`, `tokens.last`, `tokens.pos_in_box(box)`, `tokens.pos_of(word)`.
+One selection (a number, several, a tensor) is for every example. A list with one selection per
+example, `[m.image for m in inputs.token_maps]`, gives each row of a batch an intervention of its
+own; None in it leaves that row as it is. What is done to padding has no effect on anything.
 
-A forward goes by once. Several interventions, and reading between them, follow its order: layer by layer.
+**Heads** are selected likewise.
+
+**Layers** are the decoder's, 0 to n_layers - 1, as in `vlm.resid_post[layer]`.
+
+**Order**: a forward goes by once. Several interventions, and readings between them, follow its
+order, layer by layer:
 
     for layer in range(3, 6):
         mv.steer(vlm, direction, tokens.image, layer)
-        seen.append(vlm.mlp_out[layer])
+        mlp_outs.append(vlm.mlp_out[layer])
         ...
-
-Layers are the decoder's, 0 to n_layers - 1, as in `vlm.resid_post[layer]`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,22 +26,33 @@ import torch
 from torch import Tensor
 
 from mechvlm.decoder.attention import read_attention, replace_mask
-from mechvlm.tracing.selections import Layers, Selection, _heads, _layers, _rows, _short, _site
+from mechvlm.tracing.selections import Layers, Selection, heads_of, layer_numbers, rows_of, shortened, site
 from mechvlm.vlm.vlm import VLM
 
 
 def knock_out(vlm: VLM, src: Selection, dst: Selection, layers: Layers, heads: Selection | None = None) -> None:
     """Attention knockout: at `layers`, the positions `dst` cannot attend to the positions `src`.
 
-    Their scores are masked before the softmax, so that the weights are exactly 0 and those of the other sources sum to 1
-    (Geva et al. 2023). The model keeps its attention implementation, SDPA or eager; its mask is replaced.
+    The scores of these pairs are masked before the softmax (Geva et al. 2023): their weights are
+    exactly 0, and those of the other sources sum to 1. The model keeps its attention
+    implementation, SDPA or eager; its mask is replaced.
 
-    `src` are read from, `dst` read; `heads` are all by default.
+        with vlm.trace(inputs):
+            mv.knock_out(vlm, src=tokens.image, dst=tokens.last, layers=range(10, 20))
+            logits = nnsight.save(vlm.logits)
+
+    Args:
+        vlm: within its trace.
+        src: positions that are read from.
+        dst: positions that read.
+        layers: one or several.
+        heads: default all.
 
     Raises:
-        ValueError: for an empty selection, for a knockout without effect (no source stands before a destination, padding,
-            or all is blocked already), and for one that leaves a destination nothing to attend to. Also under attention
-            implementations that take no mask (flash, flex).
+        ValueError: for an empty selection; for a knockout without effect (no source stands before
+            a destination, the positions are padding, or all is blocked already); for one that
+            leaves a destination nothing to attend to; and under attention implementations that take
+            no mask (flash, flex).
         IndexError: for a layer, head or position that is not there.
     """
     kind = vlm.text_config._attn_implementation
@@ -46,16 +61,19 @@ def knock_out(vlm: VLM, src: Selection, dst: Selection, layers: Layers, heads: S
             f"knock_out needs an attention that takes a mask, sdpa or eager; {vlm.name} runs {kind}. "
             "Set vlm.hf.set_attn_implementation('sdpa')."
         )
-    for layer in _layers(vlm, layers, "knock_out"):
+    for layer in layer_numbers(vlm, layers, "knock_out"):
         module = vlm.attention_module(layer)
         q, k, _, mask, _ = read_attention(module, vlm.record)
         replace_mask(module, vlm.record, _masked(q, k, mask, src, dst, heads))
 
 
 def _masked(q: Tensor, k: Tensor, mask: Tensor | None, src, dst, heads) -> Tensor:
-    """The additive mask with these edges out of it: [batch 1 dest src], or [batch head dest src] where heads are given."""
+    """The additive mask with these edges blocked.
+
+    [batch head dest src] where heads are given or the mask has them, else [batch 1 dest src].
+    """
     (batch, n_heads, n_dest, _), n_src = q.shape, k.shape[2]
-    offset = n_src - n_dest  # where a cache holds the first positions, only later ones are destinations
+    offset = n_src - n_dest  # a cache holds the first positions: destinations begin after them
     lowest = torch.finfo(q.dtype).min
     if mask is None:
         later = torch.ones(n_dest, n_src, dtype=torch.bool, device=q.device).triu(offset + 1)
@@ -65,42 +83,42 @@ def _masked(q: Tensor, k: Tensor, mask: Tensor | None, src, dst, heads) -> Tenso
         new = (
             torch.zeros_like(new, dtype=q.dtype).masked_fill_(~new, lowest) if new.dtype == torch.bool else new.clone()
         )
-    sources, dests = _rows(src, batch, n_src, "src"), _rows(dst, batch, n_src, "dst")
-    in_row = [list(range(n_heads))] * batch if heads is None else _rows(heads, batch, n_heads, "heads")
+    sources, dests = rows_of(src, batch, n_src, "src"), rows_of(dst, batch, n_src, "dst")
+    in_heads = [list(range(n_heads))] * batch if heads is None else rows_of(heads, batch, n_heads, "heads")
     if heads is not None:
         new = new.expand(-1, n_heads, -1, -1).clone() if new.shape[1] == 1 else new
     for row in range(batch):
         s, d = sources[row], dests[row]
-        h = in_row[row][: new.shape[1]]  # one mask may serve all heads
+        h = in_heads[row][: new.shape[1]]  # one mask may serve all heads
         if not (s and d and h):
             continue
-        where = f"knock_out of example {row}: src {_short(s)}, dst {_short(d)}"
+        where = f"knock_out of example {row}: src {shortened(s)}, dst {shortened(d)}"
         if min(d) < offset:
             raise ValueError(f"{where}: this forward computes positions {offset} to {n_src - 1} only.")
-        at = torch.tensor(h)[:, None, None], torch.tensor(d)[:, None] - offset, torch.tensor(s)
-        # Without a mask all that stands before is open, and nothing has to be fetched from the device to know it.
-        if min(s) > max(d) or (mask is not None and not (new[row][at] > lowest / 2).any()):
+        edges = torch.tensor(h)[:, None, None], torch.tensor(d)[:, None] - offset, torch.tensor(s)
+        # Without a mask all earlier positions are open: nothing is fetched from the device to know.
+        if min(s) > max(d) or (mask is not None and not (new[row][edges] > lowest / 2).any()):
             raise ValueError(
-                f"{where} has no effect: a position attends to itself and those before it, without padding and what was "
-                "knocked out already, and none of these sources is among them."
+                f"{where} has no effect: a position attends to itself and those before it, without padding and what "
+                "was knocked out already, and none of these sources is among them."
             )
-        new[row][at] = lowest
-        left = (new[row][at[0], at[1]] > lowest / 2).any(-1).all() if mask is not None else not _covers(s, d)
-        if not left:
+        new[row][edges] = lowest
+        sources_left = not _covers(s, d) if mask is None else (new[row][edges[:2]] > lowest / 2).any(-1).all()
+        if not sources_left:
             raise ValueError(
                 f"{where} leaves a destination nothing to attend to: leave it one source, itself for example."
             )
-    if not any(s and d and h for s, d, h in zip(sources, dests, in_row, strict=True)):
+    if not any(s and d and h for s, d, h in zip(sources, dests, in_heads, strict=True)):
         raise ValueError("knock_out: no example has a source, a destination and a head.")
     return new
 
 
 def _covers(src: list[int], dst: list[int]) -> bool:
-    """Whether a destination loses every position up to itself."""
-    blocked, first = set(src), 0
-    while first in blocked:
-        first += 1
-    return min(dst) < first
+    """Whether the sources hold every position that one of the destinations attends to."""
+    blocked, first_open = set(src), 0
+    while first_open in blocked:
+        first_open += 1
+    return min(dst) < first_open
 
 
 def ablate(
@@ -113,32 +131,39 @@ def ablate(
     heads: Selection | None = None,
     seed: int = 0,
 ) -> None:
-    """Replace what `pos` hold at `layers` by nothing, by an average, or by what other examples hold there.
+    """Ablation: at `layers`, replace the states of `pos` by zero, by a mean or by other examples'.
+
+        with vlm.trace(inputs):
+            mv.ablate(vlm, [m.image for m in inputs.token_maps], layers=0, how="mean")
+            logits = nnsight.save(vlm.logits)
 
     Args:
         vlm: within its trace.
         pos: positions.
         layers: one or several.
-        how: "zero"; "mean", the average of `source`; or "resample", entries of `source` drawn with `seed`.
-        source: [n ...] states of the site, to average or draw from, such as the visual tokens of many images. By default
-            what the OTHER examples of the batch hold at their `pos` (for "resample" the same number of them in order, of one
-            other example, where it has as many).
-        at: a site of the layer; `resid_pre` is what enters it, so that layer 0 takes the embeddings.
-        heads: at="z" only: of these heads.
+        how: "zero"; "mean", the average of `source`; or "resample", entries of `source` drawn with
+            `seed`.
+        source: [n ...] states of the site, to average or draw from, such as the visual tokens of
+            many images. Default: the states of the OTHER examples of the batch at their `pos`. Of
+            these "resample" takes one other example's, in order where it has as many as are
+            replaced, else drawn from them.
+        at: a site of the layer: `mechvlm.tracing.selections.SITES`. `resid_pre` is what enters the
+            layer, so that layer 0 takes the embeddings.
+        heads: at="z" only: the heads to replace; default all.
         seed: of the draws; every layer draws the same ones.
 
     Raises:
-        ValueError: for an empty selection, an unknown `how` or site, no example to average or draw from, or a source of
-            the wrong shape.
+        ValueError: for an empty selection, an unknown `how` or site, no example to average or draw
+            from, or a source of the wrong shape.
         IndexError: for a layer, head or position that is not there.
     """
     if how not in ("zero", "mean", "resample"):
         raise ValueError(f"ablate knows how='zero', 'mean' and 'resample', not {how!r}.")
-    for layer in _layers(vlm, layers, "ablate"):
+    for layer in layer_numbers(vlm, layers, "ablate"):
         generator = torch.Generator().manual_seed(seed)
-        old = _site(vlm, at)[layer]
-        rows = _rows(pos, len(old), old.shape[1], "pos")
-        in_heads = _heads(heads, at, old, rows, "ablate")
+        old = site(vlm, at)[layer]
+        rows = rows_of(pos, len(old), old.shape[1], "pos")
+        in_heads = heads_of(heads, at, old, rows, "ablate")
         new = old.clone()
         for row, positions in enumerate(rows):
             if not positions:
@@ -149,11 +174,11 @@ def ablate(
                 pool = _pool(old, rows, row, source, how, generator)
                 value = pool.mean(0, keepdim=True) if how == "mean" else _drawn(pool, len(positions), generator)
             new[row, positions] = torch.where(in_heads[row], value.to(old), old[row, positions])
-        _site(vlm, at)[layer] = new
+        site(vlm, at)[layer] = new
 
 
 def _pool(old: Tensor, rows: list[list[int]], row: int, source, how: str, generator) -> Tensor:
-    """[n ...] states to average or to draw from in one row."""
+    """States [n ...] to average or to draw from for one row."""
     if source is not None:
         if source.shape[1:] != old.shape[2:] or not len(source):
             raise ValueError(
@@ -163,10 +188,10 @@ def _pool(old: Tensor, rows: list[list[int]], row: int, source, how: str, genera
     others = [other for other in range(len(rows)) if other != row and rows[other]]
     if not others:
         raise ValueError(
-            f"ablate(how={how!r}) takes the other examples of the batch, and here is none with such positions: "
+            f"ablate(how={how!r}) takes the other examples of the batch, and none of them has such positions: "
             "give `source`, states [n ...] of other images."
         )
-    if how == "resample":  # one other example, as it is
+    if how == "resample":  # the states of one other example stay together
         others = [others[int(torch.randint(len(others), (), generator=generator))]]
     return torch.cat([old[other, rows[other]] for other in others])
 
@@ -183,45 +208,52 @@ def patch(
     at: str = "resid_post",
     heads: Selection | None = None,
 ) -> None:
-    """Activation patching: at `layers`, `pos` hold what they held in another forward.
+    """Activation patching: at `layers`, give `pos` the states that they had in another forward.
+
+        _, cache = vlm.run_with_cache(other_inputs)
+        with vlm.trace(inputs):
+            mv.patch(vlm, cache, tokens.last, layers=[5, 6])
+            logits = nnsight.save(vlm.logits)
 
     Args:
         vlm: within its trace.
-        activations: of one layer, a tensor as the accessor gives it, [batch pos ...] of the same length, of which `pos` are
-            taken; or only the states to put in, [batch n ...] for n positions. A batch of 1 goes to every row. Of several
-            layers, such tensors by layer: a list over all layers, or a mapping from layers or from TransformerLens' hook names.
+        activations: for one layer, a tensor as the accessor gives it, [batch pos ...] of the same
+            length, from which `pos` are taken; or only the states to put in, [batch n ...] for n
+            positions. A batch of 1 goes to every row. For several layers, such tensors by layer: a
+            list over all layers, or a mapping from layers or from TransformerLens' hook names.
         pos: positions.
         layers: one or several.
-        at: a site of the layer.
-        heads: at="z" only: of these heads.
+        at: a site of the layer: `mechvlm.tracing.selections.SITES`.
+        heads: at="z" only: the heads to patch; default all.
 
     Raises:
-        ValueError: for activations of the wrong shape or missing layers, an empty selection or an unknown site.
+        ValueError: for activations of the wrong shape or missing layers, an empty selection or an
+            unknown site.
         IndexError: for a layer, head or position that is not there.
     """
-    layers = _layers(vlm, layers, "patch")
+    layers = layer_numbers(vlm, layers, "patch")
     if isinstance(activations, Tensor) and len(layers) > 1:
         raise ValueError(f"patch: one tensor was given for the layers {layers}: give a list or a mapping by layer.")
     for layer in layers:
-        old = _site(vlm, at)[layer]
-        rows = _rows(pos, len(old), old.shape[1], "pos")
-        given = activations if isinstance(activations, Tensor) else _of_layer(activations, layer, at)
+        old = site(vlm, at)[layer]
+        rows = rows_of(pos, len(old), old.shape[1], "pos")
+        states = activations if isinstance(activations, Tensor) else _of_layer(activations, layer, at)
         counts = sorted({len(positions) for positions in rows if positions})
-        fits = given.ndim == old.ndim and given.shape[0] in (1, len(old)) and given.shape[2:] == old.shape[2:]
-        if not fits or (given.shape[1] != old.shape[1] and counts != [given.shape[1]]):
+        fits = states.ndim == old.ndim and states.shape[0] in (1, len(old)) and states.shape[2:] == old.shape[2:]
+        if not fits or (states.shape[1] != old.shape[1] and counts != [states.shape[1]]):
             wanted = f"[{len(old)} or 1, {old.shape[1]} or {counts}, {', '.join(map(str, old.shape[2:]))}]"
             raise ValueError(
-                f"patch: the activations are {list(given.shape)}; {at} of layer {layer} takes {wanted}: (batch, all positions "
-                "or those patched, ...)."
+                f"patch: the activations are {list(states.shape)}; {at} of layer {layer} takes {wanted}: (batch, all "
+                "positions or those patched, ...)."
             )
-        in_heads = _heads(heads, at, old, rows, "patch")
+        in_heads = heads_of(heads, at, old, rows, "patch")
         new = old.clone()
         for row, positions in enumerate(rows):
             if positions:
-                value = given[row if len(given) > 1 else 0].to(old)
-                value = value[positions] if given.shape[1] == old.shape[1] else value
+                value = states[row if len(states) > 1 else 0].to(old)
+                value = value[positions] if states.shape[1] == old.shape[1] else value
                 new[row, positions] = torch.where(in_heads[row], value, old[row, positions])
-        _site(vlm, at)[layer] = new
+        site(vlm, at)[layer] = new
 
 
 def _of_layer(activations, layer: int, at: str) -> Tensor:
@@ -235,7 +267,7 @@ def _of_layer(activations, layer: int, at: str) -> Tensor:
     for key in (name, layer):
         if key in activations:
             return activations[key]
-    raise ValueError(f"patch: the activations hold neither {layer} nor {name!r}, but {_short(list(activations))}.")
+    raise ValueError(f"patch: the activations hold neither {layer} nor {name!r}, but {shortened(list(activations))}.")
 
 
 def steer(
@@ -246,16 +278,27 @@ def steer(
     scale: float | int = 1.0,
     at: str = "resid_post",
 ) -> None:
-    """Activation steering: at `layers`, add scale * direction to what `pos` hold.
+    """Activation steering: at `layers`, add scale * direction to the states of `pos`.
 
-    `direction` is one vector, [d_model] (at="z": [head d_head]), or one per example, [batch d_model].
+        with vlm.trace(inputs):
+            mv.steer(vlm, vlm.W_U[:, 7], tokens.last, layers=2, scale=0.5)
+            logits = nnsight.save(vlm.logits)
+
+    Args:
+        vlm: within its trace.
+        direction: one vector, [d_model] (at="z": [head d_head]), or one per example,
+            [batch d_model] (at="z": [batch head d_head]).
+        pos: positions.
+        layers: one or several.
+        scale: of the direction.
+        at: a site of the layer: `mechvlm.tracing.selections.SITES`.
 
     Raises:
         ValueError: for a direction of the wrong shape, an empty selection or an unknown site.
         IndexError: for a layer or position that is not there.
     """
-    for layer in _layers(vlm, layers, "steer"):
-        old = _site(vlm, at)[layer]
+    for layer in layer_numbers(vlm, layers, "steer"):
+        old = site(vlm, at)[layer]
         if direction.shape not in (old.shape[2:], (len(old), *old.shape[2:])):
             width = ", ".join(map(str, old.shape[2:]))
             raise ValueError(
@@ -263,9 +306,6 @@ def steer(
             )
         step = (scale * direction).to(old)
         new = old.clone()
-        for row, positions in enumerate(_rows(pos, len(old), old.shape[1], "pos")):
+        for row, positions in enumerate(rows_of(pos, len(old), old.shape[1], "pos")):
             new[row, positions] = old[row, positions] + (step[row] if direction.ndim == old.ndim - 1 else step)
-        _site(vlm, at)[layer] = new
-
-
-# -- what was asked, made plain ----------------------------------------------------------------------------------------
+        site(vlm, at)[layer] = new

@@ -3,8 +3,8 @@
 1. Every probe prepares a plan, before the forward (`mechvlm.probes.probe` says what a probe is).
 2. One trace runs the forward. `_readings` goes through it in its order, and reads only what one of
    the probes has a method for.
-3. Every reading goes to the method of each probe that has it. A probe gives a small row back: nothing
-   of the size of the residual stream outlives its layer.
+3. Every reading goes to the method of each probe that has it. A probe gives a small row back:
+   nothing of the size of the residual stream outlives its layer.
 4. Whether each state is finite is noted on the way. NaN is refused, with the layer where it begins.
 5. Every probe makes its result out of its rows.
 """
@@ -37,7 +37,7 @@ def read(vlm: VLM, inputs: Inputs, *probes, blocking: Literal[False], job_id: st
 
 
 def read(vlm: VLM, inputs: Inputs, *probes, blocking: bool = True, job_id: str | None = None) -> tuple | Job:
-    """Run ONE forward and give each probe's result, in their order.
+    """Run ONE forward and return each probe's result, in the order of the probes.
 
     >>> lens, norms = mv.read(vlm, inputs, mv.LogitLens(k=5), mv.NormAttention(dst="last"))
 
@@ -45,13 +45,15 @@ def read(vlm: VLM, inputs: Inputs, *probes, blocking: bool = True, job_id: str |
         vlm: the model.
         inputs: what `vlm.inputs(image, prompt)` gives.
         probes: `mv.LogitLens()` and its kin, or probes of your own (`mechvlm.probes.probe`).
-        blocking: False leaves the work on NDIF and gives a `mechvlm.Job`, whose `result()` is the same tuple.
-        job_id: of a job that the same call with `blocking=False` began, in this process or another: it is found again, and
-            nothing is sent.
+        blocking: False leaves the work on NDIF and returns a `mechvlm.Job`, whose `result()` is the
+            same tuple.
+        job_id: the id of a job that the same call with `blocking=False` began, in this process or
+            another: the job is found again, and nothing is sent.
 
     Raises:
-        InputError: from the job's `result()`, when the job with this id was given other inputs or other probes.
-        RemoteError: where NDIF gave no result; it says why, and what to do.
+        InputError: from the job's `result()`, when the job with this id was given other inputs or
+            other probes.
+        RemoteError: when NDIF gave no result; it says why, and what to do.
         NonFiniteError: when a state holds NaN or infinity; it names the layer and the examples.
         ValueError: when no probe is given, or one asks for positions that are not there.
     """
@@ -74,7 +76,8 @@ def read(vlm: VLM, inputs: Inputs, *probes, blocking: bool = True, job_id: str |
         return Job(request, lambda saved: results(_answer_to(question, saved)))
 
     with torch.no_grad(), vlm.trace(inputs, logits_to_keep=1, blocking=blocking) as tracer:
-        asked = nnsight.save([question])
+        # A job's result holds these by their names: `_answer_to` compares `asked`.
+        asked = nnsight.save([question])  # noqa: F841
         rows = nnsight.save([[] for _ in probes])
         finite = nnsight.save([])
         for method, reading in _readings(vlm, wanted):
@@ -82,15 +85,15 @@ def read(vlm: VLM, inputs: Inputs, *probes, blocking: bool = True, job_id: str |
                 finite.append(is_finite(reading.resid, real))
             for probe, plan, kept in zip(probes, plans, rows, strict=True):
                 if hasattr(probe, method):
-                    kept.append(exactly(getattr(probe, method), plan, reading))
+                    kept.append(without_autocast(getattr(probe, method), plan, reading))
 
     if not blocking:
         return Job(tracer.backend, results)
-    return results({"asked": asked, "rows": rows, "finite": finite})
+    return results({"rows": rows, "finite": finite})
 
 
 def _readings(vlm, wanted: set[str]) -> Iterator[tuple[str, Any]]:
-    """Inside a trace: each reading in the order of the forward, with the probes' method that it is for."""
+    """Inside a trace: each reading, in the order of the forward, after the name of its method."""
     norm, unembed = vlm.readout()
     if "at_queries" in wanted:
         for number, module in enumerate(vlm.cross_attentions):
@@ -125,12 +128,12 @@ def _refuse_unreadable(inputs: Any, probes: tuple) -> None:
 
 
 def _question(inputs: Inputs, probes: tuple) -> str:
-    """A digest of what a job is asked. It travels with the job, so that whoever collects it asks the same."""
+    """A digest of inputs and probes: it travels with a job, and must be the same to collect it."""
     digest = hashlib.sha256(inputs.model.encode())
     for name, value in sorted(inputs.encoding.items()):
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
         digest.update(value.contiguous().cpu().numpy().tobytes())
-    # An object without a repr of its own shows its address, which differs from process to process.
+    # The default repr shows an object's address, which differs from process to process.
     digest.update("\n".join(re.sub(r" at 0x[0-9a-f]+", "", repr(probe)) for probe in probes).encode())
     return digest.hexdigest()
 
@@ -138,21 +141,25 @@ def _question(inputs: Inputs, probes: tuple) -> str:
 def _answer_to(question: str, saved: dict[str, Any]) -> dict[str, Any]:
     if saved.get("asked") != [question]:
         raise InputError(
-            "This job was asked something else than is collected here. Give the model, the inputs and the probes that it was "
-            "submitted with, or vlm.job(id) for what it saved, as it is."
+            "This job was asked something else: its model, inputs or probes are not those given here. Give those that it "
+            "was submitted with, or take what it saved, as it is, from vlm.job(id).result()."
         )
     return saved
 
 
-def exactly(measure: Callable, *args):
-    """measure(*args), without the autocast under which NDIF runs blocks of models in half precision."""
+def without_autocast(measure: Callable, *args):
+    """measure(*args), outside of the autocast under which NDIF runs models in half precision."""
     with torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):
         return measure(*args)
 
 
 def is_finite(resid: Tensor, real: Tensor) -> Tensor:
-    """Per example [batch]: whether all its positions but padding hold finite numbers."""
-    # One sum a position: NaN and infinity survive it, and [batch pos d_model] booleans are never made.
+    """Whether all of an example's positions but padding hold finite numbers, [batch].
+
+    `resid` is [batch pos d_model], and `real` is [batch pos], False at padding.
+    """
+    # One sum a position keeps NaN and infinity, and needs no [batch pos d_model] booleans. A sum
+    # can overflow in float16, so the largest entry stands for it there.
     sums = resid.float().abs().amax(-1) if resid.dtype == torch.float16 else resid.sum(-1)
     return (torch.isfinite(sums) | ~real.to(sums.device)).all(-1)
 
@@ -166,7 +173,7 @@ def _refuse_nonfinite(finite: Tensor, vlm: VLM) -> None:
     if vlm.dtype == torch.float16:
         why = "In float16 large activations overflow: load with dtype='bfloat16' or 'float32'."
     elif first == 0:
-        why = "They already enter the decoder so: look at the image's pixels and the vision encoder's weights."
+        why = "The decoder's input holds them already: check the image's pixels and the vision encoder's weights."
     else:
         why = "The weights of that layer, or what was assigned to it, may hold NaN."
     raise NonFiniteError(

@@ -1,4 +1,4 @@
-"""What results look like: figures, and interactive pages that work offline."""
+"""Interactive pages that show results beside their inputs and work offline."""
 
 from mechvlm.view.circuitsvis import attention, attention_row, tokens, topk
 from mechvlm.view.page import View

@@ -1,12 +1,6 @@
-"""Views drawn by CircuitsVis (Nanda and Cooney 2022), whose bundle is taken from the installed package: nothing is fetched."""
+"""Views that CircuitsVis draws: attention patterns, values on tokens, tables of the logit lens."""
 
-import re
 from collections.abc import Sequence
-from functools import lru_cache
-from html import escape
-from importlib.util import find_spec
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -17,55 +11,30 @@ from mechvlm.inputs.tokens import TokenMap
 from mechvlm.probes.logit_lens import LogitLensResult
 from mechvlm.probes.norm_attention import NormAttentionResult
 from mechvlm.view import previews
-from mechvlm.view.match import belongs, example_of
-from mechvlm.view.page import View, to_json
-from mechvlm.view.pooling import Pool, cell_map, groups, line, pooled, readable, rows_of, shape_of
+from mechvlm.view.circuitsvis_page import circuitsvis_view, html_safe, rounded
+from mechvlm.view.match import check_example, check_match
+from mechvlm.view.page import View
+from mechvlm.view.pooling import (
+    Pool,
+    cell_map,
+    pool_attention,
+    pool_shape,
+    position_rows,
+    readable,
+    token_groups,
+    token_labels,
+)
 
 ATTENTION_LIMIT = 20_000
-"""(maps + 1) x tokens² that the attention view may draw: about 0.1 ms each, 2 to 3 s for all."""
+"""Most (maps + 1) x tokens² that the attention view draws: about 0.1 ms each, 2 to 3 s for all."""
 
 POSITIVE, NEGATIVE = "#0072B2", "#D55E00"
 ATTENTION_MEASURES = {
     "norm": ("norm written (residual-stream units)", "all heads' vectors summed"),
     "weight": ("attention weight", "the heads' mean"),
 }
-"""What each measure is called, and what its heads together are: vectors summed before the norm, or weights' mean."""
-
-# Every place names its view and holds its data, so that any number of them can stand on a page.
-START = """
-document.querySelectorAll("[data-circuitsvis]").forEach((place, i) => {
-  const view = document.createElement("div");
-  view.id = "circuitsvis-" + i;
-  place.append(view);
-  const data = JSON.parse(place.querySelector("script").textContent);
-  CircuitsVis.render(view.id, CircuitsVis[place.dataset.circuitsvis], data);
-});
-"""
-CIRCUITSVIS_STYLE = """
-h2 { font-size: 16px; margin: 0 0 4px; }
-p.note { margin: 0 0 10px; color: #555; max-width: 80ch; }
-section { margin-bottom: 28px; }
-select { font: inherit; }
-.side { display: flex; flex-wrap: wrap; gap: 16px; align-items: flex-start; }
-.side > [data-circuitsvis] { flex: 1 1 480px; min-width: 0; max-width: 680px; }
-[data-circuitsvis] > div > div { max-width: 100% !important; }
-figure.cells { margin: 0; width: 240px; }
-figure.cells svg { width: 100%; display: block; background: #ddd; }
-figure.cells text { fill: #fff; stroke: #000; paint-order: stroke; text-anchor: middle; dominant-baseline: central; }
-figcaption { color: #555; font-size: 12px; }
-[data-circuitsvis=AttentionHeads] h2 { font-size: 13px; }
-[data-circuitsvis=AttentionHeads] h3 { font-size: 13px; margin: 0 0 6px !important; }
-[data-circuitsvis=AttentionHeads] h4 { font-size: 10px; font-weight: 600; }
-[data-circuitsvis=TopkTokens] td { padding: 1px 8px; }
-/* The lens has no lowest tokens: what would show them is left out. */
-[data-circuitsvis=TopkTokens] tr:has(> td > div), div:has(> div > #filter-select) { display: none !important; }
-/* And what CircuitsVis calls samples are rows of patches in the one, and layers in the other. */
-[data-circuitsvis^=Topk] label[for^=sample] { font-size: 0; }
-[data-circuitsvis^=Topk] label[for^=sample]::before { font-size: 14px; }
-[data-circuitsvis=TopkTokens] label[for=sample-selector]::before { content: "Row:"; }
-[data-circuitsvis=TopkSamples] label[for=sample-selector]::before { content: "Lines:"; }
-[data-circuitsvis=TopkSamples] label[for=samples-per-page-selector]::before { content: "Lines at once:"; }
-"""
+"""For each measure, what it is called, and what all heads together are: the norm of their summed
+vectors, or the mean of their weights."""
 
 
 def attention(
@@ -78,28 +47,35 @@ def attention(
     measure: str = "norm",
     example: int = 0,
 ) -> View:
-    """Attention heads and their patterns at chosen layers, over text tokens and cells of the image.
+    """Attention patterns at chosen layers, head by head, over text tokens and cells of the image.
 
-    A cell's patches are summed as sources and averaged as destinations: a row of weights still sums to 1. Norms are
-    summed alike, which is what the patches wrote one by one, not the norm of what they wrote together.
+    A cell's patches are summed as sources and averaged as destinations, so that a row of weights
+    still sums to 1. Norms are pooled in the same way: the sum of the norms that the patches wrote
+    one by one, not the norm of what they wrote together.
+
+        >>> inputs = vlm.inputs(image, prompt)
+        >>> norms = mechvlm.norm_attention(vlm, inputs, dst="all pairs")
+        >>> mechvlm.view.attention(inputs, norms, layers=[8, 16], pool=4)
 
     Args:
         inputs: what the result was read from.
         norms: read with `NormAttention(dst="all pairs")`.
         layers: one or several, 1 to n_layers.
-        heads: which; default all, and always the map of all of them together. `()` leaves only that one.
-        pool: cells of an image, (rows, cols), or n for n x n; of InstructBLIP's queries, the number of groups. Default:
-            every patch or query by itself.
-        measure: "norm", ‖α f‖ and for all heads ‖Σ_h α_h f_h‖; or "weight", α and its mean over heads.
+        heads: which heads; default all. The map of all heads together is always shown, and `()`
+            shows only that one.
+        pool: cells of an image, (rows, cols), or n for n x n; for InstructBLIP's queries, the
+            number of groups. Default: every patch or query by itself.
+        measure: "norm", ‖α f‖ and for all heads ‖Σ_h α_h f_h‖; or "weight", α and its mean over
+            heads.
         example: which of the batch.
 
     Raises:
-        ViewError: when the result is of other inputs or holds too few destinations, the image is gone, or the view would be
-            too large to draw: the error says which pooling fits.
+        ViewError: when the result is of other inputs or holds too few destinations, the image is
+            gone, or the view would be too large to draw: the error says which pooling fits.
     """
-    belongs(inputs, norms)
-    tokens = inputs.token_maps[example_of(inputs, example)]
-    unit, of_all = _measure(measure)
+    check_match(inputs, norms)
+    token_map = inputs.token_maps[check_example(inputs, example)]
+    unit, all_heads = _measure(measure)
     if len(norms.names) != norms.norm.shape[-1]:
         raise ViewError(
             f"Patterns need every destination; these norms hold {list(norms.names)}. Read them with "
@@ -107,65 +83,72 @@ def attention(
         )
     layers = [layers] if isinstance(layers, int) else list(layers)
     heads = list(range(norms.weight.shape[2])) if heads is None else list(heads)
-    _among("layers", layers, norms.layers)
-    _among("heads", heads, range(norms.weight.shape[2]))
+    _check_numbers("layers", layers, norms.layers)
+    _check_numbers("heads", heads, range(norms.weight.shape[2]))
     if not layers:
         raise ViewError("No layer was asked for: give one of 1 to n_layers, or several.")
-    shape_of(tokens, pool)
-    _drawable(tokens, len(layers) * (1 + len(heads)), pool)
+    pool_shape(token_map, pool)
+    _check_cost(token_map, len(layers) * (1 + len(heads)), pool)
 
-    names, member = groups(tokens, pool)
+    names, member = token_groups(token_map, pool)
     maps, titles = [], []
     for layer in layers:
-        whole, single = _of_layer(norms, measure, norms.layers.index(layer), example)
-        maps += [whole, *single[heads]]
+        together, by_head = _layer_maps(norms, measure, norms.layers.index(layer), example)
+        maps += [together, *by_head[heads]]
         titles += [f"{layer} all", *(f"{layer}.{head}" for head in heads)]
-    values = pooled(torch.stack(maps), member)
+    values = pool_attention(torch.stack(maps), member)
     top = float(values.max())
     data = {
-        "attention": _rounded(values), "tokens": names, "attentionHeadNames": titles, "maskUpperTri": False,
+        "attention": rounded(values), "tokens": names, "attentionHeadNames": titles, "maskUpperTri": False,
         "minValue": -1, "maxValue": top or 1.0, "positiveColor": POSITIVE, "negativeColor": NEGATIVE,
     }  # fmt: skip
     title = f"{'Norm-based' if measure == 'norm' else 'Raw'} attention, {norms.model}"
     note = (
         f"From each source (across) to each destination (down): {unit}, 0 (white) to {top:.3g} (blue) on every map. Labels are "
-        f"layer.head, 'all' is {of_all}. A cell's patches are summed as sources, averaged as destinations."
+        f"layer.head, 'all' is {all_heads}. A cell's patches are summed as sources, averaged as destinations."
     )
-    return _view(
-        title, note, [("AttentionHeads", data)], previews.pattern(values[0], names, f"{title}, layer {titles[0]}", unit),
-        aside=cell_map(inputs, example, pool), height=860 + 115 * -(-len(titles) // 6),
-        instead="fewer layers, fewer heads, or a smaller pool",
+    preview = previews.pattern(values[0], names, f"{title}, layer {titles[0]}", unit)
+    return circuitsvis_view(
+        title, note, [("AttentionHeads", data)], preview, aside=cell_map(inputs, example, pool),
+        height=860 + 115 * -(-len(titles) // 6), instead="fewer layers, fewer heads, or a smaller pool",
     )  # fmt: skip
 
 
 def tokens(inputs: Inputs, values, *, name: str = "value", example: int = 0) -> View:
-    """One value a position, as the color of its token; patches stand in rows as on the image. Hover to read the value.
+    """One value per position, as the color of its token; patches stand in rows as on the image.
+
+    Hover over a token to read its value.
+
+        >>> norms = mechvlm.norm_attention(vlm, inputs, dst="last")
+        >>> mechvlm.view.tokens(inputs, norms.norm[15, 0, 0], name="norm read at layer 16")
 
     Args:
-        inputs: the tokens, and the model that they are of.
-        values: [pos], over the padded sequence, as the model's activations are.
+        inputs: the tokens, and the model that they are for.
+        values: [pos], over the padded sequence, like the model's activations.
         name: what the values are.
         example: which of the batch.
 
     Raises:
-        ViewError: when there are not as many values as positions, or one of a token is NaN or infinite.
+        ViewError: when there are not as many values as positions, or a token's value is NaN or
+            infinite.
     """
-    found = inputs.token_maps[example_of(inputs, example)]
+    token_map = inputs.token_maps[check_example(inputs, example)]
     values = torch.as_tensor(values).detach().cpu().float()
-    if values.shape != (len(found),):
+    if values.shape != (len(token_map),):
         raise ViewError(
-            f"{name!r} has the shape {list(values.shape)}; example {example} has {len(found)} positions, padding included: "
-            "give one value for each."
+            f"{name!r} has the shape {list(values.shape)}; example {example} has {len(token_map)} positions, padding "
+            "included: give one value for each."
         )
-    values = values[found.all]
-    labels, low, high = line(found), float(values.min()), float(values.max())
+    values = values[token_map.all]
+    labels, low, high = token_labels(token_map), float(values.min()), float(values.max())
     data = {
-        "tokens": [_as_html(label) for label in labels], "values": _rounded(values),
+        "tokens": [html_safe(label) for label in labels], "values": rounded(values),
         "minValue": min(low, -1e-9), "maxValue": max(high, 1e-9), "positiveColor": POSITIVE, "negativeColor": NEGATIVE,
     }  # fmt: skip
     title = f"{name}, {inputs.model}" if inputs.model else name
     note = f"From {low:.3g} to {high:.3g}; 0 is white, above it blue, below it orange. Hover over a token to read its value."
-    return _view(title, note, [("ColoredTokens", data)], previews.chips(values, labels, title, name), height=360)
+    preview = previews.chips(values, labels, title, name)
+    return circuitsvis_view(title, note, [("ColoredTokens", data)], preview, height=360)
 
 
 def attention_row(
@@ -178,70 +161,82 @@ def attention_row(
 ) -> View:
     """What one destination reads from every token and every patch, by layer and head.
 
+        >>> norms = mechvlm.norm_attention(vlm, inputs, dst="last")
+        >>> mechvlm.view.attention_row(inputs, norms, "last")
+
     Args:
         inputs: what the result was read from.
         norms: of any destinations.
-        dest: a destination by its name in `norms.names`, or its position; default the only one that there is.
+        dest: a destination by its name in `norms.names`, or its position; default: the only one.
         measure: "norm" (the norm of what was written) or "weight" (raw).
         example: which of the batch.
 
     Raises:
-        ViewError: when the result is of other inputs or lacks this destination, or the view would exceed 50 MB.
+        ViewError: when the result is of other inputs or lacks this destination, or the view would
+            exceed 50 MB.
     """
-    belongs(inputs, norms)
-    found = inputs.token_maps[example_of(inputs, example)]
-    unit, together = _measure(measure)
-    column = _destination(norms, dest, example)
+    check_match(inputs, norms)
+    token_map = inputs.token_maps[check_example(inputs, example)]
+    unit, all_heads = _measure(measure)
+    column = _dest_column(norms, dest, example)
     position = int(norms.dest[example, column])
-    if position not in found.all:
+    if position not in token_map.all:
         raise ViewError(
-            f"Position {position} is padding in example {example}, whose tokens start at {int(found.all[0])}."
+            f"Position {position} is padding in example {example}, whose tokens start at {int(token_map.all[0])}."
         )
     by_layer = []
     for layer in range(len(norms.layers)):
-        whole, single = _of_layer(norms, measure, layer, example)
-        by_layer.append(torch.cat([whole[None], single])[:, column, found.all])
+        together, by_head = _layer_maps(norms, measure, layer, example)
+        by_layer.append(torch.cat([together[None], by_head])[:, column, token_map.all])
     values = torch.stack(by_layer)  # [layer, all + heads, pos]
-    labels = line(found)
+    labels = token_labels(token_map)
     data = {
-        # One sample among a list: a list of strings alone would do, but is told apart by its first entry.
-        "tokens": [[_as_html(label) for label in labels]], "activations": [_rounded(values.permute(2, 0, 1))],
+        # A list with one sample: CircuitsVis takes a plain list of strings for a sample or for
+        # several, depending on its first entry.
+        "tokens": [[html_safe(label) for label in labels]], "activations": [rounded(values.permute(2, 0, 1))],
         "secondDimensionName": "Head", "firstDimensionLabels": [str(layer) for layer in norms.layers],
-        "secondDimensionLabels": [together, *map(str, range(values.shape[1] - 1))],
+        "secondDimensionLabels": [all_heads, *map(str, range(values.shape[1] - 1))],
     }  # fmt: skip
-    of = f"{readable(found.strings[position]).strip()} (position {position})"
-    title = f"{'Norm-based' if measure == 'norm' else 'Raw'} attention of {of}, {norms.model}"
+    dest_label = f"{readable(token_map.strings[position]).strip()} (position {position})"
+    title = f"{'Norm-based' if measure == 'norm' else 'Raw'} attention of {dest_label}, {norms.model}"
     note = f"{unit[0].upper() + unit[1:]} from each token; white is 0, full blue the most of this layer and head."
-    still = previews.by_layer(values[:, 0], norms.layers, title, f"{unit},\n{together}")
-    return _view(
-        title, note, [("TextNeuronActivations", data)], still, height=460,
+    preview = previews.by_layer(values[:, 0], norms.layers, title, f"{unit},\n{all_heads}")
+    return circuitsvis_view(
+        title, note, [("TextNeuronActivations", data)], preview, height=460,
         instead="a shorter prompt, or read the norms with fewer destinations and save those",
     )  # fmt: skip
 
 
 def topk(inputs: Inputs, lens: LogitLensResult, *, example: int = 0) -> View:
-    """What positions read as: the likeliest tokens of some of them at one layer, and below, those of one at every layer.
+    """The likeliest tokens of the logit lens, in two tables.
 
-    Patches are found by the row and column of their grid, other positions in groups of eight.
+    The first holds many positions at one layer, the second one position at every layer. Patches are
+    chosen by row and column of their grid, other positions in groups of eight.
+
+        >>> mechvlm.view.topk(inputs, mechvlm.logit_lens(vlm, inputs, k=5))
+
+    Args:
+        inputs: what the result was read from.
+        lens: the logit lens, at any positions and layers.
+        example: which of the batch.
 
     Raises:
-        ViewError: when the result is of other inputs, holds nothing of this example, or the view would exceed 50 MB.
+        ViewError: when the result is of other inputs, holds nothing of this example, or the view
+            would exceed 50 MB.
     """
-    belongs(inputs, lens)
-    found = inputs.token_maps[example_of(inputs, example)]
+    check_match(inputs, lens)
+    token_map = inputs.token_maps[check_example(inputs, example)]
     if example not in lens.example.tolist():
-        there = sorted(set(lens.example.tolist()))
-        raise ViewError(f"The lens holds no position of example {example}, only of {there}. Choose one of these.")
+        examples = sorted(set(lens.example.tolist()))
+        raise ViewError(f"The lens holds no position of example {example}, only of {examples}. Choose one of these.")
     lens = lens.of(example)
     last_first = list(range(len(lens.layers)))[::-1]
     layers = [str(lens.layers[at]) for at in last_first]
-    names, rows = rows_of(found, lens.position.tolist())
+    names, rows = position_rows(token_map, lens.position.tolist())
     vocabulary = dict(lens.vocabulary)
     ids = sorted(vocabulary)
-    words = [_as_html(readable(vocabulary[i])) for i in ids] + [""]  # the last where a row of positions is shorter
-    tokens = np.searchsorted(ids, lens.ids[last_first].numpy())
-    probs = np.array(_rounded(lens.probs[last_first]))
-    width = max(5, *map(len, rows))  # CircuitsVis first shows five columns, there or not
+    words = [html_safe(readable(vocabulary[i])) for i in ids] + [""]  # the last fills shorter rows
+    width = max(5, *map(len, rows))  # CircuitsVis first shows five columns, even of fewer
 
     def by_row(values: np.ndarray, fill: int) -> np.ndarray:  # [row, layer, col, k]
         n_layers, _, k = values.shape
@@ -250,27 +245,28 @@ def topk(inputs: Inputs, lens: LogitLensResult, *, example: int = 0) -> View:
             out[i, :, : len(row)] = values[:, row]
         return out
 
-    tokens, probs = by_row(tokens, len(ids)), by_row(probs, 0)
+    word_of = by_row(np.searchsorted(ids, lens.ids[last_first].numpy()), len(ids))
+    probs = by_row(np.array(rounded(lens.probs[last_first])), 0)
     none: list = [[[]] * len(layers)] * len(rows)
     one_layer = {
         "tokens": [words] * len(rows), "sampleLabels": names, "firstDimensionLabels": layers, "thirdDimensionName": "Column",
-        "topkIdxs": tokens.transpose(0, 1, 3, 2).tolist(), "topkVals": probs.transpose(0, 1, 3, 2).tolist(),
+        "topkIdxs": word_of.transpose(0, 1, 3, 2).tolist(), "topkVals": probs.transpose(0, 1, 3, 2).tolist(),
         "bottomkIdxs": none, "bottomkVals": none,
     }  # fmt: skip
     # Each line starts with its layer's number, which has no probability.
-    spoken = [
+    lines = [
         [
-            [[f"{layer}:", *(" " + words[t].strip() for t in tokens[row, at, col])] for at, layer in enumerate(layers)]
+            [[f"{layer}:", *(" " + words[t].strip() for t in word_of[row, at, col])] for at, layer in enumerate(layers)]
             for col in range(width)
         ]
         for row in range(len(rows))
     ]
-    values = [
+    line_values = [
         [[[0.0, *probs[row, at, col].tolist()] for at in range(len(layers))] for col in range(width)]
         for row in range(len(rows))
     ]
     one_position = {
-        "tokens": spoken, "activations": values, "zerothDimensionName": "Row", "zerothDimensionLabels": names,
+        "tokens": lines, "activations": line_values, "zerothDimensionName": "Row", "zerothDimensionLabels": names,
         "firstDimensionName": "Column",
     }  # fmt: skip
     place = (
@@ -279,87 +275,66 @@ def topk(inputs: Inputs, lens: LogitLensResult, *, example: int = 0) -> View:
     title = f"Logit lens, {lens.model}"
     note = f"By {place}. First table: the likeliest tokens at one layer; second: one position's at every layer, last first. "
     note += "Darker is likelier; hover to read the probability. Layer 0 is the embeddings."
-    return _view(
+    return circuitsvis_view(
         title, note, [("TopkTokens", one_layer), ("TopkSamples", one_position)], previews.words(lens), height=640,
         instead="fewer positions, fewer layers or a smaller k when reading the lens",
     )  # fmt: skip
 
 
-def _view(title: str, note: str, places: list[tuple[str, Any]], picture: bytes, aside: str = "", **view) -> View:
-    drawn = "".join(
-        f'<div data-circuitsvis="{kind}"><script type="application/json">{to_json(data)}</script></div>'
-        for kind, data in places
-    )
-    body = f'<h2>{escape(title)}</h2>\n<p class="note">{escape(note)}</p>\n<div class="side">{drawn}{aside}</div>'
-    return View(title, body, (bundle(), START), (CIRCUITSVIS_STYLE,), lambda: picture, **view)
-
-
-@lru_cache
-def bundle() -> str:
-    """CircuitsVis, as the installed package carries it, without the pointer to its source map."""
-    spec = find_spec("circuitsvis")
-    if spec is None or not spec.submodule_search_locations:
-        raise ImportError("CircuitsVis is not installed: pip install circuitsvis")
-    source = Path(spec.submodule_search_locations[0], "dist", "cdn", "iife.js").read_text(encoding="utf-8")
-    return re.sub(r"\n//# sourceMappingURL=.*", "", source)
-
-
-def _as_html(text: str) -> str:
-    """Text that stays text where CircuitsVis takes it for HTML, which is in the line but not in the tooltip.
-
-    A word joiner, which is not seen, after `<` and `&`: neither opens anything then. (Entities would be read in the tooltip.)
-    """
-    return re.sub("[<&]", lambda found: found[0] + "\u2060", text)
-
-
 def _measure(measure: str) -> tuple[str, str]:
+    """The measure's name with its unit, and what all heads together are."""
     if measure not in ATTENTION_MEASURES:
-        raise ViewError(f"measure={measure!r} was asked for; there are {', '.join(map(repr, ATTENTION_MEASURES))}.")
+        raise ViewError(f"measure={measure!r} was asked for; choose one of {', '.join(map(repr, ATTENTION_MEASURES))}.")
     return ATTENTION_MEASURES[measure]
 
 
-def _of_layer(norms: NormAttentionResult, measure: str, layer: int, example: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """All heads together [dest src], and each [head dest src]."""
+def _layer_maps(
+    norms: NormAttentionResult, measure: str, layer: int, example: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """All heads together [dest, src], and each head [head, dest, src]; `layer` counts from 0."""
     if measure == "norm":
         return norms.norm[layer, example], norms.weight[layer, example] * norms.value_norm[layer, example, :, None]
     return norms.weight[layer, example].mean(0), norms.weight[layer, example]
 
 
-def _among(what: str, asked: Sequence[int], there: Sequence[int]) -> None:
-    bad = [n for n in asked if n not in there]
-    if bad:
-        raise ViewError(f"{what} {bad} were asked for; there are {there[0]} to {there[-1]}.")
+def _check_numbers(name: str, chosen: Sequence[int], available: Sequence[int]) -> None:
+    wrong = [n for n in chosen if n not in available]
+    if wrong:
+        raise ViewError(f"{name} {wrong} were asked for; there are {available[0]} to {available[-1]}.")
 
 
-def _drawable(tokens: TokenMap, n_maps: int, pool: Pool) -> None:
-    """Refuse what a browser would take long to draw, and say which pooling it would not."""
+def _check_cost(token_map: TokenMap, n_maps: int, pool: Pool) -> None:
+    """Refuse patterns that a browser would take long to draw, and say which pooling fits."""
 
-    def parts(pool: Pool) -> int:
-        down, across = shape_of(tokens, pool)
-        return len(tokens.all) - len(tokens.image) + len(tokens.grids) * down * across
+    def n_tokens(pool: Pool) -> int:
+        down, across = pool_shape(token_map, pool)
+        return len(token_map.all) - len(token_map.image) + len(token_map.grids) * down * across
 
     def cost(pool: Pool) -> int:
-        return (n_maps + 1) * parts(pool) ** 2
+        return (n_maps + 1) * n_tokens(pool) ** 2
 
     if cost(pool) <= ATTENTION_LIMIT:
         return
-    most = min(min(g.rows, g.cols) for g in tokens.grids) if tokens.patches else len(tokens.image)
-    fits = [n for n in range(most, 0, -1) if cost(n) <= ATTENTION_LIMIT]
+    most = min(min(g.rows, g.cols) for g in token_map.grids) if token_map.patches else len(token_map.image)
+    fitting = [n for n in range(most, 0, -1) if cost(n) <= ATTENTION_LIMIT]
     few = min(most, 4)
-    maps = ATTENTION_LIMIT // parts(few) ** 2 - 1
-    if fits:
-        instead = f"Choose pool={fits[0]}" + (f" ({fits[0]} x {fits[0]} cells of an image)." if tokens.patches else ".")
+    maps = ATTENTION_LIMIT // n_tokens(few) ** 2 - 1
+    if fitting:
+        n = fitting[0]
+        instead = f"Choose pool={n}" + (f" ({n} x {n} cells of an image)." if token_map.patches else ".")
     elif maps > 0:
         instead = f"Choose pool={few} and at most {maps} maps: fewer layers, or heads=[...], or heads=()."
     else:
         instead = "Its text alone is too long: use view.attention_row, which shows one destination at full length."
+    size = n_tokens(pool)
     raise ViewError(
-        f"{n_maps} maps of {parts(pool)} x {parts(pool)} tokens are too many to draw: (maps + 1) x tokens² is {cost(pool):,}, "
+        f"{n_maps} maps of {size} x {size} tokens are too many to draw: (maps + 1) x tokens² is {cost(pool):,}, "
         f"at most {ATTENTION_LIMIT:,} is usable. {instead}"
     )
 
 
-def _destination(norms: NormAttentionResult, dest: str | int | None, example: int) -> int:
+def _dest_column(norms: NormAttentionResult, dest: str | int | None, example: int) -> int:
+    """The index of a destination among those that `norms` holds."""
     names = list(norms.names)
     if dest is None and len(names) == 1:
         return 0
@@ -371,10 +346,3 @@ def _destination(norms: NormAttentionResult, dest: str | int | None, example: in
     raise ViewError(
         f"dest={dest!r} was asked for; these norms hold {names[:20]}, positions {positions[:20]}. Choose one."
     )
-
-
-def _rounded(values: torch.Tensor) -> list:
-    """Four significant digits: what a tooltip needs, in half the bytes."""
-    x = values.detach().cpu().double().numpy()
-    scale = 10.0 ** (3 - np.floor(np.log10(np.where(x == 0, 1, np.abs(x)))))
-    return (np.round(x * scale) / scale).tolist()

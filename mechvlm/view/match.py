@@ -1,6 +1,11 @@
-"""A view puts a result beside the inputs that it was read from: it is checked that they are of each other."""
+"""Checks that a view's results were read from the inputs that it shows.
+
+A view puts results beside inputs. Models, tokenizers, counts and positions are compared, and a
+`ViewError` says where they differ.
+"""
 
 import numpy as np
+import torch
 from PIL import Image
 from torch import Tensor
 
@@ -11,46 +16,50 @@ from mechvlm.probes.logit_lens import LogitLensResult
 from mechvlm.probes.norm_attention import NormAttentionResult
 from mechvlm.probes.query_reading import QueryReadingResult
 
-AGAIN = "Read the result from the inputs that it is shown with."
+READ_AGAIN = "Read the result from the inputs that it is shown with."
 
 
-def belongs(inputs: Inputs, *results) -> None:
+def check_match(inputs: Inputs, *results) -> None:
     """Refuse results that were not read from these inputs.
 
     Raises:
-        ViewError: when a result is of another model, another number of examples, or positions that these inputs lack.
-        TypeError: for something that is no result with positions.
+        ViewError: when a result comes from another model, has another number of examples, or holds
+            positions that these inputs lack.
+        TypeError: for an object that is not a result with positions.
     """
     for result in results:
         kind = type(result).__name__
         if not isinstance(result, NormAttentionResult | LogitLensResult | QueryReadingResult):
             known = "NormAttentionResult, LogitLensResult, QueryReadingResult"
-            raise TypeError(f"A {kind} cannot be shown on inputs; what can: {known}.")
+            raise TypeError(f"A {kind} cannot be shown on inputs. Give one of: {known}.")
         if inputs.model and result.model != inputs.model:
-            raise ViewError(f"The {kind} is of the model {result.model!r}, the inputs are of {inputs.model!r}. {AGAIN}")
-        for what, there, asked in _numbers(inputs, result):
-            if there != asked:
-                raise ViewError(f"The {kind} has {there} {what}, the inputs have {asked}. {AGAIN}")
+            raise ViewError(
+                f"The {kind} is of the model {result.model!r}, the inputs are of {inputs.model!r}. {READ_AGAIN}"
+            )
+        for counted, in_result, in_inputs in _counts(inputs, result):
+            if in_result != in_inputs:
+                raise ViewError(f"The {kind} has {in_result} {counted}, the inputs have {in_inputs}. {READ_AGAIN}")
         if isinstance(result, LogitLensResult):
-            _points(inputs, result.example, result.position)
+            _check_positions(inputs, result.example, result.position)
+        # With dst="all pairs" every position is a destination, padding too: nothing to compare.
         elif isinstance(result, NormAttentionResult) and len(result.names) != result.norm.shape[-1]:
-            example = Tensor.new_tensor(result.dest, range(len(inputs)))[:, None].expand_as(result.dest)
-            _points(inputs, example.flatten(), result.dest.flatten())
+            example = torch.arange(len(inputs))[:, None].expand_as(result.dest)
+            _check_positions(inputs, example.flatten(), result.dest.flatten())
 
 
-def example_of(inputs: Inputs, example: int) -> int:
-    """The number of an example that is there.
+def check_example(inputs: Inputs, example: int) -> int:
+    """The number `example`, when the inputs hold it.
 
     Raises:
-        ViewError: when it is not.
+        ViewError: when they do not.
     """
     if not 0 <= example < len(inputs):
         raise ViewError(f"Example {example} was asked for; the inputs hold {len(inputs)}: 0 to {len(inputs) - 1}.")
     return example
 
 
-def image_of(inputs: Inputs, example: int, image: int = 0) -> Image.Image:
-    """An original image of an example, with its pixels still there.
+def load_image(inputs: Inputs, example: int, image: int = 0) -> Image.Image:
+    """One original image of an example, with its pixels loaded.
 
     Raises:
         ViewError: when it was closed or taken out of the inputs.
@@ -66,8 +75,8 @@ def image_of(inputs: Inputs, example: int, image: int = 0) -> Image.Image:
     return picture
 
 
-def _numbers(inputs: Inputs, result) -> list[tuple[str, object, object]]:
-    """What is counted in both, as (what, in the result, in the inputs)."""
+def _counts(inputs: Inputs, result) -> list[tuple[str, object, object]]:
+    """The counts that must agree, as (what is counted, in the result, in the inputs)."""
     tokens = inputs.token_maps[0]
     if isinstance(result, NormAttentionResult):
         return [("examples", result.norm.shape[1], len(inputs)), ("positions", result.norm.shape[-1], len(tokens))]
@@ -82,80 +91,107 @@ def _numbers(inputs: Inputs, result) -> list[tuple[str, object, object]]:
     return []
 
 
-def _points(inputs: Inputs, example: Tensor, position: Tensor) -> None:
+def _check_positions(inputs: Inputs, example: Tensor, position: Tensor) -> None:
+    """Each (example, position) pair of a result must be a token of the inputs, not padding."""
     for e, p in zip(example.tolist(), position.tolist(), strict=True):
         if e >= len(inputs):
-            raise ViewError(f"The result holds example {e}, the inputs only {len(inputs)} examples. {AGAIN}")
+            raise ViewError(f"The result holds example {e}, the inputs only {len(inputs)} examples. {READ_AGAIN}")
         tokens = inputs.token_maps[e]
         if p >= len(tokens) or tokens.modality[p] == Modality.PADDING:
             raise ViewError(
                 f"The result holds position {p} of example {e}, which is no token of these inputs: they have "
-                f"{int(tokens.all[0])} to {len(tokens) - 1}. {AGAIN}"
+                f"{int(tokens.all[0])} to {len(tokens) - 1}. {READ_AGAIN}"
             )
 
 
-def _check_models(inputs, lens, norms, reading) -> None:
-    given = {"inputs": inputs, "lens": lens, "norms": norms, "reading": reading}
-    models = {name: r.model for name, r in given.items() if r is not None and r.model}
+def check_models(inputs, lens, norms, reading) -> None:
+    """Inputs and results must come from one model and one tokenizer.
+
+    Raises:
+        ViewError: when they do not.
+    """
+    sources = {"inputs": inputs, "lens": lens, "norms": norms, "reading": reading}
+    models = {name: source.model for name, source in sources.items() if source is not None and source.model}
     if len(set(models.values())) != 1:
-        shown = ", ".join(f"{name} of {model!r}" for name, model in models.items())
+        listed = ", ".join(f"{name} of {model!r}" for name, model in models.items())
         raise ViewError(
-            f"Inputs and results are of different models: {shown}. Read them together, mechvlm.read(vlm, inputs, ...)."
+            f"Inputs and results are of different models: {listed}. Read them together, mechvlm.read(vlm, inputs, ...)."
         )
-    pieces = dict(lens.vocabulary)
+    vocabulary = dict(lens.vocabulary)
     for tokens in inputs.token_maps:
         for i, piece in zip(tokens.ids.tolist(), tokens.strings, strict=True):
-            if pieces.get(i, piece) != piece:
+            if vocabulary.get(i, piece) != piece:
                 raise ViewError(
-                    f"lens was made with another tokenizer than these inputs: token {i} is {pieces[i]!r} there and {piece!r} "
-                    f"here. Make the inputs with the model {lens.model!r}, or read these inputs."
+                    f"lens was made with another tokenizer than these inputs: token {i} is {vocabulary[i]!r} there and "
+                    f"{piece!r} here. Make the inputs with the model {lens.model!r}, or read these inputs."
                 )
 
 
-def _check_lens(lens: LogitLensResult, tokens: TokenMap, example: int, n: int) -> None:
-    held = sorted(set(lens.example.tolist()))
-    if example not in held or held[-1] >= n:
+def check_lens(lens: LogitLensResult, tokens: TokenMap, example: int, n_examples: int) -> None:
+    """The lens must hold this example, at tokens of it, with one visual token at least.
+
+    Raises:
+        ViewError: when it does not.
+    """
+    examples = sorted(set(lens.example.tolist()))
+    if example not in examples or examples[-1] >= n_examples:
         raise ViewError(
-            f"lens holds the examples {held}, the inputs 0 to {n - 1}, and example {example} is to be shown."
+            f"lens holds the examples {examples}, the inputs 0 to {n_examples - 1}: example {example} cannot be shown. "
+            "Read the lens from these inputs."
         )
     positions = lens.of(example).position
     wrong = [p for p in positions.tolist() if p >= len(tokens) or tokens.modality[p] == Modality.PADDING]
     if wrong:
         raise ViewError(
-            f"lens is not of these inputs: it read positions {_short(wrong)}, which are no tokens of this example "
-            f"({tokens!r}). Read these inputs."
+            f"lens was not read from these inputs: it holds positions {_shortened(wrong)}, which are no tokens of this "
+            f"example ({tokens!r}). Read these inputs."
         )
     visual = set(tokens.image.tolist())
     if not visual & set(positions.tolist()):
         raise ViewError(
-            f"lens read no visual token of these inputs (positions {_short(positions.tolist())}; visual tokens lie at "
-            f"{_short(tokens.image.tolist())}). Read LogitLens(positions='image')."
+            f"lens read no visual token of these inputs (positions {_shortened(positions.tolist())}; visual tokens lie "
+            f"at {_shortened(tokens.image.tolist())}). Read LogitLens(positions='image')."
         )
 
 
-def _check_norms(norms: NormAttentionResult, tokens: TokenMap, example: int, n: int) -> None:
+def check_norms(norms: NormAttentionResult, tokens: TokenMap, example: int, n_examples: int) -> None:
+    """The norms must have the inputs' shape, their named positions and their padding.
+
+    Raises:
+        ViewError: when they do not.
+    """
     _, examples, _, n_src = norms.norm.shape
-    if (examples, n_src) != (n, len(tokens)):
+    if (examples, n_src) != (n_examples, len(tokens)):
         raise ViewError(
-            f"norms is not of these inputs: it holds {examples} example(s) of {n_src} tokens, the inputs {n} of {len(tokens)}. "
-            "Read these inputs."
+            f"norms was not read from these inputs: it holds {examples} example(s) of {n_src} tokens, the inputs "
+            f"{n_examples} of {len(tokens)}. Read these inputs."
         )
     for name, position in zip(norms.names, norms.dest[example].tolist(), strict=True):
         is_last = name in ("last", "last_text", "last_image")
         if is_last and position != getattr(tokens, name):
             raise ViewError(
-                f"norms is not of these inputs: {name!r} is position {position} there and {getattr(tokens, name)} here. "
-                "Read these inputs."
+                f"norms was not read from these inputs: {name!r} is position {position} there and "
+                f"{getattr(tokens, name)} here. Read these inputs."
             )
     if not bool((tokens.modality[norms.dest[example]] != Modality.PADDING).any()):
-        raise ViewError(f"norms has no destination that is a token of example {example}.")
+        raise ViewError(
+            f"Every destination of norms is padding in example {example}. Choose destinations that are its tokens."
+        )
     if bool(norms.weight[:, example][..., tokens.modality == Modality.PADDING].any()):
         raise ViewError(
-            "norms is not of these inputs: it has weight on positions that are padding here. Read these inputs."
+            "norms was not read from these inputs: it has weight on positions that are padding here. Read these inputs."
         )
 
 
-def _maps(reading: QueryReadingResult | None, tokens: TokenMap, example: int, n: int) -> np.ndarray | None:
+def query_maps(
+    reading: QueryReadingResult | None, tokens: TokenMap, example: int, n_examples: int
+) -> np.ndarray | None:
+    """Where each query of the example reads [query, row, col]; None when visual tokens are patches.
+
+    Raises:
+        ViewError: when `reading` is missing for queries or given for patches, was read from other
+            inputs, or is not finite.
+    """
     if tokens.patches:
         if reading is not None:
             raise ViewError(
@@ -164,21 +200,27 @@ def _maps(reading: QueryReadingResult | None, tokens: TokenMap, example: int, n:
         return None
     if reading is None:
         raise ViewError(
-            "This model's visual tokens are queries, which have no place on the image: give where each one reads too, "
+            "This model's visual tokens are queries, which have no place on the image: also give where each one reads, "
             "patches(inputs, lens, norms, mechvlm.query_reading(vlm, inputs))."
         )
     grid = tokens.grids[0]
-    here, there = (n, len(tokens.image), grid.rows, grid.cols), tuple(reading.weight.shape[1:])
-    if here != there:
+    expected, actual = (n_examples, len(tokens.image), grid.rows, grid.cols), tuple(reading.weight.shape[1:])
+    if expected != actual:
         raise ViewError(
-            f"reading is not of these inputs: [example, query, row, col] is {list(there)} there and {list(here)} here."
+            f"reading was made from other inputs: [example, query, row, col] is {list(actual)} there and "
+            f"{list(expected)} here. Read these inputs."
         )
     if not bool(reading.weight[:, example].isfinite().all()):
         raise ViewError("reading holds NaN or infinity: there is nothing to draw. Read it again from finite states.")
     return reading.map[example].double().numpy()
 
 
-def _open(pictures: tuple[Image.Image, ...], tokens: TokenMap, example: int) -> tuple[Image.Image, ...]:
+def load_images(pictures: tuple[Image.Image, ...], tokens: TokenMap, example: int) -> tuple[Image.Image, ...]:
+    """The example's images with their pixels loaded, each of the size that its patch grid covers.
+
+    Raises:
+        ViewError: when an image is missing, cannot be read, or has another size.
+    """
     again = "Make the inputs again from the image file, vlm.inputs(image, prompt)."
     if len(pictures) != len(tokens.grids):
         raise ViewError(
@@ -198,5 +240,5 @@ def _open(pictures: tuple[Image.Image, ...], tokens: TokenMap, example: int) -> 
     return pictures
 
 
-def _short(positions: list[int]) -> str:
+def _shortened(positions: list[int]) -> str:
     return str(positions) if len(positions) < 6 else f"[{positions[0]}, {positions[1]}, ... {positions[-1]}]"

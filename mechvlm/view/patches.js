@@ -1,4 +1,4 @@
-// The patch view. Strings reach the page as text only; numbers come packed, see packing.py for their order.
+// The patch view. Strings enter the page as text only. Numbers come packed; packing.py has their order.
 "use strict";
 (() => {
   const HEAT_AT_FIRST = 0.8;
@@ -17,7 +17,7 @@
     return new Response(stream).arrayBuffer();
   }
 
-  // Typed arrays one behind the other in a buffer.
+  // Reads typed arrays that lie one after the other in a buffer.
   function reader(buffer) {
     let at = 0;
     return (kind, length) => {
@@ -33,7 +33,7 @@
   const number = x => (x === 0 ? "0" : Math.abs(x) < 1e-4 ? x.toExponential(1) : String(Number(x.toPrecision(2))));
   const clamp = (x, low, high) => Math.min(high, Math.max(low, x));
 
-  // A token as a reader sees it: the mark of a word's start is left out, what is invisible gets a sign.
+  // A token as it is shown: without the mark that starts a word, and with signs for invisible characters.
   function shown(piece) {
     const byte = { "<0x0A>": "⏎", "\n": "⏎", "<0x09>": "⇥", "\t": "⇥" }[piece];
     if (byte) return byte;
@@ -60,7 +60,8 @@
       return { ...row, top, share, all, heads: [raw, norm], scale: scale(row.levels, 1) };
     }
 
-    // What the row reads from each source; measure 0 raw, 1 norm-based; head 0 all of them together.
+    // Fills `out` with what the row reads from each source, and returns it. Measure 0 is raw, 1 is norm-based;
+    // head 0 is all heads together.
     function values(row, measure, layer, head, out) {
       const l = layer - 1, at = (measure * L + l) * (H + 1) + head;
       const steps = head ? row.heads[measure] : row.all, share = head ? row.scale : fine;
@@ -97,7 +98,7 @@
     ]);
     const point = new Map(lens.sources.map((source, i) => [source, i]));
 
-    // ---- state: what is pinned, and what the pointer previews ----------------------------------------------------------
+    // ---- state: pinned by a click, or previewed by the pointer ----------------------------------------------------------
     const pinned = { row: data.start.row, query: null, source: data.start.source };
     const state = { layer: data.start.layer, head: 0, measure: 1 };
     let preview = {};
@@ -191,7 +192,7 @@
           made.push({ node, image });
           before = image;
         }
-        // Patches that are destinations; of many, the image is the place to choose from.
+        // Patches that are destinations get chips too, unless they are many: the image is the place to pick from.
         if (rowOf.has(source) && rows.filter(r => r.source < V).length <= 8) {
           chip(source, `r${row} c${col}`, `the patch at row ${row}, column ${col}, position ${position}`);
         }
@@ -308,7 +309,7 @@
         draw(source) {
           if (source === drawn) return;
           drawn = source;
-          // Text nodes are kept and only changed: half a table of new ones would take a frame by itself.
+          // Change the text nodes in place: new ones for half a table would take a whole frame.
           for (const { i, k, word, chance, td } of cells) {
             const { text = "", share = 0, shade = "", light = false } = wordAt(i, k, source) ?? {};
             const rounded = String(Math.round(100 * share) || "");
@@ -415,7 +416,7 @@
 
     const read_ = new Float32Array(S), heat = new Float32Array(count);
 
-    // Fills `heat`; gives its unit, or null where there is none.
+    // Fills `heat` and returns its unit, or null when there is no heat.
     function heatOf(row, query) {
       if (row && state.layer > 0) values(row, state.measure, state.layer, state.head, read_);
       if (query != null) {
@@ -439,7 +440,7 @@
       return most;
     }
 
-    // Only what has changed is drawn: most changes are a patch under the pointer.
+    // Draw only what has changed: most often that is the patch under the pointer.
     let now = {};
     function draw() {
       const { row: r, query, source, patch } = look(), row = r == null ? undefined : ready[r];

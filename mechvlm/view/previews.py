@@ -1,4 +1,4 @@
-"""The still picture under each interactive view: what it first shows, where scripts or frames are stripped."""
+"""Pictures of what a CircuitsVis view first shows, for where scripts or frames are stripped."""
 
 import io
 import warnings
@@ -14,33 +14,35 @@ from mechvlm.figures import style as look
 from mechvlm.probes.logit_lens import LogitLensResult
 
 CHIP_COLORS = "PuOr_r"
-"""For values of either sign: it stays readable for the color-blind."""
+"""Colors for values of either sign; readable for the color-blind."""
+CHIPS_PER_LINE = 24
 
 
-def still(width: float | int, height: float | int) -> Axes:
-    """Axes of a figure (inches) that no notebook shows by itself."""
+def preview_axes(width: float | int, height: float | int) -> Axes:
+    """Axes of a figure (inches) outside pyplot, so that no notebook shows it by itself."""
     return Figure((width, height), layout="constrained").add_subplot()
 
 
-def picture(ax: Axes) -> bytes:
-    """The figure of these axes as a PNG; a figure of pyplot is closed, or a notebook would show it beside the view."""
-    import matplotlib.pyplot as plt  # here, as in `look.axes`
+def to_png(ax: Axes) -> bytes:
+    """The axes' figure as a PNG. A pyplot figure is closed, or a notebook would show it too."""
+    import matplotlib.pyplot as plt  # only here, as in `mechvlm.figures.style.axes`
 
-    written = io.BytesIO()
+    file = io.BytesIO()
     figure = ax.get_figure(root=True)
     assert figure is not None
     with look.style(), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing")  # tokens are of every script; the page itself shows them
-        figure.savefig(written, format="png", dpi=80)
+        # Tokens come in more scripts than one font has; the page itself has the reader's fonts.
+        warnings.filterwarnings("ignore", "Glyph .* missing")
+        figure.savefig(file, format="png", dpi=80)
     plt.close(figure)
-    return written.getvalue()
+    return file.getvalue()
 
 
 def pattern(values: Float[Tensor, "dest src"], names: Sequence[str], title: str, unit: str) -> bytes:
     """One attention pattern, destinations down, sources across."""
     with look.style():
         side = max(5.0, 1.4 + 0.17 * len(names))
-        ax = still(side + 1, side)
+        ax = preview_axes(side + 1, side)
         mesh = ax.imshow(values.numpy(), cmap=look.HEAT, vmin=0)
         labels = [look.text(name, 10) for name in names]
         ax.set_xticks(range(len(names)), labels, rotation=90, fontsize=6)
@@ -50,21 +52,21 @@ def pattern(values: Float[Tensor, "dest src"], names: Sequence[str], title: str,
         ax.set_ylabel("destination")
         ax.set_title(look.text(title, 200))
         ax.figure.colorbar(mesh, ax=ax, label=unit, shrink=0.8)
-        return picture(ax)
+        return to_png(ax)
 
 
 def chips(values: Float[Tensor, " pos"], labels: Sequence[str], title: str, unit: str) -> bytes:
-    """Tokens in lines, each on the color of its value; a label that ends in a line break ends its line."""
+    """Tokens in lines, each on the color of its value; a label with a line break ends its line."""
     lines: list[list[int]] = [[]]
     for i, label in enumerate(labels):
         lines[-1].append(i)
-        if label.endswith("\n") or len(lines[-1]) == 24:
+        if label.endswith("\n") or len(lines[-1]) == CHIPS_PER_LINE:
             lines.append([])
     lines = [line for line in lines if line]
     width = max(map(len, lines))
     shown = np.full((len(lines), width), np.nan)
     with look.style():
-        ax = still(max(6.0, 2 + 0.42 * width), 1 + 0.3 * len(lines))
+        ax = preview_axes(max(6.0, 2 + 0.42 * width), 1 + 0.3 * len(lines))
         for row, line in enumerate(lines):
             shown[row, : len(line)] = values[line].numpy()
         low, high = min(float(values.min()), 0.0), max(float(values.max()), 0.0)
@@ -81,27 +83,27 @@ def chips(values: Float[Tensor, " pos"], labels: Sequence[str], title: str, unit
         ax.set_axis_off()
         ax.set_title(look.text(title, 200))
         ax.figure.colorbar(mesh, ax=ax, label=look.text(unit, 60))
-        return picture(ax)
+        return to_png(ax)
 
 
 def by_layer(values: Float[Tensor, "layer pos"], layers: Sequence[int], title: str, unit: str) -> bytes:
-    """One destination's sources, layer by layer."""
+    """What one destination reads from each source, layer by layer."""
     with look.style():
-        ax = still(8, 1.6 + 0.22 * len(layers))
+        ax = preview_axes(8, 1.6 + 0.22 * len(layers))
         mesh = look.heatmap(ax, values.numpy(), list(layers))
         ax.set_xlabel("source token, in order")
         ax.set_title(look.text(title, 200))
         ax.figure.colorbar(mesh, ax=ax, label=unit, pad=0.01)
-        return picture(ax)
+        return to_png(ax)
 
 
 def words(lens: LogitLensResult) -> bytes:
-    """The likeliest tokens of up to 16 positions, evenly spaced, at every layer."""
+    """The likeliest tokens at every layer, of up to 16 positions, evenly spaced."""
     n = len(lens.position)
     step = -(-n // 16)
-    some = lens.at(lens.position[::step])
+    spaced = lens.at(lens.position[::step])
     with look.style():
-        ax = some.plot(still(2 + 0.5 * len(some.position), 1.6 + 0.28 * len(some.layers)))
+        ax = spaced.plot(preview_axes(2 + 0.5 * len(spaced.position), 1.6 + 0.28 * len(spaced.layers)))
         if step > 1:
             ax.set_title(f"{ax.get_title(loc='left')} ({len(range(0, n, step))} of {n} positions)")
-        return picture(ax)
+        return to_png(ax)

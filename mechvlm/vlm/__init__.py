@@ -1,1 +1,1 @@
-"""A loaded vision-language model: loading, verifying, answering, and TransformerLens' view of it."""
+"""A loaded model: loading, verifying, answering, and the same model as TransformerLens sees it."""

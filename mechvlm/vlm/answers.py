@@ -1,4 +1,4 @@
-"""An answer's tokens as they follow its prompt: the first one, or all of them written after it."""
+"""Tokens of an answer after its prompt: the first one, or all of them written into the inputs."""
 
 from collections.abc import Sequence
 from numbers import Integral
@@ -18,10 +18,12 @@ def first_tokens(
 ) -> Int[Tensor, " example"]:
     """Token ids of the answers' first tokens; see `VLM.answer_tokens`."""
     answers = answers.tolist() if isinstance(answers, Tensor) else answers
-    given = [answers] * len(inputs) if isinstance(answers, str | int) else list(answers)
-    if len(given) != len(inputs):
-        raise InputError(f"{len(given)} answers were given for {len(inputs)} examples: give one for all, or one each.")
-    pairs = zip(inputs.texts, given, strict=True)
+    by_example = [answers] * len(inputs) if isinstance(answers, str | int) else list(answers)
+    if len(by_example) != len(inputs):
+        raise InputError(
+            f"{len(by_example)} answers were given for {len(inputs)} examples: give one for all, or one each."
+        )
+    pairs = zip(inputs.texts, by_example, strict=True)
     return torch.tensor([_first_token(text, answer, tokenizer, d_vocab) for text, answer in pairs])
 
 
@@ -38,21 +40,23 @@ def _tokens_after(text: str, answer: Any, tokenizer) -> list[int]:
     if not isinstance(answer, str) or not answer.strip():
         raise InputError(f"An answer is a word or a token id, not {answer!r}.")
     if text.endswith(" "):
-        raise InputError(f"The prompt {text[-30:]!r} ends in a space, where no answer begins: leave it out.")
+        raise InputError(
+            f"The prompt {text[-30:]!r} ends in a space, and an answer's first token brings its own: remove the space."
+        )
     gap = "" if text.endswith("\n") else " "
     prompt = tokenizer(text).input_ids
-    both = tokenizer(f"{text}{gap}{answer.strip()}").input_ids
-    if both[: len(prompt)] != prompt:
+    whole = tokenizer(f"{text}{gap}{answer.strip()}").input_ids
+    if whole[: len(prompt)] != prompt:
         raise InputError(
             f"The tokenizer joins {answer!r} with the end of the prompt {text[-30:]!r}: give its token id instead."
         )
-    return both[len(prompt) :]
+    return whole[len(prompt) :]
 
 
 def write_answers(
     inputs: Inputs, answers: Sequence[str], tokenizer, image_token: int, max_length: int
 ) -> tuple[Inputs, tuple[int, ...]]:
-    """The inputs with each answer written after its prompt, and the answers' lengths; see `VLM.answered`."""
+    """The inputs with answers after their prompts, and the answers' lengths; see `VLM.answered`."""
     if len(answers) != len(inputs):
         raise InputError(f"{len(answers)} answers were given for {len(inputs)} examples: give one each.")
     by_example = [_tokens_after(text, answer, tokenizer) for text, answer in zip(inputs.texts, answers, strict=True)]
@@ -64,13 +68,14 @@ def write_answers(
         n = len(prompt.all) + len(tokens)
         if n > max_length:
             raise InputError(
-                f"The answer of example {row} leaves no room: {n} tokens, where the model takes {max_length}."
+                f"The answer of example {row} leaves no room: with its prompt it has {n} tokens, and the model takes "
+                f"{max_length}."
             )
         shift = longest - len(tokens)  # padding stays on the left
-        answer, before = torch.tensor(tokens), inputs.encoding["attention_mask"][row]
+        answer, mask = torch.tensor(tokens), inputs.encoding["attention_mask"][row]
         ids = torch.cat([torch.full((shift,), pad), inputs.encoding["input_ids"][row], answer])
         rows.append(ids)
-        masks.append(torch.cat([before.new_zeros(shift), before, before.new_ones(len(tokens))]))
+        masks.append(torch.cat([mask.new_zeros(shift), mask, mask.new_ones(len(tokens))]))
         maps.append(_map_with_answer(ids, prompt, len(tokens), tokenizer))
     encoding = {**inputs.encoding, "input_ids": torch.stack(rows), "attention_mask": torch.stack(masks)}
     written = Inputs(encoding, tuple(maps), inputs.images, inputs.prompts, inputs.texts, inputs.model)
@@ -78,6 +83,7 @@ def write_answers(
 
 
 def _map_with_answer(ids: Tensor, prompt: TokenMap, n: int, tokenizer) -> TokenMap:
+    """The token map of a prompt whose answer is the last n of `ids`."""
     padding = torch.full((len(ids) - n - len(prompt),), int(Modality.PADDING))
     answer = torch.full((n,), int(Modality.TEXT))
     answer[torch.isin(ids[-n:], torch.tensor(tokenizer.all_special_ids))] = Modality.SPECIAL

@@ -1,9 +1,10 @@
 """The same weights as a TransformerLens `TransformerBridge`.
 
-TransformerLens puts its own components into the modules of the model that it is given. So it is given modules of its own,
-a twin of the Hugging Face model without weights, and only the weights are shared: the VLM goes on as it was.
+TransformerLens puts its own components into the modules of the model that it is given. So it gets a
+twin of the Hugging Face model: modules of its own, whose parameters share the model's memory. The
+VLM itself stays as it was.
 
-Importing this file imports TransformerLens (seconds); `VLM.bridge` does it when it is called.
+Importing this file imports TransformerLens, which takes seconds; `VLM.bridge` does so when called.
 """
 
 import copy
@@ -26,13 +27,14 @@ from mechvlm.families.record import Architecture, part
 class InstructBlipArchitectureAdapter(LlamaArchitectureAdapter):
     """InstructBLIP with a Llama decoder (Vicuna): TransformerLens' Llama, at InstructBLIP's paths.
 
-    The vision model and the Q-Former are single components (hooks on what goes in and out), as is the projection.
+    The vision model, the Q-Former and the projection are single components, with hooks on their
+    inputs and outputs.
     """
 
     def __init__(self, cfg: Any) -> None:
         super().__init__(cfg)
         self.cfg.is_multimodal = True
-        # The attention weights are hooked: an implementation that never makes them will not do.
+        # TransformerLens hooks the attention weights, which only the eager implementation computes.
         self.cfg.attn_implementation = "eager"
         self._extract_vision_dims(cfg)
         for component in self.components.values():
@@ -47,7 +49,7 @@ class InstructBlipArchitectureAdapter(LlamaArchitectureAdapter):
 
 
 def _ids_by_name(module, args, kwargs):
-    """TransformerLens gives the token ids as the first argument, which InstructBLIP takes for the pixels."""
+    """Token ids by name: TransformerLens gives them first, where InstructBLIP takes the pixels."""
     return ((), {"input_ids": args[0], **kwargs}) if args else (args, kwargs)
 
 
@@ -59,15 +61,15 @@ def build_bridge(
 ) -> TransformerBridge:
     """A new bridge on the model's own weights; see `VLM.bridge`.
 
-    fold_final_norm: multiply the final norm's weight into a copy of the unembedding. The logits are the same, and `W_U` then
-    holds the directions that TransformerLens takes it to hold.
+    fold_final_norm: multiply the final norm's weight into a copy of the unembedding. The logits
+    stay the same, and `W_U` then holds the directions that TransformerLens expects in it.
     """
     twin = _twin(hf, record, name)
     if fold_final_norm:
         fold(part(twin, record.norm), part(twin, record.unembed))
     bridge = build_bridge_from_module(twin, record.hf_class, hf_config=twin.config, model_name=name)
-    # TransformerLens would load the tokenizer anew, with BOS, from the folder or hub id that it names. This one may come from
-    # neither, so set it as it is, and tell the bridge what it does by itself.
+    # TransformerLens would reload the tokenizer, with BOS, from the folder or hub id that it names.
+    # This one may come from neither: set it as it is, and say how it treats BOS and EOS.
     bridge.tokenizer = copy.deepcopy(tokenizer)
     bridge.cfg.tokenizer_prepends_bos, bridge.cfg.tokenizer_appends_eos = detect_tokenizer_bos_eos(bridge.tokenizer)
     bridge.processor = processor
@@ -75,7 +77,7 @@ def build_bridge(
 
 
 def _twin(hf: nn.Module, record: Architecture, name: str) -> nn.Module:
-    """Another Hugging Face model of the same class and config, whose parameters lie in the same memory."""
+    """A second model of the same Hugging Face class and config, whose parameters share memory."""
     devices = {str(tensor.device) for tensor in (*hf.parameters(), *hf.buffers())}
     if len(devices) > 1 or "meta" in devices:
         raise ModelError(
@@ -85,19 +87,19 @@ def _twin(hf: nn.Module, record: Architecture, name: str) -> nn.Module:
     with torch.device("meta"):
         twin = type(hf)(copy.deepcopy(hf.config))
     modules, twins = dict(hf.named_modules()), dict(twin.named_modules())
-    kinds, twin_kinds = ({path: type(m).__name__ for path, m in of.items()} for of in (modules, twins))
-    if kinds != twin_kinds:
-        other = sorted(path for path in kinds.keys() | twin_kinds.keys() if kinds.get(path) != twin_kinds.get(path))
+    types, twin_types = ({path: type(m).__name__ for path, m in tree.items()} for tree in (modules, twins))
+    if types != twin_types:
+        differ = sorted(path for path in types.keys() | twin_types.keys() if types.get(path) != twin_types.get(path))
         raise ModelError(
-            f"{name} is not built as its class {record.hf_class} builds it ({len(other)} modules differ, {other[0]!r} "
-            f"is {kinds.get(other[0])}), so TransformerLens cannot read it. Quantized weights and adapters have no bridge: load "
-            "the model without them."
+            f"{name} is not built as its class {record.hf_class} builds it ({len(differ)} modules differ, {differ[0]!r} "
+            f"is {types.get(differ[0])}), so TransformerLens cannot read it. Quantized weights and adapters have no "
+            "bridge: load the model without them."
         )
-    shared: dict[int, nn.Parameter] = {}  # tied parameters stay tied
+    shared: dict[int, nn.Parameter] = {}  # by id, so that tied parameters stay tied
     for path, module in modules.items():
         for key, p in module._parameters.items():
             if p is not None and id(p) not in shared:
-                # A Parameter of its own, on the same storage: what `bridge.to(...)` replaces is then the bridge's alone.
+                # A new Parameter on the same storage: `bridge.to(...)` replaces only the bridge's.
                 shared[id(p)] = nn.Parameter(p.detach(), requires_grad=p.requires_grad)
             twins[path]._parameters[key] = None if p is None else shared[id(p)]
         twins[path]._buffers.update(module._buffers)

@@ -1,4 +1,4 @@
-"""Activations under TransformerLens' hook names, by one forward of the VLM: `VLM.run_with_cache`."""
+"""Activations under TransformerLens' hook names, from one forward: `VLM.run_with_cache`."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,7 +15,8 @@ from mechvlm.inputs.batch import Inputs
 
 Names = str | Sequence[str] | Callable[[str], bool] | None
 
-# What a block holds, in the order in which the model computes it; the last word of a name is the accessor's.
+# A block's hooks in the order in which the model computes them. "hook_" is followed by the name of
+# an accessor, except for scale and post.
 BLOCK_HOOKS = (
     "hook_resid_pre", "ln1.hook_scale", "attn.hook_q", "attn.hook_k", "attn.hook_v", "attn.hook_pattern", "attn.hook_z",
     "hook_attn_out", "hook_resid_mid", "ln2.hook_scale", "mlp.hook_post", "hook_mlp_out", "hook_resid_post",
@@ -24,16 +25,23 @@ BLOCK_HOOKS = (
 
 @dataclass(frozen=True)
 class Cache(Mapping[str, Tensor]):
-    """Activations of one forward by TransformerLens hook name, in the order of the forward; read-only.
+    """Activations of one forward by TransformerLens hook name: a read-only mapping.
 
-    Shapes as `VLM` gives them, in the model's dtype: residual stream and outputs [batch pos d_model], `hook_q`, `hook_z`
-    [batch pos head d_head], `hook_k`, `hook_v` [batch pos kv_head d_head], `hook_pattern` [batch head dest src], `hook_post`
-    [batch pos d_mlp]; `hook_scale` [batch pos 1] in float32. Rows of padding mean nothing.
+    Names stand in the order of the forward. Shapes as `VLM` gives them, in the model's dtype:
+
+    - residual stream and outputs: [batch pos d_model]
+    - `hook_q`, `hook_z`: [batch pos head d_head]
+    - `hook_k`, `hook_v`: [batch pos kv_head d_head]
+    - `hook_pattern`: [batch head dest src]
+    - `hook_post`: [batch pos d_mlp]
+    - `hook_scale`: [batch pos 1], in float32
+
+    Rows of padding mean nothing.
     """
 
     activations: dict[str, Tensor] = field(repr=False)
     bridge: Callable[[], Any] = field(repr=False)
-    """Makes a TransformerLens bridge on the model's weights, with the final norm folded into `W_U`."""
+    """Makes a TransformerLens bridge on the model's weights, the final norm folded into `W_U`."""
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self.activations:
@@ -47,12 +55,14 @@ class Cache(Mapping[str, Tensor]):
         return len(self.activations)
 
     def to_transformer_lens(self):
-        """TransformerLens' `ActivationCache` of the same tensors, for its methods: `decompose_resid`, `accumulated_resid`,
-        `stack_head_results`, `logit_attrs`, `cache["resid_post", 3]` and the rest.
+        """TransformerLens' `ActivationCache` of the same tensors, for its methods.
 
-        Its `model` is a bridge of its own on the VLM's weights, with the final norm's weight folded into `W_U`: the methods
-        take directions from `W_U` and would otherwise leave that weight out. A method needs what it works on: cache all names
-        (the default), or those that its error asks for.
+        Among them are `decompose_resid`, `accumulated_resid`, `stack_head_results`, `logit_attrs`
+        and `cache["resid_post", 3]`. A method needs the activations that it works on: cache all
+        names (the default), or those that its error asks for.
+
+        Its `model` is a bridge of its own on the VLM's weights, with the final norm's weight folded
+        into `W_U`: the methods take directions from `W_U`, and would otherwise miss that weight.
         """
         from transformer_lens import ActivationCache
 
@@ -60,7 +70,7 @@ class Cache(Mapping[str, Tensor]):
 
 
 def hook_readers(vlm: Decoder) -> dict[str, Callable[[], Tensor]]:
-    """For every hook name, in the order of the forward, what reads it inside a trace."""
+    """Functions that read the hooks inside a trace, by hook name, in the order of the forward."""
     eps = vlm.norm_eps
 
     def reader(hook: str, layer: int) -> Callable[[], Tensor]:
@@ -75,7 +85,7 @@ def hook_readers(vlm: Decoder) -> dict[str, Callable[[], Tensor]]:
                 accessor = getattr(vlm, hook.split("hook_")[1])
                 return lambda: accessor[layer]
 
-    # What enters the decoder: the words' embeddings, and the image's features in their places.
+    # The decoder's whole input: the words' embeddings, with the image's features in their places.
     readers: dict[str, Callable[[], Tensor]] = {"hook_embed": lambda: vlm.resid_pre[0]}
     for layer in range(vlm.n_layers):
         readers |= {f"blocks.{layer}.{hook}": reader(hook, layer) for hook in BLOCK_HOOKS}
@@ -84,28 +94,26 @@ def hook_readers(vlm: Decoder) -> dict[str, Callable[[], Tensor]]:
 
 
 def run_with_cache(vlm: Decoder, inputs: Inputs, names: Names = None) -> tuple[Tensor, dict[str, Tensor]]:
-    """Logits and the activations asked for, by hook name, from one forward; see `VLM.run_with_cache`."""
+    """Logits and chosen activations by hook name, from one forward; see `VLM.run_with_cache`."""
     readers = hook_readers(vlm)
-    wanted = _wanted(names, readers, vlm)
+    wanted = _wanted_names(names, readers, vlm)
     with torch.no_grad(), vlm.trace(inputs):
-        kept = nnsight.save({})
+        activations = nnsight.save({})
         for name, read in readers.items():
             if name in wanted:
-                kept[name] = read()
+                activations[name] = read()
         logits = nnsight.save(vlm.logits)
-    return logits, kept
+    return logits, activations
 
 
-def _wanted(names: Names, readers: Mapping[str, Any], vlm: Decoder) -> set[str]:
-    last = vlm.n_layers - 1
-    there = f"hook_embed, ln_final.hook_scale, and for l = 0 to {last} " + ", ".join(
-        f"blocks.l.{h}" for h in BLOCK_HOOKS
-    )
+def _wanted_names(names: Names, readers: Mapping[str, Any], vlm: Decoder) -> set[str]:
     if names is None:
         return set(readers)
+    block_names = ", ".join(f"blocks.l.{hook}" for hook in BLOCK_HOOKS)
+    known = f"hook_embed, ln_final.hook_scale, and for l = 0 to {vlm.n_layers - 1} {block_names}"
     wanted = {n for n in readers if names(n)} if callable(names) else {names} if isinstance(names, str) else set(names)
     if unknown := sorted(wanted - readers.keys(), key=str):
-        raise ValueError(f"There is no activation named {', '.join(map(repr, unknown))}. There are: {there}.")
+        raise ValueError(f"There is no activation named {', '.join(map(repr, unknown))}. There are: {known}.")
     if not wanted:
-        raise ValueError(f"No name was asked for, or the filter takes none of them. There are: {there}.")
+        raise ValueError(f"No name was asked for, or the filter takes none of them. There are: {known}.")
     return wanted

@@ -3,6 +3,7 @@
 import difflib
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -14,7 +15,7 @@ from mechvlm import bundled
 from mechvlm.errors import InputError, ModelError
 from mechvlm.families.known import architecture_of
 from mechvlm.families.record import Architecture, part
-from mechvlm.ndif.requests import known_here
+from mechvlm.ndif.requests import register_folder
 from mechvlm.vlm.verify import check_model
 from mechvlm.vlm.vlm import VLM
 
@@ -33,29 +34,35 @@ def load(
 ) -> VLM:
     """A vision-language model, ready to be read.
 
+    >>> vlm = mv.load("llava-hf/llava-1.5-7b-hf", dtype="bfloat16", device="cuda")
+
     Args:
-        model: a bundled name (`mechvlm.bundled.NAMES`), a hub id, a folder, or a loaded Hugging Face model.
-        processor: of a loaded model, required there; otherwise it is loaded from where the model is.
-        dtype: "float32", "bfloat16", ... Default: the checkpoint's own; float32 for the bundled models, which are stored
-            in float16 to be small.
+        model: a bundled name (`mechvlm.bundled.NAMES`), a hub id, a folder, or a loaded Hugging
+            Face model.
+        processor: the processor of a loaded model, required there; otherwise it is loaded from the
+            same place as the model.
+        dtype: "float32", "bfloat16", ... Default: the checkpoint's own; float32 for the bundled
+            models, which are stored in float16 to be small.
         device: where to put the model; default the CPU, or what `device_map` says.
         device_map: as in transformers, to spread a model over devices ("auto").
         revision: of a hub id.
-        trust_remote_code: run code that a repository brings. Off unless asked for.
-        check: hold the model to its record with one tiny forward (`mechvlm.vlm.verify.check_model`); not of a model on NDIF.
-        remote: True runs every trace on NDIF (the host and the API key are those of nnsight's configuration) and loads no
-            weights; the server decides on dtype and device. "local" loads the model here and packs every trace as for NDIF.
+        trust_remote_code: run code that comes with a repository. Off by default.
+        check: compare the model with its record by one tiny forward
+            (`mechvlm.vlm.verify.check_model`); not done for a model on NDIF.
+        remote: True runs every trace on NDIF (host and API key are those of nnsight's
+            configuration) and loads no weights; the server decides on dtype and device. "local"
+            loads the model here and packs every trace as for NDIF.
 
     Raises:
-        ModelError: for an unknown model, a class without a record, weights that are not safetensors, or a model that is
-            not what its record says.
+        ModelError: for an unknown model, a class without a record, weights that are not
+            safetensors, or a model that is not what its record says.
     """
     if isinstance(model, VLM):
         raise ModelError(f"{model.name} is loaded already, as a VLM.")
     if remote not in (False, True, "local"):
         raise ModelError(f"remote={remote!r} was asked for; it is True (NDIF), 'local' (rehearse here) or False.")
     if remote is True:
-        here = {
+        local_options = {
             "dtype": dtype,
             "device": device,
             "device_map": device_map,
@@ -63,19 +70,16 @@ def load(
         }
         if isinstance(model, nn.Module):
             raise ModelError("The model is loaded already, here: give its hub id or its folder to run it on NDIF.")
-        if given := ", ".join(option for option, value in here.items() if value is not None):
-            raise ModelError(f"The weights stay on NDIF, which decides about {given}: leave it out with remote=True.")
+        if used := _used(local_options):
+            raise ModelError(f"The weights stay on NDIF, which decides about {used}: leave it out with remote=True.")
     if isinstance(model, nn.Module):
         if processor is None:
             raise ModelError(
                 f"A loaded model needs its processor: mechvlm.load(model, processor). Got {type(model).__name__}."
             )
         record = architecture_of(type(model).__name__)
-        options = {"dtype": dtype, "device_map": device_map, "revision": revision}
-        if given := ", ".join(option for option, value in options.items() if value is not None):
-            raise ModelError(
-                f"The model is loaded already: give {given} to its `from_pretrained`, not to mechvlm.load."
-            )
+        if used := _used({"dtype": dtype, "device_map": device_map, "revision": revision}):
+            raise ModelError(f"The model is loaded already: give {used} to its `from_pretrained`, not to mechvlm.load.")
         _require_decoder_only(model.config, record)
         _require_parts(processor)
         name = getattr(model, "name_or_path", "") or type(model).__name__
@@ -97,9 +101,9 @@ def load(
         if remote is True:
             if Path(source).is_dir():
                 source = str(Path(source).resolve())
-                known_here(source)
+                register_folder(source)
             return VLM(source, processor, name=name, revision=revision, remote=True)
-        hf = _weights(source, name, hf_class, dtype=dtype, device_map=device_map, **source_options)
+        hf = _load_weights(source, name, hf_class, dtype=dtype, device_map=device_map, **source_options)
         commit = getattr(hf.config, "_commit_hash", None) or revision
         vlm = VLM(hf.eval(), processor, name=name, revision=commit, remote=remote)
     if device is not None:
@@ -115,7 +119,12 @@ def load(
     return vlm
 
 
-def _weights(source: str, name: str, hf_class: str, **options) -> nn.Module:
+def _used(options: dict[str, Any]) -> str:
+    """The names of the options that are not None, for a message."""
+    return ", ".join(option for option, value in options.items() if value is not None)
+
+
+def _load_weights(source: str, name: str, hf_class: str, **options) -> nn.Module:
     """The model with all its weights: none missing, none of another shape, none unpickled."""
     try:
         hf, info = getattr(transformers, hf_class).from_pretrained(
@@ -134,10 +143,10 @@ def _weights(source: str, name: str, hf_class: str, **options) -> nn.Module:
             f"The weights of {name} are damaged, or are not those of its config.json: {reason}. Fetch both again."
         ) from error
     if missing := sorted(info["missing_keys"]):
-        # transformers would fill them with random numbers, and say so in a log.
+        # transformers fills them with random numbers, and says so only in a log.
         raise ModelError(
             f"The checkpoint of {name} lacks {len(missing)} tensors ({', '.join(missing[:3])}, ...): they would be random. "
-            "Fetch it again, or mend its config.json."
+            "Fetch it again, or correct its config.json."
         )
     return hf
 
@@ -155,10 +164,10 @@ def class_of(name: str, revision: str | None = None, trust_remote_code: bool = F
     """The Hugging Face class of a bundled name, a hub id or a folder; loads no weights.
 
     Raises:
-        ModelError: where there is no such model, or it is of no class that mechvlm can read.
+        ModelError: when there is no such model, or mechvlm cannot read its class.
     """
     source = str(bundled.path(name)) if name in bundled.NAMES else name
-    config = _config(source, name, revision, trust_remote_code)
+    config = _load_config(source, name, revision, trust_remote_code)
     hf_class = (getattr(config, "architectures", None) or ["(no class named in config.json)"])[0]
     _require_decoder_only(config, architecture_of(hf_class))
     return hf_class
@@ -168,21 +177,21 @@ def _dtype(dtype, default: str):
     dtype = default if dtype is None else dtype
     if dtype == "auto" or isinstance(dtype, torch.dtype):
         return dtype
-    found = getattr(torch, dtype, None)
-    if not isinstance(found, torch.dtype):
+    torch_dtype = getattr(torch, dtype, None)
+    if not isinstance(torch_dtype, torch.dtype):
         raise ModelError(f"There is no dtype {dtype!r}. Choose float32, bfloat16 or float16.")
-    return found
+    return torch_dtype
 
 
-def _config(source: str, name: str, revision: str | None, trust_remote_code: bool):
+def _load_config(source: str, name: str, revision: str | None, trust_remote_code: bool):
     if Path(source).is_dir() and not (Path(source) / "config.json").is_file():
         raise ModelError(f"The folder {name} holds no config.json: it is no Hugging Face model folder.")
     if not Path(source).exists() and "/" not in name:
-        # Hub ids have an owner: the hub need not be asked, which takes long where it cannot be reached.
+        # A hub id has an owner. Do not ask the hub for this name: an unreachable hub takes long.
         near = difflib.get_close_matches(name, bundled.NAMES, n=1)
         raise ModelError(
-            f"There is no model {name!r}: it is neither bundled ({', '.join(bundled.NAMES)}) nor a folder here, and a hub id "
-            "reads owner/name." + (f" Did you mean {near[0]}?" if near else "")
+            f"There is no model {name!r}: it is neither bundled ({', '.join(bundled.NAMES)}) nor a folder here, and a "
+            "hub id reads owner/name." + (f" Did you mean {near[0]}?" if near else "")
         )
     try:
         return AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)
@@ -190,7 +199,7 @@ def _config(source: str, name: str, revision: str | None, trust_remote_code: boo
         reason = str(error).splitlines()[0]
         if "custom code" in reason:
             raise ModelError(
-                f"{name} brings code of its own, which is not run unless asked for. Look at it, and pass "
+                f"{name} comes with code of its own, which is not run by default. Read it, and pass "
                 f"trust_remote_code=True if you trust it. ({reason})"
             ) from error
         if Path(source).is_dir():
@@ -203,17 +212,17 @@ def _config(source: str, name: str, revision: str | None, trust_remote_code: boo
 
 def _require_decoder_only(config, record: Architecture) -> None:
     if getattr(config, "use_decoder_only_language_model", True) is False:
-        kind = part(config, record.text_config).model_type
+        model_type = part(config, record.text_config).model_type
         raise ModelError(
-            f"This {type(config).__name__} has an encoder-decoder language model ({kind}). mechvlm reads decoders that "
+            f"This {type(config).__name__} has an encoder-decoder language model ({model_type}). mechvlm reads decoders that "
             "hold image and text in one sequence: InstructBLIP with Vicuna, for instance."
         )
 
 
 def check_device(device: str | None) -> None:
-    """Raises InputError for a device that is not there: before a model is loaded, which can take minutes."""
+    """Raises InputError for a missing device, before a model is loaded, which can take minutes."""
     try:
-        # Puts something there: a device can have a name and still be missing.
+        # Put a tensor there: torch names devices that the machine does not have.
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]

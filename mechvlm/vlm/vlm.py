@@ -1,4 +1,4 @@
-"""A vision-language model with uniform names: its inputs, its trace, its activations and its weights."""
+"""`VLM`: a vision-language model whose inputs, activations and weights have uniform names."""
 
 import warnings
 from collections.abc import Sequence
@@ -30,16 +30,29 @@ from mechvlm.vlm.hook_cache import Cache, run_with_cache
 class VLM(Decoder):
     """A loaded model. `mechvlm.load` makes one.
 
-    Activations, inside `with vlm.trace(inputs):`, indexed by layer, readable and assignable, named as TransformerLens does
-    (shapes in brackets): `resid_pre`, `resid_mid`, `resid_post`, `attn_out`, `mlp_out` [batch pos d_model];
-    `q`, `z` [batch pos head d_head]; `k`, `v` [batch pos kv_head d_head]; `pattern` [batch head dest src]; and `logits`
-    [batch pos d_vocab]. `q` and `k` are before the rotary embedding, as TransformerLens' hook_q and hook_k are;
-    `attention[layer]` gives what the weights are computed from, after it. `resid_mid` is replaced in place (see
-    `mechvlm.decoder.accessors`).
+        vlm = mv.load("tiny-llava")
+        inputs = vlm.inputs(image, "What is it?")
+        with vlm.trace(inputs):
+            resid = nnsight.save(vlm.resid_post[3])    # [batch pos d_model]
+            logits = nnsight.save(vlm.logits)          # [batch pos d_vocab]
 
-    Weights, anywhere, indexed by layer: `W_Q`, `W_K`, `W_V` [head d_model d_head] (key and value heads repeated to the query
-    heads), `W_O` [head d_head d_model]; and `W_E` [d_vocab d_model], `W_U` [d_model d_vocab]. Of a model on NDIF only inside a
-    trace.
+    **Activations** are read and assigned inside `with vlm.trace(inputs):`, indexed by layer. Their
+    names are TransformerLens':
+
+    - `resid_pre`, `resid_mid`, `resid_post`, `attn_out`, `mlp_out`: [batch pos d_model].
+      `resid_mid` is replaced in place (see `mechvlm.decoder.accessors`).
+    - `q`, `z`: [batch pos head d_head]; `k`, `v`: [batch pos kv_head d_head]. `q` and `k` are
+      before the rotary embedding, as TransformerLens' hook_q and hook_k are.
+    - `pattern`: [batch head dest src].
+    - `attention`: what the attention weights are computed from, after the rotary embedding.
+    - `logits`, without a layer: [batch pos d_vocab].
+
+    **Weights** are read anywhere, or for a model on NDIF inside a trace only:
+
+    - `W_Q`, `W_K`, `W_V`, indexed by layer: [head d_model d_head], with key and value heads
+      repeated to the query heads.
+    - `W_O`, indexed by layer: [head d_head d_model].
+    - `W_E`: [d_vocab d_model]; `W_U`: [d_model d_vocab].
 
     Attributes:
         model: the nnsight model, for anything that has no name here.
@@ -47,7 +60,8 @@ class VLM(Decoder):
         processor, tokenizer: its own.
         record: where the family keeps its parts.
         name, revision: what was loaded.
-        remote: True where every trace runs on NDIF, "local" where it is packed as for NDIF and runs here, else False.
+        remote: True where every trace runs on NDIF, "local" where it is packed as for NDIF and runs
+            here, else False.
         n_layers, n_heads, n_kv_heads, d_model, d_head, d_vocab: of the decoder.
     """
 
@@ -56,14 +70,14 @@ class VLM(Decoder):
         self.tokenizer = processor.tokenizer
         self._dtype: torch.dtype | None = None
         with warnings.catch_warnings():
-            # The Q-Former's modules named `output` are served under another name, which nothing here reads.
+            # nnsight renames the Q-Former's modules `output`, and warns. Nothing here reads them.
             warnings.filterwarnings("ignore", message=".*nnsight already serves.*")
             model = TransformersModel(hf, task="image-text-to-text", processor=processor, revision=revision)
         hf = model._module
         record = architecture_of(type(hf).__name__)
         super().__init__(model, record, name, hf.config, part(hf, record.unembed).weight.shape[0])
         for module in [*map(self.attention_module, range(self.n_layers)), *self.cross_attentions]:
-            attention_call(module, record)  # asked for here, before any forward runs
+            attention_call(module, record)  # nnsight must rewrite the forward before any runs
 
     def __repr__(self) -> str:
         where = f"{str(self.dtype).removeprefix('torch.')}, {self.device}" if self.has_weights else "on NDIF"
@@ -74,19 +88,19 @@ class VLM(Decoder):
 
     @property
     def device(self) -> torch.device:
-        """Where inputs go: the device of the token embedding ("meta" where the weights are on NDIF)."""
+        """The device of the token embedding, where inputs go; "meta" for weights on NDIF."""
         return part(self.hf, self.record.embed).weight.device
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype in which the model runs. On NDIF the server decides: it is asked once, when this is first read."""
+        """The dtype in which the model runs. On NDIF the server decides: the first read asks it."""
         if self.has_weights:
             return part(self.hf, self.record.embed).weight.dtype
         if self._dtype is None:
             with self.trace(self.inputs(Image.new("RGB", (32, 32)), "a")) as tracer:
-                found = nnsight.save(str(part(self.model, self.record.embed).output.dtype))
+                name = nnsight.save(str(part(self.model, self.record.embed).output.dtype))
                 tracer.stop()
-            self._dtype = getattr(torch, found.removeprefix("torch."))
+            self._dtype = getattr(torch, name.removeprefix("torch."))
         return self._dtype
 
     @property
@@ -103,11 +117,11 @@ class VLM(Decoder):
         return super().projection(name, layer)
 
     def require_weights(self, what: str) -> None:
-        """Raises ModelError where the weights are on NDIF, and not here."""
+        """Raises ModelError where the weights are on NDIF; `what` needs them here."""
         if not self.has_weights:
             raise ModelError(
-                f"{what} was asked for, and {self.name} runs on NDIF: no weights are here. Inside a trace they are there, "
-                "`with vlm.trace(inputs): w = nnsight.save(vlm.W_U[:, 7])`; or load the model without remote=True."
+                f"{what} was asked for, and {self.name} runs on NDIF: no weights are here. Read them inside a trace, `with "
+                "vlm.trace(inputs): w = nnsight.save(vlm.W_U[:, 7])`, or load the model without remote=True."
             )
 
     def inputs(
@@ -115,87 +129,105 @@ class VLM(Decoder):
     ) -> Inputs:
         """Images and prompts as a batch, padded on the left, with a `TokenMap` per example.
 
+        >>> inputs = vlm.inputs(["cat.jpg", "dog.jpg"], "What is it?")
+
         Args:
-            images: one image (PIL or a path), a list with one per example, or a list of lists for several in one prompt.
-            prompts: one for all, or one per example. The family's template is put around it, unless it already holds the
-                image token.
+            images: one image (PIL or a path), a list with one per example, or a list of lists for
+                several in one prompt.
+            prompts: one for all, or one per example. The family's template is put around it, unless
+                it already holds the image token.
 
         Raises:
-            InputError: for an unreadable image, numbers that do not match, or a prompt with no room for the image.
+            InputError: for an unreadable image, numbers of images and prompts that do not match, or
+                a prompt with no room for the image.
         """
         return build_inputs(
             images, prompts, record=self.record, config=self.config, processor=self.processor, model=self.name
         )
 
     def trace(self, inputs: Inputs, **kwargs):
-        """An ordinary nnsight trace over one forward of `inputs`; `kwargs` go to the model's forward.
+        """An ordinary nnsight trace over one forward of `inputs`.
 
-        `logits_to_keep=1` saves the logits of all positions but the last. Where the model is on NDIF, `blocking=False` leaves the
-        job there, `with vlm.trace(inputs, blocking=False) as tracer:`, and `vlm.job(tracer.backend.job_id)` finds it again.
+        `kwargs` go to the model's forward: `logits_to_keep=1` computes the logits of the last
+        position alone.
+
+        For a model on NDIF, `with vlm.trace(inputs, blocking=False) as tracer:` leaves the job
+        there, and `vlm.job(tracer.backend.job_id)` finds it again.
         """
         backend = backend_for(self, kwargs.pop("remote", None), kwargs.pop("blocking", True))
         return self.model.trace(**self.encoding(inputs), backend=backend, **kwargs)
 
     def job(self, job_id: str) -> Job:
-        """The job that a trace left on NDIF; its `result()` is a dict of what the block saved, by the names there.
+        """The job that a trace left on NDIF.
+
+        Its `result()` is a dict of what the block saved, by the names in the block.
 
         Raises:
-            ModelError: where the model runs here.
+            ModelError: for a model that runs here.
         """
         return Job(backend_for(self, blocking=False, job_id=job_id), finish=dict)
 
     @torch.no_grad()
     def next_tokens(self, inputs: Inputs) -> Int[Tensor, " example"]:
-        """The token that the model would write after each example, by one forward."""
+        """Ids of the tokens that the model would write after each example, from one forward."""
         with self.trace(inputs, logits_to_keep=1):
-            found = nnsight.save(self.logits[:, -1].argmax(-1))
-        return found.cpu()
+            ids = nnsight.save(self.logits[:, -1].argmax(-1))
+        return ids.cpu()
 
     def to_str_tokens(self, ids: Int[Tensor, " n"]) -> tuple[str, ...]:
-        """The tokenizer's pieces, `▁` and all; vocabularies are padded, and an id past the tokenizer's last reads `<id>`."""
+        """The ids as the tokenizer's pieces, `▁` included.
+
+        Vocabularies are padded: an id past the tokenizer's last reads `<id>`.
+        """
         numbers = ids.tolist()
         pieces = self.tokenizer.convert_ids_to_tokens(numbers)
         return tuple(f"<{i}>" if piece is None else piece for i, piece in zip(numbers, pieces, strict=True))
 
     def answer_tokens(self, inputs: Inputs, answers: Answers = None) -> Int[Tensor, " example"]:
-        """Token ids of the answers' FIRST tokens, as the tokenizer writes them after each example's prompt.
+        """Token ids of the answers' FIRST tokens, as the tokenizer writes them after the prompts.
+
+        A space separates prompt and answer, except after a prompt that ends in a line break.
+
+        >>> red, blue = vlm.answer_tokens(inputs, ["red", "blue"])    # for two examples
 
         Args:
             inputs: the examples.
-            answers: a word or a token id for all examples, or one per example; of several tokens the first one counts.
-                None: the token that the model itself would write first (one forward).
-
-        After a prompt that ends in a line break the answer follows directly, after any other a space stands between.
+            answers: a word or a token id for all examples, or one per example; of an answer of
+                several tokens the first one counts. None: the token that the model itself would
+                write first (one forward).
 
         Raises:
-            InputError: for another number of answers than examples, an empty answer, an id outside the vocabulary, or a
-                word whose first token the tokenizer joins with the prompt.
+            InputError: for another number of answers than examples, an empty answer, an id outside
+                the vocabulary, or a word whose first token the tokenizer joins with the prompt.
         """
         if answers is None:
             return self.next_tokens(inputs)
         return first_tokens(inputs, answers, self.tokenizer, self.d_vocab)
 
     def answered(self, inputs: Inputs, answers: Sequence[str]) -> tuple[Inputs, tuple[int, ...]]:
-        """The inputs with each example's answer written after its prompt, and how many tokens each answer has.
+        """The inputs with each example's answer written after its prompt, and the answers' lengths.
 
-        The answer's tokens are the last ones of its example. A Q-Former still gets the prompt alone, as when the model
-        writes the answer itself.
+        The answer's tokens are the last ones of its example. A Q-Former still gets the prompt
+        alone, as it does when the model writes the answer itself.
+
+        Returns:
+            (inputs, lengths): new inputs, and the number of tokens of each answer.
 
         Raises:
-            InputError: for another number of answers than examples, an empty answer, one whose first token the tokenizer
-                joins with the prompt, or one that leaves no room.
+            InputError: for another number of answers than examples, an empty answer, one whose
+                first token the tokenizer joins with the prompt, or one that leaves no room.
         """
         max_length = part(self.config, dict(self.record.max_lengths)["input_ids"])
         image_token = part(self.config, self.record.image_token_id)
         return write_answers(inputs, answers, self.tokenizer, image_token, max_length)
 
     def encoding(self, inputs: Inputs) -> dict[str, Tensor]:
-        """What the Hugging Face model is called with, on its device."""
+        """The arguments of the Hugging Face model's forward, on its device."""
         if self.has_weights:
             return {key: value.to(self.device) for key, value in inputs.encoding.items()}
-        return dict(inputs.encoding)  # the server puts them where the model is
+        return dict(inputs.encoding)  # the server moves them to the model's device
 
-    # -- TransformerLens, imported when it is asked for ----------------------------------------------------------------
+    # -- TransformerLens, imported on first use ---------------------------------------------------
 
     def bridge(self):
         """A new TransformerLens `TransformerBridge` on these weights: the same memory, no copy.
@@ -205,9 +237,10 @@ class VLM(Decoder):
             encoding = vlm.encoding(inputs)
             logits, cache = bridge.run_with_cache(encoding.pop("input_ids"), **encoding)
 
-        Its modules are its own: nothing done with its hooks reaches this VLM, and `bridge.enable_compatibility_mode()` or
-        `bridge.to(...)` give the bridge new weights and leave these. What is written into the bridge's weights in place is
-        written into these. When `hf` was moved or cast, make a new bridge.
+        Its modules are its own: nothing done with its hooks reaches this VLM.
+        `bridge.enable_compatibility_mode()` and `bridge.to(...)` give the bridge new weights and
+        leave these as they are. A change in place of the bridge's weights changes these too. When
+        `hf` was moved or cast, make a new bridge.
 
         Raises:
             ModelError: for a model on several devices, or one with quantized weights or adapters.
@@ -221,38 +254,45 @@ class VLM(Decoder):
         return build_bridge(self.hf, self.record, self.name, self.tokenizer, self.processor, fold_final_norm)
 
     def run_with_cache(self, inputs: Inputs, names=None):
-        """The logits [batch pos d_vocab] and the activations under TransformerLens' hook names, by one forward, without
-        gradients.
+        """The logits and the activations under TransformerLens' hook names, from one forward.
+
+            logits, cache = vlm.run_with_cache(inputs)
+            cache["blocks.3.hook_resid_post"]    # [batch pos d_model]
+
+        Runs without gradients. The names are TransformerLens' names for the activations that this
+        class has accessors for, and `mlp.hook_post`, the norms' `hook_scale`, and `hook_embed`,
+        which is here the decoder's whole input, image included.
 
         Args:
             inputs: what `inputs` gives.
-            names: a name (`"blocks.3.hook_resid_post"`), several, or a function that says of each name whether to keep it; None
-                keeps all. Nothing else is read. They are TransformerLens' names of what this class has accessors for, and
-                `mlp.hook_post`, the norms' `hook_scale`, and `hook_embed`: here all that enters the decoder, image included.
+            names: a name (`"blocks.3.hook_resid_post"`), several, or a function that says of each
+                name whether to keep it; None keeps all. Nothing else is read.
 
         Returns:
-            (logits, cache): the cache is a `mechvlm.vlm.hook_cache.Cache`, a read-only mapping from name to tensor in the
-            order of the forward; `cache.to_transformer_lens()` makes it TransformerLens' `ActivationCache`.
+            (logits, cache): logits are [batch pos d_vocab]. The cache is a
+            `mechvlm.vlm.hook_cache.Cache`, a read-only mapping from name to tensor in the order of
+            the forward; `cache.to_transformer_lens()` makes it TransformerLens' `ActivationCache`.
 
         Raises:
-            ValueError: for a name that is not there, or none at all; the message lists what there is.
+            ValueError: for a name that is not there, or none at all; the message lists the names.
         """
         logits, activations = run_with_cache(self, inputs, names)
         return logits, Cache(activations, partial(self._bridge, fold_final_norm=True))
 
     def OV(self, layer: int):
-        """W_V W_O of every head of a layer, as TransformerLens' `FactoredMatrix` [head d_model d_model].
+        """W_V W_O of a layer's heads, a TransformerLens `FactoredMatrix` [head d_model d_model].
 
-        `state @ OV` is what a head writes of a normed state that it attends to (but for biases).
+        `state @ OV` is what a head writes for a normed state that it attends to, without biases.
         """
         from transformer_lens import FactoredMatrix
 
         return FactoredMatrix(self.W_V[layer], self.W_O[layer])
 
     def QK(self, layer: int):
-        """W_Q W_K^T of every head of a layer, as TransformerLens' `FactoredMatrix` [head d_model d_model].
+        """W_Q W_K^T of a layer's heads, a TransformerLens `FactoredMatrix` [head d_model d_model].
 
-        Before the rotary embedding: the score of two normed states at the same position (but for scale and biases).
+        Before the rotary embedding: the score of two normed states at the same position, without
+        scale and biases.
         """
         from transformer_lens import FactoredMatrix
 
@@ -260,7 +300,7 @@ class VLM(Decoder):
 
     @torch.no_grad()
     def generate(self, inputs: Inputs, max_new_tokens: int = 40) -> list[str]:
-        """The model's greedy answers, without prompt and special tokens; one per example."""
+        """The model's greedy answers, one per example, without prompt and special tokens."""
         options = {
             "max_new_tokens": max_new_tokens, "do_sample": False, "num_beams": 1, "pad_token_id": self.tokenizer.pad_token_id,
         }  # fmt: skip

@@ -1,4 +1,4 @@
-"""COCO captions: what is read of the official layout and others, and what is set aside or refused in plain words."""
+"""COCO captions: the official folder layout and others; entries set aside, and files refused."""
 
 import builtins
 import io
@@ -24,7 +24,7 @@ def test_every_image_with_all_its_captions(tmp_path, layout):
         assert {e.id for e in data.examples} == {str(i) for i in range(100, 106)}
         for e in data.examples:
             assert e.meta["file_name"] == f"{int(e.id):012d}.jpg"
-            # In the order of the annotations' ids, whatever theirs in the file.
+            # Captions come in the order of the annotations' ids, not of the file.
             word = e.captions[0].split()[1]
             assert e.captions == tuple(f"A {word} seen {k} times." for k in range(5))
             assert open_image(e.image).size == (80, 60)
@@ -92,8 +92,8 @@ def test_oddities_are_set_aside_with_their_reasons(tmp_path):
         "999: 2 captions, but the file lists no such image", "annotation 1030: annotations[32] uses this id again",
         "annotations[33]: an annotation without", "annotations[34]: an annotation without",
     ]  # fmt: skip
-    for one in expected:
-        assert sum(one in reason for reason in reasons) == 1, (one, reasons)
+    for part in expected:
+        assert sum(part in reason for reason in reasons) == 1, (part, reasons)
     assert len(reasons) == len(expected)
 
 
@@ -134,24 +134,24 @@ def test_a_file_that_is_not_coco_captions(tmp_path, text, message):
 def test_no_captions_file(tmp_path):
     with pytest.raises(InputError, match="is not there"):
         load_dataset(f"coco:{tmp_path / 'gone'}")
-    with pytest.raises(InputError, match=r"holds no captions_\*.json.* If there is one elsewhere"):
+    with pytest.raises(InputError, match=r"holds no captions_\*.json.* If another file is in COCO's captions format"):
         load_dataset(f"coco:{tmp_path}")
     (tmp_path / "instances_val2017.json").write_text("{}")
     with pytest.raises(InputError, match=r"It holds instances_val2017.json"):
         load_dataset(f"coco:{tmp_path}")
     for query in ("images=", "photos=x", "images=a&images=b"):
-        with pytest.raises(InputError, match=r"after the . stand"):
+        with pytest.raises(InputError, match=r"options after the \? are images: each is given"):
             load_dataset(f"coco:{tmp_path}?{query}")
 
 
 def test_images_are_neither_opened_nor_looked_at_one_by_one(tmp_path, monkeypatch):
     write_coco(tmp_path, coco(50))
-    looked = []
+    looked_at = []
     for module, name in [(os, "stat"), (io, "open"), (builtins, "open")]:
         real = getattr(module, name)
-        watched = lambda path, *a, real=real, **k: (looked.append(str(path)), real(path, *a, **k))[1]  # noqa: E731
+        watched = lambda path, *a, real=real, **k: (looked_at.append(str(path)), real(path, *a, **k))[1]  # noqa: E731
         monkeypatch.setattr(module, name, watched)
-    found, _ = read_coco(tmp_path)
-    assert len(found) == 50
-    assert any(path.endswith(".json") for path in looked)
-    assert not [path for path in looked if path.endswith(".jpg")]
+    examples, _ = read_coco(tmp_path)
+    assert len(examples) == 50
+    assert any(path.endswith(".json") for path in looked_at)
+    assert not [path for path in looked_at if path.endswith(".jpg")]

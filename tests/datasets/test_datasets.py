@@ -1,4 +1,4 @@
-"""Data sets by name: what is drawn, what is set aside, and what the fingerprint covers."""
+"""Data sets by name: the draw, entries that are set aside, and the fingerprint."""
 
 import json
 from pathlib import Path
@@ -62,7 +62,7 @@ def test_accepts_one_caption_ids_subfolders_blank_lines_and_byte_order_marks(tmp
 
 @pytest.mark.parametrize("end", ["\n", "\r\n"])
 def test_only_the_end_of_a_line_ends_a_line(tmp_path, end):
-    """JSON strings may hold a line separator as it is."""
+    """JSON strings may hold the line separators of Unicode unescaped."""
     (tmp_path / "d").mkdir()
     lines = [
         json.dumps({"image": "a.png", "caption": f"one{c}two", "id": c}, ensure_ascii=False)
@@ -123,7 +123,7 @@ def test_half_a_surrogate_pair_becomes_storable(tmp_path):
         (lambda d: (d.mkdir(), (d / "captions.jsonl").mkdir()), "cannot be read"),
     ],
 )
-def test_a_folder_of_which_nothing_can_be_used(tmp_path, make, message):
+def test_a_folder_without_anything_usable(tmp_path, make, message):
     make(tmp_path / "d")
     with pytest.raises(InputError, match=message):
         load_dataset(f"folder:{tmp_path / 'd'}")
@@ -140,7 +140,7 @@ def test_too_few():
         load_dataset("scenes", 0)
 
 
-# -- the draw ----------------------------------------------------------------------------------------------------------
+# --- the draw ---
 
 
 def test_a_larger_draw_begins_with_the_smaller_one(good):
@@ -155,11 +155,12 @@ def test_the_draw_depends_on_seed_and_ids_alone(good, tmp_path):
     listing = tmp_path / "good" / "captions.jsonl"
     listing.write_text("\n".join(reversed(listing.read_text().splitlines())))
     assert [e.id for e in load_dataset(good).examples] == whole
-    (tmp_path / "good" / whole[2]).unlink()  # one more or less moves no other
+    # Without one image the others keep their order.
+    (tmp_path / "good" / whole[2]).unlink()
     assert [e.id for e in load_dataset(good).examples] == whole[:2] + whole[3:]
 
 
 def test_every_example_is_as_likely_as_another(good):
-    """Of 600 draws of 2 from 6, each example is in a third: 200, with a standard deviation of 11.5."""
+    """Each example is in a third of 600 draws of 2 from 6: 200, standard deviation 11.5."""
     drawn = [e.id for seed in range(600) for e in load_dataset(good, 2, seed=seed).examples]
     assert all(abs(drawn.count(f"{i}.png") - 200) < 46 for i in range(6))

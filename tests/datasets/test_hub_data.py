@@ -1,4 +1,7 @@
-"""hf:NAME with named columns, on what the library datasets writes: a saved folder, Parquet, splits, bytes."""
+"""hf:NAME with named columns, on data that the library datasets wrote.
+
+A saved folder, Parquet, splits, bytes.
+"""
 
 import builtins
 import pickle
@@ -47,7 +50,7 @@ def test_forms(tmp_path, form):
     data = load_dataset(f"hf:{at}" + ("?split=test" if form == "splits" else ""))
     assert {e.id: e.captions for e in data.examples} == {str(i): (f"one {i}", f"two {i}") for i in range(4)}
     assert pixels(data) == {str(i): noise_image(i).tobytes() for i in range(4)}
-    again = pickle.loads(pickle.dumps(data.examples[0]))  # what a worker in another process is given
+    again = pickle.loads(pickle.dumps(data.examples[0]))  # as a worker in another process gets it
     assert open_image(again.image).tobytes() == pixels(data)[again.id]
 
 
@@ -96,7 +99,11 @@ def test_rows_without_captions_are_set_aside(tmp_path):
         ({}, "?image=captions", "'captions' of .* holds no images. It has photo"),
         ({"n": [1, 2, 3, 4]}, "?caption=n", "4 rows, none usable; 0: row 0 holds no caption in 'n'"),
         ({"more": [encoded(i) for i in range(4)]}, "", r"Which column is the image\? Here the columns photo, more"),
-        ({}, "?columns=x", "asks for columns=x: after the . stand.*image, caption, id, split, config"),
+        (
+            {},
+            "?columns=x",
+            r"asks for columns=x. The options after the \? are image, caption, id, split, config",
+        ),
     ],
 )
 def test_columns_that_do_not_fit_list_what_there_is(tmp_path, columns, query, message):
@@ -122,7 +129,7 @@ def test_no_column_of_captions(tmp_path):
 def test_what_cannot_be_had(tmp_path, monkeypatch):
     (tmp_path / "broken.parquet").write_bytes(b"PAR1 no more")
     for name in (tmp_path / "gone", tmp_path / "broken.parquet", "nobody/nothing"):
-        with pytest.raises(InputError, match=r"gives no .* It takes a name of the Hub"):
+        with pytest.raises(InputError, match=r"cannot load .* Give a name on the Hub"):
             load_dataset(f"hf:{name}")
     real = builtins.__import__
 

@@ -1,4 +1,4 @@
-"""Questions about one object: the answer is the color that lies in its box, and no other object could be meant."""
+"""Questions about one object: the answer is the color in its box, and no other object fits."""
 
 import numpy as np
 
@@ -7,9 +7,9 @@ from mechvlm.datasets.scenes import COLORS, SHAPES
 
 
 def test_the_answer_lies_in_the_box():
-    asked = naming(20)
-    assert len(asked) == 20
-    for image, prompt, answer, box in asked:
+    questions = naming(20)
+    assert len(questions) == 20
+    for image, prompt, answer, box in questions:
         shape = prompt.removeprefix("What color is the ").removesuffix("?")
         assert shape in SHAPES
         pixels = np.asarray(image.crop([round(x) for x in box]), dtype=int)
@@ -19,5 +19,5 @@ def test_the_answer_lies_in_the_box():
 
 def test_a_longer_list_begins_with_the_shorter_one():
     short, long = naming(3, seed=4), naming(6, seed=4)
-    assert [x[1:] for x in long[:3]] == [x[1:] for x in short]
-    assert [x[1:] for x in naming(3, seed=5)] != [x[1:] for x in short]
+    assert [question[1:] for question in long[:3]] == [question[1:] for question in short]
+    assert [question[1:] for question in naming(3, seed=5)] != [question[1:] for question in short]

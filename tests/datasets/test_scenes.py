@@ -1,4 +1,4 @@
-"""Generated scenes: the same every time, truthfully described, and their splits disjoint."""
+"""Generated scenes: the same every time, with true descriptions and disjoint splits."""
 
 import re
 
@@ -14,11 +14,10 @@ from mechvlm.datasets.scenes import (
     SPLITS,
     Scene,
     SceneObject,
-    attribute_swaps,
-    relation_swaps,
     sample_scenes,
     scenes,
 )
+from mechvlm.datasets.swaps import attribute_swaps, relation_swaps
 
 SAMPLE = list(sample_scenes(60, seed=3, split="test"))
 NAME = re.compile(r"\b(" + "|".join(COLORS) + r") (" + "|".join(SHAPES) + r")\b")
@@ -26,7 +25,10 @@ PHRASES = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0
 
 
 def true_of(scene: Scene, caption: str) -> bool:
-    """Judged from the words and the centers alone, without the code that wrote the caption."""
+    """Whether a caption is true, from its words and the objects' centers alone.
+
+    It uses none of the code that wrote the caption.
+    """
     names = [" ".join(m) for m in NAME.findall(caption)]
     objects = {f"{o.color} {o.shape}": o for o in scene.objects}
     if not set(names) <= set(objects) or not caption.endswith(f" on {scene.ground}."):
@@ -77,9 +79,9 @@ def test_captions_are_true():
 
 
 def test_captions_are_false_elsewhere():
-    """The judge above is no yes-man."""
-    one, other = SAMPLE[0], next(s for s in SAMPLE if s.content != SAMPLE[0].content)
-    assert not true_of(other, one.listing())
+    """`true_of` can say no."""
+    scene, other = SAMPLE[0], next(s for s in SAMPLE if s.content != SAMPLE[0].content)
+    assert not true_of(other, scene.listing())
 
 
 def test_answers_are_true():

@@ -1,4 +1,4 @@
-"""Winoground's files and its rows on the Hub: pairs of examples, and what is set aside or refused."""
+"""Winoground's files and its rows on the Hub: pairs of examples; pairs set aside, data refused."""
 
 import json
 
@@ -60,7 +60,7 @@ def test_a_bad_pair_is_set_aside_whole(tmp_path):
     bad[3]["image_0"] = 3
     folder = write_winoground(tmp_path / "w", [good, bad[4], "{broken", "[]"])
     lines = (folder / "examples.jsonl").read_text()
-    (folder / "examples.jsonl").write_text(lines + "\n".join(json.dumps(one) for one in bad[:4]))
+    (folder / "examples.jsonl").write_text(lines + "\n".join(json.dumps(entry) for entry in bad[:4]))
     for name in (f"ex_{i}_img_{side}" for i in range(1, 5) for side in (0, 1)):
         noise_image(0).save(folder / "images" / f"{name}.png")
     (folder / "images" / "ex_5_img_1.png").unlink()
@@ -105,13 +105,13 @@ def rows(n: int) -> dict:
 def test_the_hubs_rows_are_the_same_pairs(monkeypatch):
     table = datasets.Dataset.from_dict(rows(3))
     table = table.cast_column("image_0", datasets.Image()).cast_column("image_1", datasets.Image())
-    asked = []
+    loaded = []
     monkeypatch.setattr(datasets, "get_dataset_split_names", lambda name, config=None: ["test"])
     monkeypatch.setattr(
-        datasets, "load_dataset", lambda name, config=None, split=None: (asked.append((name, split)), table)[1]
+        datasets, "load_dataset", lambda name, config=None, split=None: (loaded.append((name, split)), table)[1]
     )
     data = load_dataset("winoground")
-    assert asked == [("facebook/winoground", "test")]
+    assert loaded == [("facebook/winoground", "test")]
     assert {e.id for e in data.examples} == {f"{i}-{side}" for i in range(3) for side in (0, 1)}
     for e in data.examples:
         expected = noise_image(10 * int(e.meta["pair"]) + e.meta["side"])
@@ -131,11 +131,11 @@ def test_without_access_the_error_says_how_to_get_it(monkeypatch):
     monkeypatch.setattr(datasets, "get_dataset_split_names", gated)
     with pytest.raises(InputError) as caught:
         load_dataset("winoground")
-    for said in (
+    for part in (
         "must be authenticated", "Accept its conditions on https://huggingface.co/datasets/facebook/winoground",
         "hf auth login", "winoground:DIR",
     ):  # fmt: skip
-        assert said in str(caught.value)
+        assert part in str(caught.value)
     monkeypatch.undo()
-    with pytest.raises(InputError, match="hf auth login"):  # offline, as every test is
+    with pytest.raises(InputError, match="hf auth login"):  # without network, as in all tests
         load_dataset("winoground")

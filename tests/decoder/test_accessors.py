@@ -1,4 +1,4 @@
-"""Every accessor equals Hugging Face's own output, and an assignment does what it says."""
+"""Accessors equal Hugging Face's own outputs, and assignments replace what they name."""
 
 import nnsight
 import pytest
@@ -10,6 +10,7 @@ SITES = ["resid_pre", "q", "k", "v", "pattern", "z", "attn_out", "resid_mid", "m
 
 
 def read_all(vlm, inputs):
+    """Every accessor at every layer, and the logits."""
     with torch.no_grad(), vlm.trace(inputs):
         got = nnsight.save({})
         for layer in range(vlm.n_layers):
@@ -33,18 +34,18 @@ def eager(vlm, inputs):
 
 
 def hooked(vlm, inputs):
-    """The same activations by PyTorch's own hooks: no nnsight."""
+    """The same activations by PyTorch's hooks, without nnsight."""
     got, handles = {}, []
     for i, layer in enumerate(part(vlm.hf, vlm.record.layers)):
-        a = layer.self_attn
+        attention = layer.self_attn
 
         def keep(key, take):
             return lambda module, args, out: got.__setitem__(key, take(args, out))
 
         for name, module, take in [
-            ("q", a.q_proj, lambda args, out: out), ("k", a.k_proj, lambda args, out: out),
-            ("v", a.v_proj, lambda args, out: out), ("z", a.o_proj, lambda args, out: args[0]),
-            ("attn_out", a, lambda args, out: out[0]), ("mlp_out", layer.mlp, lambda args, out: out),
+            ("q", attention.q_proj, lambda args, out: out), ("k", attention.k_proj, lambda args, out: out),
+            ("v", attention.v_proj, lambda args, out: out), ("z", attention.o_proj, lambda args, out: args[0]),
+            ("attn_out", attention, lambda args, out: out[0]), ("mlp_out", layer.mlp, lambda args, out: out),
             ("resid_mid", layer.post_attention_layernorm, lambda args, out: args[0]),
         ]:  # fmt: skip
             handles.append(module.register_forward_hook(keep((name, i), take)))
@@ -79,18 +80,18 @@ def test_pattern_equals_eager_attention(vlm, batch):
     real = batch.encoding["attention_mask"].bool()
     for layer in range(vlm.n_layers):
         # Rows of padding mean nothing in any implementation.
-        a, b = (x.transpose(1, 2)[real] for x in (got["pattern", layer], ref.attentions[layer]))
-        torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
+        pattern, expected = (x.transpose(1, 2)[real] for x in (got["pattern", layer], ref.attentions[layer]))
+        torch.testing.assert_close(pattern, expected, rtol=0, atol=1e-6)
 
 
 def test_pattern_rows_are_rows_of_the_pattern(vlm, batch):
     last = [m.last for m in batch.token_maps]
     with torch.no_grad(), vlm.trace(batch):
-        some = nnsight.save(vlm.pattern[1, [-1, last[0] - 2]])
-        each = nnsight.save(vlm.pattern[2, torch.tensor([[p] for p in last])])
+        shared = nnsight.save(vlm.pattern[1, [-1, last[0] - 2]])
+        by_example = nnsight.save(vlm.pattern[2, torch.tensor([[p] for p in last])])
     full = read_all(vlm, batch)
-    torch.testing.assert_close(some, full["pattern", 1][:, :, [last[0], last[0] - 2]], rtol=0, atol=1e-6)
-    torch.testing.assert_close(each, full["pattern", 2][:, :, [last[0]]], rtol=0, atol=1e-6)
+    torch.testing.assert_close(shared, full["pattern", 1][:, :, [last[0], last[0] - 2]], rtol=0, atol=1e-6)
+    torch.testing.assert_close(by_example, full["pattern", 2][:, :, [last[0]]], rtol=0, atol=1e-6)
 
 
 def test_residual_stream_is_the_sum_of_what_was_written(vlm, batch):
@@ -103,26 +104,26 @@ def test_residual_stream_is_the_sum_of_what_was_written(vlm, batch):
         assert torch.equal(total, got["resid_post", layer])
 
 
-def test_weights_rebuild_the_activations(vlm, one):
-    got = read_all(vlm, one)
+def test_weights_rebuild_the_activations(vlm, single):
+    got = read_all(vlm, single)
     block = part(vlm.hf, vlm.record.layers)[1]
     x = block.input_layernorm(got["resid_pre", 1])
     repeat = vlm.n_heads // vlm.n_kv_heads
     for name, weights in (("q", vlm.W_Q), ("k", vlm.W_K), ("v", vlm.W_V)):
         assert weights[1].shape == (vlm.n_heads, vlm.d_model, vlm.d_head)
-        made = torch.einsum("bpd,hde->bphe", x, weights[1])
+        rebuilt = torch.einsum("bpd,hde->bphe", x, weights[1])
         bias = getattr(block.self_attn, f"{name}_proj").bias
-        have = got[name, 1] if name == "q" else got[name, 1].repeat_interleave(repeat, 2)
+        expected = got[name, 1] if name == "q" else got[name, 1].repeat_interleave(repeat, 2)
         if bias is not None:
             b = bias.view(-1, vlm.d_head)
-            made = made + (b if name == "q" else b.repeat_interleave(repeat, 0))
-        torch.testing.assert_close(made, have, rtol=0, atol=1e-5)
+            rebuilt = rebuilt + (b if name == "q" else b.repeat_interleave(repeat, 0))
+        torch.testing.assert_close(rebuilt, expected, rtol=0, atol=1e-5)
     out = torch.einsum("bphe,hed->bpd", got["z", 1], vlm.W_O[1])
     if block.self_attn.o_proj.bias is not None:
         out = out + block.self_attn.o_proj.bias
     torch.testing.assert_close(out, got["attn_out", 1], rtol=0, atol=1e-5)
-    ids = one.encoding["input_ids"]
-    text = one.tokens.text
+    ids = single.encoding["input_ids"]
+    text = single.tokens.text
     assert torch.equal(vlm.W_E[ids[0, text]], got["resid_pre", 0][0, text])
     assert vlm.W_U.shape == (vlm.d_model, vlm.d_vocab)
 
@@ -137,36 +138,35 @@ def test_assigning_what_is_there_changes_nothing(vlm, batch, site):
             getattr(vlm, site)[1] = got[site, 1]
         logits = nnsight.save(vlm.logits)
     real = batch.encoding["attention_mask"].bool()
-    # Only a pattern is recomputed; everything else is put back to the bit.
+    # Only a pattern is recomputed. Everything else is bit for bit the same.
     torch.testing.assert_close(logits[real], got["logits"][real], rtol=0, atol=1e-5 if site == "pattern" else 0)
 
 
 @pytest.mark.parametrize("site", SITES)
-def test_an_assignment_reaches_what_follows_and_nothing_leaks(vlm, one, site):
-    before = read_all(vlm, one)
-    with torch.no_grad(), vlm.trace(one):
+def test_an_assignment_changes_the_rest_of_its_forward_and_no_other(vlm, single, site):
+    before = read_all(vlm, single)
+    with torch.no_grad(), vlm.trace(single):
         getattr(vlm, site)[1] = torch.zeros_like(before[site, 1])
         after = nnsight.save({})
         after["resid_post"] = vlm.resid_post[1].clone()
         after["logits"] = vlm.logits
-    b = before
     expected = {
-        "mlp_out": b["resid_mid", 1],
-        "resid_post": torch.zeros_like(b["resid_post", 1]),
+        "mlp_out": before["resid_mid", 1],
+        "resid_post": torch.zeros_like(before["resid_post", 1]),
     }
     if site in expected:
         assert torch.equal(after["resid_post"], expected[site])
-    if site == "resid_mid":  # what the MLP makes of nothing, added to nothing
-        mlp = part(vlm.hf, vlm.record.layers)[1]
+    if site == "resid_mid":  # the zero state plus the MLP's output for it
+        layer = part(vlm.hf, vlm.record.layers)[1]
         with torch.no_grad():
-            nothing = mlp.mlp(mlp.post_attention_layernorm(torch.zeros_like(b["resid_mid", 1])))
-        assert torch.equal(after["resid_post"], nothing)
+            mlp_of_zeros = layer.mlp(layer.post_attention_layernorm(torch.zeros_like(before["resid_mid", 1])))
+        assert torch.equal(after["resid_post"], mlp_of_zeros)
     assert not torch.allclose(after["logits"], before["logits"])
-    assert torch.equal(read_all(vlm, one)["logits"], before["logits"])
+    assert torch.equal(read_all(vlm, single)["logits"], before["logits"])
 
 
-def test_a_pattern_of_one_source_writes_its_value(vlm, one):
-    with torch.no_grad(), vlm.trace(one):
+def test_a_pattern_of_one_source_writes_its_value(vlm, single):
+    with torch.no_grad(), vlm.trace(single):
         n = vlm.resid_pre[0].shape[1]
         onto_first = torch.zeros(1, vlm.n_heads, n, n)
         onto_first[..., 0] = 1
@@ -177,17 +177,17 @@ def test_a_pattern_of_one_source_writes_its_value(vlm, one):
     torch.testing.assert_close(z, expected, rtol=0, atol=1e-6)
 
 
-def test_resid_mid_is_replaced_in_place_and_a_clone_is_not(vlm, one):
-    with torch.no_grad(), vlm.trace(one):
+def test_resid_mid_is_replaced_in_place_and_a_clone_keeps_its_values(vlm, single):
+    with torch.no_grad(), vlm.trace(single):
         clean = nnsight.save(vlm.resid_mid[1].clone())
         vlm.resid_mid[1] = clean * 2
         changed = nnsight.save(vlm.resid_mid[1])
     assert torch.equal(changed, clean * 2)
 
 
-def test_gradients_pass_through_an_assignment(vlm, one):
-    """d logit / d state: of a state read as `resid_mid * 1`, the same as autograd's finite difference."""
-    with vlm.trace(one):
+def test_gradients_pass_through_an_assignment(vlm, single):
+    """d logit / d state of a state read as `resid_mid * 1` equals the finite difference."""
+    with vlm.trace(single):
         state = vlm.resid_mid[1] * 1
         nnsight.save(state)
         vlm.resid_mid[1] = state
@@ -195,16 +195,16 @@ def test_gradients_pass_through_an_assignment(vlm, one):
     (grad,) = torch.autograd.grad(logit, state)
     assert grad.abs().sum() > 0
     direction = torch.randn(state.shape, generator=torch.Generator().manual_seed(0))
-    moved = []
+    shifted_logits = []
     for sign in (1, -1):
-        with torch.no_grad(), vlm.trace(one):
+        with torch.no_grad(), vlm.trace(single):
             vlm.resid_mid[1] = state.detach() + sign * 1e-2 * direction
-            moved.append(nnsight.save(vlm.logits[0, -1, 5]))
-    slope = (moved[0] - moved[1]) / 2e-2
+            shifted_logits.append(nnsight.save(vlm.logits[0, -1, 5]))
+    slope = (shifted_logits[0] - shifted_logits[1]) / 2e-2
     torch.testing.assert_close((grad * direction).sum(), slope, rtol=2e-2, atol=1e-4)
 
 
-def test_layers_out_of_range_are_named(vlm, one):
+def test_layers_out_of_range_are_named(vlm, single):
     with pytest.raises(IndexError, match=r"W_V\[3\]: the decoder has layers 0 to 2"):
         vlm.W_V[3]
     with pytest.raises(IndexError, match=r"resid_post\[7\]"):
@@ -221,8 +221,8 @@ def test_padding_does_not_move_an_example(vlm, batch):
             torch.testing.assert_close(got[site, 2][row, real], alone[site, 2][0], rtol=0, atol=2e-5)
 
 
-def test_generation_equals_hugging_face(vlm, one):
+def test_generation_equals_hugging_face(vlm, single):
     with torch.no_grad():
-        out = vlm.hf.generate(**vlm.encoding(one), max_new_tokens=4, do_sample=False, pad_token_id=0)
-    expected = vlm.tokenizer.decode(out[0, len(one.tokens) :], skip_special_tokens=True).strip()
-    assert vlm.generate(one, max_new_tokens=4) == [expected]
+        out = vlm.hf.generate(**vlm.encoding(single), max_new_tokens=4, do_sample=False, pad_token_id=0)
+    expected = vlm.tokenizer.decode(out[0, len(single.tokens) :], skip_special_tokens=True).strip()
+    assert vlm.generate(single, max_new_tokens=4) == [expected]

@@ -1,4 +1,7 @@
-"""Experiments against one whole forward per intervention, against what is known by construction, and their refusals."""
+"""Experiments against one whole forward per intervention, and against facts known by construction.
+
+Also their errors.
+"""
 
 from dataclasses import replace
 
@@ -18,7 +21,7 @@ ANSWERS = ["this", "scene", 1234]
 
 
 def p_of(vlm, inputs, token, change):
-    """The naive way: a whole forward of one example alone, with interventions."""
+    """The token's probability in a whole forward of one example alone, with interventions."""
     with torch.no_grad(), vlm.trace(inputs):
         change()
         logits = nnsight.save(vlm.logits)
@@ -30,18 +33,18 @@ def tokens_of(vlm, inputs):
 
 
 def close(got, want):
-    # Probabilities of a random model over 32064 words are around 3e-5: held to five digits.
+    # Probabilities of a random model over 32064 words are around 3e-5: compared to five digits.
     torch.testing.assert_close(got, torch.as_tensor(want, dtype=got.dtype), rtol=2e-5, atol=1e-12)
 
 
-# -- information flow --------------------------------------------------------------------------------------------------
+# -- information flow ------------------------------------------------------------------------------
 
 
 def test_information_flow_equals_a_whole_forward_per_window(deep, three):
     flows = (*FLOWS, "image -> question + last")
     result = mv.information_flow(deep, three, ANSWERS, window=2, flows=flows)
     for i, token in enumerate(tokens_of(deep, three)):
-        one, t = three[i], three[i].tokens
+        example, t = three[i], three[i].tokens
         after = [p for p in t.question.tolist() if p > t.last_image]
         edges = [
             (t.image, after),
@@ -50,14 +53,14 @@ def test_information_flow_equals_a_whole_forward_per_window(deep, three):
             (t.last, t.last),
             (t.image, [*after, t.last]),
         ]
-        close(result.p[i], p_of(deep, one, token, lambda: None))
+        close(result.p[i], p_of(deep, example, token, lambda: None))
         for f, (src, dst) in enumerate(edges):
             for layer, (start, stop) in enumerate(result.windows):
 
                 def change(src=src, dst=dst, start=start, stop=stop):
                     mv.knock_out(deep, src, dst, range(start, stop))
 
-                close(result.p_knocked[f, layer, i], p_of(deep, one, token, change))
+                close(result.p_knocked[f, layer, i], p_of(deep, example, token, change))
     torch.testing.assert_close(result.change, 100 * (result.p_knocked / result.p - 1), rtol=1e-3, atol=1e-3)
     assert result.windows == ((0, 2), (1, 3), (2, 4), (3, 5), (4, 5))
     assert result.answers[:2] == ("▁this", "▁scene")
@@ -68,7 +71,7 @@ def test_information_flow_equals_a_whole_forward_per_window(deep, three):
     assert row.change == pytest.approx(float(result.change[1, 3, 2]))
 
 
-def test_without_an_answer_the_model_s_own_is_followed(deep, three):
+def test_the_default_answer_is_the_models_own(deep, three):
     result = mv.information_flow(deep, [three[0], three[2]], window=9, flows=["image -> last"])
     with torch.no_grad():
         for i, row in enumerate((0, 2)):
@@ -78,51 +81,53 @@ def test_without_an_answer_the_model_s_own_is_followed(deep, three):
 
 
 def test_without_the_image_all_images_answer_alike(deep):
-    """Known by construction: what is left is the text's prior."""
+    """By construction: only the text's prior is left."""
     images = [noise_image(i) for i in range(3)]
     inputs = deep.inputs(images, "what is this")
-    # All the words stand after the image, or read nothing of it: the queries read the words in the Q-Former alone.
+    # Every word stands after the image, or reads nothing of it; the queries read words, but in the
+    # Q-Former alone.
     result = mv.information_flow(deep, inputs, "this", window=99, flows=["image -> question + last"])
     assert result.p.std() / result.p.mean() > 1e-3
     close(result.p_knocked[0, :, 1:], result.p_knocked[0, :, :1].expand(-1, 2))
 
 
-# -- causal trace ------------------------------------------------------------------------------------------------------
+# -- causal trace ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("at", ["resid_pre", "attn_out", "mlp_out"])
 def test_a_causal_trace_equals_a_whole_forward_per_window(deep, three, at):
     result = mv.causal_trace(deep, three, ANSWERS, corrupt="noise", window=2, at=at, seed=3)
     for i, token in enumerate(tokens_of(deep, three)):
-        one, t = three[i], three[i].tokens
-        clean = run(deep, one, keep=at)
+        example, t = three[i], three[i].tokens
+        clean = run(deep, example, keep=at)
         old = clean.resid[0][:, t.image]
         noise = torch.randn(old.shape, generator=torch.Generator().manual_seed(3 + i))
-        broken = old + 3 * old.std() * noise
+        noisy = old + 3 * old.std() * noise
         close(
             result.p_corrupt[i],
-            p_of(deep, one, token, lambda v=broken, t=t: mv.patch(deep, v, t.image, 0, "resid_pre")),
+            p_of(deep, example, token, lambda v=noisy, t=t: mv.patch(deep, v, t.image, 0, "resid_pre")),
         )
         for g, pos in enumerate((t.image, t.question, t.last)):
             for w, (start, stop) in enumerate(result.windows):
 
-                def change(t=t, pos=pos, broken=broken, clean=clean, start=start, stop=stop):
-                    mv.patch(deep, broken, t.image, 0, at="resid_pre")
+                def change(t=t, pos=pos, noisy=noisy, clean=clean, start=start, stop=stop):
+                    mv.patch(deep, noisy, t.image, 0, at="resid_pre")
                     for layer in range(start, stop):
                         mv.patch(deep, clean.kept[layer], pos, layer, at=at)
 
-                close(result.p_restored[w, g, i], p_of(deep, one, token, change))
+                close(result.p_restored[w, g, i], p_of(deep, example, token, change))
     assert result.layers == (tuple(range(5)) if at == "resid_pre" else tuple(range(1, 6)))
     close(result.total_effect, result.p - result.p_corrupt)
 
 
 @pytest.mark.parametrize("corrupt", ["noise", "image", "blank", "words"])
-def test_what_a_trace_must_bring_back(deep, three, corrupt):
+def test_a_trace_brings_back_what_it_must(deep, three, corrupt):
     result = mv.causal_trace(
         deep, three, ANSWERS, corrupt=corrupt, groups=("image", "question", "last", "image + question + last")
     )
     assert not torch.allclose(result.p_corrupt, result.p, rtol=1e-3)
-    close(result.p_restored[:, 3], result.p.expand(5, -1))  # all positions of any layer
+    # All positions of a layer bring everything back, whatever the layer.
+    close(result.p_restored[:, 3], result.p.expand(5, -1))
     first = result.p_restored[0]
     if corrupt == "words":
         close(first[1], result.p)
@@ -132,7 +137,7 @@ def test_what_a_trace_must_bring_back(deep, three, corrupt):
         close(first[1:3], result.p_corrupt.expand(2, -1))
 
 
-def test_corrupted_images_are_those_that_were_meant(deep, three):
+def test_the_corrupted_images_are_the_right_ones(deep, three):
     def p(image, i):
         alone = deep.inputs(image, three.prompts[i])
         return p_of(deep, alone, tokens_of(deep, three)[i], lambda: None)
@@ -144,7 +149,7 @@ def test_corrupted_images_are_those_that_were_meant(deep, three):
 
 
 def test_a_corruption_that_changes_nothing_is_refused(llava_vlm):
-    """Questions about one image follow each other: another image is the next one that is another."""
+    """corrupt="image" takes the next example with a different image, past those with the same."""
     images = [noise_image(0), noise_image(0), noise_image(1)]
     inputs = llava_vlm.inputs(images, ["what is this", "is this a scene", "what is this"])
     result = mv.causal_trace(llava_vlm, inputs, "this", corrupt="image", groups=["last"])
@@ -154,15 +159,15 @@ def test_a_corruption_that_changes_nothing_is_refused(llava_vlm):
     with pytest.raises(mv.InputError, match="and there is none: give at least two examples, of different images"):
         mv.causal_trace(llava_vlm, [inputs[0], inputs[1]], "this", corrupt="image")
     grey = llava_vlm.inputs(Image.new("RGB", (80, 60), (127, 127, 127)), "what is this")
-    with pytest.raises(mv.InputError, match="corrupt='blank' changes nothing of example 0"):
+    with pytest.raises(mv.InputError, match="corrupt='blank' changes nothing in example 0"):
         mv.causal_trace(llava_vlm, grey, "this", corrupt="blank")
     pair = llava_vlm.inputs([images[2], [images[0], images[2]]], "what is this")
-    with pytest.raises(mv.InputError, match=r"Example 0 .* Give examples of as many images, of one size"):
+    with pytest.raises(mv.InputError, match=r"Example 0 .* Give examples with the same number of images, of one size"):
         mv.causal_trace(llava_vlm, pair, "this", corrupt="image")
 
 
-def test_groups_of_an_example_s_own(deep, three):
-    """By number, in the positions that the example has alone."""
+def test_groups_of_each_example(deep, three):
+    """By number, as positions of the example alone, without padding."""
     own = [{"first": three[i].tokens.image[:1], "word": three[i].tokens.pos_of("this")} for i in range(3)]
     result = mv.causal_trace(deep, three, ANSWERS, groups=own)
     assert result.groups == ("first", "word")
@@ -172,7 +177,7 @@ def test_groups_of_an_example_s_own(deep, three):
     close(result.p_restored[0, 1], result.p_corrupt)  # the words were not corrupted
 
 
-# -- object ablation ---------------------------------------------------------------------------------------------------
+# -- object ablation -------------------------------------------------------------------------------
 
 
 def test_object_ablation_equals_whole_forwards(deep, three):
@@ -184,30 +189,30 @@ def test_object_ablation_equals_whole_forwards(deep, three):
         states.append(clean.resid[0][0, three[i].tokens.image])
     mean = torch.cat(states).mean(0)
     for i, token in enumerate(tokens_of(deep, three)):
-        one, t = three[i], three[i].tokens
+        example, t = three[i], three[i].tokens
         if t.patches:
             patches = t.grids[0].covered(boxes[i]) >= min(0.5, float(t.grids[0].covered(boxes[i]).max()))
             own = t.image[patches.flatten()]
             assert int(result.n_tokens[0, i]) == len(own)
         else:
-            share = mv.query_reading(deep, one).map[0] * (t.grids[0].covered(boxes[i]) >= 0.5)
+            share = mv.query_reading(deep, example).map[0] * (t.grids[0].covered(boxes[i]) >= 0.5)
             own = t.image[share.sum((1, 2)).argmax()][None]
             if i == 2:
                 continue  # half a patch
         change = lambda own=own: mv.patch(deep, mean.expand(1, len(own), -1), own, 0, at="resid_pre")  # noqa: E731
-        close(result.p_ablated[0, 0, i], p_of(deep, one, token, change))
+        close(result.p_ablated[0, 0, i], p_of(deep, example, token, change))
         outside = torch.tensor([p for p in t.image.tolist() if p not in own.tolist()])
         norms = states[i].norm(dim=-1)[torch.isin(t.image, outside)]
         highest = outside[norms.argsort(descending=True)[: len(own)]]
         change = lambda own=highest: mv.patch(deep, mean.expand(1, len(own), -1), own, 0, at="resid_pre")  # noqa: E731
-        close(result.p_ablated[2, 0, i], p_of(deep, one, token, change))
+        close(result.p_ablated[2, 0, i], p_of(deep, example, token, change))
     again = mv.object_ablation(deep, three, boxes, ANSWERS, margins=(0, 1), draws=2)
     assert torch.equal(again.p_ablated.nan_to_num(-1), result.p_ablated.nan_to_num(-1))
     other = mv.object_ablation(deep, three, boxes, ANSWERS, margins=(0, 1), draws=2, seed=9)
     assert not torch.equal(other.p_ablated[1].nan_to_num(-1), result.p_ablated[1].nan_to_num(-1))
 
 
-def test_an_object_without_as_many_others_is_compared_with_nothing(llava_vlm):
+def test_an_object_larger_than_the_rest_has_no_controls(llava_vlm):
     inputs = llava_vlm.inputs(noise_image(0, (56, 56)), "what is this")
     result = mv.object_ablation(llava_vlm, inputs, [(0, 0, 56, 42)], "this", margins=(0,))
     assert result.n_tokens.tolist() == [[12]]  # of 16
@@ -216,16 +221,16 @@ def test_an_object_without_as_many_others_is_compared_with_nothing(llava_vlm):
 
 
 def test_the_words_alone_are_corrupted(deep, three):
-    """Noise on the text before the last position: not on the control tokens, not on the image."""
-    one, t = three[1], three[1].tokens
-    result = mv.causal_trace(deep, one, "scene", corrupt="words", groups=["last"], seed=2)
+    """Noise on the text before the last position: not on control tokens, not on the image."""
+    example, t = three[1], three[1].tokens
+    result = mv.causal_trace(deep, example, "scene", corrupt="words", groups=["last"], seed=2)
     words = [p for p in t.text.tolist() if p != t.last]
     assert set(words).isdisjoint(t.special.tolist())
-    state = run(deep, one).resid[0]
+    state = run(deep, example).resid[0]
     old = state[:, words]
-    broken = old + 3 * old.std() * torch.randn(old.shape, generator=torch.Generator().manual_seed(2))
-    token = int(deep.answer_tokens(one, "scene"))
-    close(result.p_corrupt[0], p_of(deep, one, token, lambda: mv.patch(deep, broken, words, 0, "resid_pre")))
+    noisy = old + 3 * old.std() * torch.randn(old.shape, generator=torch.Generator().manual_seed(2))
+    token = int(deep.answer_tokens(example, "scene"))
+    close(result.p_corrupt[0], p_of(deep, example, token, lambda: mv.patch(deep, noisy, words, 0, "resid_pre")))
 
 
 def test_probabilities_are_float32_in_any_model():
@@ -240,7 +245,7 @@ def test_probabilities_are_float32_in_any_model():
     assert float(result.p_knocked[0, 1, 0]) == pytest.approx(want, rel=2e-2)
 
 
-# -- results and refusals ----------------------------------------------------------------------------------------------
+# -- results and refusals --------------------------------------------------------------------------
 
 
 def test_results_are_saved_and_loaded(deep, three, tmp_path):
@@ -250,28 +255,28 @@ def test_results_are_saved_and_loaded(deep, three, tmp_path):
         mv.object_ablation(deep, three[0], [(5, 5, 30, 25)], "this"),
     ):
         result.save(tmp_path / "r.safetensors")
-        back = type(result).load(tmp_path / "r.safetensors")
-        assert back.to_frame().equals(result.to_frame())
-        assert back.units == result.units
-        measured = next(getattr(back, name) for name in ("change", "effect", "drop") if hasattr(back, name))
-        assert torch.equal(back.interval.mean.nan_to_num(9), measured[..., 0].nan_to_num(9))
-        assert len(repr(back)) < 600
+        loaded = type(result).load(tmp_path / "r.safetensors")
+        assert loaded.to_frame().equals(result.to_frame())
+        assert loaded.units == result.units
+        measured = next(getattr(loaded, name) for name in ("change", "effect", "drop") if hasattr(loaded, name))
+        assert torch.equal(loaded.interval.mean.nan_to_num(9), measured[..., 0].nan_to_num(9))
+        assert len(repr(loaded)) < 600
 
 
 def test_results_have_intervals_over_their_examples(deep, three):
     flow = mv.information_flow(deep, three, ANSWERS, window=1)
     trace = mv.causal_trace(deep, three, ANSWERS)
-    gone = mv.object_ablation(deep, three, [(5, 5, 30, 25)] * 3, ANSWERS, margins=(0, 1))
-    for result, values in ((flow, flow.change), (trace, trace.effect), (gone, gone.drop)):
+    ablation = mv.object_ablation(deep, three, [(5, 5, 30, 25)] * 3, ANSWERS, margins=(0, 1))
+    for result, values in ((flow, flow.change), (trace, trace.effect), (ablation, ablation.drop)):
         torch.testing.assert_close(result.interval.mean, values.nanmean(-1), equal_nan=True)
         assert result.interval.low.shape == values.shape[:-1]
         assert (result.interval.low <= result.interval.mean + 1e-4).all()
-    nothing = replace(flow, p=flow.p * 0)
-    assert torch.isnan(nothing.change).all()
+    impossible = replace(flow, p=flow.p * 0)
+    assert torch.isnan(impossible.change).all()
 
 
 @pytest.mark.parametrize(
-    ("call", "error", "says"),
+    ("call", "error", "message"),
     [
         (lambda v, x: mv.information_flow(v, x, ["a", "b"]), mv.InputError, "2 answers were given for 3 examples"),
         (lambda v, x: mv.information_flow(v, [], "a"), mv.InputError, "not an empty list"),
@@ -313,6 +318,6 @@ def test_results_have_intervals_over_their_examples(deep, three):
         (lambda v, x: mv.object_ablation(v, x, [(0, 0, 9, 9)] * 3, "a", margins=()), ValueError, "At least one margin"),
     ],
 )
-def test_bad_experiments_are_refused(deep, three, call, error, says):
-    with pytest.raises(error, match=says):
+def test_bad_experiments_are_refused(deep, three, call, error, message):
+    with pytest.raises(error, match=message):
         call(deep, three)

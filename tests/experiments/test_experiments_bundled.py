@@ -1,4 +1,4 @@
-"""What is known of the bundled models by construction, the experiments must show."""
+"""Experiments on the bundled models show what is known of them by construction."""
 
 import nnsight
 import pytest
@@ -9,19 +9,19 @@ from mechvlm.datasets.naming import naming
 
 
 @pytest.fixture(scope="module")
-def asked():
+def questions():
     return naming(40)
 
 
-def questions(vlm, asked):
-    return vlm.inputs([a.image for a in asked], [a.prompt for a in asked]), [a.answer for a in asked]
+def inputs_of(vlm, questions):
+    return vlm.inputs([q.image for q in questions], [q.prompt for q in questions]), [q.answer for q in questions]
 
 
-def test_an_object_s_own_patches_carry_its_name(asked):
-    """tiny-llava: without the object's patches it is not named, without as many others it is."""
+def test_an_objects_own_patches_carry_its_name(questions):
+    """tiny-llava names no object without its patches, but does without as many others."""
     vlm = mv.load("tiny-llava")
-    inputs, answers = questions(vlm, asked)
-    result = mv.object_ablation(vlm, inputs, [a.box for a in asked], answers, margins=(0, 1))
+    inputs, answers = inputs_of(vlm, questions)
+    result = mv.object_ablation(vlm, inputs, [q.box for q in questions], answers, margins=(0, 1))
     own, random, highest = result.drop.nanmean(-1)
     assert result.correct.float().mean() > 0.9
     assert own[0] > 40
@@ -31,18 +31,18 @@ def test_an_object_s_own_patches_carry_its_name(asked):
 
 
 @pytest.mark.parametrize("name", ["tiny-llava", "tiny-instructblip"])
-def test_without_the_image_only_the_text_s_prior_is_left(name, asked):
-    """image -> question and image -> last out in all layers: every image with the same question gets the same answer."""
+def test_without_the_image_only_the_texts_prior_is_left(name, questions):
+    """With image -> question and image -> last out in all layers, the image changes no answer."""
     vlm = mv.load(name)
-    same = vlm.inputs([a.image for a in asked[:6]], "How many objects are there?")
-    maps = same.token_maps
-    behind = [[p for p in (*m.question.tolist(), m.last) if p > m.last_image] for m in maps]
-    with torch.no_grad(), vlm.trace(same, logits_to_keep=1):
-        mv.knock_out(vlm, [m.image for m in maps], behind, range(vlm.n_layers))
+    same_question = vlm.inputs([q.image for q in questions[:6]], "How many objects are there?")
+    maps = same_question.token_maps
+    after_image = [[p for p in (*m.question.tolist(), m.last) if p > m.last_image] for m in maps]
+    with torch.no_grad(), vlm.trace(same_question, logits_to_keep=1):
+        mv.knock_out(vlm, [m.image for m in maps], after_image, range(vlm.n_layers))
         blind = nnsight.save(vlm.logits[:, -1])
     torch.testing.assert_close(blind, blind[:1].expand_as(blind), rtol=1e-4, atol=1e-4)
 
-    inputs, answers = questions(vlm, asked)
+    inputs, answers = inputs_of(vlm, questions)
     result = mv.information_flow(vlm, inputs, answers, window=2 * vlm.n_layers, flows=["image -> question + last"])
     chance = 1 / 8  # colors
     assert result.p.mean() > 0.9
@@ -50,11 +50,12 @@ def test_without_the_image_only_the_text_s_prior_is_left(name, asked):
 
 
 @pytest.mark.parametrize("name", ["tiny-llava", "tiny-instructblip"])
-def test_the_answer_comes_in_through_the_image(name, asked):
-    """With another image, all is lost; its own visual tokens restored at the embeddings bring all of it back."""
+def test_the_answer_comes_in_through_the_image(name, questions):
+    """Another image loses the answer; the own visual tokens at the embeddings bring it back."""
     vlm = mv.load(name)
-    inputs, answers = questions(vlm, asked)
+    inputs, answers = inputs_of(vlm, questions)
     result = mv.causal_trace(vlm, inputs, answers, corrupt="image")
     assert result.total_effect.mean() > 0.8
     torch.testing.assert_close(result.effect[0, 0], result.total_effect, rtol=1e-3, atol=1e-4)
-    assert result.effect[:, 2].mean(-1)[-1] > result.effect[:, 0].mean(-1)[-1]  # late, it has come to the last position
+    # In late layers the answer has come to the last position.
+    assert result.effect[:, 2].mean(-1)[-1] > result.effect[:, 0].mean(-1)[-1]

@@ -1,4 +1,4 @@
-"""Which tokens an object's ablation takes, and which its controls."""
+"""Object ablation: the tokens that it takes, and those of its controls."""
 
 import pytest
 import torch
@@ -11,16 +11,19 @@ from mechvlm.experiments import object_ablation as experiment
 
 @pytest.fixture
 def ablated(monkeypatch):
-    """The positions of every ablated forward, counted from the first visual token, in the order of the conditions."""
-    seen = []
-    plain = experiment.ablate
+    """The positions of every ablated row, in the order of the conditions.
 
-    def kept(vlm, pos, *args, **options):
-        seen.extend(pos)
-        plain(vlm, pos, *args, **options)
+    They count from the first visual token.
+    """
+    positions = []
+    original = experiment.ablate
 
-    monkeypatch.setattr(experiment, "ablate", kept)
-    return seen
+    def ablate(vlm, pos, *args, **options):
+        positions.extend(pos)
+        original(vlm, pos, *args, **options)
+
+    monkeypatch.setattr(experiment, "ablate", ablate)
+    return positions
 
 
 def test_the_controls_are_as_many_tokens_from_outside_of_the_object(llava_vlm, ablated):
@@ -51,25 +54,29 @@ def test_an_object_has_the_quarter_of_the_queries_that_read_most_of_it(ablated):
     vlm = mv.load(*instructblip(queries=8))
     inputs = vlm.inputs(noise_image(0, (56, 56)), "what is this")
     mv.object_ablation(vlm, inputs, [(14, 14, 42, 28)], "this", margins=(0, 1), draws=1)
-    read = mv.query_reading(vlm, inputs).map[0]
-    assert sorted(ablated[0]) == sorted(read[:, 1, 1:3].sum(-1).argsort()[-2:].tolist())
-    grown = next(pos for pos in ablated[3:])
-    assert sorted(grown) == sorted(read[:, 0:3, 0:4].sum((1, 2)).argsort()[-2:].tolist())
+    reading = mv.query_reading(vlm, inputs).map[0]
+    assert sorted(ablated[0]) == sorted(reading[:, 1, 1:3].sum(-1).argsort()[-2:].tolist())
+    with_margin = ablated[3]
+    assert sorted(with_margin) == sorted(reading[:, 0:3, 0:4].sum((1, 2)).argsort()[-2:].tolist())
 
 
 def test_the_mean_token_is_that_of_all_batches(llava_vlm):
     images, boxes = [noise_image(i, (56, 56)) for i in range(3)], [(0, 0, 56, 14)] * 3
     want = mv.object_ablation(llava_vlm, llava_vlm.inputs(images, "what is this"), boxes, "this")
-    parts = [llava_vlm.inputs(some, "what is this") for some in (images[:2], images[2:])]
+    batches = [llava_vlm.inputs(group, "what is this") for group in (images[:2], images[2:])]
     torch.testing.assert_close(
-        mv.object_ablation(llava_vlm, parts, boxes, "this").p_ablated, want.p_ablated, rtol=1e-4, atol=0, equal_nan=True
+        mv.object_ablation(llava_vlm, batches, boxes, "this").p_ablated,
+        want.p_ablated,
+        rtol=1e-4,
+        atol=0,
+        equal_nan=True,
     )
 
 
 def test_accuracy_is_the_mean_over_draws(llava_vlm, monkeypatch):
-    """Worked by hand: of four draws the first and the last still name the object, and its own ablation does not."""
+    """By hand: two of four draws still name the object, and its own ablation does not."""
 
-    def sweep(vlm, run, edits, change):
+    def sweep(vlm, base, edits, change):
         right = torch.zeros(llava_vlm.d_vocab).index_fill(0, torch.tensor(7), 1.0)
         return {edit.key: right if edit.key in {(1, 0, 0), (1, 0, 3)} else -right for edit in edits}
 

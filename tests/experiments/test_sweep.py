@@ -1,4 +1,4 @@
-"""A run from the middle of another equals a whole forward, and computes no more than it must."""
+"""A forward that starts mid-way equals a whole one, and computes no more than it must."""
 
 import nnsight
 import pytest
@@ -19,27 +19,27 @@ def test_windows_lie_around_each_layer():
         windows(3, 0)
 
 
-def test_a_run_is_the_model_s_own_forward(deep, three):
-    one = three[1]
-    clean = run(deep, one, keep="mlp_out")
+def test_a_run_is_the_models_own_forward(deep, three):
+    example = three[1]
+    clean = run(deep, example, keep="mlp_out")
     with torch.no_grad():
-        out = deep.hf(**deep.encoding(one), output_hidden_states=True)
+        out = deep.hf(**deep.encoding(example), output_hidden_states=True)
     torch.testing.assert_close(clean.logits, out.logits[0, -1])
-    torch.testing.assert_close(run(deep, one, embeddings=clean.resid[0]).logits, out.logits[0, -1])
+    torch.testing.assert_close(run(deep, example, embeddings=clean.resid[0]).logits, out.logits[0, -1])
     assert [x.shape for x in clean.kept] == [x.shape for x in clean.resid]
 
 
 @pytest.mark.parametrize(("tokens", "rows"), [(1, 8), (7, 8), (512, 2), (512, 64)])
 def test_a_sweep_equals_whole_forwards(deep, three, monkeypatch, tokens, rows):
-    """Skipped layers, kept prefixes and rows that share a forward change no result."""
+    """Skipped layers, cached prefixes and rows that share a forward change no result."""
     monkeypatch.setattr(sweep_module, "TOKENS_PER_FORWARD", tokens)
     monkeypatch.setattr(sweep_module, "ROWS_PER_FORWARD", rows)
-    one = three[1]
-    tokens = one.tokens
+    example = three[1]
+    tokens = example.tokens
     direction = torch.randn(deep.d_model, generator=torch.Generator().manual_seed(0))
     places = (int(tokens.image[0]), tokens.last - 2, tokens.last)
     edits = [Edit((pos, start), range(start, min(5, start + 2)), pos) for pos in places for start in range(5)]
-    clean = run(deep, one)
+    clean = run(deep, example)
 
     def change(layer, rows):
         pos = [[0] if layer in edit.layers else None for edit in rows]
@@ -48,22 +48,23 @@ def test_a_sweep_equals_whole_forwards(deep, three, monkeypatch, tokens, rows):
 
     got = sweep(deep, clean, edits, change)
     for edit in edits:
-        with torch.no_grad(), deep.trace(one, logits_to_keep=1):
+        with torch.no_grad(), deep.trace(example, logits_to_keep=1):
             mv.steer(deep, direction, edit.pos, edit.layers, at="mlp_out")
             want = nnsight.save(deep.logits)
         torch.testing.assert_close(got[edit.key], want[0, -1], rtol=1e-5, atol=2e-6)
-        if edit.layers.start < 4 or edit.pos == tokens.last:  # at the last layer nobody reads another position
+        # In the last layer no other position reads what an edit writes.
+        if edit.layers.start < 4 or edit.pos == tokens.last:
             assert (got[edit.key] - clean.logits).abs().max() > 1e-3
 
 
 def test_a_sweep_computes_no_layer_and_no_position_twice(llava_vlm, monkeypatch):
-    """What the decoder's layers are called with: only layers from the first, only positions from the first."""
+    """The MLPs run only in layers, and at positions, from the first edited one on."""
     inputs = llava_vlm.inputs(noise_image(0), "what is this")
     clean = run(llava_vlm, inputs)
-    seen = []
+    calls = []  # (layer, rows, positions)
     layers = llava_vlm.hf.model.language_model.layers
     handles = [
-        layer.mlp.register_forward_hook(lambda _, args, out, i=i: seen.append((i, *args[0].shape[:2])))
+        layer.mlp.register_forward_hook(lambda _, args, out, i=i: calls.append((i, *args[0].shape[:2])))
         for i, layer in enumerate(layers)
     ]
     try:
@@ -72,4 +73,4 @@ def test_a_sweep_computes_no_layer_and_no_position_twice(llava_vlm, monkeypatch)
     finally:
         for handle in handles:
             handle.remove()
-    assert seen == [(1, 2, 4), (2, 2, 4)]
+    assert calls == [(1, 2, 4), (2, 2, 4)]

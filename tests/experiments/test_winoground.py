@@ -1,4 +1,4 @@
-"""Winoground's scores: the formula by hand, likelihoods against Hugging Face's forward, and every measure under both captions."""
+"""Winoground: scores by hand, likelihoods against Hugging Face's forward, and every measure."""
 
 import pytest
 import torch
@@ -6,24 +6,24 @@ import torch
 import mechvlm as mv
 from helpers.images import noise_image
 from mechvlm.datasets import Pair, load_dataset, pairs_of
-from mechvlm.datasets.scenes import attribute_swaps, relation_swaps
+from mechvlm.datasets.swaps import attribute_swaps, relation_swaps
 from mechvlm.experiments.winoground_result import CHANCE, pair_scores
 from mechvlm.measures.words import precision_recall
 
 CAPTIONS = ("a red circle left of a blue square", "a blue square .", "this")
 
 
-# -- the formula -------------------------------------------------------------------------------------------------------
+# -- the formula -----------------------------------------------------------------------------------
 
-# [[s(C0, I0), s(C0, I1)], [s(C1, I0), s(C1, I1)]] and what is right: text, image, group.
+# [[s(C0, I0), s(C0, I1)], [s(C1, I0), s(C1, I1)]], and which of text, image and group are right.
 BY_HAND = [
     ([[2, 1], [1, 2]], (True, True, True)),
-    ([[5, 6], [1, 7]], (True, False, False)),  # C0 is likelier of the other image
-    ([[5, 1], [6, 7]], (False, True, False)),  # I0's likelier caption is the other
+    ([[5, 6], [1, 7]], (True, False, False)),  # C0 is likelier for the other image
+    ([[5, 1], [6, 7]], (False, True, False)),  # the other caption is likelier for I0
     ([[1, 2], [2, 1]], (False, False, False)),
-    ([[1, 1], [1, 1]], (False, False, False)),  # equal is not right
+    ([[1, 1], [1, 1]], (False, False, False)),  # equal values are wrong
     ([[2, 2], [1, 3]], (True, False, False)),
-    ([[2, 1], [1, 1]], (False, False, False)),  # nor is one equality of two
+    ([[2, 1], [1, 1]], (False, False, False)),  # one equality of two is enough
 ]
 
 
@@ -39,23 +39,23 @@ def test_scores_by_hand():
 
 def test_random_values_give_chance():
     s = torch.rand(200_000, 2, 2, generator=torch.Generator().manual_seed(0))
-    found = {name: 100 * part.float().mean().item() for name, part in pair_scores(s)._asdict().items()}
-    assert found == pytest.approx(CHANCE, abs=0.4)
+    percent = {name: 100 * part.float().mean().item() for name, part in pair_scores(s)._asdict().items()}
+    assert percent == pytest.approx(CHANCE, abs=0.4)
     assert pytest.approx({"text": 25, "image": 25, "group": 16.7}, abs=0.05) == CHANCE
 
 
-def test_what_is_no_score():
+def test_values_without_a_score_are_refused():
     with pytest.raises(ValueError, match=r"not \[3, 2, 3\]"):
         pair_scores(torch.zeros(3, 2, 3))
     with pytest.raises(ValueError, match=r"NaN in pairs \[1\]"):
         pair_scores(torch.tensor([[[0.0, 0], [0, 0]], [[0, torch.nan], [0, 0]]]))
 
 
-# -- likelihoods -------------------------------------------------------------------------------------------------------
+# -- likelihoods -----------------------------------------------------------------------------------
 
 
 def naive(vlm, image, caption: str, prompt: str) -> float:
-    """One caption by Hugging Face's own forward: all logits, token by token."""
+    """One caption's log-likelihood by Hugging Face's own forward: all logits, token by token."""
     inputs = vlm.inputs(image, prompt)
     text = inputs.texts[0]
     gap = "" if text.endswith("\n") else " "
@@ -76,38 +76,38 @@ def test_likelihoods_equal_one_hugging_face_forward_each(vlm):
     prompt = "what is this"
     expected = [naive(vlm, image, caption, prompt) for image, caption in zip(images, CAPTIONS, strict=True)]
     for batch_size in (1, 2, 3):  # captions of different lengths: padded
-        found = mv.caption_logprob(vlm, images, CAPTIONS, prompt, batch_size)
-        torch.testing.assert_close(found, torch.tensor(expected), atol=1e-4, rtol=1e-5)
+        got = mv.caption_logprob(vlm, images, CAPTIONS, prompt, batch_size)
+        torch.testing.assert_close(got, torch.tensor(expected), atol=1e-4, rtol=1e-5)
     assert len({round(value) for value in expected}) == 3
 
 
-def test_prompts_of_different_lengths_and_what_the_positions_hold(vlm, batch):
-    made, n_tokens = vlm.answered(batch, CAPTIONS)
+def test_prompts_of_different_lengths_and_their_token_maps(vlm, batch):
+    captioned, n_tokens = vlm.answered(batch, CAPTIONS)
     alone = [vlm.answered(batch[i], CAPTIONS[i : i + 1])[0] for i in range(3)]
-    lengths = [len(one.tokens) for one in alone]
+    lengths = [len(inputs.tokens) for inputs in alone]
     assert len(set(lengths)) > 1
-    for row, (tokens, n) in enumerate(zip(made.token_maps, n_tokens, strict=True)):
+    for row, (tokens, n) in enumerate(zip(captioned.token_maps, n_tokens, strict=True)):
         assert len(tokens.all) == lengths[row]
         assert tokens.strings[-lengths[row] :] == alone[row].tokens.strings
-        assert torch.equal(made.encoding["attention_mask"][row].bool(), tokens.modality != mv.Modality.PADDING)
+        assert torch.equal(captioned.encoding["attention_mask"][row].bool(), tokens.modality != mv.Modality.PADDING)
         assert vlm.tokenizer.decode(tokens.ids[-n:]) == CAPTIONS[row]
         assert tokens.last == len(tokens) - 1
         assert torch.equal(tokens.ids[tokens.image], alone[row].tokens.ids[alone[row].tokens.image])
-        assert {"qformer_input_ids"} & set(made.encoding) == {"qformer_input_ids"} & set(batch.encoding)
-    together = mv.read(vlm, made, mv.Likelihood(n_tokens))[0].total
+        assert {"qformer_input_ids"} & set(captioned.encoding) == {"qformer_input_ids"} & set(batch.encoding)
+    together = mv.read(vlm, captioned, mv.Likelihood(n_tokens))[0].total
     each = [mv.read(vlm, alone[i], mv.Likelihood(n_tokens[i : i + 1]))[0].total for i in range(3)]
     torch.testing.assert_close(together, torch.cat(each), atol=1e-4, rtol=1e-5)
 
 
 def test_only_the_captions_positions_are_unembedded(llava_vlm):
-    seen = []
-    hook = llava_vlm.hf.lm_head.register_forward_hook(lambda m, args, out: seen.append(out.shape[1]))
+    lengths = []
+    hook = llava_vlm.hf.lm_head.register_forward_hook(lambda m, args, out: lengths.append(out.shape[1]))
     try:
         mv.caption_logprob(llava_vlm, [noise_image(0)] * 2, CAPTIONS[:2], "what is this")
     finally:
         hook.remove()
     n = [len(llava_vlm.tokenizer(f"a: {c}").input_ids) - len(llava_vlm.tokenizer("a:").input_ids) for c in CAPTIONS[:2]]
-    assert sorted(seen) == [1, max(n)]  # the model's own last position, and the captions'
+    assert sorted(lengths) == [1, max(n)]  # the model's own last position, and the captions'
 
 
 @pytest.mark.parametrize(
@@ -115,7 +115,7 @@ def test_only_the_captions_positions_are_unembedded(llava_vlm):
     [(2, ("a",), "2 images and 1 captions"), (1, (" ",), "a word or a token id, not ' '"), (0, (), "0 images"),
      (1, ("word " * 3000,), "leaves no room"), (1, ("see <image>",), "holds the image token")],
 )  # fmt: skip
-def test_captions_that_cannot_be(llava_vlm, images, captions, message):
+def test_bad_captions_are_refused(llava_vlm, images, captions, message):
     with pytest.raises(mv.InputError, match=message):
         mv.caption_logprob(llava_vlm, [noise_image(0)] * images, captions)
 
@@ -127,7 +127,7 @@ def test_likelihood_asks_for_fitting_numbers(llava_vlm):
             mv.read(llava_vlm, inputs, mv.Likelihood(n))
 
 
-# -- pairs -------------------------------------------------------------------------------------------------------------
+# -- pairs -----------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -137,14 +137,15 @@ def pairs() -> list[Pair]:
 
 
 @pytest.fixture(scope="module")
-def found(vlm, pairs):
+def result(vlm, pairs):
     return mv.winoground(vlm, pairs, "what is this", batch_size=8)
 
 
-def test_every_measure_equals_its_own_reading(vlm, pairs, found):
-    for (p, pair), caption, image in [(each, c, i) for each in enumerate(pairs) for c in (0, 1) for i in (0, 1)]:
+def test_every_measure_equals_its_own_reading(vlm, pairs, result):
+    combinations = [(pair, c, i) for pair in enumerate(pairs) for c in (0, 1) for i in (0, 1)]
+    for (p, pair), caption, image in combinations:
         text, picture = pair.captions[caption], pair.images[image]
-        values = dict(zip(found.measures, found.values[:, :, p, caption, image], strict=True))
+        values = dict(zip(result.measures, result.values[:, :, p, caption, image], strict=True))
         inputs, (n,) = vlm.answered(vlm.inputs(picture, "what is this"), [text])
         tokens = inputs.tokens
         assert values["log-likelihood"][-1].item() == pytest.approx(naive(vlm, picture, text, "what is this"), abs=1e-3)
@@ -165,39 +166,38 @@ def test_every_measure_equals_its_own_reading(vlm, pairs, found):
                 )
 
 
-def test_batches_change_nothing(vlm, pairs, found):
+def test_batches_change_nothing(vlm, pairs, result):
     again = mv.winoground(vlm, pairs, "what is this", batch_size=1)
-    torch.testing.assert_close(again.values, found.values, atol=1e-4, rtol=1e-4, equal_nan=True)
+    torch.testing.assert_close(again.values, result.values, atol=1e-4, rtol=1e-4, equal_nan=True)
 
 
-def test_the_table_and_the_file(found, tmp_path):
-    frame = found.to_frame()
+def test_the_table_and_the_file(result, tmp_path):
+    frame = result.to_frame()
     assert list(frame) == ["pair", "image", "measure", "layer", "condition", "value"]
-    n_layers = found.values.shape[1] - 1
+    n_layers = result.values.shape[1] - 1
     counts = frame.groupby("measure").size().to_dict()
-    rows = 3 * 2 * 2  # pairs, images, conditions
-    whole = dict.fromkeys(("precision", "recall", "contextualization"), rows * (n_layers + 1))
-    assert counts == {**whole, "norm attention": rows * n_layers, "log-likelihood": rows}
-    one = frame[(frame["pair"] == "p1") & (frame["measure"] == "log-likelihood")].set_index(["image", "condition"])[
-        "value"
-    ]
+    per_layer = 3 * 2 * 2  # pairs, images, conditions
+    all_layers = dict.fromkeys(("precision", "recall", "contextualization"), per_layer * (n_layers + 1))
+    assert counts == {**all_layers, "norm attention": per_layer * n_layers, "log-likelihood": per_layer}
+    rows = frame[(frame["pair"] == "p1") & (frame["measure"] == "log-likelihood")]
+    logprob = rows.set_index(["image", "condition"])["value"]
     for image in (0, 1):
-        assert one[image, "matched"] == pytest.approx(found.logprob[1, image, image].item())
-        assert one[image, "mismatched"] == pytest.approx(found.logprob[1, 1 - image, image].item())
-    found.save(tmp_path / "w.safetensors")
+        assert logprob[image, "matched"] == pytest.approx(result.logprob[1, image, image].item())
+        assert logprob[image, "mismatched"] == pytest.approx(result.logprob[1, 1 - image, image].item())
+    result.save(tmp_path / "w.safetensors")
     loaded = mv.WinogroundResult.load(tmp_path / "w.safetensors")
-    assert loaded.pairs == found.pairs
-    assert torch.equal(loaded.values.nan_to_num(9), found.values.nan_to_num(9))
-    row = found.measures.index("log-likelihood")
-    by_pair = [(found.logprob[p].trace() - found.logprob[p].flip(0).trace()).item() / 2 for p in range(3)]
-    assert found.difference.mean[row, -1].item() == pytest.approx(sum(by_pair) / 3, abs=1e-4)
+    assert loaded.pairs == result.pairs
+    assert torch.equal(loaded.values.nan_to_num(9), result.values.nan_to_num(9))
+    row = result.measures.index("log-likelihood")
+    by_pair = [(result.logprob[p].trace() - result.logprob[p].flip(0).trace()).item() / 2 for p in range(3)]
+    assert result.difference.mean[row, -1].item() == pytest.approx(sum(by_pair) / 3, abs=1e-4)
 
 
 def test_a_pair_that_cannot_be_read_is_set_aside(llava_vlm, pairs, tmp_path):
     bad = Pair("bad", (noise_image(0), tmp_path / "gone.png"), ("a", "b"))
-    found = mv.winoground(llava_vlm, [pairs[0], bad, pairs[1]], "what", batch_size=12)
-    assert found.pairs == ("p0", "p1")
-    assert [(name, "there is no such file" in reason) for name, reason in found.set_aside] == [("bad", True)]
+    result = mv.winoground(llava_vlm, [pairs[0], bad, pairs[1]], "what", batch_size=12)
+    assert result.pairs == ("p0", "p1")
+    assert [(name, "there is no such file" in reason) for name, reason in result.set_aside] == [("bad", True)]
     with pytest.raises(mv.InputError, match=r"None of the 1 pairs could be read. The first, bad: No image at"):
         mv.winoground(llava_vlm, [bad])
     with pytest.raises(mv.InputError, match="There is no pair"):
@@ -208,9 +208,9 @@ def test_from_winogrounds_files(llava_vlm, tmp_path):
     from helpers.datasets import winoground, write_winoground
 
     data = load_dataset(f"winoground:{write_winoground(tmp_path / 'w', winoground(3))}")
-    found = mv.winoground(llava_vlm, pairs_of(data.examples))
-    assert sorted(found.pairs) == ["0", "1", "2"]
-    assert len(found.scores.to_frame()) == 3
+    result = mv.winoground(llava_vlm, pairs_of(data.examples))
+    assert sorted(result.pairs) == ["0", "1", "2"]
+    assert len(result.scores.to_frame()) == 3
 
 
 @pytest.mark.parametrize(
@@ -221,33 +221,34 @@ def test_from_winogrounds_files(llava_vlm, tmp_path):
         ("tiny-instructblip", relation_swaps, "Where are the objects?", 0, 25),
     ],
 )
-def test_the_bundled_models_are_what_their_cards_say(name, swaps, prompt, low, high):
-    """100, 95.5 and 7.0 % on 200 pairs (there with the end of the sentence)."""
+def test_the_bundled_models_score_as_their_cards_say(name, swaps, prompt, low, high):
+    """The cards say 100, 95.5 and 7.0 % on 200 pairs, with the end of the sentence counted."""
     vlm = mv.load(name)
     pairs = [Pair(p.id, p.images(), p.captions) for p in swaps(40, 100)]
-    found = mv.winoground(vlm, pairs, prompt, batch_size=32)
-    percent = found.scores.to_frame().set_index("score")["percent"]
+    result = mv.winoground(vlm, pairs, prompt, batch_size=32)
+    percent = result.scores.to_frame().set_index("score")["percent"]
     assert low <= percent["group"] <= high
     if name == "tiny-llava":
-        matched, mismatched = (found.by_condition[i, found.measures.index("precision")] for i in (0, 1))
-        torch.testing.assert_close(matched, mismatched, equal_nan=True)  # the same words, off tokens that see no text
+        # The same words, read off tokens that see no text.
+        matched, mismatched = (result.by_condition[i, result.measures.index("precision")] for i in (0, 1))
+        torch.testing.assert_close(matched, mismatched, equal_nan=True)
 
 
-def test_the_picture(found, tmp_path):
+def test_the_picture(result, tmp_path):
     import matplotlib.pyplot as plt
 
-    scores = found.scores.to_frame()
-    ax = found.plot()
+    scores = result.scores.to_frame()
+    ax = result.plot()
     assert [bar.get_height() for bar in ax.patches] == pytest.approx(scores["percent"].tolist())
     assert "n = 3 pairs" in ax.get_title(loc="left")
-    panels = {one.get_title(loc="left"): one for one in ax.figure.axes if one is not ax}
+    panels = {panel.get_title(loc="left"): panel for panel in ax.figure.axes if panel is not ax}
     assert len(panels) == 4
     line = panels["cosine of image and caption"].get_lines()[-1]
-    matched, mismatched = found.by_condition[:, found.measures.index("contextualization")].mean((-1, -2))
+    matched, mismatched = result.by_condition[:, result.measures.index("contextualization")].mean((-1, -2))
     assert line.get_ydata() == pytest.approx((matched - mismatched).numpy(), abs=1e-6)
     ax.figure.savefig(tmp_path / "w.png")
     plt.close(ax.figure)
-    figure, given = plt.subplots()
-    assert found.plot(given) is given
-    assert figure.axes == [given]
+    figure, own_axes = plt.subplots()
+    assert result.plot(own_axes) is own_axes
+    assert figure.axes == [own_axes]
     plt.close(figure)

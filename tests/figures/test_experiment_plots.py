@@ -1,4 +1,4 @@
-"""What the pictures of the causal experiments show: the means and intervals, worked out here in plain numpy."""
+"""The plots of the causal experiments, against means and intervals computed here in plain numpy."""
 
 import subprocess
 import sys
@@ -52,7 +52,7 @@ def trace(n: int = 12, n_layers: int = 4, groups=("image", "question", "last"), 
 
 
 def ablation(n: int = 10, lost: int = 0) -> mv.ObjectAblationResult:
-    """The last `lost` examples leave nothing to compare with at margin 1."""
+    """A result in which the last `lost` examples have no controls at the second margin."""
     g = torch.Generator().manual_seed(n)
     after = (torch.rand(3, 2, n, generator=g) > 0.4).float()
     after[1:, 1, n - lost :] = torch.nan
@@ -64,7 +64,7 @@ def ablation(n: int = 10, lost: int = 0) -> mv.ObjectAblationResult:
 
 
 def ends(values: np.ndarray) -> np.ndarray:
-    """A bootstrap interval of our own, roughly: of other draws than the package's."""
+    """A bootstrap interval with other draws than the package's, so equal only roughly."""
     rng = np.random.default_rng(7)
     return np.percentile(rng.choice(values, (4000, len(values))).mean(1), [2.5, 97.5])
 
@@ -79,7 +79,7 @@ def meshes(ax) -> QuadMesh:
 
 
 def hatched(ax) -> set[tuple[float, float]]:
-    """Lower left corners."""
+    """Lower left corners of the hatched rectangles."""
     return {p.get_xy() for p in ax.patches if isinstance(p, Rectangle) and p.get_hatch()}
 
 
@@ -147,7 +147,7 @@ def test_causal_trace_draws_the_mean_effect_beside_the_total():
     assert note(ax).startswith("mlp_out restored at one layer\nn = 12 examples")
     (bar,) = (a for a in ax.figure.axes if a is not ax)
     assert bar.get_ylabel() == "probability of the answer brought back"
-    assert bar.get_ylim() == pytest.approx((0, total), rel=1e-4), "colors that are not there are not on the bar"
+    assert bar.get_ylim() == pytest.approx((0, total), rel=1e-4), "the bar shows only the colors in use"
 
 
 def test_causal_trace_hatches_what_does_not_differ_from_none():
@@ -155,19 +155,19 @@ def test_causal_trace_hatches_what_does_not_differ_from_none():
     effect = torch.zeros(4, 3, n)
     effect[1, 0] = 0.3
     effect[2, 1] = -0.2
-    effect[3, 2] = torch.tensor([0.5, -0.5]).repeat(n // 2)  # large, and of no sign
+    effect[3, 2] = torch.tensor([0.5, -0.5]).repeat(n // 2)  # large effects of both signs
     effect[0, 1] = torch.nan
     # p_corrupt is the same for every result of n examples.
     result = trace(n, p_restored=trace(n).p_corrupt + effect)
     ax = result.plot()
     differ = {(0, 1), (1, 2)}  # (group, layer)
-    nothing = {(1, 0)}
+    no_value = {(1, 0)}
     every = {(g, r) for g in range(3) for r in range(4)}
-    assert hatched(ax) == {(g - 0.5, r - 0.5) for g, r in every - differ - nothing}
+    assert hatched(ax) == {(g - 0.5, r - 0.5) for g, r in every - differ - no_value}
     cells = {t.get_position(): t.get_text() for t in ax.texts}
     assert cells[1, 2] == "−0.20"
     assert cells[0, 0] == "0.00", "not −0.00"
-    assert (1, 0) not in cells, "where there is no number none is written"
+    assert (1, 0) not in cells, "NaN is not written"
     assert "hatched" in note(ax)
     (bar,) = (a for a in ax.figure.axes if a is not ax)
     assert bar.get_ylim()[0] == pytest.approx(-0.2), "negative effects are on the bar"

@@ -1,4 +1,4 @@
-"""Every result has its picture, with named axes; nothing global changes."""
+"""Every result draws its plot, with named axes, and changes nothing global."""
 
 import matplotlib as mpl
 import numpy as np
@@ -10,28 +10,28 @@ from matplotlib.figure import Figure
 import mechvlm as mv
 from helpers.images import noise_image
 from mechvlm.figures.style import LINES, curve, heatmap, style, text
-from mechvlm.measures.phases import PHASES
+from mechvlm.measures.phases import PHASE_COLORS
 
 
-def results(vlm):
+def all_results(vlm):
     inputs = vlm.inputs([noise_image(i) for i in range(3)], "what is this $ _ ^")
-    made = list(mv.read(vlm, inputs, mv.LogitLens(k=2), mv.Contextualization(), mv.NormAttention()))
+    results = list(mv.read(vlm, inputs, mv.LogitLens(k=2), mv.Contextualization(), mv.NormAttention()))
     if not inputs.token_maps[0].patches:
-        made.append(mv.query_reading(vlm, inputs))
-    return [*made, mv.fit_phases(made[1].inter.T)]
+        results.append(mv.query_reading(vlm, inputs))
+    return [*results, mv.fit_phases(results[1].inter.T)]
 
 
 @pytest.mark.filterwarnings("ignore:Glyph .* missing")  # random weights decode to every script
 @pytest.mark.parametrize("which", ["llava_vlm", "blip_vlm"])
 def test_every_result_is_drawn(which, request, tmp_path):
-    made = results(request.getfixturevalue(which))
-    assert len(made) == (4 if which == "llava_vlm" else 5)
-    for result in made:
+    results = all_results(request.getfixturevalue(which))
+    assert len(results) == (4 if which == "llava_vlm" else 5)
+    for result in results:
         ax = result.plot()
         figure = ax.figure
         if type(result).__name__ != "QueryReadingResult":
             assert "layer" in ax.get_xlabel() + ax.get_ylabel()
-        # Any $ left unescaped, or a glyph that is missing, shows only when it is drawn.
+        # An unescaped $ or a missing glyph raises only when the figure is drawn.
         figure.savefig(tmp_path / "x.png")
         assert (tmp_path / "x.png").stat().st_size > 5000
         assert result.plot(ax) is ax
@@ -43,7 +43,7 @@ def test_curves_are_the_means_with_their_bands():
     values = np.array([[0.0, 1, np.nan], [2, 3, np.nan], [4, np.nan, np.nan]])
     curve(ax, range(3), values, LINES["inter"])
     (line,) = ax.lines
-    assert line.get_xydata().tolist() == [[0, 2], [1, 2]], "NaN is left out, and a layer of NaN altogether"
+    assert line.get_xydata().tolist() == [[0, 2], [1, 2]], "NaN is left out, and so is a layer of NaN alone"
     (band,) = ax.collections
     spread = np.std([0, 2, 4])
     assert band.get_datalim(ax.transData).intervaly == pytest.approx([2 - spread, 2 + spread])
@@ -77,7 +77,7 @@ def test_layers_go_up(llava_vlm):
 def test_lines_differ_without_color():
     for group in (("inter", "image", "text"), ("own", "other", "prompt")):
         assert len({(LINES[k].dash, LINES[k].marker) for k in group}) == 3
-    assert len(set(PHASES.values())) == 4
+    assert len(set(PHASE_COLORS.values())) == 4
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,7 @@
-"""A real browser for the tests of views: Debian's chromium, without a network, where no page may err or ask for anything."""
+"""A real browser for the tests of views: Debian's chromium, offline.
+
+No page may raise an error or make a request.
+"""
 
 import shutil
 from pathlib import Path
@@ -8,7 +11,7 @@ import pytest
 
 @pytest.fixture(scope="session")
 def chromium():
-    """One browser for the session. It must be there: a view that nobody looked at is not tested."""
+    """One browser for all tests. It must be installed: without it the views are not tested."""
     from playwright.sync_api import sync_playwright
 
     path = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -22,11 +25,13 @@ def chromium():
 
 @pytest.fixture
 def open_page(chromium, tmp_path):
-    """`page = open_page(view)`: the view's page, opened from a file; of a string, that HTML; of a path, that file in its place,
-    from which links to pages of its folder may be followed.
+    """`page = open_page(view)` opens a view's page from a file.
 
-    Keyword arguments go to the browser's context (`java_script_enabled`, `viewport`). When the test ends, no page may have
-    thrown, written an error to the console, or asked for anything but itself.
+    A string is opened as HTML. A path is opened where it lies, and links to pages in its folder may
+    be followed. Keyword arguments go to the browser's context (`java_script_enabled`, `viewport`).
+
+    The test fails at its end if a page threw an error, wrote one to the console, or requested
+    anything but itself. `open_page.wrong` lists these events.
     """
     contexts, wrong = [], []
 
@@ -39,18 +44,20 @@ def open_page(chromium, tmp_path):
         contexts.append(context)
         page = context.new_page()
         page.on("pageerror", lambda error: wrong.append(f"error: {error}"))
-        page.on("console", lambda said: wrong.append(f"console: {said.text}") if said.type == "error" else None)
+        page.on(
+            "console", lambda message: wrong.append(f"console: {message.text}") if message.type == "error" else None
+        )
         page.on("requestfailed", lambda request: wrong.append(f"request failed: {request.url[:200]}"))
         page.on("dialog", lambda dialog: (wrong.append(f"dialog: {dialog.message}"), dialog.dismiss()))
 
-        def asked(request):
+        def check(request):
             if in_place and request.is_navigation_request() and request.url.startswith(f"{file.parent.as_uri()}/"):
                 return
-            # Data and the frames of a notebook are in the page itself.
+            # Data URLs and a notebook's frames are parts of the page itself.
             if request.url not in (file.as_uri(), "about:srcdoc") and not request.url.startswith(("data:", "blob:")):
                 wrong.append(f"request: {request.url[:200]}")
 
-        page.on("request", asked)
+        page.on("request", check)
         page.goto(file.as_uri())
         return page
 

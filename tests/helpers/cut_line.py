@@ -1,4 +1,4 @@
-"""A line to a server that can be cut, and mended again."""
+"""A line to a server, which a test can cut for a while."""
 
 import socket
 import threading
@@ -7,7 +7,7 @@ from urllib.parse import urlparse
 
 
 class Line:
-    """Passes on what comes to `address`, an address of its own, to the server and back."""
+    """Passes bytes from `address`, an address of its own, to the server and back."""
 
     def __init__(self, server: str):
         url = urlparse(server)
@@ -18,7 +18,7 @@ class Line:
         threading.Thread(target=self._accept, daemon=True).start()
 
     def cut(self, seconds: float = 0.0) -> None:
-        """End all connections at once; new ones find nobody for so many seconds."""
+        """End all connections at once, and close new ones for `seconds`."""
         self.whole = not seconds
         ends, self.open = self.open, []
         for end in ends:

@@ -10,7 +10,7 @@ WORDS = ("cat", "dog", "kitchen", "street", "boat", "horse")
 
 
 def coco(n: int = 6, captions: int = 5) -> dict:
-    """What captions_val2017.json holds, of `n` images; annotations stand in no order, as in COCO's own."""
+    """A captions_val2017.json for `n` images; its annotations are unordered, as in COCO's own."""
     images = [
         {"license": 4, "file_name": f"{i:012d}.jpg", "coco_url": f"http://images.example/{i:012d}.jpg", "height": 60,
          "width": 80, "date_captured": "2013-11-14 17:02:52", "id": i}
@@ -26,11 +26,14 @@ def coco(n: int = 6, captions: int = 5) -> dict:
 
 
 def write_coco(folder: Path, content: dict, layout: str = "official", split: str = "val2017") -> Path:
-    """The captions file: `layout` "official" (annotations/ and val2017/), "images" (images/) or "flat"."""
+    """Write `content` and its images; gives the captions file.
+
+    `layout` is "official" (annotations/ and val2017/), "images" (images/) or "flat".
+    """
     file = folder / "annotations" / f"captions_{split}.json" if layout == "official" else folder / "captions_mine.json"
     images = {"official": folder / split, "images": folder / "images", "flat": folder}[layout]
-    for needed in (file.parent, images):
-        needed.mkdir(parents=True, exist_ok=True)
+    for parent in (file.parent, images):
+        parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(content), encoding="utf-8")
     for i, image in enumerate(content["images"]):
         noise_image(i).save(images / image["file_name"])
@@ -38,6 +41,7 @@ def write_coco(folder: Path, content: dict, layout: str = "official", split: str
 
 
 def winoground(n: int = 4) -> list[dict]:
+    """The entries of examples.jsonl for `n` pairs."""
     return [
         {"id": i, "image_0": f"ex_{i}_img_0", "image_1": f"ex_{i}_img_1", "tag": "Object", "secondary_tag": "",
          "num_main_preds": 1, "collapsed_tag": "Object", "caption_0": f"a {WORDS[i % 6]} on some grass",
@@ -47,7 +51,7 @@ def winoground(n: int = 4) -> list[dict]:
 
 
 def write_winoground(folder: Path, entries: list) -> Path:
-    """examples.jsonl, and images/ with names in .png that the entries do not spell."""
+    """Write examples.jsonl, and images/ with the suffix .png that the entries leave out."""
     (folder / "images").mkdir(parents=True)
     lines = [entry if isinstance(entry, str) else json.dumps(entry) for entry in entries]
     (folder / "examples.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -58,13 +62,14 @@ def write_winoground(folder: Path, entries: list) -> Path:
 
 
 def encoded(seed: int, kind: str = "PNG") -> bytes:
-    """A noise image as the bytes of its file."""
+    """The bytes of a noise image's file."""
     file = io.BytesIO()
     noise_image(seed).save(file, kind)
     return file.getvalue()
 
 
 def write_folder(folder, lines, images=()):
+    """Write captions.jsonl and noise images of these names; gives the data set's name."""
     folder.mkdir(exist_ok=True)
     for i, name in enumerate(images):
         noise_image(i).save(folder / name)

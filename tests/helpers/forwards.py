@@ -1,4 +1,4 @@
-"""Hugging Face's own forwards, with and without a mask, and plain traces, to hold interventions to."""
+"""Forwards to compare interventions with: Hugging Face's own with a mask, and plain traces."""
 
 import nnsight
 import torch
@@ -7,6 +7,7 @@ LOWEST = torch.finfo(torch.float32).min
 
 
 def forward(vlm, inputs, change=lambda: None):
+    """The logits of a trace in which `change` is called."""
     with torch.no_grad(), vlm.trace(inputs):
         change()
         logits = nnsight.save(vlm.logits)
@@ -19,7 +20,10 @@ def decoder_of(vlm):
 
 
 def with_mask(vlm, inputs, blocked):
-    """HF's own forward with a 4-D mask: causal, padding out, and `blocked` [batch head dest src] out as well."""
+    """The logits of Hugging Face's own forward under a 4-D mask.
+
+    The mask is causal, and blocks padding and the edges in `blocked` [batch head dest src].
+    """
     encoding = vlm.encoding(inputs)
     n = encoding["input_ids"].shape[1]
     open_ = torch.ones(n, n).tril().bool() & encoding["attention_mask"][:, None, None].bool() & ~blocked
@@ -35,18 +39,19 @@ def with_mask(vlm, inputs, blocked):
 
 
 def blocked(vlm, inputs, *edges):
-    """[batch head dest src], True where an edge (row, heads, dst, src) is out."""
+    """A mask [batch head dest src], True at the edges: each is (row, heads, dst, src)."""
     n = len(inputs.token_maps[0])
-    out = torch.zeros(len(inputs), vlm.n_heads, n, n, dtype=torch.bool)
+    mask = torch.zeros(len(inputs), vlm.n_heads, n, n, dtype=torch.bool)
     for row, heads, dst, src in edges:
-        for h in heads:
-            out[row, h, torch.as_tensor(dst)[:, None], torch.as_tensor(src)] = True
-    return out
+        for head in heads:
+            mask[row, head, torch.as_tensor(dst)[:, None], torch.as_tensor(src)] = True
+    return mask
 
 
 def states(vlm, inputs, site):
+    """A site's activations of every layer, as a list."""
     with torch.no_grad(), vlm.trace(inputs, logits_to_keep=1):
-        got = nnsight.save([])
+        by_layer = nnsight.save([])
         for layer in range(vlm.n_layers):
-            got.append(getattr(vlm, site)[layer].clone())
-    return got
+            by_layer.append(getattr(vlm, site)[layer].clone())
+    return by_layer

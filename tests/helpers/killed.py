@@ -1,12 +1,15 @@
-"""Kills a study with SIGKILL again and again, and compares what it comes to with a study that was left alone.
+"""Kills a study again and again (SIGKILL), and compares its tables with an uninterrupted one's.
 
     python tests/helpers/killed.py KILLS SEED
     python tests/helpers/killed.py every
 
-Half of the kills come after a random time, half at a random one of the study's own steps on the disk: when it opens for
-writing, renames or deletes something in its folder, so also in the middle of a shard, between its last byte and its name, and
-while results are put together. With `every`, one comes at each of those steps. Prints JSON: kills, folders, and where the kills
-fell. It is a process of its own because children are forked from it, and forking is safe only before any thread has run.
+Half of the kills come after a random time, half at a random step on the disk. A step is anything
+that the study opens for writing, renames or deletes in its folder: so kills also come in the middle
+of a shard, between its last byte and its name, and while results are put together. With `every`,
+one kill comes at each of those steps.
+
+Prints JSON: kills, folders, and where the kills fell. This is a process of its own because children
+are forked from it, and forking is safe only before any thread has run.
 """
 
 import json
@@ -29,25 +32,28 @@ from mechvlm.study import run
 from mechvlm.study.report import figures
 from mechvlm.study.report.captioned import CaptionedFigure
 from mechvlm.study.running import merge, settings, shards
-from mechvlm.study.running.workspace import SHARDS, STAGE
+from mechvlm.study.running.workspace import SHARDS, STAGING
 
 EXAMPLES, BATCH, FIGURES = 7, 2, b"a figure"
 EVENTS = {"open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "shutil.rmtree"}
 
 
 def study(vlm, data: Dataset, out: Path, kill_at: int = 0, steps: list | None = None) -> None:
-    """The study in this process; it kills itself at its `kill_at`-th step on the disk, or counts them."""
-    inside, seen = str(out), 0
+    """Run the study in this process, which kills itself at its `kill_at`-th step on the disk.
+
+    With 0 it is not killed. Each step is appended to `steps`.
+    """
+    inside, n_steps = str(out), 0
 
     def watch(event: str, arguments: tuple) -> None:
-        nonlocal seen
+        nonlocal n_steps
         reads = event == "open" and arguments[1] in ("r", "rb")
         if event not in EVENTS or reads or not str(arguments[0]).startswith(inside):
             return
-        seen += 1
+        n_steps += 1
         if steps is not None:
             steps.append(event)
-        if seen == kill_at:
+        if n_steps == kill_at:
             os.kill(os.getpid(), signal.SIGKILL)
 
     sys.addaudithook(watch)
@@ -55,7 +61,7 @@ def study(vlm, data: Dataset, out: Path, kill_at: int = 0, steps: list | None = 
 
 
 def forked(work, *arguments) -> int:
-    """The child's process id."""
+    """Call `work` in a child process; gives the child's id."""
     child = os.fork()
     if child:
         return child
@@ -70,13 +76,13 @@ def forked(work, *arguments) -> int:
 
 
 def place(out: Path) -> str:
-    """Where a study is: what its folder holds."""
+    """How far a study came, judged by what its folder holds."""
     names = {p.name for p in out.iterdir()} if out.is_dir() else set()
     if "run.json" in names:
         return "after run.json"
     if "data" in names:
         return "between results"
-    if STAGE in names:
+    if STAGING in names:
         return "while results are written"
     shards = {p.name for p in (out / SHARDS).iterdir()} if SHARDS in names else set()
     if any(name.endswith(".tmp") for name in shards):
@@ -88,10 +94,10 @@ def tables(out: Path) -> dict[str, bytes]:
     return {p.name: p.read_bytes() for p in sorted((out / "data").glob("*.parquet"))}
 
 
-def small_figures(drawn: dict, folder: Path) -> None:
-    """Real ones take seconds, and are made anew from the tables in any case."""
+def small_figures(captioned: dict, folder: Path) -> None:
+    """Placeholders: figures take seconds, and a study always draws them anew from its tables."""
     folder.mkdir()
-    for name in drawn:
+    for name in captioned:
         for kind in ("png", "svg"):
             (folder / f"{name}.{kind}").write_bytes(FIGURES)
 
@@ -100,19 +106,20 @@ def main(kills: int | None, seed: int, home: Path) -> dict:
     torch.set_num_threads(1)
     vlm = mv.load(*llava(layers=2))
     # Shards of one batch, so that there are several.
-    settings.SHARD = BATCH
-    shards.GALLERY = merge.GALLERY = 2
+    settings.EXAMPLES_PER_SHARD = BATCH
+    shards.GALLERY_EXAMPLES = merge.GALLERY_EXAMPLES = 2
     figures.save_all = small_figures
     figures.draw_all = lambda *_: {name: CaptionedFigure(None, "") for name in figures.FIGURES}
     examples = tuple(Example(f"e{i}", noise_image(i), (f"a picture number {i} of a dog",)) for i in range(EXAMPLES))
     data = Dataset("made", examples, (), fingerprint(examples))
 
-    # Once here, so that no child has to compile templates and the like; then the time of one, forked.
+    # Once in this process, so that no child has to compile templates and the like.
     study(vlm, data, home / "warm")
+    # Once more, forked, to clock it.
     clock = time.perf_counter()
     whole = home / "whole"
     assert os.waitpid(forked(study, vlm, data, whole), 0)[1] == 0
-    # On a machine that is busy just then, no kill waits for long: it falls earlier in the study.
+    # Where the machine is busy and the study slow, kills still come within 1.5 s, earlier in it.
     seconds = min(time.perf_counter() - clock, 1.5)
     expected = tables(whole)
 
@@ -125,17 +132,17 @@ def main(kills: int | None, seed: int, home: Path) -> dict:
     n_steps = int((home / "steps").read_text())
 
     def check(out: Path) -> None:
-        found = tables(out)
-        assert found.keys() == expected.keys()
+        actual = tables(out)
+        assert actual.keys() == expected.keys()
         for name in expected:
-            assert found[name] == expected[name], f"{name} differs in {out}, seed {seed}"
+            assert actual[name] == expected[name], f"{name} differs in {out}, seed {seed}"
         left = {p.name for p in out.iterdir()}
         assert left == {p.name for p in whole.iterdir()}, left
         assert not list(out.rglob("*.tmp"))
 
     def killed(out: Path, step: int, delay: float | None = None) -> bool:
-        """Whether the study was killed, and not done before."""
-        nonlocal done
+        """Whether the study was killed before it was done."""
+        nonlocal n_killed
         child = forked(study, vlm, data, out, step)
         if delay is not None:
             time.sleep(delay)
@@ -143,13 +150,13 @@ def main(kills: int | None, seed: int, home: Path) -> dict:
         status = os.waitpid(child, 0)[1]
         assert os.WIFSIGNALED(status) or status == 0
         if os.WIFSIGNALED(status):
-            done += 1
+            n_killed += 1
             where[place(out)] += 1
         return os.WIFSIGNALED(status)
 
     rng, where = random.Random(seed), Counter()
-    done = folders = 0
-    while done < (n_steps if kills is None else kills):
+    n_killed = folders = 0
+    while n_killed < (n_steps if kills is None else kills):
         out = home / f"killed-{folders}"
         folders += 1
         if kills is None:
@@ -161,11 +168,11 @@ def main(kills: int | None, seed: int, home: Path) -> dict:
             )
             while (attempt := next(attempts, None)) and killed(out, *attempt):
                 pass
-        # What is finished stays as it is, the rest is finished.
+        # One more run finishes the study; a finished one stays as it is.
         assert not killed(out, 0)
         check(out)
     return {
-        "kills": done,
+        "kills": n_killed,
         "folders": folders,
         "steps": n_steps,
         "seconds": seconds,
@@ -174,6 +181,6 @@ def main(kills: int | None, seed: int, home: Path) -> dict:
 
 
 if __name__ == "__main__":
-    with tempfile.TemporaryDirectory() as made:
-        asked = (None, 0) if sys.argv[1] == "every" else (int(sys.argv[1]), int(sys.argv[2]))
-        print(json.dumps(main(*asked, Path(made))))
+    with tempfile.TemporaryDirectory() as folder:
+        kills_and_seed = (None, 0) if sys.argv[1] == "every" else (int(sys.argv[1]), int(sys.argv[2]))
+        print(json.dumps(main(*kills_and_seed, Path(folder))))

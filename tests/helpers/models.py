@@ -1,4 +1,4 @@
-"""Seeded models with random weights, built from the real classes and the real geometry at small widths.
+"""Seeded models with random weights: the real classes and geometry at small widths.
 
 Norm weights and biases are random too: with unit weights a state that is normed twice would pass.
 """
@@ -34,7 +34,7 @@ LLAVA_TEMPLATE = (
 
 
 def llama_tokenizer(extra: tuple[str, ...]) -> PreTrainedTokenizerFast:
-    """LLaMA's real 32,000 pieces, as the package wordllama carries them, with `extra` added from 32,000 on."""
+    """LLaMA's real 32,000 pieces, from the package wordllama, with `extra` from id 32,000 on."""
     source = files("wordllama") / "tokenizers" / "l2_supercat_tokenizer_config.json"
     spec = json.loads(source.read_text())
     tokenizer = PreTrainedTokenizerFast(
@@ -47,7 +47,7 @@ def llama_tokenizer(extra: tuple[str, ...]) -> PreTrainedTokenizerFast:
 
 
 def randomise(model: torch.nn.Module, seed: int) -> torch.nn.Module:
-    """Every parameter from N(0, .05), norm weights around 1: nothing is zero, one or tied by accident."""
+    """Parameters from N(0, .05), norm weights around 1: none is 0, 1 or tied by accident."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, p in model.named_parameters():
@@ -66,7 +66,7 @@ def text_config(layers: int, width: int, heads: int, kv_heads: int, bias: bool, 
 
 @lru_cache
 def llava(kv_heads: int = 4, bias: bool = False, layers: int = 3, image: int = 56, width: int = 32):
-    """A LLaVA-1.5 at small width: patch 14, vocabulary 32064, `<image>` 32000. `image=336` gives its 576 patches."""
+    """A small LLaVA-1.5: patch 14, vocabulary 32064, `<image>` 32000; image=336: 576 patches."""
     tokenizer = llama_tokenizer(("<image>", "<pad>"))
     config = LlavaConfig(
         vision_config=CLIPVisionConfig(
@@ -86,7 +86,7 @@ def llava(kv_heads: int = 4, bias: bool = False, layers: int = 3, image: int = 5
 
 @lru_cache
 def instructblip(queries: int = 5, layers: int = 3, image: int = 56):
-    """An InstructBLIP-Vicuna at small width: queries before BOS, BERT's cased words for the Q-Former."""
+    """A small InstructBLIP-Vicuna: queries before BOS, cased BERT words for the Q-Former."""
     tokenizer = llama_tokenizer(("<pad>",))
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "what", "is", "this", "a", "describe", "the", "scene", "."]
     qformer_tokenizer = BertTokenizer(vocab={w: i for i, w in enumerate(words)})

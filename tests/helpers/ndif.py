@@ -1,4 +1,4 @@
-"""A real NDIF server for the tests marked `ndif`: as a trusted user and as one whose blocks run in a sandbox."""
+"""Fixtures of the tests marked `ndif`: a real server, and its users, trusted or in a sandbox."""
 
 import dataclasses
 import json
@@ -22,7 +22,7 @@ TOLERANCE = 1e-5
 
 @pytest.fixture(scope="session")
 def server():
-    """The server must be there: what has not run on one is not tested."""
+    """The server's address. Without one tests fail: skipping would hide what is not tested."""
     try:
         urllib.request.urlopen(f"{HOST}/connected", timeout=10)
     except OSError as error:
@@ -38,14 +38,17 @@ def server():
 
 @pytest.fixture
 def sandboxed(monkeypatch):
-    """As a user whose blocks run in a process without weights. A server without keys believes what it is told."""
+    """Runs as a user whose blocks run in a process without weights.
+
+    A server without API keys believes what a request says about trust.
+    """
     envelope = RequestModel.metadata
     monkeypatch.setattr(RequestModel, "metadata", lambda r: json.dumps({**json.loads(envelope(r)), "trusted": False}))
 
 
 @pytest.fixture(params=["trusted", "sandbox"])
 def user(request):
-    """Who asks."""
+    """The user who sends the requests."""
     if request.param == "sandbox":
         request.getfixturevalue("sandboxed")
     return request.param
@@ -53,38 +56,43 @@ def user(request):
 
 @pytest.fixture
 def traffic(monkeypatch):
-    """What goes over the wire: `requests`, the bytes of each one's result in `received`."""
-    found = SimpleNamespace(requests=0, received=[])
+    """Traffic with the server: the number of `requests`; `received`, the bytes of each result."""
+    counts = SimpleNamespace(requests=0, received=[])
     post, finalize = Request._post, Request.finalize
 
     def counted(self, *args):
-        found.requests += 1
+        counts.requests += 1
         return post(self, *args)
 
     def weighed(self, content):
-        found.received.append(len(content))
+        counts.received.append(len(content))
         return finalize(self, content)
 
     monkeypatch.setattr(Request, "_post", counted)
     monkeypatch.setattr(Request, "finalize", weighed)
-    return found
+    return counts
 
 
 @pytest.fixture(scope="session", params=bundled.NAMES)
 def pair(request, server):
-    """A bundled model on the server and here, and three questions of different lengths as one padded batch."""
+    """A bundled model on the server and here, and a padded batch of three prompts.
+
+    The prompts have different lengths. `answers` and `boxes` are those of the three examples.
+    """
     there, here = mv.load(request.param, remote=True), mv.load(request.param)
-    asked = naming(3, seed=1)
-    prompts = [asked[0].prompt, "Describe the scene.", f"{asked[2].prompt} Answer in one word."]
-    inputs = there.inputs([one.image for one in asked], prompts)
+    examples = naming(3, seed=1)
+    prompts = [examples[0].prompt, "Describe the scene.", f"{examples[2].prompt} Answer in one word."]
+    inputs = there.inputs([e.image for e in examples], prompts)
     assert len({len(inputs[row].tokens) for row in range(3)}) == 3
-    return SimpleNamespace(
-        there=there, here=here, inputs=inputs, answers=[one.answer for one in asked], boxes=[one.box for one in asked]
-    )
+    answers, boxes = [e.answer for e in examples], [e.box for e in examples]
+    return SimpleNamespace(there=there, here=here, inputs=inputs, answers=answers, boxes=boxes)
 
 
 def difference(a, b) -> float:
-    """The largest difference of two results, tensors or nested lists of them; whole numbers and settings must be the same."""
+    """The largest difference of two results, tensors or nested lists of them.
+
+    Asserts that shapes, dtypes, whole numbers and settings are the same.
+    """
     if isinstance(a, torch.Tensor):
         assert a.shape == b.shape
         assert a.dtype == b.dtype
@@ -104,5 +112,5 @@ def difference(a, b) -> float:
 
 
 def tensor_bytes(result) -> int:
-    """What a result's tensors weigh."""
+    """The size of a result's tensors, in bytes."""
     return sum(t.numel() * t.element_size() for t in vars(result).values() if isinstance(t, torch.Tensor))

@@ -1,4 +1,4 @@
-"""Inputs and results that the patch view's tests share: small real ones, and synthetic ones of the size of LLaVA-1.5-7B."""
+"""Inputs and results for the patch view's tests, up to the size of LLaVA-1.5-7B."""
 
 import numpy as np
 import torch
@@ -11,7 +11,7 @@ WORDS = 4000
 
 
 def photo(width: int = 640, height: int = 480) -> Image.Image:
-    """A picture that compresses as a photograph does: a smooth ground, a few things on it, a little grain."""
+    """An image that compresses like a photograph: a smooth ground, a few shapes, a little grain."""
     rng = np.random.default_rng(0)
     y, x = np.mgrid[0:height, 0:width] / height
     ground = np.stack([150 + 60 * y, 170 + 20 * np.sin(3 * x), 210 - 90 * y], -1)
@@ -27,9 +27,10 @@ def photo(width: int = 640, height: int = 480) -> Image.Image:
 def synthetic(
     inputs: mv.Inputs, layers: int = 32, heads: int = 32, dest: tuple[int, ...] = (), spread: float = 2.5, k: int = 5
 ):
-    """Results of an invented model: attention with logits of standard deviation `spread` and a sink on the first token.
+    """(lens, norms) of an invented model.
 
-    Gives (lens, norms); `dest` are destinations besides the last position.
+    Attention logits have the standard deviation `spread`, and the first token is a sink. `dest` are
+    destinations besides the last position.
     """
     rng = np.random.default_rng(1)
     tokens, n = inputs.tokens, len(inputs.tokens)
@@ -48,10 +49,10 @@ def synthetic(
     )  # fmt: skip
     shape = (layers + 1, len(tokens.image), k)
     frequency = 1 / np.arange(1, WORDS + 1)
-    drawn = rng.choice(WORDS, shape, p=frequency / frequency.sum())
+    sampled = rng.choice(WORDS, shape, p=frequency / frequency.sum())
     probs = -np.sort(-rng.dirichlet(np.full(30, 0.3), shape[:2]), -1)[..., :k]
     lens = mv.LogitLensResult(
-        ids=torch.from_numpy(drawn + 40000), probs=torch.from_numpy(probs).float(), layers=tuple(range(layers + 1)),
+        ids=torch.from_numpy(sampled + 40000), probs=torch.from_numpy(probs).float(), layers=tuple(range(layers + 1)),
         example=torch.zeros(shape[1], dtype=torch.long), position=tokens.image, final_norm=True, model=inputs.model,
         vocabulary=tuple((i + 40000, f"▁word{i}") for i in range(WORDS)),
     )  # fmt: skip
@@ -59,7 +60,7 @@ def synthetic(
 
 
 def large_inputs(n: int = 620) -> mv.Inputs:
-    """576 patches and `n` tokens in all, with LLaMA's tokenizer."""
+    """Inputs with 576 patches and `n` tokens in all, in LLaMA's tokenizer."""
     vlm = mv.load(*llava(image=336, layers=2))
     prompt = "what is this"
     while len(vlm.inputs(photo(), prompt).tokens) < n:

@@ -1,4 +1,4 @@
-"""Studies small enough to be stopped and gone on with in a test: shards of one batch, and no figures."""
+"""Studies small enough to stop and resume in a test: shards of one batch, and no figures."""
 
 import pytest
 
@@ -11,13 +11,14 @@ PROMPT = "what is this"
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
-    """Shards of one batch, so that there are several of them; figures take the time here that nothing is tested in."""
-    monkeypatch.setattr(settings, "SHARD", 2)
+    """Several shards of one batch each; no figures, which are slow and not tested here."""
+    monkeypatch.setattr(settings, "EXAMPLES_PER_SHARD", 2)
     monkeypatch.setattr(figures, "draw_all", lambda *_: {name: CaptionedFigure(None, "") for name in figures.FIGURES})
     monkeypatch.setattr(figures, "save_all", small_figures)
 
 
-def small_figures(drawn, folder) -> None:
+def small_figures(captioned, folder) -> None:
+    """One file for each figure, in place of the figures."""
     folder.mkdir()
-    for name in drawn:
+    for name in captioned:
         (folder / f"{name}.svg").write_text("a figure")

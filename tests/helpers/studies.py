@@ -1,4 +1,4 @@
-"""Studies with known numbers, made without a model."""
+"""Studies with known numbers, generated without a model."""
 
 import numpy as np
 import pandas as pd
@@ -12,7 +12,7 @@ PROMPT = "Describe the scene."
 
 
 def made_study(models: dict[str, int], n: int = 12, seed: int = 0, n_image: int = 16, **about) -> Study:
-    """A study of `models` (name: n_layers) over n examples, whose curves rise, fall, rise and fall."""
+    """A study of `models` {name: n_layers} on n examples; its curves rise, fall, rise and fall."""
     rng = np.random.default_rng(seed)
     tables: dict[str, list] = {
         "contextualization": [],

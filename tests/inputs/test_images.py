@@ -1,4 +1,4 @@
-"""Odd images: each is read as a viewer would show it, up to the model's pixels, or refused in plain words."""
+"""Odd images are read as a viewer shows them, or refused with a clear error."""
 
 import io
 
@@ -25,9 +25,9 @@ def pixel(path, at) -> tuple:
 
 def test_greyscale_is_the_same_grey(tmp_path):
     ramp().save(tmp_path / "grey.png")
-    seen = np.asarray(open_image(tmp_path / "grey.png"))
-    assert seen.shape == (8, 64, 3)
-    assert (seen == np.asarray(ramp())[..., None]).all()
+    rgb = np.asarray(open_image(tmp_path / "grey.png"))
+    assert rgb.shape == (8, 64, 3)
+    assert (rgb == np.asarray(ramp())[..., None]).all()
 
 
 def test_cmyk(tmp_path):
@@ -35,7 +35,7 @@ def test_cmyk(tmp_path):
     image.paste((0, 0, 0, 255), (10, 0, 20, 10))  # black ink alone
     image.save(tmp_path / "ink.tif")
     assert (pixel(tmp_path / "ink.tif", (2, 2)), pixel(tmp_path / "ink.tif", (15, 2))) == ((255, 0, 0), (0, 0, 0))
-    image.save(tmp_path / "ink.jpg", quality=100)  # Adobe's, which stores ink inverted
+    image.save(tmp_path / "ink.jpg", quality=100)  # Adobe's format, which stores ink inverted
     assert np.abs(np.array(pixel(tmp_path / "ink.jpg", (2, 2))) - (255, 0, 0)).max() < 12
 
 
@@ -46,16 +46,16 @@ def test_palette_with_and_without_transparency(tmp_path):
     image.save(tmp_path / "plain.png")
     assert [pixel(tmp_path / "plain.png", (x, 0)) for x in range(3)] == [(255, 0, 0), (0, 0, 255), (9, 9, 9)]
     for name in ("clear.png", "clear.gif"):
-        image.save(tmp_path / name, transparency=1)  # blue is see-through: white
+        image.save(tmp_path / name, transparency=1)  # blue is transparent, and becomes white
         assert [pixel(tmp_path / name, (x, 0)) for x in range(3)] == [(255, 0, 0), (255, 255, 255), (9, 9, 9)]
     image.save(tmp_path / "half.png", transparency=bytes([128, 255, 255]))
     assert pixel(tmp_path / "half.png", (0, 0)) == (255, 127, 127)
 
 
 def test_alpha_lies_over_white(tmp_path):
-    for alpha, seen in ((0, (255, 255, 255)), (255, (200, 0, 0)), (51, (244, 204, 204))):
+    for alpha, color in ((0, (255, 255, 255)), (255, (200, 0, 0)), (51, (244, 204, 204))):
         Image.new("RGBA", (3, 3), (200, 0, 0, alpha)).save(tmp_path / "a.png")
-        assert pixel(tmp_path / "a.png", (1, 1)) == seen
+        assert pixel(tmp_path / "a.png", (1, 1)) == color
     Image.new("LA", (3, 3), (0, 0)).save(tmp_path / "la.png")
     assert pixel(tmp_path / "la.png", (1, 1)) == (255, 255, 255)
 
@@ -72,17 +72,19 @@ def test_sixteen_bits(tmp_path):
     [(1, (0, 0)), (2, (1, 0)), (3, (1, 1)), (4, (0, 1)), (5, (0, 0)), (6, (1, 0)), (7, (1, 1)), (8, (0, 1))],
 )
 def test_exif_rotation(tmp_path, orientation, red):
-    """The stored top left corner is red: where it is seen, as (right, bottom)."""
+    """The stored top left corner is red. `red` is where it belongs in view, as (right, bottom)."""
     image = Image.new("RGB", (40, 24), "white")
     image.paste((255, 0, 0), (0, 0, 8, 8))
     exif = image.getexif()
     exif[0x0112] = orientation
     for name in ("turned.jpg", "turned.png"):
         image.save(tmp_path / name, exif=exif, **({"quality": 95} if name.endswith("jpg") else {}))
-        seen = open_image(tmp_path / name)
-        assert seen.size == ((40, 24) if orientation < 5 else (24, 40))
-        right, bottom = seen.width - 1, seen.height - 1
-        corners = {(x, y): seen.getpixel((2 + x * (right - 4), 2 + y * (bottom - 4))) for x in (0, 1) for y in (0, 1)}
+        upright = open_image(tmp_path / name)
+        assert upright.size == ((40, 24) if orientation < 5 else (24, 40))
+        right, bottom = upright.width - 1, upright.height - 1
+        corners = {
+            (x, y): upright.getpixel((2 + x * (right - 4), 2 + y * (bottom - 4))) for x in (0, 1) for y in (0, 1)
+        }
         assert [corner for corner, (_, green, _) in corners.items() if green < 60] == [red]
 
 
@@ -110,8 +112,11 @@ def bundled(request):
 
 
 @pytest.mark.parametrize("size", [(1, 40), (40, 1), (3, 40), (1, 1), (20_000, 30), (30, 20_000)])
-def test_strips_and_specks_reach_the_model_with_the_right_pixels(bundled, size):
-    """What the processor makes of them, against Pillow's own resize and crop; a side of 1 or 3 is no channel."""
+def test_strips_and_single_pixels_reach_the_model_with_the_right_pixels(bundled, size):
+    """The model's pixels equal Pillow's resize and crop.
+
+    A side of 1 or 3 pixels is not taken for the channels.
+    """
     image = noise_image(0, size)
     inputs = bundled.inputs(image, "Describe the scene.")
     grid, processor = inputs.tokens.grids[0], bundled.processor.image_processor
@@ -119,42 +124,42 @@ def test_strips_and_specks_reach_the_model_with_the_right_pixels(bundled, size):
     left, top = grid.crop
     expected = image.resize(grid.resized, processor.resample).crop((left, top, left + side, top + side))
     expected = (np.asarray(expected) / 255 - processor.image_mean) / processor.image_std
-    made = inputs.encoding["pixel_values"][0].numpy().transpose(1, 2, 0)
-    # Without torchvision the processor resizes by Pillow too; with it, by another kernel of the same kind.
-    assert np.abs(made - expected).mean() < 0.02
+    pixels = inputs.encoding["pixel_values"][0].numpy().transpose(1, 2, 0)
+    # Without torchvision the processor resizes by Pillow too, with it by a similar kernel.
+    assert np.abs(pixels - expected).mean() < 0.02
     likeliest = mv.logit_lens(bundled, inputs, k=1, positions="last")
     assert torch.isfinite(likeliest.probs).all()
 
 
-def test_a_thread_of_pixels_is_refused_where_it_would_be_blown_up(bundled):
-    thread = Image.new("RGB", (20_000, 1))
+def test_a_thin_strip_is_refused_if_the_processor_would_enlarge_it(bundled):
+    strip = Image.new("RGB", (20_000, 1))
     if bundled.record.visual_tokens == "queries":  # resized to a square, however long it is
-        assert bundled.inputs(thread, "a").encoding["pixel_values"].shape[-2:] == (96, 96)
+        assert bundled.inputs(strip, "a").encoding["pixel_values"].shape[-2:] == (96, 96)
     else:
         with pytest.raises(mv.InputError, match=r"20000 x 1: so narrow .* 1920000 x 96"):
-            bundled.inputs(thread, "a")
+            bundled.inputs(strip, "a")
 
 
-def test_the_same_picture_in_every_coat_reads_the_same(bundled, tmp_path):
+def test_a_picture_reads_the_same_in_every_format(bundled, tmp_path):
     picture = next(iter(load_dataset("scenes", 1).examples)).image
     file = io.BytesIO()
     picture.save(file, "PNG")
     stored = StoredImage([{"image": {"bytes": file.getvalue(), "path": None}}], 0, "image")
-    coats = {"alpha.png": picture.convert("RGBA"), "ink.tif": picture.convert("CMYK"), "plain.bmp": picture}
-    for name, image in coats.items():
+    formats = {"alpha.png": picture.convert("RGBA"), "ink.tif": picture.convert("CMYK"), "plain.bmp": picture}
+    for name, image in formats.items():
         image.save(tmp_path / name)
-    turned = picture.transpose(Image.Transpose.ROTATE_90)  # stored so, to be turned back
+    turned = picture.transpose(Image.Transpose.ROTATE_90)  # EXIF turns it back
     exif = turned.getexif()
     exif[0x0112] = 6
     turned.save(tmp_path / "turned.png", exif=exif)
-    images = [picture, stored, *(tmp_path / name for name in coats), tmp_path / "turned.png"]
+    images = [picture, stored, *(tmp_path / name for name in formats), tmp_path / "turned.png"]
     pixels = bundled.inputs(images, "Describe the scene.").encoding["pixel_values"]
-    for one in pixels[1:]:
-        assert torch.equal(one, pixels[0])
+    for other in pixels[1:]:
+        assert torch.equal(other, pixels[0])
 
 
-def test_odd_images_of_a_data_set_spoil_no_other(bundled, tmp_path):
-    """COCO holds greyscale photographs; a folder also what is no image. All are read, or say why not."""
+def test_odd_images_of_a_data_set_do_not_affect_the_others(bundled, tmp_path):
+    """Greyscale and CMYK photographs are read; files that are no image are refused one by one."""
     content = coco(6)
     write_coco(tmp_path, content)
     names = [tmp_path / "val2017" / image["file_name"] for image in content["images"]]
@@ -164,13 +169,13 @@ def test_odd_images_of_a_data_set_spoil_no_other(bundled, tmp_path):
     names[3].write_bytes(b"")
     names[4].write_text("<html>404</html>")
     data = load_dataset(f"coco:{tmp_path}")
-    assert len(data) == 6  # none is opened before the model needs it
-    said = {}
+    assert len(data) == 6  # no image is opened before the model needs it
+    messages = {}
     for example in data.examples:
         try:
             bundled.inputs(example.image, "a")
         except mv.InputError as error:
-            said[example.id] = str(error)
-    assert set(said) == {"102", "103", "104"}
-    assert "is empty (0 bytes)" in said["103"]
-    assert all("cannot be read" in said[i] for i in ("102", "104"))
+            messages[example.id] = str(error)
+    assert set(messages) == {"102", "103", "104"}
+    assert "is empty (0 bytes)" in messages["103"]
+    assert all("cannot be read" in messages[i] for i in ("102", "104"))

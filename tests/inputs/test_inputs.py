@@ -1,4 +1,4 @@
-"""Inputs and their TokenMap: which position is what, where a patch lies, and what bad images and prompts are told."""
+"""Inputs and their TokenMap: positions, patches, and errors for bad images and prompts."""
 
 import numpy as np
 import pytest
@@ -9,7 +9,7 @@ import mechvlm as mv
 from helpers.images import noise_image
 from helpers.models import instructblip, llava
 from mechvlm.inputs import images as images_module
-from mechvlm.inputs.batch import _check_kinds
+from mechvlm.inputs.batch import _check_types
 from mechvlm.inputs.images import open_image
 
 
@@ -63,9 +63,9 @@ def test_two_images_in_one_prompt_equal_the_processors_own(llava_vlm):
     assert [len(p) for p in tokens.images] == [16, 16]
     assert tokens.cell(int(tokens.images[1][5])) == (1, 1, 1)
     assert tokens.position(1, 1, image=1) == int(tokens.images[1][5])
-    ref = llava_vlm.processor(images=pair, text=inputs.texts, return_tensors="pt")
-    assert torch.equal(ref["input_ids"], inputs.encoding["input_ids"])
-    assert torch.equal(ref["pixel_values"], inputs.encoding["pixel_values"])
+    reference = llava_vlm.processor(images=pair, text=inputs.texts, return_tensors="pt")
+    assert torch.equal(reference["input_ids"], inputs.encoding["input_ids"])
+    assert torch.equal(reference["pixel_values"], inputs.encoding["pixel_values"])
     lens = mv.logit_lens(llava_vlm, inputs, k=1)
     assert lens.ids.shape == (4, 32, 1)
 
@@ -86,7 +86,7 @@ def test_instructblip_takes_one_image_and_no_token(blip_vlm):
 @pytest.mark.parametrize("size", [(80, 60), (60, 80), (56, 56), (200, 61), (33, 47)])
 @pytest.mark.parametrize("family", [llava, instructblip])
 def test_patch_boxes_hold_the_pixels_that_the_patch_was_made_of(family, size):
-    """Light up one patch's box on the original: the processor's output must light up in that patch, and nowhere far."""
+    """White pixels in a patch's box on the original lie in that patch of the model's pixels."""
     vlm = mv.load(*family(), check=False)
     grid = vlm.inputs(Image.new("RGB", size), "a").token_maps[0].grids[0]
     assert (grid.rows, grid.cols) == (4, 4)
@@ -95,14 +95,14 @@ def test_patch_boxes_hold_the_pixels_that_the_patch_was_made_of(family, size):
         pixels = np.zeros((size[1], size[0], 3), np.uint8)
         y, x = np.mgrid[: size[1], : size[0]] + 0.5
         pixels[(x > left) & (x < right) & (y > top) & (y < bottom)] = 255
-        seen = vlm.inputs(Image.fromarray(pixels), "a").encoding["pixel_values"][0].mean(0)
-        light = (seen - seen.min()).unflatten(0, (4, 14)).unflatten(2, (4, 14)).sum((1, 3))
+        processed = vlm.inputs(Image.fromarray(pixels), "a").encoding["pixel_values"][0].mean(0)
+        light = (processed - processed.min()).unflatten(0, (4, 14)).unflatten(2, (4, 14)).sum((1, 3))
         assert int(light.argmax()) == row * 4 + col
         assert light[row, col] > 0.7 * light.sum()
 
 
 def test_boxes_by_hand():
-    """80 x 60, short side to 56: 74 x 56, of which the middle 56 are cut: 9 from the left."""
+    """80 x 60 is resized to 74 x 56 (short side 56); the crop of the middle 56 starts at 9."""
     grid = mv.load(*llava(), check=False).inputs(Image.new("RGB", (80, 60)), "a").tokens.grids[0]
     assert (grid.resized, grid.crop) == ((74, 56), (9, 0))
     assert grid.box(0, 0) == pytest.approx((9 * 80 / 74, 0, 23 * 80 / 74, 15))
@@ -136,7 +136,7 @@ def test_bad_positions(llava_vlm, where, message):
         tokens.select(where)
 
 
-def test_positions_given_away_are_copies(llava_vlm):
+def test_selected_positions_are_copies(llava_vlm):
     tokens = llava_vlm.inputs(noise_image(0), "a").tokens
     positions = tokens.select("image")
     positions += 1
@@ -154,7 +154,7 @@ def test_padding_is_no_position(vlm, batch):
         short.select([0])
 
 
-# -- bad images and prompts --------------------------------------------------------------------------------------------
+# -- bad images and prompts --
 
 
 def test_bad_images(tmp_path, llava_vlm, monkeypatch):
@@ -175,16 +175,17 @@ def test_bad_images(tmp_path, llava_vlm, monkeypatch):
         llava_vlm.inputs(tmp_path / "whole.png", "a")
 
 
-def test_what_is_no_image_and_no_prompt(llava_vlm, tmp_path):
+def test_other_types_are_no_image_and_no_prompt(llava_vlm, tmp_path):
     for image, message in [
         (np.zeros((4, 4, 3), np.uint8), "not ndarray.*fromarray"), (None, "not NoneType"),
     ]:  # fmt: skip
         with pytest.raises(mv.InputError, match=message):
-            _check_kinds(image, "a")  # the types of public functions are checked before this under pytest
+            # Called directly: under pytest, jaxtyping checks the types of public functions first.
+            _check_types(image, "a")
     with pytest.raises(mv.InputError, match="fetch it first"):
         llava_vlm.inputs("https://example.org/a.jpg", "a")
     with pytest.raises(mv.InputError, match="A prompt is a string, not NoneType"):
-        _check_kinds(noise_image(0), [None])
+        _check_types(noise_image(0), [None])
     noise_image(0, (300, 300)).save(tmp_path / "cut.png")
     (tmp_path / "cut.png").write_bytes((tmp_path / "cut.png").read_bytes()[:2000])
     with pytest.raises(mv.InputError, match="cannot be read"):
@@ -193,8 +194,8 @@ def test_what_is_no_image_and_no_prompt(llava_vlm, tmp_path):
 
 def test_sixteen_bits_are_scaled_and_not_clipped():
     ramp = Image.fromarray(np.linspace(0, 65535, 256).astype(np.uint16)[None].repeat(4, 0))
-    seen = np.asarray(open_image(ramp))[0, :, 0]
-    assert np.abs(seen.astype(int) - np.arange(256)).max() <= 1
+    grey = np.asarray(open_image(ramp))[0, :, 0]
+    assert np.abs(grey.astype(int) - np.arange(256)).max() <= 1
     with pytest.raises(mv.InputError, match="mode F, whose range"):
         open_image(Image.fromarray(np.zeros((4, 4), np.float32)))
 
@@ -212,7 +213,7 @@ def test_odd_modes_become_rgb(tmp_path):
         assert open_image(Image.new(mode, (4, 4))).mode == "RGB"
     turned = Image.new("RGB", (4, 8))
     exif = turned.getexif()
-    exif[0x0112] = 6  # to be turned by 90 degrees
+    exif[0x0112] = 6  # rotate by 90 degrees to view
     turned.save(tmp_path / "turned.jpg", exif=exif)
     assert open_image(tmp_path / "turned.jpg").size == (8, 4)
 
@@ -229,18 +230,18 @@ def test_nothing_to_run(llava_vlm):
         llava_vlm.inputs([[]], "a")
 
 
-def test_one_example_of_a_batch_is_what_it_is_alone(vlm):
-    """Without its padding, an example of a batch is the encoding and the map that it has alone."""
+def test_one_example_of_a_batch_equals_the_example_alone(vlm):
+    """Its encoding and its token map, without the batch's padding."""
     images, prompts = [noise_image(i) for i in range(3)], ["what is this", "describe the scene . a what is this", "a"]
     several = vlm.inputs(images, prompts)
     for i in range(3):
-        alone, taken = vlm.inputs(images[i], prompts[i]), several[i]
-        assert list(taken.encoding) == list(alone.encoding)
-        assert all(torch.equal(taken.encoding[key], alone.encoding[key]) for key in alone.encoding)
+        alone, item = vlm.inputs(images[i], prompts[i]), several[i]
+        assert list(item.encoding) == list(alone.encoding)
+        assert all(torch.equal(item.encoding[key], alone.encoding[key]) for key in alone.encoding)
         for name in ("ids", "modality", "image", "question"):
-            assert torch.equal(getattr(taken.tokens, name), getattr(alone.tokens, name))
-        assert (taken.tokens.strings, taken.prompts, taken.texts) == (alone.tokens.strings, alone.prompts, alone.texts)
-        assert taken.model == alone.model == vlm.name
+            assert torch.equal(getattr(item.tokens, name), getattr(alone.tokens, name))
+        assert (item.tokens.strings, item.prompts, item.texts) == (alone.tokens.strings, alone.prompts, alone.texts)
+        assert item.model == alone.model == vlm.name
         assert torch.equal(several[i - 3].tokens.ids, alone.tokens.ids)
     with pytest.raises(IndexError, match="Example 3 was asked for; these inputs hold 0 to 2"):
         several[3]
@@ -256,18 +257,18 @@ def test_several_images_of_one_prompt_stay_with_it(llava_vlm):
 
 def test_the_question_is_all_but_the_image_and_the_last_position(vlm, batch):
     for tokens in batch.token_maps:
-        every = torch.cat([tokens.image, tokens.question, torch.tensor([tokens.last])]).sort().values
-        assert torch.equal(every, tokens.all)
+        together = torch.cat([tokens.image, tokens.question, torch.tensor([tokens.last])]).sort().values
+        assert torch.equal(together, tokens.all)
 
 
 def test_positions_of_a_word(vlm):
     tokens = vlm.inputs(noise_image(0), "what is this thing ? is this it").tokens
 
-    def read(word):
+    def strings_of(word):
         return [tokens.strings[i].strip("▁") for i in tokens.pos_of(word)]
 
-    assert read("is") == ["is", "is"]  # and not the end of "this"
-    assert "".join(read("this thing")) == "thisthing"
+    assert strings_of("is") == ["is", "is"]  # and not the end of "this"
+    assert "".join(strings_of("this thing")) == "thisthing"
     assert [tokens.strings[i] for i in tokens.pos_of("is this it")] == ["▁is", "▁this", "▁it"]
     with pytest.raises(ValueError, match=r"The text holds no 'his'. It reads: .*what is this thing"):
         tokens.pos_of("his")
@@ -278,6 +279,6 @@ def test_positions_of_a_word(vlm):
 def test_positions_of_a_box_with_its_neighbours(llava_vlm):
     tokens = llava_vlm.inputs(noise_image(0, (56, 56)), "a").tokens  # 4 x 4 patches of 14 pixels
     assert tokens.pos_in_box((14, 14, 28, 28)).tolist() == [tokens.position(1, 1)]
-    grown = {tokens.position(r, c) for r in range(3) for c in range(3)}
-    assert set(tokens.pos_in_box((14, 14, 28, 28), margin=1).tolist()) == grown
+    with_neighbours = {tokens.position(r, c) for r in range(3) for c in range(3)}
+    assert set(tokens.pos_in_box((14, 14, 28, 28), margin=1).tolist()) == with_neighbours
     assert tokens.pos_in_box((0, 0, 14, 14), margin=3).tolist() == tokens.image.tolist()

@@ -1,4 +1,4 @@
-"""Phases: the fit against every set of boundaries, and simulated curves whose segments are known."""
+"""Phases: the fit against every set of boundaries, and simulated curves with known segments."""
 
 import math
 from itertools import combinations, pairwise
@@ -29,7 +29,7 @@ TURNS = {0: 0.1, 3: 0.3, 8: 0.1, 14: 0.4, 16: 0.2}
 
 
 def examples(truth: np.ndarray, n: int = 60, noise: float = 0.05, seed: int = 0) -> np.ndarray:
-    """Curves around a truth: each example lies higher or lower as a whole, and each layer has noise."""
+    """Curves around a truth: each example has an offset of its own, and each layer has noise."""
     rng = np.random.default_rng(seed)
     return truth + 0.1 * rng.normal(size=(n, 1)) + noise * rng.normal(size=(n, len(truth)))
 
@@ -54,12 +54,13 @@ def brute_force(curve: np.ndarray, n_segments: int, first: str) -> float:
 
 
 def test_worked_values():
-    # Rise to 3 and fall: only the fall has a violation, 1 then 2, which pool to 1.5 each at an error of 2 x 0.5².
-    found = fit_segments(np.array([0.0, 3.0, 1.0, 2.0, 0.0]), 2, "rise")
-    assert found.turning_layers == (1,)
-    assert found.directions == ("rise", "fall")
-    assert found.fit.tolist() == [0, 3, 1.5, 1.5, 0]
-    assert found.error == pytest.approx(0.5)
+    # Rise to 3 and fall. Only the fall has a violation, 1 then 2: they pool to 1.5 each, at an
+    # error of 2 x 0.5².
+    segments = fit_segments(np.array([0.0, 3.0, 1.0, 2.0, 0.0]), 2, "rise")
+    assert segments.turning_layers == (1,)
+    assert segments.directions == ("rise", "fall")
+    assert segments.fit.tolist() == [0, 3, 1.5, 1.5, 0]
+    assert segments.error == pytest.approx(0.5)
 
 
 def test_segments_share_their_turning_layer():
@@ -74,10 +75,10 @@ def test_one_segment_is_isotonic_regression():
     assert fit_segments(curve, 1, "fall").fit == pytest.approx(isotonic_regression(curve, increasing=False).x)
 
 
-def test_a_segment_that_is_not_there_has_no_step():
-    found = fit_segments(np.arange(6.0), 3, "rise")
-    assert found.error == 0
-    assert found.turning_layers[0] == found.turning_layers[1]
+def test_a_segment_that_the_curve_does_not_have_gets_no_step():
+    segments = fit_segments(np.arange(6.0), 3, "rise")
+    assert segments.error == 0
+    assert segments.turning_layers[0] == segments.turning_layers[1]
 
 
 def test_every_interval_equals_isotonic_regression():
@@ -89,21 +90,22 @@ def test_every_interval_equals_isotonic_regression():
                 assert errors[0, start, end] == pytest.approx(expected, abs=1e-12)
 
 
-values = st.one_of(st.integers(-3, 3).map(float), st.floats(-1, 1, width=32))  # whole numbers: ties
+# Whole numbers give ties.
+values = st.one_of(st.integers(-3, 3).map(float), st.floats(-1, 1, width=32))
 
 
 @given(st.lists(values, min_size=4, max_size=8), st.integers(1, 3), st.sampled_from(["rise", "fall"]))
 @settings(deadline=None, max_examples=100)
 def test_the_fit_is_the_best_of_all_boundaries(curve, n_segments, first):
     curve = np.array(curve)
-    found = fit_segments(curve, n_segments, first)
-    assert found.error == pytest.approx(brute_force(curve, n_segments, first), abs=1e-9)
-    assert found.error == pytest.approx(((curve - found.fit) ** 2).sum(), abs=1e-9)
-    # Between shared turning layers the fit goes one way.
-    edges = [0, *found.turning_layers, len(curve) - 1]
+    segments = fit_segments(curve, n_segments, first)
+    assert segments.error == pytest.approx(brute_force(curve, n_segments, first), abs=1e-9)
+    assert segments.error == pytest.approx(((curve - segments.fit) ** 2).sum(), abs=1e-9)
+    # Between turning layers the fit has no step against the segment's direction.
+    edges = [0, *segments.turning_layers, len(curve) - 1]
     assert edges == sorted(edges)
-    for start, end, direction in zip(edges, edges[1:], found.directions, strict=False):
-        steps = np.diff(found.fit[start : end + 1])
+    for start, end, direction in zip(edges, edges[1:], segments.directions, strict=False):
+        steps = np.diff(segments.fit[start : end + 1])
         assert ((steps if direction == "rise" else -steps) >= -1e-12).all()
 
 
@@ -112,7 +114,7 @@ def test_the_fit_is_the_best_of_all_boundaries(curve, n_segments, first):
 def test_the_error_scales_and_more_segments_fit_no_worse(curve, scale, shift):
     curve = np.array(curve)
     errors = [fit_segments(curve, n, "rise").error for n in (1, 2, 3, 4)]
-    # A run may be a single layer, which is both a rise and a fall: one run more is never worse.
+    # A run may be a single layer, which is both a rise and a fall, so one more run fits no worse.
     assert all(more <= fewer + 1e-9 for fewer, more in pairwise(errors))
     assert fit_segments(scale * curve + shift, 2, "rise").error == pytest.approx(scale**2 * errors[1], abs=1e-6)
     assert fit_segments(-curve, 2, "fall").error == pytest.approx(errors[1], abs=1e-9)
@@ -141,43 +143,44 @@ def test_the_error_scales_and_more_segments_fit_no_worse(curve, scale, shift):
         ),
     ],
 )
-def test_a_known_truth_is_found_and_nothing_is_forced_into_four(turns, directions, labels, says):
-    found = fit_phases(examples(piecewise(turns)), n_bootstrap=200)
-    assert found.directions == directions
-    assert found.labels == labels
-    assert found.shows_pattern == (labels == FOUR)
-    assert says in found.explanation
-    assert found.support > 0.8
-    assert found.boundaries == pytest.approx(list(turns)[1:-1], abs=1)
-    assert [one.n_segments for one in found.evidence if one.chosen] == [len(directions)]
+def test_known_segments_are_found_and_not_forced_into_four(turns, directions, labels, says):
+    phases = fit_phases(examples(piecewise(turns)), n_bootstrap=200)
+    assert phases.directions == directions
+    assert phases.labels == labels
+    assert phases.shows_pattern == (labels == FOUR)
+    assert says in phases.explanation
+    assert phases.support > 0.8
+    assert phases.boundaries == pytest.approx(list(turns)[1:-1], abs=1)
+    assert [candidate.n_segments for candidate in phases.evidence if candidate.chosen] == [len(directions)]
 
 
 @pytest.mark.parametrize("kind", ["layers", "walk", "exactly flat"])
 @pytest.mark.parametrize("n_examples", [5, 100])
 def test_noise_shows_no_phases(kind, n_examples):
     rng = np.random.default_rng(0)
-    n_found = []
+    numbers = []
     for _ in range(10):
         noise = rng.normal(size=(n_examples, 17))
         curves = {"layers": noise, "walk": noise.cumsum(1), "exactly flat": np.full_like(noise, 0.3)}[kind]
-        found = fit_phases(curves, n_bootstrap=2)
-        n_found.append(found.n_segments)
-        assert not found.shows_pattern
-    assert sum(n > 0 for n in n_found) <= 1
-    assert max(n_found) <= 1
+        phases = fit_phases(curves, n_bootstrap=2)
+        numbers.append(phases.n_segments)
+        assert not phases.shows_pattern
+    assert sum(n > 0 for n in numbers) <= 1
+    assert max(numbers) <= 1
 
 
 def test_intervals_cover_the_truth_at_about_the_nominal_rate():
     truth = np.array(list(TURNS)[1:-1])
     hits, widths = [], []
     for seed in range(40):
-        found = fit_phases(examples(piecewise(TURNS), 40, noise=0.1, seed=seed), n_bootstrap=50, confidence=0.9)
-        if found.n_segments == 4:
-            low, high = np.array(found.boundary_intervals).T
+        phases = fit_phases(examples(piecewise(TURNS), 40, noise=0.1, seed=seed), n_bootstrap=50, confidence=0.9)
+        if phases.n_segments == 4:
+            low, high = np.array(phases.boundary_intervals).T
             hits.append((low <= truth) & (truth <= high))
             widths.append(high - low)
     assert len(hits) >= 32
-    # Whole layers, rounded outwards: at least nominal, less three standard errors of 40 trials, and not by being wide.
+    # The intervals are whole layers, rounded outwards, so they cover at least the nominal rate,
+    # less three standard errors of 40 trials. They must not do so by being wide.
     assert (np.mean(hits, axis=0) > 0.9 - 3 * math.sqrt(0.09 / 40)).all()
     assert np.mean(widths) < 3
 
@@ -186,21 +189,21 @@ def test_changes_are_those_of_the_mean_with_plain_bootstrap_intervals():
     inter = examples(piecewise(TURNS), noise=0.02)
     image = examples(piecewise({0: 0.2, 3: 0.2, 8: 0.6, 14: 0.6, 16: 0.3}), noise=0.02, seed=1)
     text = examples(np.full(17, 0.5), noise=0.02, seed=2)
-    found = fit_phases(inter, image=image, text=text)
+    phases = fit_phases(inter, image=image, text=text)
     for name, curves in (("inter", inter), ("image", image), ("text", text)):
-        for change, (first, last) in zip(found.changes[name], found.intervals, strict=True):
+        for change, (first, last) in zip(phases.changes[name], phases.intervals, strict=True):
             steps = curves[:, last] - curves[:, first]
             assert change.value == pytest.approx(steps.mean())
             half = 1.96 * steps.std() / math.sqrt(len(steps))
             assert (change.low, change.high) == pytest.approx((steps.mean() - half, steps.mean() + half), abs=half / 4)
-    assert [change.direction for change in found.changes["image"]][1::2] == ["rise", "fall"]
-    assert "In phase II the similarity within the image rose (+0.39" in found.explanation
-    assert "In phase IV the similarity within the text did not clearly change" in found.explanation
+    assert [change.direction for change in phases.changes["image"]][1::2] == ["rise", "fall"]
+    assert "In phase II the similarity within the image rose (+0.39" in phases.explanation
+    assert "In phase IV the similarity within the text did not clearly change" in phases.explanation
 
 
 def test_the_frame():
-    found = fit_phases(examples(piecewise(TURNS), noise=0.02), image=examples(piecewise(TURNS), seed=3))
-    frame = found.to_frame()
+    phases = fit_phases(examples(piecewise(TURNS), noise=0.02), image=examples(piecewise(TURNS), seed=3))
+    frame = phases.to_frame()
     assert frame["phase"].tolist() == ["I", "II", "III", "IV"]
     assert frame["name"].tolist() == [label.split(" ", 1)[1] for label in FOUR]
     assert frame["direction"].tolist() == ["rise", "fall", "rise", "fall"]
@@ -216,62 +219,63 @@ def test_the_frame():
     assert list(flat)[:7] == list(frame)[:7]
 
 
-def test_it_is_saved_and_loaded(tmp_path):
-    found = fit_phases(examples(piecewise(TURNS)), n_bootstrap=50)
-    found.save(tmp_path / "phases.safetensors")
-    again = Phases.load(tmp_path / "phases.safetensors")
-    assert torch.equal(again.mean, found.mean)
-    assert again.evidence == found.evidence
-    assert again.changes == found.changes
-    assert again.to_frame().equals(found.to_frame())
+def test_phases_are_saved_and_loaded(tmp_path):
+    phases = fit_phases(examples(piecewise(TURNS)), n_bootstrap=50)
+    phases.save(tmp_path / "phases.safetensors")
+    loaded = Phases.load(tmp_path / "phases.safetensors")
+    assert torch.equal(loaded.mean, phases.mean)
+    assert loaded.evidence == phases.evidence
+    assert loaded.changes == phases.changes
+    assert loaded.to_frame().equals(phases.to_frame())
 
 
 def test_the_same_seed_gives_the_same_and_tensors_equal_arrays():
     curves = examples(piecewise(TURNS), 20)
-    one, two = fit_phases(curves, n_bootstrap=50), fit_phases(torch.from_numpy(curves).requires_grad_(), n_bootstrap=50)
-    assert one.boundary_intervals == two.boundary_intervals
-    assert one.evidence == two.evidence
-    assert one.explanation == two.explanation
+    of_array = fit_phases(curves, n_bootstrap=50)
+    of_tensor = fit_phases(torch.from_numpy(curves).requires_grad_(), n_bootstrap=50)
+    assert of_array.boundary_intervals == of_tensor.boundary_intervals
+    assert of_array.evidence == of_tensor.evidence
+    assert of_array.explanation == of_tensor.explanation
 
 
-def test_similarities_that_differ_by_an_offset_are_read_alike():
+def test_an_offset_per_example_changes_nothing():
     curves = examples(piecewise(TURNS), 20)
     offsets = np.random.default_rng(5).normal(size=(20, 1))
-    one, two = fit_phases(curves, n_bootstrap=50), fit_phases(curves + offsets, n_bootstrap=50)
-    assert one.boundaries == two.boundaries
-    assert [e.error for e in one.evidence] == pytest.approx([e.error for e in two.evidence])
+    plain, shifted = fit_phases(curves, n_bootstrap=50), fit_phases(curves + offsets, n_bootstrap=50)
+    assert plain.boundaries == shifted.boundaries
+    assert [e.error for e in plain.evidence] == pytest.approx([e.error for e in shifted.evidence])
 
 
 def test_one_example_gets_a_fit_but_no_interval_and_no_name():
-    found = fit_phases(piecewise(TURNS)[None])
-    assert found.boundaries == (3, 8, 14)
-    assert found.directions == ("rise", "fall", "rise", "fall")
-    assert found.labels == (None,) * 4
-    assert not found.shows_pattern
-    assert np.isnan(found.boundary_intervals).all()
-    assert np.isnan([[change.low, change.high] for change in found.changes["inter"]]).all()
-    assert math.isnan(found.support)
-    assert "two examples" in found.explanation
+    phases = fit_phases(piecewise(TURNS)[None])
+    assert phases.boundaries == (3, 8, 14)
+    assert phases.directions == ("rise", "fall", "rise", "fall")
+    assert phases.labels == (None,) * 4
+    assert not phases.shows_pattern
+    assert np.isnan(phases.boundary_intervals).all()
+    assert np.isnan([[change.low, change.high] for change in phases.changes["inter"]]).all()
+    assert math.isnan(phases.support)
+    assert "two examples" in phases.explanation
     assert fit_phases(np.full((1, 5), 0.3)).n_segments == 0
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_rounding_does_not_decide_between_numbers_that_predict_alike(seed):
+def test_rounding_does_not_decide_between_equally_good_numbers(seed):
     offsets = np.random.default_rng(seed).normal(size=(12, 1))
     assert fit_phases(piecewise(TURNS) + offsets, n_bootstrap=10).boundaries == (3, 8, 14)
 
 
 def test_two_examples_and_three_layers_are_enough():
-    found = fit_phases(np.array([[0.1, 0.5, 0.1], [0.1, 0.52, 0.11]]), n_bootstrap=50)
-    assert found.directions == ("rise", "fall")
-    assert found.boundary_intervals == ((1.0, 1.0),)
+    phases = fit_phases(np.array([[0.1, 0.5, 0.1], [0.1, 0.52, 0.11]]), n_bootstrap=50)
+    assert phases.directions == ("rise", "fall")
+    assert phases.boundary_intervals == ((1.0, 1.0),)
 
 
-def test_the_cap_is_said():
+def test_the_explanation_names_the_cap_on_segments():
     zigzag = piecewise({layer: 0.4 * (layer // 2 % 2) for layer in range(0, 21, 2)})
-    found = fit_phases(examples(zigzag), n_bootstrap=10)
-    assert found.n_segments == 6
-    assert "No more than 6 segments were tried" in found.explanation
+    phases = fit_phases(examples(zigzag), n_bootstrap=10)
+    assert phases.n_segments == 6
+    assert "No more than 6 segments were tried" in phases.explanation
 
 
 @pytest.mark.parametrize(
@@ -311,17 +315,17 @@ def test_bad_fits_are_named(curve, n_segments, first, message):
         fit_segments(curve, n_segments, first)
 
 
-def test_a_contextualization_result_is_taken_as_it_is():
-    """Its tensors are [layer example], the plain argument's axes are [example layer]."""
+def test_a_contextualization_result_equals_its_plain_curves():
+    """The result's tensors are [layer example]; plain curves are [example layer]."""
     from mechvlm.probes.contextualization import ContextualizationResult
 
     rng = np.random.default_rng(3)
     base = np.array([0.0, 0.3, 0.1, 0.5, 0.2])
     inter, image, text = (base + 0.02 * rng.standard_normal((9, 5)) for _ in range(3))
-    nothing = torch.zeros(5, 4)
+    zeros = torch.zeros(5, 4)
     result = ContextualizationResult(
         *(torch.tensor(x.T, dtype=torch.float32) for x in (inter, image, text)), torch.zeros(3, 5), True, False, False,
-        "a model", nothing, nothing, torch.zeros(3, 5),
+        "a model", zeros, zeros, torch.zeros(3, 5),
     )  # fmt: skip
     got = fit_phases(result, n_bootstrap=50)
     want = fit_phases(np.float32(inter), image=np.float32(image), text=np.float32(text), n_bootstrap=50)

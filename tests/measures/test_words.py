@@ -1,4 +1,4 @@
-"""Words against captions: worked values, and the fast counting against the sums written out."""
+"""Words against captions: worked values, and the counts against the sums written out."""
 
 import math
 
@@ -72,7 +72,7 @@ def test_several_captions_give_their_union():
     assert caption_words(["A dog.", "A cat and dogs", ""]) == {"dog", "cat"}
 
 
-def test_stop_words_keep_what_is_seen():
+def test_stop_words_leave_words_for_visible_things():
     assert {"the", "and", "with", "don", "doesn"} <= STOP_WORDS
     assert not {"one", "two", "six", "fire", "front", "top", "empty", "red", "left", "right", "man"} & STOP_WORDS
     assert caption_words("It doesn't go, they'll get there, she goes") == set()
@@ -92,15 +92,16 @@ CAPTIONS = ["A dog runs.", "Two dogs"]  # dog, run; two, dog
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        # dog run cat | dog run two: 2 of 3 decoded, 2 of 3 in the captions
+        # Decoded dog run cat, in the captions dog run two: 2 of 3, and 2 of 3.
         ({}, (2 / 3, 2 / 3, 3, 2, 3, 2)),
-        # dogs dog running cat | dog runs two dogs: dog and dogs
+        # Decoded dogs dog running cat, in the captions dog runs two dogs: dog and dogs.
         ({"lemmas": False}, (2 / 4, 2 / 4, 4, 2, 4, 2)),
-        # and "the", which no caption has; and the captions' two-letter words, none
+        # Decoded also "the". The captions' only stop word, "a", is too short to be a word.
         ({"stop_words": True}, (2 / 4, 2 / 3, 4, 2, 3, 2)),
-        # and <0x0A> and "▁."
+        # Decoded also <0x0A> and "▁.", which are wrong.
         ({"non_words": True}, (2 / 5, 2 / 3, 5, 2, 3, 2)),
-        # the first three positions hold a word, all a caption word; dog run dog of dog run two dog
+        # Three positions have a word, and each has a caption word. The captions' words are dog run
+        # two dog; dog, run and dog are decoded.
         ({"by": "token"}, (1.0, 3 / 4, 3, 3, 4, 3)),
         ({"by": "token", "non_words": True}, (3 / 4, 3 / 4, 4, 3, 4, 3)),
         ({"by": "token", "lemmas": False}, (2 / 3, 2 / 4, 3, 2, 4, 2)),
@@ -138,24 +139,26 @@ texts = st.lists(st.sampled_from(["the dogs", "two cats", "A goose.", "it goes",
 def test_equals_the_sums_written_out(decoded, captions, lemmas, stop_words, non_words):
     options = {"lemmas": lemmas, "stop_words": stop_words}
 
-    def read(piece):  # the word, "" for a stop word, None for a non-word
+    def read(piece):
+        """The word, "" for a stop word, None for a non-word."""
         return None if word_of(piece) is None else "".join(caption_words(word_of(piece), **options))
 
     in_captions = [read(text) for caption in captions for text in caption.replace(".", "").split()]
     in_captions = [word for word in in_captions if word]
-    seen = [(piece, read(piece)) for position in decoded for piece in position]
-    words = {word for _, word in seen if word}
-    rubbish = {piece for piece, word in seen if word is None} if non_words else set()
-    found = words & set(in_captions)
+    decoded_words = [(piece, read(piece)) for position in decoded for piece in position]
+    words = {word for _, word in decoded_words if word}
+    counted_non_words = {piece for piece, word in decoded_words if word is None} if non_words else set()
+    correct = words & set(in_captions)
     by_word = precision_recall(decoded, captions, by="word", non_words=non_words, **options)
-    assert by_word[2:] == (len(words) + len(rubbish), len(found), len(set(in_captions)), len(found))
+    n_words = len(words) + len(counted_non_words)
+    assert by_word[2:] == (n_words, len(correct), len(set(in_captions)), len(correct))
 
     n_decoded = n_correct = 0
     for position in decoded:
         n_decoded += any(read(piece) or (non_words and read(piece) is None) for piece in position)
-        n_correct += any(read(piece) in found for piece in position)
+        n_correct += any(read(piece) in correct for piece in position)
     by_token = precision_recall(decoded, captions, by="token", non_words=non_words, **options)
-    assert by_token[2:] == (n_decoded, n_correct, len(in_captions), sum(word in found for word in in_captions))
+    assert by_token[2:] == (n_decoded, n_correct, len(in_captions), sum(word in correct for word in in_captions))
     for result in (by_word, by_token):
         if result.n_decoded:
             assert result.precision == result.n_correct / result.n_decoded
@@ -171,7 +174,8 @@ def test_a_lens_gives_a_tidy_frame_with_its_control():
     assert len(frame) == 8
     assert table[1, "precision", "captions"] == 0.5
     assert table[1, "recall", "captions"] == 1
-    # Means over the two other images: precision 1/2 and 0, recall 1 and 0; at layer 0: 0 and 1, 0 and 1/2.
+    # Means over the two other images. At layer 1: precision 1/2 and 0, recall 1 and 0. At layer 0:
+    # precision 0 and 1, recall 0 and 1/2.
     assert table[1, "precision", "other captions"] == 0.25
     assert table[1, "recall", "other captions"] == 0.5
     assert table[0, "precision", "other captions"] == 0.5
@@ -206,22 +210,22 @@ def test_one_stop_word_must_be_in_a_set():
 
 
 def test_single_captions_beside_their_union():
-    """Five captions together, each alone, and the other image's likewise, against the plain calls."""
+    """Captions one by one and together, of the image and of others, against the plain calls."""
     tokens = [[["▁cat"], ["▁mat"], ["▁dog"]], [["▁tree"], ["▁cat"], ["▁7"]]]
-    own = ["a cat on a mat", "a cat", "the mat of a cat", "an animal", "of the"]  # the last one has no word
+    own = ["a cat on a mat", "a cat", "the mat of a cat", "an animal", "of the"]  # none in the last
     others = [["a dog", "a dog runs"], "trees"]
     plain = lens_precision_recall(tokens, own, others)
-    found = lens_precision_recall(tokens, own, others, single=True)
-    assert found[found["control"].isin(("captions", "other captions"))].reset_index(drop=True).equals(plain)
-    value = found.set_index(["control", "layer", "measure"])["value"]
+    frame = lens_precision_recall(tokens, own, others, single=True)
+    assert frame[frame["control"].isin(("captions", "other captions"))].reset_index(drop=True).equals(plain)
+    value = frame.set_index(["control", "layer", "measure"])["value"]
     for control, captions in (
         ("single captions", own[:4]),
         ("other single captions", ["a dog", "a dog runs", "trees"]),
     ):
         for layer, decoded in enumerate(tokens):
             for measure in ("precision", "recall"):
-                each = [getattr(precision_recall(decoded, one), measure) for one in captions]
-                assert value[control, layer, measure] == pytest.approx(sum(each) / len(each))
+                values = [getattr(precision_recall(decoded, caption), measure) for caption in captions]
+                assert value[control, layer, measure] == pytest.approx(sum(values) / len(values))
     assert value["captions", 0, "recall"] == pytest.approx(2 / 3)  # cat, mat of cat, mat, animal
     assert value["single captions", 0, "recall"] == pytest.approx((1 + 1 + 1 + 0) / 4)
     assert value["single captions", 0, "precision"] == pytest.approx((2 + 1 + 2 + 0) / 3 / 4)

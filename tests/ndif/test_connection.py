@@ -1,4 +1,4 @@
-"""The connection to NDIF, as far as it needs no server: what is said where none answers, and when it is tried again."""
+"""The connection to NDIF without a server: messages, status lines, and when work is tried again."""
 
 import io
 import logging
@@ -34,13 +34,14 @@ def request_(monkeypatch):
 
 @pytest.fixture
 def slept(monkeypatch):
-    found = []
-    monkeypatch.setattr(connection.time, "sleep", found.append)
-    return found
+    """The seconds of every sleep, none of which is slept."""
+    seconds = []
+    monkeypatch.setattr(connection.time, "sleep", seconds.append)
+    return seconds
 
 
 def test_no_server(monkeypatch, caplog, capfd):
-    """Nobody listens at this port: said at once, and without the key."""
+    """Nobody listens at this port: the error comes at once, and does not hold the key."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         host = f"http://127.0.0.1:{free.getsockname()[1]}"
     monkeypatch.setattr(nnsight.CONFIG.API, "HOST", host)
@@ -65,54 +66,54 @@ def test_no_server(monkeypatch, caplog, capfd):
     assert KEY not in caplog.text + written.out + written.err
 
 
-def test_what_may_pass_is_tried_again(slept):
-    tried = []
+def test_a_retryable_error_is_tried_again(slept):
+    attempts = []
 
     def work():
-        tried.append(1)
-        if len(tried) < 4:
+        attempts.append(1)
+        if len(attempts) < 4:
             raise mv.RemoteError("lost", retryable=True)
-        return "found"
+        return "result"
 
-    assert retrying(work) == "found"
+    assert retrying(work) == "result"
     assert slept == [1.0, 2.0, 4.0]
 
 
-def test_what_does_not_come_back_is_given_up(slept):
-    tried = []
+def test_the_last_attempt_raises(slept):
+    attempts = []
 
     def work():
-        tried.append(1)
+        attempts.append(1)
         raise mv.RemoteError("lost", retryable=True)
 
     with pytest.raises(mv.RemoteError, match="lost"):
         retrying(work)
-    assert len(tried) == 7
+    assert len(attempts) == 7
     assert sum(slept) == 63.0
 
 
 @pytest.mark.parametrize("error", [mv.RemoteError("no key"), ValueError("no positions")])
-def test_what_stays_wrong_is_not_tried_again(slept, error):
-    tried = []
+def test_another_error_is_not_tried_again(slept, error):
+    attempts = []
 
     def work():
-        tried.append(1)
+        attempts.append(1)
         raise error
 
     with pytest.raises(type(error), match=str(error)):
         retrying(work)
-    assert len(tried) == 1
+    assert len(attempts) == 1
     assert not slept
 
 
-def answered(code: int, detail: str) -> httpx.HTTPStatusError:
-    asked = httpx.Request("POST", "http://ndif.test/request", headers={"ndif-api-key": KEY})
-    answer = httpx.Response(code, json={"detail": detail}, request=asked)
-    return httpx.HTTPStatusError("refused", request=asked, response=answer)
+def refusal(code: int, detail: str) -> httpx.HTTPStatusError:
+    request = httpx.Request("POST", "http://ndif.test/request", headers={"ndif-api-key": KEY})
+    response = httpx.Response(code, json={"detail": detail}, request=request)
+    return httpx.HTTPStatusError("refused", request=request, response=response)
 
 
 @pytest.mark.parametrize(
-    ("code", "detail", "said", "retryable"),
+    ("code", "detail", "message", "retryable"),
     [
         (401, "Missing or invalid API key.", "does not take the API key of nnsight's configuration", False),
         (400, f"Invalid API key format: '{KEY}'", r"Invalid API key format: '\(your API key\)'", False),
@@ -122,29 +123,29 @@ def answered(code: int, detail: str) -> httpx.HTTPStatusError:
         (503, "compute backend is reconnecting", "cannot take requests now .compute backend is reconnecting", True),
     ],
 )
-def test_a_request_that_is_refused(request_, code, detail, said, retryable):
-    error = in_plain_words(answered(code, detail), request_)
-    assert re.search(said, str(error))
+def test_a_request_that_is_refused(request_, code, detail, message, retryable):
+    error = in_plain_words(refusal(code, detail), request_)
+    assert re.search(message, str(error))
     assert KEY not in str(error)
     assert error.retryable is retryable
 
 
 @pytest.mark.parametrize(
-    ("text", "said", "retryable"),
+    ("text", "message", "retryable"),
     [
-        ("Replica was evicted while processing your request. Please try again later.", "may be asked again", True),
-        ("Your job was cancelled or preempted by the server.", "may be asked again", True),
+        ("Replica was evicted while processing your request. Please try again later.", "later. Send it again.", True),
+        ("Your job was cancelled or preempted by the server.", "server. Send it again.", True),
         ("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB", "Send smaller batches", False),
         ("Something new.", "could not run the job on llava-hf/llava-1.5-7b-hf: Something new.", False),
     ],
 )
-def test_a_job_that_is_not_done(request_, text, said, retryable):
+def test_a_job_that_is_not_done(request_, text, message, retryable):
     error = in_plain_words(connection.ServersError(text), request_)
-    assert said in str(error)
+    assert message in str(error)
     assert error.retryable is retryable
 
 
-def test_the_key_is_blotted_out_wherever_it_comes_from(request_, capsys):
+def test_the_key_is_blotted_out_of_every_text(request_, capsys):
     assert without_key(f"a {KEY} b", KEY) == "a (your API key) b"
     assert without_key("a b", "") == "a b"
     request_.display.update(ResponseModel(id="1", status=Status.LOG, description=f"printed {KEY}"))
@@ -153,7 +154,7 @@ def test_the_key_is_blotted_out_wherever_it_comes_from(request_, capsys):
 
 @pytest.fixture
 def terminal(monkeypatch):
-    """What is drawn on stderr, as if that were a terminal."""
+    """Everything drawn on stderr, as on a terminal."""
     drawn = io.StringIO()
     monkeypatch.setattr(progress, "STDERR", Console(file=drawn, force_terminal=True, width=60, force_jupyter=False))
     return drawn
@@ -167,18 +168,19 @@ def statuses(request_, *names):
             request_.display.line._line.refresh()
 
 
-def test_the_line_says_where_the_job_is(request_, terminal):
+def test_the_line_shows_the_jobs_status(request_, terminal):
     statuses(request_, "RECEIVED", "QUEUED", "DISPATCHED", "RUNNING", "COMPLETED")
     drawn = terminal.getvalue()
-    at = [drawn.index(f"NDIF: {said}") for said in ("received", "queued (Added", "approved", "running", "completed")]
-    assert at == sorted(at)
+    shown = ("received", "queued (Added", "approved", "running", "completed")
+    places = [drawn.index(f"NDIF: {status}") for status in shown]
+    assert places == sorted(places)
     assert "position 3" in drawn
     assert "0:00:00" in drawn
     assert KEY not in drawn
-    assert drawn.endswith("\x1b[2K")  # wiped away
+    assert drawn.endswith("\x1b[2K")  # the line is erased
 
 
-def test_nothing_is_drawn_where_nobody_looks(request_, capfd, monkeypatch):
+def test_nothing_is_drawn_without_a_terminal(request_, capfd, monkeypatch):
     statuses(request_, "RECEIVED", "QUEUED", "RUNNING", "COMPLETED")
     assert capfd.readouterr() == ("", "")
     monkeypatch.setattr(nnsight.CONFIG.APP, "REMOTE_LOGGING", False)
@@ -186,12 +188,12 @@ def test_nothing_is_drawn_where_nobody_looks(request_, capfd, monkeypatch):
     assert capfd.readouterr() == ("", "")
 
 
-def test_asked_for_it_is_written_line_by_line(request_, capfd):
+def test_verbose_prints_every_status_as_a_line(request_, capfd):
     statuses(Connection(MODEL, verbose=True), "RECEIVED", "RUNNING", "RUNNING", "COMPLETED")
     assert capfd.readouterr() == ("", "NDIF: received\nNDIF: running\nNDIF: completed\n")
 
 
-def test_the_line_stands_under_a_bar(terminal):
+def test_the_line_is_drawn_under_a_bar(terminal):
     for _ in progress.track([1, 2], "batches"):
         with StatusLine("NDIF: running"):
             time.sleep(0.3)
@@ -199,7 +201,7 @@ def test_the_line_stands_under_a_bar(terminal):
     assert "NDIF: running" in terminal.getvalue()
 
 
-def test_jobs_are_NDIFs(llava_vlm):
+def test_a_job_needs_a_model_on_ndif(llava_vlm):
     inputs = llava_vlm.inputs(Image.new("RGB", (40, 30)), "what is this")
     for ask in (
         lambda: mv.read(llava_vlm, inputs, mv.LogitLens(), blocking=False),

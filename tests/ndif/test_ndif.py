@@ -1,4 +1,7 @@
-"""On a real NDIF server: loading, inputs, and every probe give what they give here, by one small request a batch."""
+"""On a real NDIF server: loading, inputs and every probe give the same as here.
+
+A batch is one small request.
+"""
 
 from dataclasses import dataclass
 
@@ -22,11 +25,11 @@ PROBES = {
     "logit attribution": lambda: mv.LogitAttribution("red", "blue"),
 }
 OVERHEAD = 5_000
-"""Bytes of a result that are not its tensors' own: names, shapes and alignment, some hundred a layer."""
+"""Bytes of a result beside its tensors: names, shapes and alignment, some hundred a layer."""
 
 
 def test_the_server_cannot_import_mechvlm(pair):
-    """Else a function that does not travel would go unnoticed."""
+    """Otherwise a function that does not travel would go unnoticed."""
 
     def ask():
         with pair.there.trace(pair.inputs):
@@ -55,7 +58,7 @@ def test_the_server_says_its_dtype(pair, traffic):
 
 @pytest.mark.parametrize("name", PROBES)
 def test_probes(pair, user, traffic, name):
-    """The same to 1e-5, by one request, of which no more comes back than the result holds."""
+    """The same to 1e-5, by one request that brings back no more than the result holds."""
     probe = PROBES[name]()
     if name == "query reading" and pair.there.record.visual_tokens == "patches":
         with pytest.raises(ValueError, match="has no queries"):
@@ -81,7 +84,7 @@ def test_many_probes_are_one_request(pair, user, traffic):
 
 @dataclass(frozen=True)
 class Norms:
-    """A probe of somebody's own."""
+    """A user's own probe."""
 
     power: int = 2
     reads = frozenset({"states"})
@@ -99,19 +102,19 @@ class Norms:
         return torch.stack([row["norm"].cpu() for row in rows])
 
 
-def test_a_probe_of_ones_own(pair, user):
+def test_a_users_own_probe(pair, user):
     (there,), (here,) = mv.read(pair.there, pair.inputs, Norms()), mv.read(pair.here, pair.inputs, Norms())
     assert there.shape == (pair.there.n_layers + 1, 3)
     assert float(((there - here) / here).abs().max()) <= TOLERANCE
 
 
 def test_trace(pair, user, traffic):
-    """An ordinary trace, with whatever is named in it: the inputs' positions, the weights."""
+    """An ordinary trace, whose block names the inputs' positions and the weights."""
 
     def run(vlm):
         inputs = pair.inputs[0]
         with torch.no_grad(), vlm.trace(inputs):
-            found = nnsight.save(
+            values = nnsight.save(
                 [
                     vlm.q[2],
                     vlm.pattern[2, [inputs.tokens.last]],
@@ -123,7 +126,7 @@ def test_trace(pair, user, traffic):
                     vlm.logits,
                 ]
             )
-        return found
+        return values
 
     assert difference(run(pair.there), run(pair.here)) <= TOLERANCE
     assert traffic.requests == 1
@@ -131,7 +134,7 @@ def test_trace(pair, user, traffic):
 
 def test_weights_are_not_here(pair):
     there = pair.there
-    for asked in (
+    for read_weight in (
         lambda: there.W_U,
         lambda: there.W_E,
         lambda: there.W_O[0],
@@ -139,7 +142,7 @@ def test_weights_are_not_here(pair):
         lambda: there.bridge(),
     ):
         with pytest.raises(mv.ModelError, match="no weights are here"):
-            asked()
+            read_weight()
 
 
 @torch.no_grad()
@@ -151,13 +154,13 @@ def plain(x):
     return x.sum()
 
 
-def test_functions_of_ones_own(pair, user, traffic):
-    """Plain functions travel with what they call; what would lose its decorator is refused before anything is sent."""
+def test_a_users_own_functions(pair, user, traffic):
+    """Plain functions travel with those that they call; a decorated one is refused unsent."""
 
     def ask(vlm, function):
         with torch.no_grad(), vlm.trace(pair.inputs):
-            found = nnsight.save(function(vlm.resid_post[0]))
-        return found
+            value = nnsight.save(function(vlm.resid_post[0]))
+        return value
 
     assert difference(ask(pair.there, plain), ask(pair.here, plain)) <= 1e-3
     assert traffic.requests == 1
@@ -166,7 +169,7 @@ def test_functions_of_ones_own(pair, user, traffic):
     assert traffic.requests == 1
 
 
-def test_what_the_server_decides(server):
+def test_options_that_the_server_decides(server):
     with pytest.raises(mv.ModelError, match="decides about dtype, device"):
         mv.load("tiny-llava", remote=True, dtype="float16", device="cpu")
     with pytest.raises(mv.ModelError, match="remote='ndif'"):

@@ -1,4 +1,7 @@
-"""On a real NDIF server: what can go wrong is said in plain words, without the API key; what may pass can be tried again."""
+"""On a real NDIF server: errors in plain words, without the API key.
+
+Errors that may pass by themselves are retryable.
+"""
 
 import logging
 import os
@@ -16,14 +19,17 @@ from helpers.cut_line import Line
 from helpers.ndif import TOLERANCE, difference
 from mechvlm import bundled
 from mechvlm.datasets.naming import naming
-from mechvlm.ndif import connection
+from mechvlm.ndif import connection, messages
 from mechvlm.ndif.connection import retrying
 from mechvlm.ndif.requests import Request
 
 pytestmark = pytest.mark.ndif
 
 KEYS, NEWER = "http://127.0.0.1:8010", "http://127.0.0.1:8011"
-"""Two more doors of the server that scripts/ndif_loopback starts: one wants API keys, the other newer clients."""
+"""Two more addresses of the server that scripts/ndif_loopback starts.
+
+The first wants API keys, the second newer clients.
+"""
 WELL_FORMED = "3f2b8a10-5a1e-4c56-9b7d-0c0ffee0beef"
 LIMIT = float(os.environ.get("NDIF_DEFAULT_EXECUTION_TIMEOUT_SECONDS", 60))
 """Seconds after which the server stops a job."""
@@ -36,8 +42,8 @@ def there(server):
 
 @pytest.fixture(scope="module")
 def inputs(there):
-    asked = naming(2, seed=3)
-    return there.inputs([a.image for a in asked], [a.prompt for a in asked])
+    examples = naming(2, seed=3)
+    return there.inputs([e.image for e in examples], [e.prompt for e in examples])
 
 
 @pytest.fixture
@@ -49,7 +55,7 @@ def line(server, monkeypatch):
 
 @pytest.fixture
 def key(monkeypatch, caplog, capfd):
-    """Sets a key; afterwards, whatever was written or logged does not hold it."""
+    """Sets a key. Afterwards no output and no log holds it."""
     caplog.set_level(logging.DEBUG)
 
     def use(value):
@@ -63,15 +69,15 @@ def key(monkeypatch, caplog, capfd):
 
 
 def error_of(work) -> mv.RemoteError:
-    """What the work fails with; nothing that hangs on it holds the key."""
+    """The error that the work raises; neither it nor its causes hold the key."""
     with pytest.raises(mv.RemoteError) as caught:
         work()
     error = caught.value
-    hanging: BaseException | None = error
-    while hanging is not None:
-        shown = f"{hanging}{hanging!r}{vars(hanging)}" + "".join(traceback.format_exception(hanging))
+    cause: BaseException | None = error
+    while cause is not None:
+        shown = f"{cause}{cause!r}{vars(cause)}" + "".join(traceback.format_exception(cause))
         assert nnsight.CONFIG.API.APIKEY is None or nnsight.CONFIG.API.APIKEY not in shown
-        hanging = hanging.__cause__ or hanging.__context__
+        cause = cause.__cause__ or cause.__context__
     return error
 
 
@@ -91,8 +97,8 @@ def test_no_key(there, inputs, key, monkeypatch):
 
 
 @pytest.mark.parametrize("blocking", [True, False])
-def test_a_key_that_is_none(there, inputs, key, monkeypatch, blocking):
-    """The server sends it back in what it says."""
+def test_a_text_that_is_no_key(there, inputs, key, monkeypatch, blocking):
+    """The server's answer holds the text that was given as the key."""
     monkeypatch.setattr(nnsight.CONFIG.API, "HOST", KEYS)
     key("secret-and-mistyped")
     error = error_of(lambda: mv.read(there, inputs, mv.LogitLens(), blocking=blocking))
@@ -111,7 +117,7 @@ def test_a_server_that_cannot_look_keys_up(there, inputs, key, monkeypatch):
 
 def test_a_model_that_is_not_hosted(there, inputs, key, tmp_path):
     key(WELL_FORMED)
-    save_state(there, inputs)  # so that one is
+    save_state(there, inputs)  # makes the server host this model
     shutil.copytree(bundled.path("tiny-llava"), tmp_path / "other")
     next((tmp_path / "other").glob("*.safetensors")).unlink()
     other = mv.load(tmp_path / "other", remote=True)
@@ -131,22 +137,22 @@ def test_a_client_that_is_too_old(there, inputs, key, monkeypatch):
 
 
 def test_versions_that_differ(there, inputs, key, monkeypatch):
-    """A request that the server cannot read: why is seen where its versions stand beside those here."""
+    """A request that the server cannot read: the message compares its versions with those here."""
     key(WELL_FORMED)
-    here = connection.get_local_env()
+    here = messages.get_local_env()
     older = {**here, "packages": {**here["packages"], "transformers": "4.9.1"}}
-    monkeypatch.setattr(connection, "get_local_env", lambda: older)
+    monkeypatch.setattr(messages, "get_local_env", lambda: older)
     monkeypatch.setattr(Request, "_serialize", lambda self, tracer: b"from another version")
     error = error_of(lambda: save_state(there, inputs))
     assert "could not read the request" in str(error)
     assert f"transformers is {here['packages']['transformers']} there and 4.9.1 here" in str(error)
     assert "torch is" not in str(error)
     assert not error.retryable
-    monkeypatch.setattr(connection, "get_local_env", lambda: here)
+    monkeypatch.setattr(messages, "get_local_env", lambda: here)
     assert "are the same there and here" in str(error_of(lambda: save_state(there, inputs)))
 
 
-def test_it_takes_too_long(there, inputs, key):
+def test_a_job_that_takes_too_long(there, inputs, key):
     key(WELL_FORMED)
 
     def slow():
@@ -160,14 +166,14 @@ def test_it_takes_too_long(there, inputs, key):
     assert f"exceeded the execution timeout of {LIMIT}s" in str(error)
     assert "a smaller batch" in str(error)
     assert not error.retryable
-    assert len(save_state(there, inputs)) == 2  # the server goes on
+    assert len(save_state(there, inputs)) == 2  # the server still works
 
 
 @pytest.mark.parametrize("blocking", [True, False])
 def test_a_result_that_is_too_large(there, inputs, key, monkeypatch, blocking):
-    """It comes on the connection, or where nobody waits from a store."""
+    """A result comes over the connection; a job's result comes from a store."""
     key(WELL_FORMED)
-    monkeypatch.setattr(connection, "LARGEST", 20_000)
+    monkeypatch.setattr(connection, "LARGEST_RESULT", 20_000)
 
     def large():
         with torch.no_grad(), there.trace(inputs, blocking=blocking) as tracer:
@@ -175,7 +181,7 @@ def test_a_result_that_is_too_large(there, inputs, key, monkeypatch, blocking):
         return resid if blocking else there.job(tracer.backend.job_id).result()
 
     error = error_of(large)
-    assert "The result is too large: 0.1 MB, where 0.0 MB are fetched" in str(error)
+    assert "The result is too large: 0.1 MB, and at most 0.0 MB are fetched" in str(error)
     assert "reduce inside the block" in str(error)
     assert not error.retryable
 
@@ -183,8 +189,8 @@ def test_a_result_that_is_too_large(there, inputs, key, monkeypatch, blocking):
 def broken(vlm, inputs):
     with torch.no_grad(), vlm.trace(inputs):
         resid = vlm.resid_post[2]
-        found = nnsight.save(first_letter(resid))
-    return found
+        letter = nnsight.save(first_letter(resid))
+    return letter
 
 
 def first_letter(resid):
@@ -192,19 +198,19 @@ def first_letter(resid):
 
 
 def test_an_error_in_the_block(there, inputs, user, key):
-    """Its own lines are shown, those of the server's packages are not."""
+    """The message shows the block's own lines, and none of the server's packages."""
     key(WELL_FORMED)
     error = error_of(lambda: broken(there, inputs))
-    said = str(error)
-    assert said.startswith(f"Your block failed on NDIF, with {bundled.path('tiny-llava')}:\nTraceback")
-    assert "found = nnsight.save(first_letter(resid))" in said
-    assert "return resid.letters[0]" in said
-    assert said.endswith("AttributeError: 'Tensor' object has no attribute 'letters'")
-    assert "site-packages" not in said
+    message = str(error)
+    assert message.startswith(f"Your block failed on NDIF, with {bundled.path('tiny-llava')}:\nTraceback")
+    assert "letter = nnsight.save(first_letter(resid))" in message
+    assert "return resid.letters[0]" in message
+    assert message.endswith("AttributeError: 'Tensor' object has no attribute 'letters'")
+    assert "site-packages" not in message
     assert not error.retryable
 
 
-def test_what_the_block_prints(there, inputs, user, monkeypatch, capsys):
+def test_prints_in_the_block(there, inputs, user, monkeypatch, capsys):
     monkeypatch.setattr(nnsight.CONFIG.APP, "REMOTE_LOGGING", True)
     with torch.no_grad(), there.trace(inputs):
         print("two examples:", len(there.resid_post[2]))
@@ -212,14 +218,14 @@ def test_what_the_block_prints(there, inputs, user, monkeypatch, capsys):
 
 
 def test_a_connection_that_is_lost(there, inputs, line, traffic, key, monkeypatch):
-    """While the job is underway: it says so, and asked again gives what it gives here."""
+    """During the job: the error says so, and another request gives the same as here."""
     key(WELL_FORMED)
     post = Request._post
     cuts = []
 
     def cutting(self, *args):
         if not cuts:
-            cuts.append(line.cut())  # what waits for news is cut off; the request goes out on a line of its own
+            cuts.append(line.cut())  # cuts the subscription: the request has its own connection
         return post(self, *args)
 
     monkeypatch.setattr(Request, "_post", cutting)
@@ -228,21 +234,21 @@ def test_a_connection_that_is_lost(there, inputs, line, traffic, key, monkeypatc
     assert "The job was received." in str(error)
     assert error.retryable
     cuts.clear()
-    (found,) = retrying(lambda: mv.read(there, inputs, mv.LogitLens()), waits=(0.1,))
+    (remote,) = retrying(lambda: mv.read(there, inputs, mv.LogitLens()), waits=(0.1,))
     assert len(cuts) == 1
     (here,) = mv.read(mv.load("tiny-llava"), inputs, mv.LogitLens())
-    assert difference(found, here) <= TOLERANCE
+    assert difference(remote, here) <= TOLERANCE
     assert traffic.requests == 3
 
 
 def test_a_connection_that_is_lost_costs_a_job_nothing(there, inputs, line, traffic, key):
-    """It is asked after again, and submitted once."""
+    """NDIF is asked about the job again; the job is submitted once."""
     key(WELL_FORMED)
     job = mv.read(there, inputs, mv.LogitLens(), blocking=False)
     line.cut(seconds=1.5)
-    begun = time.monotonic()
-    (found,) = job.result()
-    assert time.monotonic() - begun > 0.9
+    start = time.monotonic()
+    (remote,) = job.result()
+    assert time.monotonic() - start > 0.9
     (here,) = mv.read(mv.load("tiny-llava"), inputs, mv.LogitLens())
-    assert difference(found, here) <= TOLERANCE
+    assert difference(remote, here) <= TOLERANCE
     assert traffic.requests == 1

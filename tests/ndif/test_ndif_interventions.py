@@ -1,4 +1,4 @@
-"""On a real NDIF server: interventions and the experiments built on them do what they do here."""
+"""On a real NDIF server: interventions, and the experiments built on them, do the same as here."""
 
 import nnsight
 import pytest
@@ -47,21 +47,21 @@ def patched(vlm, inputs):
 
 
 def everywhere(vlm, inputs):
-    """Each site is assigned, one after the other, and read before and after."""
+    """Each site is read and assigned, one after the other."""
     with torch.no_grad(), vlm.trace(inputs):
-        seen = nnsight.save([])
+        values = nnsight.save([])
         image = inputs.token_maps[0].image
-        seen.append(vlm.q[1])
+        values.append(vlm.q[1])
         pattern = vlm.pattern[1]
         vlm.pattern[1] = (pattern + 1 / pattern.shape[-1]) / 2
         for layer, site in enumerate(("resid_pre", "z", "attn_out", "resid_mid", "mlp_out", "resid_post")):
             accessor = getattr(vlm, site)
-            seen.append(accessor[layer + 2].clone())
+            values.append(accessor[layer + 2].clone())
             mv.ablate(vlm, image[:5], layer + 2, at=site)
             mv.ablate(vlm, image[5:9], layer + 2, at=site)
         vlm.logits = vlm.logits + 1
-        seen.append(vlm.logits)
-    return seen
+        values.append(vlm.logits)
+    return values
 
 
 def steered(vlm, inputs):
@@ -89,7 +89,8 @@ def test_interventions(pair, user, name):
     assert difference(there, here) <= TOLERANCE
     logits = there[-1] if isinstance(there, tuple | list) else there
     logits = logits[:, -1] if logits.ndim == 3 else logits
-    assert difference(logits, changed(pair.here, pair.inputs, lambda vlm: None)) > 1e-2  # something was changed
+    # The intervention changed something.
+    assert difference(logits, changed(pair.here, pair.inputs, lambda vlm: None)) > 1e-2
     assert difference(logits, changed(pair.there, pair.inputs, lambda vlm: None)) > 1e-2
 
 
@@ -102,9 +103,9 @@ def test_run_with_cache(pair, user, traffic):
 
 
 def test_generate(pair, user, traffic):
-    said = pair.there.generate(pair.inputs, max_new_tokens=12)
-    assert said == pair.here.generate(pair.inputs, max_new_tokens=12)
-    assert all(said[:2])
+    answers = pair.there.generate(pair.inputs, max_new_tokens=12)
+    assert answers == pair.here.generate(pair.inputs, max_new_tokens=12)
+    assert all(answers[:2])
     assert traffic.requests == 1
     assert traffic.received[0] < 5_000
 
@@ -122,7 +123,10 @@ EXPERIMENTS = {
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_experiments(pair, user, traffic, name):
-    """Every forward of a batch's experiment runs there, in one request; object_ablation needs the mean token first."""
+    """All forwards of a batch's experiment run there, in one request.
+
+    object_ablation needs the mean token first, which is another request.
+    """
     requests, run = EXPERIMENTS[name]
     there, here = run(pair.there, pair), run(pair.here, pair)
     assert difference(there, here) <= TOLERANCE
@@ -134,7 +138,7 @@ def test_experiments(pair, user, traffic, name):
 def test_multimodal_neurons(pair, traffic, server):
     there, here = (mv.multimodal_neurons(vlm, pair.inputs, pair.answers, k=3) for vlm in (pair.there, pair.here))
     assert difference(there, here) <= TOLERANCE
-    # Gradients; the words of the strongest candidates; and the chosen neurons' activations.
+    # One for gradients, one for the strongest candidates' words, one for the chosen activations.
     assert traffic.requests == 3
     d_mlp = pair.there.config.text_config.intermediate_size
     assert max(traffic.received) < 2 * 4 * len(pair.inputs) * pair.there.n_layers * d_mlp + 5_000

@@ -1,4 +1,7 @@
-"""On a real NDIF server: jobs that nobody waits for are looked at and collected by their id, in another process too."""
+"""On a real NDIF server: jobs that nobody waits for are collected by their id.
+
+In this process, and in another.
+"""
 
 import os
 import subprocess
@@ -12,6 +15,7 @@ import torch
 
 import mechvlm as mv
 from helpers.ndif import HOST, TOLERANCE, difference
+from mechvlm.datasets.naming import naming
 from mechvlm.ndif import jobs
 
 pytestmark = pytest.mark.ndif
@@ -25,19 +29,18 @@ from mechvlm.datasets.naming import naming
 
 nnsight.CONFIG.API.HOST = sys.argv[1]
 vlm = mv.load(sys.argv[2], remote=True)
-asked = naming(2, seed=3)
-inputs = vlm.inputs([a.image for a in asked], [a.prompt for a in asked])
+examples = naming(2, seed=3)
+inputs = vlm.inputs([e.image for e in examples], [e.prompt for e in examples])
 job = mv.read(vlm, inputs, mv.LogitLens(k=3), mv.Contextualization(), blocking=False, job_id=sys.argv[3])
 lens, context = job.result(timeout=120.0)
 torch.save([lens.ids, lens.probs, context.inter], sys.argv[4])
 """
 
 
-def asked_of(vlm):
-    from mechvlm.datasets.naming import naming
-
-    asked = naming(2, seed=3)
-    return vlm.inputs([a.image for a in asked], [a.prompt for a in asked])
+def inputs_of(vlm):
+    """The inputs that `COLLECT` makes."""
+    examples = naming(2, seed=3)
+    return vlm.inputs([e.image for e in examples], [e.prompt for e in examples])
 
 
 def test_a_job_gives_what_waiting_gives(pair, user, traffic, monkeypatch):
@@ -50,23 +53,23 @@ def test_a_job_gives_what_waiting_gives(pair, user, traffic, monkeypatch):
     there, here = job.result(), mv.read(pair.here, pair.inputs, *probes)
     assert difference(there, here) <= TOLERANCE
     assert job.status == "completed"
-    assert difference(job.result(), here) <= TOLERANCE  # as often as one likes
+    assert difference(job.result(), here) <= TOLERANCE  # a result can be taken several times
     assert traffic.requests == 1
     assert repr(job) == f"Job({job.id!r})"
     assert key not in f"{job!r}{job.id}{[repr(value) for value in vars(job).values()]}"
 
 
 def test_another_process_collects_it(server, pair, tmp_path):
-    """The same lines, and the id."""
-    inputs = asked_of(pair.there)
+    """With the same lines of code, and the id."""
+    inputs = inputs_of(pair.there)
     probes = mv.LogitLens(k=3), mv.Contextualization()
     job = mv.read(pair.there, inputs, *probes, blocking=False)
-    script, found = tmp_path / "collect.py", tmp_path / "found.pt"
+    script, collected = tmp_path / "collect.py", tmp_path / "collected.pt"
     script.write_text(COLLECT)
     env = {**os.environ, "PYTHONPATH": str(Path(mv.__file__).parent.parent)}
-    subprocess.run([sys.executable, script, HOST, pair.here.name, job.id, found], check=True, env=env, timeout=300)
+    subprocess.run([sys.executable, script, HOST, pair.here.name, job.id, collected], check=True, env=env, timeout=300)
     lens, context = mv.read(pair.here, inputs, *probes)
-    assert difference(torch.load(found), [lens.ids, lens.probs, context.inter]) <= TOLERANCE
+    assert difference(torch.load(collected), [lens.ids, lens.probs, context.inter]) <= TOLERANCE
 
 
 def test_a_job_that_was_asked_something_else(pair):
@@ -78,14 +81,14 @@ def test_a_job_that_was_asked_something_else(pair):
 
 
 def test_a_trace_that_nobody_waits_for(pair, user, traffic):
-    """Of an ordinary trace, what it saved by its names."""
+    """An ordinary trace gives the values that it saved, by their names."""
     with torch.no_grad(), pair.there.trace(pair.inputs, blocking=False) as tracer:
         norms = nnsight.save(pair.there.resid_post[2].norm(dim=-1))
-    found = pair.there.job(tracer.backend.job_id).result()
-    assert set(found) == {"norms"}
+    saved = pair.there.job(tracer.backend.job_id).result()
+    assert set(saved) == {"norms"}
     with torch.no_grad(), pair.here.trace(pair.inputs):
         norms = nnsight.save(pair.here.resid_post[2].norm(dim=-1))
-    assert difference(found["norms"], norms) <= TOLERANCE
+    assert difference(saved["norms"], norms) <= TOLERANCE
     assert traffic.requests == 1
 
 
@@ -111,7 +114,7 @@ def test_a_job_that_failed(pair):
 
 
 def test_a_job_that_the_server_does_not_know(pair, monkeypatch):
-    monkeypatch.setattr(jobs, "UNKNOWN", 0.3)
+    monkeypatch.setattr(jobs, "UNKNOWN_AFTER", 0.3)
     with pytest.raises(mv.RemoteError, match="knows no job 'mistyped'") as caught:
         pair.there.job("mistyped").result()
     assert not caught.value.retryable

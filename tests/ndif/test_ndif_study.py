@@ -1,7 +1,6 @@
-"""On a real NDIF server: the study of the paper, and the rehearsal of what travels."""
+"""On a real NDIF server: the paper's study and the commands."""
 
 import json
-import threading
 import time
 from functools import partial
 
@@ -9,9 +8,8 @@ import nnsight
 import pandas as pd
 import pytest
 
-import mechvlm as mv
 from helpers.cut_line import Line
-from helpers.ndif import TOLERANCE, difference
+from helpers.ndif import TOLERANCE
 from mechvlm.cli import main
 from mechvlm.datasets.scenes import scenes
 from mechvlm.errors import StoppedError
@@ -24,14 +22,17 @@ pytestmark = pytest.mark.ndif
 
 
 def test_a_study_of_twenty(pair, traffic):
-    """Equals the local one, by one request a batch, one for its gallery's answers, and one that asks for the dtype."""
+    """Equals the local study.
+
+    Takes one request a batch, one for the gallery's answers, and one that asks for the dtype.
+    """
     there, here = (run([vlm], n=20, batch_size=8, seed=3) for vlm in (pair.there, pair.here))
-    assert traffic.requests <= 3 + 1 + 1  # the last: in which dtype the server runs
+    assert traffic.requests <= 3 + 1 + 1
     for name, table in here.tables.items():
         pd.testing.assert_frame_equal(there.tables[name], table, atol=TOLERANCE, rtol=1e-5, obj=name)
     assert there.tables["contextualization"]["example"].nunique() == 20
     assert there.dataset == here.dataset
-    # All positions' words at every layer are by far the most of it.
+    # The words of all positions at every layer are by far the largest part.
     assert max(traffic.received) < 600_000
 
 
@@ -40,7 +41,7 @@ def run_cli(*arguments) -> int:
 
 
 def test_the_command(server, traffic, tmp_path, monkeypatch, capfd):
-    """`mechvlm study --remote` writes what `mechvlm study` writes; of the key, nothing."""
+    """`mechvlm study --remote` writes the same as `mechvlm study`, and never the key."""
     key = "3f2b8a10-5a1e-4c56-9b7d-0c0ffee0beef"
     monkeypatch.setattr(nnsight.CONFIG.API, "APIKEY", key)
     arguments = ("study", "--model", "tiny-instructblip", "--n", 20, "--batch-size", 8)
@@ -61,10 +62,10 @@ def test_the_command(server, traffic, tmp_path, monkeypatch, capfd):
 
 
 def test_a_study_goes_on_over_a_connection_that_is_lost(server, traffic, monkeypatch, tmp_path):
-    """A batch that is lost is asked again; where the line stays cut the study stops, and the same command goes on."""
+    """A lost batch is read again. A longer cut stops the study, and the same command goes on."""
     line = Line(server)
     monkeypatch.setattr(nnsight.CONFIG.API, "HOST", line.address)
-    monkeypatch.setattr(connection, "WAITS", (0.2,))
+    monkeypatch.setattr(connection, "RETRY_WAITS", (0.2,))
     post, sent = Request._post, []
 
     def cutting(self, *args):
@@ -72,21 +73,21 @@ def test_a_study_goes_on_over_a_connection_that_is_lost(server, traffic, monkeyp
         if len(sent) == 2:
             line.cut()  # once: the second batch's answer is lost
         if len(sent) == 5:
-            line.cut(seconds=4.0)  # longer than is waited for: the fourth
+            line.cut(seconds=4.0)  # the fourth batch, for longer than the study waits
         return post(self, *args)
 
     monkeypatch.setattr(Request, "_post", cutting)
     study = partial(
         run, ["tiny-llava"], n=20, batch_size=4, prompt="Describe the scene.", out=tmp_path / "there", remote=True
     )
-    monkeypatch.setattr(settings, "SHARD", 4)
+    monkeypatch.setattr(settings, "EXAMPLES_PER_SHARD", 4)
     with pytest.raises(StoppedError, match=r"was lost|No NDIF answers") as caught:
         study()
     assert "the same command goes on" in str(caught.value)
     before = traffic.requests
     time.sleep(4.0)
     there = study()
-    assert traffic.requests - before == 2 + 2 + 6 + 1  # of five batches three were there
+    assert traffic.requests - before == 2 + 2 + 6 + 1  # three of five batches were done
     here = run(["tiny-llava"], n=20, batch_size=4)
     for name, table in here.tables.items():
         pd.testing.assert_frame_equal(there.tables[name], table, atol=TOLERANCE, rtol=1e-5, obj=name)
@@ -105,25 +106,10 @@ def test_a_view(server, traffic, tmp_path):
 
 def test_a_command_that_finds_no_server(monkeypatch, tmp_path, capfd):
     monkeypatch.setattr(nnsight.CONFIG.API, "HOST", "http://127.0.0.1:9")
-    monkeypatch.setattr(connection, "WAITS", (0.01,))
+    monkeypatch.setattr(connection, "RETRY_WAITS", (0.01,))
     image = tmp_path / "scene.png"
     next(scenes(1)).image.save(image)
     assert run_cli("view", "tiny-llava", image, "--prompt", "What?", "--remote", "--out", tmp_path / "view.html") == 1
     assert "Error: No NDIF answers at http://127.0.0.1:9" in capfd.readouterr().err
     assert run_cli("study", "--model", "tiny-llava", "--n", 3, "--remote", "--out", tmp_path / "study") == 3
     assert "the same command goes on from there" in capfd.readouterr().err
-
-
-def test_a_rehearsal_needs_no_server(monkeypatch):
-    """remote="local" packs a trace as for NDIF, unpacks it where mechvlm is hidden, and runs it here."""
-    monkeypatch.setattr(nnsight.CONFIG.API, "HOST", "http://127.0.0.1:1")
-    rehearsed, here = mv.load("tiny-llava", remote="local"), mv.load("tiny-llava")
-    inputs = here.inputs(next(scenes(1)).image, "Describe the scene.")
-    probes = mv.LogitLens(), mv.Contextualization(), mv.NormAttention(), mv.LogitAttribution("red")
-    assert difference(mv.read(rehearsed, inputs, *probes), mv.read(here, inputs, *probes)) == 0
-    assert rehearsed.generate(inputs) == here.generate(inputs)
-    flows = [mv.information_flow(vlm, inputs, "red", window=8) for vlm in (rehearsed, here)]
-    assert difference(*flows) == 0
-    lock = threading.Lock()  # what cannot travel is found here
-    with pytest.raises(TypeError, match="cannot pickle"), rehearsed.trace(inputs):
-        nnsight.save(str(lock))

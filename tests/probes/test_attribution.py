@@ -1,4 +1,7 @@
-"""Logit attribution: the parts sum to Hugging Face's own logits, and each one is its explicit vector through the unembedding."""
+"""Logit attribution against Hugging Face's own logits.
+
+The parts sum to the logit, and each one is its explicit vector through the unembedding.
+"""
 
 import copy
 
@@ -25,7 +28,10 @@ def hf_logits(vlm, inputs):
 
 
 def activations(vlm, inputs):
-    """Every layer's z, attention output and MLP output, the embeddings and the last state, by PyTorch's own hooks."""
+    """Activations at the last position by PyTorch's own hooks, by (name, layer).
+
+    Every layer's z, attention output and MLP output, the embeddings and the last state.
+    """
     got, handles = {}, []
     for i, layer in enumerate(part(vlm.hf, vlm.record.layers)):
         for name, module, take in [
@@ -63,7 +69,10 @@ def test_the_sum_is_hugging_faces_logit(vlm, batch, versus):
 
 
 def test_every_part_is_its_explicit_vector(vlm, batch):
-    """As ActivationCache.logit_attrs of TransformerLens does it: the vector scaled like the last state, times the direction."""
+    """As ActivationCache.logit_attrs of TransformerLens does it.
+
+    The vector, scaled like the last state, times the direction.
+    """
     tokens = [A, B, 9]
     got = mv.logit_attribution(vlm, batch, tokens, [B, A, 33])
     acts = activations(vlm, batch)
@@ -71,27 +80,30 @@ def test_every_part_is_its_explicit_vector(vlm, batch):
     rms = (acts["last"].pow(2).mean(-1, keepdim=True) + norm.variance_epsilon).sqrt()
     direction = w_u[tokens] - w_u[[B, A, 33]]
 
-    def worth(vectors):
+    def logits_of(vectors):
         return (vectors / rms * norm.weight * direction).sum(-1)
 
     with torch.no_grad():
-        torch.testing.assert_close(got.embed, worth(acts["embed"]), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(got.embed, logits_of(acts["embed"]), rtol=1e-4, atol=1e-5)
         for layer, block in enumerate(part(vlm.hf, vlm.record.layers)):
-            torch.testing.assert_close(got.mlps[layer], worth(acts["mlp_out", layer]), rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(got.mlps[layer], logits_of(acts["mlp_out", layer]), rtol=1e-4, atol=1e-5)
             written = torch.zeros_like(acts["embed"])
             for head in range(vlm.n_heads):
-                mine = slice(head * vlm.d_head, (head + 1) * vlm.d_head)
-                vector = acts["z", layer][:, mine] @ block.self_attn.o_proj.weight[:, mine].T
-                torch.testing.assert_close(got.heads[layer, :, head], worth(vector), rtol=1e-4, atol=1e-5)
+                columns = slice(head * vlm.d_head, (head + 1) * vlm.d_head)
+                vector = acts["z", layer][:, columns] @ block.self_attn.o_proj.weight[:, columns].T
+                torch.testing.assert_close(got.heads[layer, :, head], logits_of(vector), rtol=1e-4, atol=1e-5)
                 written += vector
             bias = acts["attn_out", layer] - written
-            torch.testing.assert_close(got.attn_bias[layer], worth(bias), rtol=1e-3, atol=1e-5)
-            everything = worth(acts["attn_out", layer] + acts["mlp_out", layer])
+            torch.testing.assert_close(got.attn_bias[layer], logits_of(bias), rtol=1e-3, atol=1e-5)
+            everything = logits_of(acts["attn_out", layer] + acts["mlp_out", layer])
             torch.testing.assert_close(got.layer_totals[layer], everything, rtol=1e-4, atol=1e-5)
 
 
 def test_what_came_from_the_image_and_from_the_rest(vlm, batch):
-    """Each head's output, source by source: α v W_O, summed over the image's positions and over all others."""
+    """Each head's output source by source, α v W_O.
+
+    Summed over the image's positions, and over all others.
+    """
     import nnsight
 
     got = mv.logit_attribution(vlm, batch, A)
@@ -130,7 +142,10 @@ def test_an_unembedding_with_a_bias():
 
 @pytest.mark.parametrize("seed", range(5))
 def test_in_bfloat16_the_sum_is_off_by_the_models_own_rounding(seed):
-    """The parts are summed in float32, the logit is bfloat16's: they part by what rounding did to that logit."""
+    """The parts are summed in float32, but the logit is bfloat16's.
+
+    They differ by the rounding of that logit.
+    """
     hf, processor = llava(kv_heads=2, bias=True)
     whole = mv.load(hf, processor)
     half = mv.load(copy.deepcopy(hf).to(torch.bfloat16), processor)
@@ -146,22 +161,23 @@ def test_in_bfloat16_the_sum_is_off_by_the_models_own_rounding(seed):
 
 def test_batches_and_other_probes_in_one_forward_change_nothing(vlm, batch):
     whole = mv.logit_attribution(vlm, batch, [A, B, 9], B + 1)
-    ones = mv.logit_attribution(vlm, [batch[0], batch[1], batch[2]], [A, B, 9], B + 1)
+    singles = mv.logit_attribution(vlm, [batch[0], batch[1], batch[2]], [A, B, 9], B + 1)
     forwards = []
     handle = part(vlm.hf, vlm.record.norm).register_forward_hook(lambda *_: forwards.append(1))
     _, norms, shared = mv.read(
         vlm, batch, mv.LogitLens(k=1, layers=[0]), mv.NormAttention(), mv.LogitAttribution([A, B, 9], B + 1)
     )
     handle.remove()
-    assert len(forwards) == 1 + 2  # the forward's own, the lens at layer 0, and the attribution's own last logits
+    # The forward's own norm, the lens at layer 0, and the attribution's last logits.
+    assert len(forwards) == 1 + 2
     assert torch.equal(norms.norm, mv.norm_attention(vlm, batch).norm)
-    for other in (ones, shared):
+    for other in (singles, shared):
         assert (other.answers, other.versus) == (whole.answers, whole.versus)
         for name in ("embed", "heads", "from_image", "attn_bias", "mlps", "logit", "total"):
             torch.testing.assert_close(getattr(other, name), getattr(whole, name), rtol=1e-3, atol=1e-5)
 
 
-def test_without_answers_it_is_the_models_own(vlm, batch):
+def test_the_default_answer_is_the_models_own(vlm, batch):
     logits = hf_logits(vlm, batch)
     got = mv.logit_attribution(vlm, batch)
     best = logits.max(-1)
@@ -180,9 +196,9 @@ def test_table_and_file(vlm, batch, tmp_path):
     assert frame[frame.part == "mlp"].from_image.isna().all()
     assert set(frame[frame.part == "embed"].layer) == {0}
     got.save(tmp_path / "x.safetensors")
-    again = LogitAttributionResult.load(tmp_path / "x.safetensors")
-    assert torch.equal(again.heads, got.heads)
-    assert again.answers == got.answers
+    loaded = LogitAttributionResult.load(tmp_path / "x.safetensors")
+    assert torch.equal(loaded.heads, got.heads)
+    assert loaded.answers == got.answers
 
 
 def test_intervals_are_over_examples(vlm, batch):
@@ -227,9 +243,10 @@ def test_the_picture_shows_the_parts_with_their_intervals(vlm, batch, tmp_path):
     (mesh,) = [
         c for a in figure.axes for c in a.collections if type(c).__name__ == "QuadMesh" and a.get_ylabel() == "head"
     ]
-    np.testing.assert_allclose(mesh.get_array(), got.heads.mean(1).T, rtol=1e-5, atol=1e-8)  # [head layer]
+    # [head layer]
+    np.testing.assert_allclose(mesh.get_array(), got.heads.mean(1).T, rtol=1e-5, atol=1e-8)
     assert not right.containers
-    assert left.get_position().x1 < right.get_position().x0, "drawn within the room that it was given"
+    assert left.get_position().x1 < right.get_position().x0, "drawn within the room of the given axes"
     figure.savefig(tmp_path / "x.png")
-    one = mv.logit_attribution(vlm, batch[0], A).plot(Figure().add_axes((0.2, 0.2, 0.6, 0.6)))
-    assert not any(bars.has_yerr for bars in one.containers), "one example has no interval"
+    alone = mv.logit_attribution(vlm, batch[0], A).plot(Figure().add_axes((0.2, 0.2, 0.6, 0.6)))
+    assert not any(bars.has_yerr for bars in alone.containers), "one example has no interval"

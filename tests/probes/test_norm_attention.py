@@ -1,4 +1,7 @@
-"""Norm-based attention against the vectors themselves, formed one by one from Hugging Face's eager weights."""
+"""Norm-based attention against the vectors themselves.
+
+They are formed one by one from Hugging Face's eager weights.
+"""
 
 import nnsight
 import pytest
@@ -11,7 +14,10 @@ from mechvlm.probes.norm_attention import norm_attention_sum, value_gram
 
 
 def written(vlm, inputs, layer):
-    """α_h[dest, src] f_h(x_src), vector by vector from Hugging Face's eager weights: [batch head dest src d_model]."""
+    """α [batch head dest src], and the vectors α_h[dest, src] f_h(x_src) with d_model as last axis.
+
+    From Hugging Face's eager weights, vector by vector.
+    """
     text = part(vlm.hf, vlm.record.layers)[0].self_attn
     values = []
     handle = part(vlm.hf, vlm.record.layers)[layer].self_attn.v_proj.register_forward_hook(
@@ -24,10 +30,10 @@ def written(vlm, inputs, layer):
     handle.remove()
     alpha = (getattr(out, "language_model_outputs", None) or out).attentions[layer]
     w_o = part(vlm.hf, vlm.record.layers)[layer].self_attn.o_proj.weight
-    groups = vlm.n_heads // vlm.n_kv_heads
+    group = vlm.n_heads // vlm.n_kv_heads  # heads that share a key and value
     vectors = []
     for h in range(vlm.n_heads):
-        g = h // groups
+        g = h // group
         v = values[0][..., g * vlm.d_head : (g + 1) * vlm.d_head]
         f = v @ w_o[:, h * vlm.d_head : (h + 1) * vlm.d_head].T
         vectors.append(alpha[:, h, :, :, None] * f[:, None])
@@ -47,29 +53,29 @@ def test_norm_attention_equals_the_vectors(vlm, batch):
                 torch.testing.assert_close(got.norm[layer, i, d], want.sum(0).norm(dim=-1), rtol=1e-3, atol=1e-7)
 
 
-def test_all_pairs_hold_the_rows(vlm, one):
-    rows, pairs = mv.norm_attention(vlm, one), mv.norm_attention(vlm, one, dst="all pairs")
-    at = [one.tokens.last_text, one.tokens.last_image]
+def test_all_pairs_hold_the_rows(vlm, single):
+    rows, pairs = mv.norm_attention(vlm, single), mv.norm_attention(vlm, single, dst="all pairs")
+    at = [single.tokens.last_text, single.tokens.last_image]
     torch.testing.assert_close(pairs.norm[:, :, at], rows.norm, rtol=1e-4, atol=1e-7)
-    _, vectors = written(vlm, one, 1)
+    _, vectors = written(vlm, single, 1)
     torch.testing.assert_close(pairs.norm[1, 0], vectors[0].sum(0).norm(dim=-1), rtol=1e-3, atol=1e-7)
 
 
 @pytest.mark.parametrize("padded", [True, False])
-def test_all_pairs_in_pieces_are_those_of_the_whole(vlm, one, batch, monkeypatch, padded):
-    """With padding, of which no destination is, and without a mask; `written` is held against every pair that is there."""
-    monkeypatch.setattr(norm_module, "_at_once", lambda size, device: 3)
-    inputs = batch if padded else one
+def test_all_pairs_in_chunks_equal_the_vectors(vlm, single, batch, monkeypatch, padded):
+    """With padding and without a mask, at every destination that is no padding."""
+    monkeypatch.setattr(norm_module, "items_per_chunk", lambda size, device: 3)
+    inputs = batch if padded else single
     got = mv.norm_attention(vlm, inputs, dst="all pairs")
     alpha, vectors = written(vlm, inputs, 0)
     for i, tokens in enumerate(inputs.token_maps):
-        there = tokens.modality != mv.Modality.PADDING
-        torch.testing.assert_close(got.weight[0, i, :, there], alpha[i, :, there], rtol=0, atol=1e-6)
+        real = tokens.modality != mv.Modality.PADDING
+        torch.testing.assert_close(got.weight[0, i, :, real], alpha[i, :, real], rtol=0, atol=1e-6)
         want = vectors[i].sum(0).norm(dim=-1)
-        torch.testing.assert_close(got.norm[0, i, there], want[there], rtol=1e-3, atol=1e-7)
+        torch.testing.assert_close(got.norm[0, i, real], want[real], rtol=1e-3, atol=1e-7)
 
 
-def test_all_pairs_of_a_padded_batch_have_nothing_at_padding(vlm, batch):
+def test_all_pairs_of_a_padded_batch_are_0_at_padding(vlm, batch):
     got = mv.norm_attention(vlm, batch, dst="all pairs")
     for row, tokens in enumerate(batch.token_maps):
         padding = tokens.modality == mv.Modality.PADDING
@@ -82,9 +88,9 @@ def test_all_pairs_of_a_padded_batch_have_nothing_at_padding(vlm, batch):
         torch.testing.assert_close(got.norm[:, row][:, real][..., real], alone.norm[:, 0], rtol=1e-3, atol=1e-6)
 
 
-def test_what_the_sources_wrote_adds_up_to_the_output(vlm, one):
-    _, vectors = written(vlm, one, 1)
-    with torch.no_grad(), vlm.trace(one):
+def test_the_sources_writes_add_up_to_the_output(vlm, single):
+    _, vectors = written(vlm, single, 1)
+    with torch.no_grad(), vlm.trace(single):
         out = nnsight.save(vlm.attn_out[1])
     bias = part(vlm.hf, vlm.record.layers)[1].self_attn.o_proj.bias
     total = vectors.sum((1, 3)) + (0 if bias is None else bias.detach())
@@ -103,31 +109,31 @@ def test_gram_by_hand():
 
 
 @pytest.mark.parametrize("cached", [1, 2**12, 2**30])
-def test_the_gram_in_pieces_is_that_of_the_whole(cached, monkeypatch):
+def test_the_gram_in_chunks_is_that_of_the_whole(cached, monkeypatch):
     monkeypatch.setattr(norm_module, "NUMBERS_IN_CACHE", cached)
     torch.manual_seed(0)
-    v, w_o = torch.randn(2, 2, 7, 8), torch.randn(100, 32)  # 4 heads, 2 of keys and values
+    v, w_o = torch.randn(2, 2, 7, 8), torch.randn(100, 32)  # 4 heads, 2 key-value heads
     f = torch.einsum("bhse,dhe->bshd", v.repeat_interleave(2, dim=1), w_o.view(100, 4, 8))
     wanted = torch.einsum("bshd,bsgd->bshg", f, f)
     torch.testing.assert_close(value_gram(v, w_o), wanted, rtol=1e-5, atol=1e-3)
-    with torch.no_grad():  # f is then written into one place
+    with torch.no_grad():  # every chunk of f then goes into the same memory
         torch.testing.assert_close(value_gram(v, w_o), wanted, rtol=1e-5, atol=1e-3)
     value_gram(v, w_o.requires_grad_()).sum().backward()
     assert w_o.grad.abs().sum() > 0
 
 
-def test_destinations_by_name_and_number(vlm, one):
-    by_name = mv.norm_attention(vlm, one, dst="last")
-    by_number = mv.norm_attention(vlm, one, dst=one.tokens.last)
+def test_destinations_by_name_and_number(vlm, single):
+    by_name = mv.norm_attention(vlm, single, dst="last")
+    by_number = mv.norm_attention(vlm, single, dst=single.tokens.last)
     assert torch.equal(by_name.norm, by_number.norm)
     with pytest.raises(ValueError, match="dst is empty"):
-        mv.norm_attention(vlm, one, dst=())
+        mv.norm_attention(vlm, single, dst=())
     with pytest.raises(ValueError, match="nowhere"):
-        mv.norm_attention(vlm, one, dst="nowhere")
+        mv.norm_attention(vlm, single, dst="nowhere")
 
 
-def test_the_model_keeps_its_attention_implementation(vlm, one):
+def test_the_model_keeps_its_attention_implementation(vlm, single):
     config = part(vlm.hf, vlm.record.layers)[0].self_attn.config
     assert config._attn_implementation == "sdpa"
-    mv.norm_attention(vlm, one)
+    mv.norm_attention(vlm, single)
     assert config._attn_implementation == "sdpa"

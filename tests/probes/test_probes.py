@@ -26,7 +26,7 @@ def states(vlm, batch):
     return got, logits
 
 
-# -- logit lens --------------------------------------------------------------------------------------------------------
+# -- logit lens ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("final_norm", [True, False])
@@ -38,41 +38,42 @@ def test_lens_equals_the_formula(vlm, batch, states, final_norm):
             probs = head(norm(state) if final_norm else state).softmax(-1)
         for i, tokens in enumerate(batch.token_maps):
             best = probs[i, tokens.image].topk(4)
-            one = lens.of(i)
-            assert one.position.tolist() == tokens.image.tolist()
-            torch.testing.assert_close(one.probs[layer], best.values, rtol=0, atol=1e-6)
-            assert torch.equal(one.tokens[layer], best.indices)
+            own = lens.of(i)
+            assert own.position.tolist() == tokens.image.tolist()
+            torch.testing.assert_close(own.probs[layer], best.values, rtol=0, atol=1e-6)
+            assert torch.equal(own.ids[layer], best.indices)
 
 
-def test_the_last_layer_is_the_models_own_output(vlm, one):
-    """Same states, same norm, same matrix product; and not normed twice."""
+def test_the_last_layer_is_the_models_own_output(vlm, single):
+    """The same states, norm and matrix product, and not normed twice."""
     with torch.no_grad():
-        logits = vlm.hf(**vlm.encoding(one)).logits[0]
-    lens = mv.logit_lens(vlm, one, k=3, positions="all", layers=[vlm.n_layers])
+        logits = vlm.hf(**vlm.encoding(single)).logits[0]
+    lens = mv.logit_lens(vlm, single, k=3, positions="all", layers=[vlm.n_layers])
     best = logits.topk(3)
     assert torch.equal(lens.ids[0], best.indices)
     torch.testing.assert_close(lens.probs[0], logits.softmax(-1).topk(3).values, rtol=2e-6, atol=0)
 
 
-def test_chunks_change_nothing(vlm, one, monkeypatch):
-    whole = mv.logit_lens(vlm, one, k=2, positions="all")
+def test_chunks_change_nothing(vlm, single, monkeypatch):
+    whole = mv.logit_lens(vlm, single, k=2, positions="all")
     monkeypatch.setattr(lens_module, "POSITIONS_PER_CHUNK", 3)
-    parts = mv.logit_lens(vlm, one, k=2, positions="all")
-    assert torch.equal(whole.tokens, parts.tokens)
+    parts = mv.logit_lens(vlm, single, k=2, positions="all")
+    assert torch.equal(whole.ids, parts.ids)
     torch.testing.assert_close(whole.probs, parts.probs, rtol=0, atol=1e-6)
 
 
 def test_logits_of_all_layers_never_exist_at_once(llava_vlm, monkeypatch):
-    """The unembedding is never given more than a chunk, and what leaves the trace is k wide."""
+    """The unembedding is given a chunk at most, and the trace saves k numbers per point."""
     inputs = llava_vlm.inputs(noise_image(0), "what is this")
-    seen = []
+    shapes = []
     head = part(llava_vlm.hf, llava_vlm.record.unembed)
-    handle = head.register_forward_hook(lambda m, args, out: seen.append(out.shape))
+    handle = head.register_forward_hook(lambda m, args, out: shapes.append(out.shape))
     monkeypatch.setattr(lens_module, "POSITIONS_PER_CHUNK", 8)
     mv.logit_lens(llava_vlm, inputs, k=2, positions="image")
     handle.remove()
-    assert len(seen) == 2 * (llava_vlm.n_layers + 1) + 1  # 16 patches in chunks of 8, and the model's own
-    assert max(s.numel() for s in seen) <= 8 * llava_vlm.d_vocab
+    # 16 patches in chunks of 8, and the model's own.
+    assert len(shapes) == 2 * (llava_vlm.n_layers + 1) + 1
+    assert max(shape.numel() for shape in shapes) <= 8 * llava_vlm.d_vocab
 
 
 def test_lens_pieces_and_table(llava_vlm):
@@ -97,7 +98,7 @@ def test_bad_lens_options(llava_vlm, options, message):
         mv.logit_lens(llava_vlm, llava_vlm.inputs(noise_image(0), "a"), **options)
 
 
-# -- contextualization -------------------------------------------------------------------------------------------------
+# -- contextualization -----------------------------------------------------------------------------
 
 
 def cosines(a, b):
@@ -135,9 +136,10 @@ def test_baseline_is_the_mean_over_tokens_of_different_examples(vlm, batch, stat
     torch.testing.assert_close(less.text, got.text - got.baseline[2][:, None], rtol=0, atol=1e-6)
 
 
-def test_batches_merge_to_what_they_are_together(vlm, batch):
+def test_merged_batches_equal_one_batch(vlm, batch):
     whole = mv.contextualization(vlm, batch)
-    parts = [mv.contextualization(vlm, vlm.inputs(g[0], p)) for g, p in zip(batch.images, batch.prompts, strict=True)]
+    pairs = zip(batch.images, batch.prompts, strict=True)
+    parts = [mv.contextualization(vlm, vlm.inputs(images[0], prompt)) for images, prompt in pairs]
     assert parts[0].baseline.isnan().all()
     merged = merge(parts)
     for name in ("inter", "image", "text", "baseline"):
@@ -148,13 +150,13 @@ def test_batches_merge_to_what_they_are_together(vlm, batch):
         parts[0].minus_baseline()
 
 
-def test_one_query_has_no_other():
+def test_a_single_query_has_no_pair_without_itself():
     from mechvlm.probes.contextualization import without_self
 
     assert without_self(torch.tensor([1.0]), torch.tensor([1.0])).isnan().all()
 
 
-# -- the queries' reading ----------------------------------------------------------------------------------------------
+# -- the queries' reading --------------------------------------------------------------------------
 
 
 def test_query_reading_equals_the_qformers_cross_attentions(blip_vlm):
@@ -197,10 +199,10 @@ def test_patches_have_no_query_reading(llava_vlm):
         mv.query_reading(llava_vlm, llava_vlm.inputs(noise_image(0), "a"))
 
 
-# -- read() ------------------------------------------------------------------------------------------------------------
+# -- read() ----------------------------------------------------------------------------------------
 
 
-def test_many_probes_run_one_forward_and_read_what_they_read_alone(vlm, batch):
+def test_many_probes_share_one_forward_and_read_the_same_as_alone(vlm, batch):
     calls = []
     handle = part(vlm.hf, vlm.record.norm).register_forward_hook(lambda *_: calls.append(1))
     embed = part(vlm.hf, vlm.record.layers)[0].register_forward_hook(lambda *_: calls.append("layer 0"))
@@ -213,8 +215,8 @@ def test_many_probes_run_one_forward_and_read_what_they_read_alone(vlm, batch):
     assert torch.equal(norms.norm, mv.norm_attention(vlm, batch).norm)
 
 
-def test_what_leaves_the_trace_is_reduced(vlm, batch):
-    """No result holds anything of the size of layers x vocabulary, or of positions squared x width."""
+def test_only_reduced_tensors_leave_the_trace(vlm, batch):
+    """No result holds a tensor as large as layers x vocabulary, or positions squared x width."""
     results = mv.read(vlm, batch, mv.LogitLens(k=2), mv.Contextualization(), mv.NormAttention())
     positions = len(batch.token_maps[0])
     for result in results:
@@ -224,11 +226,11 @@ def test_what_leaves_the_trace_is_reduced(vlm, batch):
                 assert value.numel() <= vlm.n_layers * 3 * positions * 2 * vlm.n_heads + (vlm.n_layers + 1) * 100
 
 
-def test_read_wants_a_probe(vlm, one):
+def test_read_wants_a_probe(vlm, single):
     with pytest.raises(ValueError, match="no probe"):
-        mv.read(vlm, one)
+        mv.read(vlm, single)
     with pytest.raises(ValueError, match=r"one by one.*\['list'\]"):
-        mv.read(vlm, one, [mv.LogitLens()])
+        mv.read(vlm, single, [mv.LogitLens()])
 
 
 def test_nan_is_named_with_its_layer_and_example():
@@ -236,27 +238,27 @@ def test_nan_is_named_with_its_layer_and_example():
     vlm = mv.load(hf, processor)
     batch = vlm.inputs([noise_image(0), noise_image(1)], "what is this")
     batch.encoding["pixel_values"][1, 0, 3, 3] = float("nan")
-    with pytest.raises(mv.NonFiniteError, match=r"embeddings that enter the decoder.*example\(s\) \[1\]") as caught:
+    with pytest.raises(mv.NonFiniteError, match=r"embeddings that enter the decoder.*example\(s\) \[1\]") as error:
         mv.read(vlm, batch, mv.Contextualization())
-    assert caught.value.examples == (1,)
+    assert error.value.examples == (1,)
     with torch.no_grad():
         part(hf, vlm.record.layers)[1].mlp.down_proj.weight[0, 0] = float("inf")
     with pytest.raises(mv.NonFiniteError, match="from layer 2 of 3"):
         mv.read(vlm, vlm.inputs(noise_image(0), "a"), mv.LogitLens())
 
 
-# -- results -----------------------------------------------------------------------------------------------------------
+# -- results ---------------------------------------------------------------------------------------
 
 
 def test_results_survive_a_file(vlm, batch, tmp_path):
     for result in mv.read(vlm, batch, mv.LogitLens(k=2), mv.Contextualization(), mv.NormAttention()):
         result.save(tmp_path / "result.safetensors")
-        back = type(result).load(tmp_path / "result.safetensors")
+        loaded = type(result).load(tmp_path / "result.safetensors")
         for name, value in vars(result).items():
             if isinstance(value, torch.Tensor):
-                assert torch.equal(torch.nan_to_num(getattr(back, name)), torch.nan_to_num(value))
+                assert torch.equal(torch.nan_to_num(getattr(loaded, name)), torch.nan_to_num(value))
             else:
-                assert getattr(back, name) == value
+                assert getattr(loaded, name) == value
     with pytest.raises(ValueError, match="holds NormAttentionResult, not LogitLensResult"):
         mv.LogitLensResult.load(tmp_path / "result.safetensors")
 
@@ -269,9 +271,9 @@ def test_a_result_shows_its_shapes_and_no_numbers(vlm, batch):
     assert len(repr(batch.token_maps[0])) < 120
 
 
-def test_saving_nowhere_names_the_folder(vlm, one, tmp_path):
+def test_saving_nowhere_names_the_folder(vlm, single, tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere is not there"):
-        mv.contextualization(vlm, one).save(tmp_path / "nowhere" / "x.safetensors")
+        mv.contextualization(vlm, single).save(tmp_path / "nowhere" / "x.safetensors")
 
 
 def test_tables_hold_the_tensors(vlm, batch):

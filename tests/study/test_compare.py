@@ -1,4 +1,4 @@
-"""compare(): several models on one axis of relative depth. Every point drawn is a layer that was measured."""
+"""compare(): several models on one axis of relative depth. Each drawn point is a measured layer."""
 
 from dataclasses import replace
 
@@ -26,8 +26,7 @@ def drawn_lines(ax) -> dict[str, np.ndarray]:
 
 
 def test_every_drawn_point_is_a_layer_at_its_relative_depth(made):
-    found = mv.compare([made])
-    figure = found.plot(["cosine_inter", "precision"]).figure
+    figure = mv.compare([made]).plot(["cosine_inter", "precision"]).figure
     for column, measure in enumerate(("cosine_inter", "precision")):
         lines = drawn_lines(figure.axes[column])
         assert set(lines) == {"small", "large"}
@@ -38,9 +37,9 @@ def test_every_drawn_point_is_a_layer_at_its_relative_depth(made):
             np.testing.assert_allclose(points[:, 1], means)
         assert len(figure.axes[column].collections) == 4, "two bands a model"
     controls = [line.get_ydata() for line in figure.axes[2].lines]
-    base = made.tables["baseline"].query("pair == 'inter'")
+    baseline = made.tables["baseline"].query("pair == 'inter'")
     for model in MODELS:
-        values = base[base["model"] == model]["value"].to_numpy()
+        values = baseline[baseline["model"] == model]["value"].to_numpy()
         assert any(np.array_equal(values, y) for y in controls), "no baseline"
     assert len(figure.axes[3].lines) == 4, "another image's captions and the text tokens of both models"
     assert figure.axes[0].get_ylim() == figure.axes[2].get_ylim(), "a control on another scale than its measure"
@@ -62,17 +61,17 @@ def test_the_frame_is_the_studies_curves_by_depth(made):
 
 
 def test_a_folder_and_its_study_compare_alike(llava_vlm, blip_vlm, tmp_path):
-    one = run([llava_vlm], "scenes", n=3, out=tmp_path / "one")
-    two = run([blip_vlm], "scenes", n=3, out=tmp_path / "two")
-    from_memory, from_disk = mv.compare([one, two]), mv.compare([str(tmp_path / "one"), tmp_path / "two"])
+    first = run([llava_vlm], "scenes", n=3, out=tmp_path / "one")
+    second = run([blip_vlm], "scenes", n=3, out=tmp_path / "two")
+    from_memory, from_disk = mv.compare([first, second]), mv.compare([str(tmp_path / "one"), tmp_path / "two"])
     pd.testing.assert_frame_equal(from_memory.frame, from_disk.frame)
     assert from_memory.notes == from_disk.notes == ()
     assert from_memory.plot().caption == from_disk.plot().caption
-    pd.testing.assert_frame_equal(mv.Study.open(tmp_path / "one").compare([two]).frame, from_memory.frame)
+    pd.testing.assert_frame_equal(mv.Study.open(tmp_path / "one").compare([second]).frame, from_memory.frame)
     from_disk.plot().save(tmp_path / "compare.png")
     assert (tmp_path / "compare.png").stat().st_size > 20_000
     with pytest.raises(InputError, match=r"Study 2 .*one\) was given twice"):
-        mv.compare([one, tmp_path / "one"])
+        mv.compare([first, tmp_path / "one"])
 
 
 def test_the_caption_counts_every_study_and_says_how_they_differ(made):
@@ -96,42 +95,44 @@ def test_the_caption_counts_every_study_and_says_how_they_differ(made):
     assert "did not read the same number" in mv.compare([made, fewer]).notes[0]
 
 
-def test_what_is_drawn_is_called_what_it_is():
-    own = made_study({"m": 4}, n=3)
-    lens = own.tables["lens"]
+def test_the_labels_name_what_is_drawn():
+    study = made_study({"m": 4}, n=3)
+    lens = study.tables["lens"]
     single = lens[lens["captions"].isin(["own", "other"])].assign(
         captions=lambda rows: rows["captions"].map({"own": "single", "other": "other_single"})
     )
-    own.tables["lens"] = pd.concat([lens, single], ignore_index=True)
-    share, words, *controls = mv.compare([own]).plot(["norm_share_last_text", "precision_single"]).figure.axes
+    study.tables["lens"] = pd.concat([lens, single], ignore_index=True)
+    share, words, *controls = mv.compare([study]).plot(["norm_share_last_text", "precision_single"]).figure.axes
     assert share.get_ylabel() == "image tokens' share"
     assert words.get_ylabel() == "share of words"
     assert [len(ax.lines) for ax in controls] == [0, 2], "each caption alone of another image, and of text tokens"
-    drawn = own.plot("lens")
-    assert "another's captions, each alone" in str([ax.get_legend_handles_labels() for ax in drawn.figure.axes])
+    axes = study.plot("lens").figure.axes
+    assert "another's captions, each alone" in str([ax.get_legend_handles_labels() for ax in axes])
 
 
 def test_the_same_model_twice_is_told_apart(tmp_path):
-    one, two = (made_study({"org/m": 4, "x": 4}, n=3, seed=seed) for seed in (0, 1))
-    assert set(mv.compare([one, two]).frame["label"]) == {"m, study 1", "m, study 2", "x, study 1", "x, study 2"}
-    named = [replace(one, dataset=one.dataset | {"name": "coco"}), two]
+    first, second = (made_study({"org/m": 4, "x": 4}, n=3, seed=seed) for seed in (0, 1))
+    labels = {"m, study 1", "m, study 2", "x, study 1", "x, study 2"}
+    assert set(mv.compare([first, second]).frame["label"]) == labels
+    named = [replace(first, dataset=first.dataset | {"name": "coco"}), second]
     assert set(mv.compare(named).frame["label"]) == {"m, coco", "m, made", "x, coco", "x, made"}
-    placed = [replace(one, out=tmp_path / "first"), replace(two, out=tmp_path / "second")]
+    placed = [replace(first, out=tmp_path / "first"), replace(second, out=tmp_path / "second")]
     assert set(mv.compare(placed).frame["label"]) == {"m, first", "m, second", "x, first", "x, second"}
 
 
 def test_studies_that_cannot_be_compared_are_refused(made):
-    asked = made_study({"b": 4}, n=3, settings={"prompt": "What is this?"})
+    other_prompt = made_study({"b": 4}, n=3, settings={"prompt": "What is this?"})
     with pytest.raises(InputError, match=r"the prompt is 'Describe the scene\.' in the one, and 'What is this\?' in"):
-        mv.compare([made, asked])
+        mv.compare([made, other_prompt])
     changed = MEASURE_SETTINGS | {"logit lens": MEASURE_SETTINGS["logit lens"] | {"k": 5}}
     with pytest.raises(InputError, match=r"measure of logit lens is .*'k': 1.*'k': 5"):
         mv.compare([made, made_study({"b": 4}, n=3, settings={"measures": changed})])
     unknown = {key: value for key, value in MEASURE_SETTINGS.items() if key != "words"}
     with pytest.raises(InputError, match=r"measure of words is .* and None in the other"):
         mv.compare([made, made_study({"b": 4}, n=3, settings={"measures": unknown})])
-    folded = MEASURE_SETTINGS | {"phases": {"max_segments": 3}}
-    mv.compare([made, made_study({"b": 4}, n=3, settings={"measures": folded})])  # phases are no curve
+    other_phases = MEASURE_SETTINGS | {"phases": {"max_segments": 3}}
+    # Phases are no curve, so their settings may differ.
+    mv.compare([made, made_study({"b": 4}, n=3, settings={"measures": other_phases})])
     with pytest.raises(InputError, match="was given twice"):
         mv.compare([made, made])
     with pytest.raises(InputError, match="one or more studies"):

@@ -1,4 +1,7 @@
-"""The report's gallery: each example's patch view is a page of its own, which the report opens; in a real browser, too."""
+"""The report's gallery: the patch view of each example is a page that the report links to.
+
+In a real browser, too.
+"""
 
 import json
 import re
@@ -41,7 +44,7 @@ def views(study) -> list[dict]:
 
 
 def page_of(vlm, image) -> str:
-    """The patch view of all text after the image, as a user would make it."""
+    """The patch view of all text after the image, made with the public functions."""
     inputs = vlm.inputs(image, PROMPT)
     text = [p for p in inputs.tokens.text.tolist() if p > inputs.tokens.image[0]]
     reading = [] if inputs.tokens.patches else [mv.QueryReading()]
@@ -54,8 +57,8 @@ def test_each_card_leads_to_its_examples_views(study, views, llava_vlm, blip_vlm
     cards = (study.out / "report.html").read_text(encoding="utf-8").split('<div class="card">')[1:]
     for card, (example, _) in zip(cards, study.gallery, strict=True):
         assert unescape(card).count(example.id) == 1
-        mine = [v["file"] for v in views if v["example"] == example.id]
-        assert re.findall(r'href="([^"]*)"', card) == [file for file in mine for _ in range(2)], "picture and words"
+        files = [v["file"] for v in views if v["example"] == example.id]
+        assert re.findall(r'href="([^"]*)"', card) == [file for file in files for _ in range(2)], "picture and words"
 
 
 def test_the_views_are_what_direct_calls_give(study, views, llava_vlm, blip_vlm):
@@ -66,13 +69,16 @@ def test_the_views_are_what_direct_calls_give(study, views, llava_vlm, blip_vlm)
 
 
 def test_the_small_picture_shows_the_heat_where_it_is(llava_vlm):
-    """On a wide image of which the model sees the middle: darkest on the patch that is read most, white outside."""
+    """On a wide image, whose middle the model sees: darkest on the patch that is read most.
+
+    The parts beside the middle are paler.
+    """
     inputs = llava_vlm.inputs(Image.new("RGB", (300, 100), (128, 128, 128)), "what is this")
-    shown = gallery.show(llava_vlm, inputs.images[0][0], "what is this")
-    assert shown.heat.size == (256, 85)
-    assert (shown.token, shown.layer) == (inputs.tokens.strings[-1], 2)
+    view = gallery.read_view(llava_vlm, inputs.images[0][0], "what is this")
+    assert view.heat.size == (256, 85)
+    assert (view.token, view.layer) == (inputs.tokens.strings[-1], 2)
     norms = mv.norm_attention(llava_vlm, inputs, dst="last").norm[1, 0, 0, inputs.tokens.image]
-    pixels = np.asarray(shown.heat.convert("L")).astype(int)
+    pixels = np.asarray(view.heat.convert("L")).astype(int)
     grid = inputs.tokens.grids[0]
     x, y = 256 / 300, 85 / 100
     boxes = grid.boxes().reshape(-1, 4).tolist()
@@ -84,19 +90,19 @@ def test_the_small_picture_shows_the_heat_where_it_is(llava_vlm):
     assert (pixels[:, right + 1 :] == pixels[0, 0]).all()
 
 
-def test_files_have_names_of_their_own_whatever_the_ids_hold():
+def test_file_names_are_unique_for_any_ids():
     ids = ["../../etc/passwd", "a b", "a-b", "a/b\\c", "", "图像", "x" * 400, "<script>", "CON", ".", "..", "a\0b"]
     keys = [(model, example) for model in ("org/model", "org-model", "/home/..") for example in ids]
     names = gallery.file_names(keys)
     assert list(names) == keys
-    assert len({name.lower() for name in names.values()}) == len(keys), "on disks that know no case, too"
+    assert len({name.lower() for name in names.values()}) == len(keys), "also on disks that ignore case"
     for name in names.values():
         assert re.fullmatch(r"views/\d\d[A-Za-z0-9-]*\.html", name)
         assert len(name) < 110
 
 
 def test_without_a_folder_no_view_is_read(llava_vlm, study, monkeypatch):
-    monkeypatch.setattr(gallery, "show", lambda *_: pytest.fail("a view was made"))
+    monkeypatch.setattr(gallery, "read_view", lambda *_: pytest.fail("a view was read"))
     examples = tuple(example for example, _ in study.gallery[:2])
     assert run([llava_vlm], Dataset("made", examples, (), fingerprint(examples)), prompt="what is this").views == {}
 
@@ -116,9 +122,9 @@ def test_the_report_opens_offline_and_its_links_open_views_that_draw(open_page, 
     for number in range(links.count()):
         links.nth(number).click()
         page.wait_for_selector(".patch-view[data-ready]", timeout=20_000)
-        drawn = "n => { const c = document.querySelector('.stage canvas'), d = c.getContext('2d');"
-        drawn += " return new Set(d.getImageData(0, 0, c.width, c.height).data).size; }"
-        assert page.evaluate(drawn) > 10
+        n_colors = "n => { const c = document.querySelector('.stage canvas'), d = c.getContext('2d');"
+        n_colors += " return new Set(d.getImageData(0, 0, c.width, c.height).data).size; }"
+        assert page.evaluate(n_colors) > 10
         assert page.evaluate("window.ran") is None
         assert PROMPT in page.title()
         page.go_back()
@@ -130,7 +136,7 @@ def test_the_picture_of_a_card_opens_its_view_too(open_page, study, views):
     page = open_page(study.out / "report.html")
     page.locator(".card").nth(1).locator("a img").nth(1).click()
     page.wait_for_selector(".patch-view[data-ready]", timeout=20_000)
-    assert page.url.endswith(views[len(IDS) + 1]["file"]), "the second model's, of the second example"
+    assert page.url.endswith(views[len(IDS) + 1]["file"]), "the second example's view, of the second model"
 
 
 @pytest.mark.browser
@@ -146,7 +152,7 @@ def test_hostile_names_are_text(open_page, study):
 
 
 @pytest.mark.browser
-def test_what_the_command_writes_opens_and_draws(open_page, tmp_path):
+def test_the_commands_page_opens_and_draws(open_page, tmp_path):
     from mechvlm import cli
 
     noise_image(3).save(tmp_path / "a.png")

@@ -1,6 +1,7 @@
-"""Studies on Ray clusters come to the tables of a single process, byte for byte, whoever is killed meanwhile.
+"""Studies on Ray clusters come to the same tables as one process, byte for byte.
 
-A cluster here is several nodes of Ray on this machine, each with workers in processes of their own.
+Workers and nodes are killed meanwhile. A cluster here is several Ray nodes on this machine, each
+with workers in processes of their own.
 """
 
 import os
@@ -24,10 +25,9 @@ from mechvlm.errors import InputError, ModelError, StoppedError
 from mechvlm.study import run
 from mechvlm.study.report import figures
 from mechvlm.study.report.captioned import CaptionedFigure
-from mechvlm.study.running import ray_workers
-from mechvlm.study.running import settings as asked
-from mechvlm.study.running.shards import Plan
-from mechvlm.study.running.workers import Here
+from mechvlm.study.running import ray_workers, settings
+from mechvlm.study.running.plan import Plan
+from mechvlm.study.running.workers import LocalWorker
 
 PROMPT = "what is this"
 NODE = {"object_store_memory": 80_000_000, "include_dashboard": False}
@@ -35,12 +35,12 @@ NODE = {"object_store_memory": 80_000_000, "include_dashboard": False}
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> str:
-    """A model as workers can load it."""
-    made = tmp_path_factory.mktemp("models") / "a-llava"
+    """A model's folder, from which workers load it."""
+    path = tmp_path_factory.mktemp("models") / "a-llava"
     model, processor = llava(layers=2)
-    model.save_pretrained(made)
-    processor.save_pretrained(made)
-    return str(made)
+    model.save_pretrained(path)
+    processor.save_pretrained(path)
+    return str(path)
 
 
 @pytest.fixture(scope="module")
@@ -51,35 +51,35 @@ def data() -> Dataset:
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
-    """Shards of one batch, so that there are several of them; figures take the time here that nothing is tested in."""
-    monkeypatch.setattr(asked, "SHARD", 2)
+    """Several shards of one batch each; no figures, which are slow and not tested here."""
+    monkeypatch.setattr(settings, "EXAMPLES_PER_SHARD", 2)
     monkeypatch.setattr(figures, "draw_all", lambda _: {name: CaptionedFigure(None, "") for name in figures.FIGURES})
     monkeypatch.setattr(figures, "save_all", _small_figures)
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
 
 
-def _small_figures(drawn, folder) -> None:
+def _small_figures(captioned, folder) -> None:
     folder.mkdir()
-    for name in drawn:
+    for name in captioned:
         (folder / f"{name}.svg").write_text("a figure")
 
 
 @pytest.fixture
 def cluster():
-    """Starts nodes with so many CPUs each; all of them are shut down in the end, whatever happened."""
+    """A function that starts nodes with these numbers of CPUs; all are shut down in the end."""
     from ray.cluster_utils import Cluster
 
-    started = []
+    clusters = []
 
     def start(*cpus: int) -> Cluster:
-        started.append(Cluster(initialize_head=True, head_node_args={"num_cpus": cpus[0], **NODE}))
+        clusters.append(Cluster(initialize_head=True, head_node_args={"num_cpus": cpus[0], **NODE}))
         for n in cpus[1:]:
-            started[0].add_node(num_cpus=n, **{k: v for k, v in NODE.items() if k != "include_dashboard"})
-        return started[0]
+            clusters[0].add_node(num_cpus=n, **{k: v for k, v in NODE.items() if k != "include_dashboard"})
+        return clusters[0]
 
     yield start
-    for one in started:
-        one.shutdown()
+    for cluster in clusters:
+        cluster.shutdown()
 
 
 def study(folder, data, out, **options):
@@ -91,23 +91,23 @@ def tables(out: Path) -> dict[str, bytes]:
 
 
 def workers_of(node) -> list[psutil.Process]:
-    """The processes of a node that work for a study."""
+    """The processes on a node that work for a study."""
     (raylet,) = (processes[0].process.pid for kind, processes in node.all_processes.items() if kind == "raylet")
     return [p for p in psutil.Process(raylet).children(recursive=True) if "ray::Worker" in " ".join(p.cmdline())]
 
 
 @pytest.fixture
 def losses(monkeypatch) -> list[str]:
-    """What the workers that ended were doing."""
-    seen = []
+    """Lists what each worker that ended was doing."""
+    works = []
     replace = ray_workers.RayWorkers._replace
 
     def noted(self, worker, work, limit, error):
-        seen.append(work)
+        works.append(work)
         replace(self, worker, work, limit, error)
 
     monkeypatch.setattr(ray_workers.RayWorkers, "_replace", noted)
-    return seen
+    return works
 
 
 # --- on clusters ---
@@ -135,14 +135,14 @@ def test_a_worker_and_a_node_are_killed_and_the_tables_are_those_of_one_process(
             nodes.remove_node(second, allow_graceful=False)
             killed.append("node")
 
-    found = study(folder, data, tmp_path / "out", ray=nodes.address, workers=2, progress=progress)
+    result = study(folder, data, tmp_path / "out", ray=nodes.address, workers=2, progress=progress)
     assert killed == ["worker", "node"]
     assert len([work for work in losses if work.startswith("reading shard")]) >= 2, losses
     assert tables(tmp_path / "out") == tables(whole.out)
     assert len(tables(tmp_path / "out")) >= 6
     assert {p.name for p in (tmp_path / "out").iterdir()} == {p.name for p in whole.out.iterdir()}
-    assert found.views.keys() == whole.views.keys()
-    assert found.models[folder]["n_examples"] == 31
+    assert result.views.keys() == whole.views.keys()
+    assert result.models[folder]["n_examples"] == 31
     reading = [done for stage, done, _ in reports if stage.endswith("reading")]
     assert (reading[0], reading[-1], reading) == (0, 31, sorted(reading)), "the bar goes on, and never back"
 
@@ -151,22 +151,22 @@ def test_a_worker_and_a_node_are_killed_and_the_tables_are_those_of_one_process(
 def test_a_shard_that_ends_its_workers_is_named_and_the_rest_is_kept(cluster, folder, data, monkeypatch, tmp_path):
     import ray
 
-    give = ray_workers.RayWorkers._give
+    submit = ray_workers.RayWorkers._submit
 
     def deadly(self, worker, method, *arguments):
-        give(self, worker, method, *arguments)
-        if method == "shard" and arguments[1] == 5:
+        submit(self, worker, method, *arguments)
+        if method == "make_shard" and arguments[1] == 5:
             ray.kill(worker)
 
     with monkeypatch.context() as patch:
-        patch.setattr(ray_workers.RayWorkers, "_give", deadly)
-        said = r"3 workers ended while reading shard 5 of .*a-llava \(examples e10 to e11\).*goes on from there"
-        with pytest.raises(StoppedError, match=said):
+        patch.setattr(ray_workers.RayWorkers, "_submit", deadly)
+        message = r"3 workers ended while reading shard 5 of .*a-llava \(examples e10 to e11\).*goes on from there"
+        with pytest.raises(StoppedError, match=message):
             study(folder, data, tmp_path / "out", ray=cluster(2).address, workers=2)
     assert not ray.is_initialized()
-    there = {p.name for p in (tmp_path / "out" / "shards").iterdir()}
-    assert {f"0-{i:05}" for i in range(5)} <= there
-    assert "0-00005" not in there
+    written = {p.name for p in (tmp_path / "out" / "shards").iterdir()}
+    assert {f"0-{i:05}" for i in range(5)} <= written
+    assert "0-00005" not in written
     study(folder, data, tmp_path / "out")  # and goes on without Ray
     study(folder, data, tmp_path / "whole")
     assert tables(tmp_path / "out") == tables(tmp_path / "whole")
@@ -176,11 +176,11 @@ def test_a_shard_that_ends_its_workers_is_named_and_the_rest_is_kept(cluster, fo
 def test_errors_of_workers_are_those_of_one_process(cluster, folder, data, tmp_path):
     nodes = cluster(1)
     for options, kind in (({"dtype": "float33"}, ModelError), ({"prompt": "word " * 3000}, InputError)):
-        with pytest.raises(kind) as here:
+        with pytest.raises(kind) as local_error:
             study(folder, data, tmp_path / "out", **options)
-        with pytest.raises(kind) as there:
+        with pytest.raises(kind) as worker_error:
             study(folder, data, tmp_path / "out", ray=nodes.address, workers=1, **options)
-        assert str(there.value) == str(here.value)
+        assert str(worker_error.value) == str(local_error.value)
         assert not (tmp_path / "out").exists()
     with pytest.raises(InputError, match=r"2 workers with one CPU and 0 GPUs each .* has 1 CPUs and 0 GPUs"):
         study(folder, data, None, ray=nodes.address, workers=2)
@@ -204,46 +204,46 @@ def test_a_cluster_without_a_node_left_is_no_endless_wait(cluster, folder, data,
 
 @pytest.mark.ray
 def test_a_command_that_is_stopped_or_killed_goes_on(folder, tmp_path):
-    """`--ray auto` starts a cluster, which ends with the command however that does; and says nothing of its own."""
+    """`--ray auto` starts a cluster that ends with the command and prints nothing of its own."""
     out = tmp_path / "out"
     plain = [sys.executable, "-m", "mechvlm.cli", "study", "--model", folder, "--n", "160", "--prompt", PROMPT]
-    there = {**os.environ, "OMP_NUM_THREADS": "1"}
-    there.pop("RAY_ADDRESS", None)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment.pop("RAY_ADDRESS", None)
     ends = [(signal.SIGTERM, 143), (signal.SIGKILL, -9), (None, 0)]
     for sign, code in ends:
         done = len(list(out.glob("shards/0-*")))
-        # To files: what Ray leaves behind for a minute would keep a pipe open.
-        with (tmp_path / "printed").open("w") as printed, (tmp_path / "said").open("w") as said:
+        # Into files, since a process that Ray leaves behind for a minute would keep a pipe open.
+        with (tmp_path / "stdout").open("w") as stdout, (tmp_path / "stderr").open("w") as stderr:
             typed = [*plain, "--out", str(out), "--ray", "auto", "--workers", "2"]
-            command = subprocess.Popen(typed, env=there, stdout=printed, stderr=said)
+            command = subprocess.Popen(typed, env=environment, stdout=stdout, stderr=stderr)
         if sign is not None:
-            # One more than before: several may have been done when the last one ended.
+            # Wait for one shard more than the previous command left.
             while len(list(out.glob("shards/0-*"))) <= done:
-                assert command.poll() is None, (tmp_path / "said").read_text()
+                assert command.poll() is None, (tmp_path / "stderr").read_text()
                 time.sleep(0.02)
             children = psutil.Process(command.pid).children(recursive=True)
             assert any("raylet" in " ".join(p.cmdline()) for p in children)
-            if not done:  # a worker's end is no news
+            if not done:  # the end of a worker must not be printed
                 next(p for p in children if "ray::Worker" in " ".join(p.cmdline())).kill()
                 time.sleep(1)
             command.send_signal(sign)
         command.wait(timeout=100)
-        printed, said = ((tmp_path / name).read_text() for name in ("printed", "said"))
-        assert command.returncode == code, said
+        printed, err = ((tmp_path / name).read_text() for name in ("stdout", "stderr"))
+        assert command.returncode == code, err
         assert not (out / "run.json").exists() or sign is None
         if sign is not None:
             _, left = psutil.wait_procs(children, timeout=10)
-            # Two of Ray's agents, which do nothing, outlive a command that was killed by a minute.
+            # Two of Ray's agents, which do nothing, live a minute longer than a killed command.
             assert sign == signal.SIGKILL or not left
             assert not [p for p in left if "Agent" not in p.name()], "they end with the command"
             for agent in left:
                 agent.kill()
         if code > 0:
-            assert f"What is done stays in {out}. Go on with:" in said
-            assert "--ray auto --workers 2" in said
+            assert f"What is done stays in {out}. Go on with:" in err
+            assert "--ray auto --workers 2" in err
         for spam in ("ray::", "pid=", "raylet", "Traceback", "WARNING", "INFO"):
-            assert spam not in said + printed
-    subprocess.run([*plain, "--out", str(tmp_path / "whole")], env=there, check=True, capture_output=True)
+            assert spam not in err + printed
+    subprocess.run([*plain, "--out", str(tmp_path / "whole")], env=environment, check=True, capture_output=True)
     assert tables(out) == tables(tmp_path / "whole")
 
 
@@ -251,7 +251,7 @@ def test_a_command_that_is_stopped_or_killed_goes_on(folder, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         ({"workers": 2}, "give ray='auto' or its address"),
         ({"gpus_per_worker": 1.0}, "give ray='auto' or its address"),
@@ -262,10 +262,10 @@ def test_a_command_that_is_stopped_or_killed_goes_on(folder, tmp_path):
         ({"device": "cpu", "device_map": "auto"}, "not both"),
     ],
 )
-def test_what_cannot_be_asked_is_said_before_anything_is_read(folder, data, tmp_path, options, said):
+def test_what_cannot_be_asked_is_said_before_anything_is_read(folder, data, tmp_path, options, message):
     if "ray" in options:
         pytest.importorskip("ray")
-    with pytest.raises(InputError, match=said):
+    with pytest.raises(InputError, match=message):
         study(folder, data, tmp_path / "out", **options)
     assert not (tmp_path / "out").exists()
 
@@ -290,8 +290,8 @@ def test_usage(typed, capsys):
     with pytest.raises(SystemExit) as stop:
         cli.main(["study", *typed])
     assert stop.value.code == 2
-    assert "error: " in (said := capsys.readouterr().err)
-    assert all(option in said.splitlines()[-1] for option in typed if option.startswith("--"))
+    assert "error: " in (err := capsys.readouterr().err)
+    assert all(option in err.splitlines()[-1] for option in typed if option.startswith("--"))
 
 
 def test_gpus_of_a_worker():
@@ -307,8 +307,8 @@ def test_gpus_of_a_worker():
 def test_a_node_that_lacks_a_file_or_a_version_is_named(folder, data, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     plan = Plan(tmp_path, (folder,), data, PROMPT, 2, 2, views=False)
-    before, worker = torch.get_num_threads(), ray_workers.Worker(Here(plan, [folder], {}, {}))
-    versions = {package: asked._version(package) for package in asked.RESULT_PACKAGES}
+    before, worker = torch.get_num_threads(), ray_workers.Worker(LocalWorker(plan, [folder], {}, {}))
+    versions = {package: settings._version(package) for package in settings.RESULT_PACKAGES}
     (tmp_path / "home" / "images").mkdir(parents=True)
     worker.check(str(tmp_path / "home"), [Path("images")], versions, before, 1)
     assert Path.cwd() == tmp_path / "home", "relative names mean the same"
@@ -333,18 +333,18 @@ def test_a_device_map_gives_the_same_tables_and_is_a_setting(folder, data, tmp_p
 
 
 def test_the_command_hands_its_device_map_to_the_model(folder, monkeypatch, tmp_path):
-    seen = []
+    device_maps = []
     load = mv.load
     monkeypatch.setattr(
-        "mechvlm.study.running.workers.load", lambda *a, **k: seen.append(k["device_map"]) or load(*a, **k)
+        "mechvlm.study.running.workers.load", lambda *a, **k: device_maps.append(k["device_map"]) or load(*a, **k)
     )
     typed = ["study", "--model", folder, "--n", "2", "--prompt", PROMPT, "--out", str(tmp_path / "out")]
     assert cli.main([*typed, "--device-map", "auto"]) == 0
-    assert seen == ["auto"]
+    assert device_maps == ["auto"]
 
 
 def test_reading_through_accelerates_hooks():
-    """What moves tensors between devices wraps every forward; on one device it must change nothing."""
+    """Accelerate's hooks, which move tensors between devices, change nothing on one device."""
     model, processor = llava(layers=2)
     plain = mv.load(model, processor)
     probes = mv.LogitLens(), mv.Contextualization(), mv.NormAttention(dst="last")
@@ -356,8 +356,8 @@ def test_reading_through_accelerates_hooks():
     others = (*others, "model.language_model.norm", "model.language_model.rotary_emb", "lm_head")
     hooked = dispatch_model(model, {**layers, **dict.fromkeys(others, "cpu")}, main_device="cpu", force_hooks=True)
     assert hasattr(hooked.lm_head, "_hf_hook")
-    found = mv.read(mv.load(hooked, processor), inputs, *probes)
-    assert torch.equal(found[0].tokens, expected[0].tokens)
-    assert torch.equal(found[0].probs, expected[0].probs)
-    assert torch.equal(found[1].inter, expected[1].inter)
-    assert torch.equal(found[2].norm, expected[2].norm)
+    results = mv.read(mv.load(hooked, processor), inputs, *probes)
+    assert torch.equal(results[0].ids, expected[0].ids)
+    assert torch.equal(results[0].probs, expected[0].probs)
+    assert torch.equal(results[1].inter, expected[1].inter)
+    assert torch.equal(results[2].norm, expected[2].norm)

@@ -1,4 +1,4 @@
-"""Studies that survive: killed, stopped, out of disk or memory, they go on where they were and come to the same tables."""
+"""Studies that were stopped, or ran out of disk or memory, go on and come to the same tables."""
 
 import errno
 import json
@@ -23,8 +23,7 @@ from mechvlm.errors import InputError, StoppedError
 from mechvlm.study import run, save
 from mechvlm.study.report import figures
 from mechvlm.study.report.captioned import CaptionedFigure
-from mechvlm.study.running import atomic, shards
-from mechvlm.study.running import settings as asked
+from mechvlm.study.running import atomic, settings, shards
 
 
 @pytest.fixture(scope="module")
@@ -48,17 +47,17 @@ def tables(out) -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def whole(vlm, data, tmp_path_factory):
-    """A study that was left alone."""
+    """A study that ran without interruption."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(asked, "SHARD", 2)
+        patch.setattr(settings, "EXAMPLES_PER_SHARD", 2)
         patch.setattr(figures, "draw_all", lambda *_: {name: CaptionedFigure(None, "") for name in figures.FIGURES})
         patch.setattr(figures, "save_all", small_figures)
         return study(vlm, data, tmp_path_factory.mktemp("whole") / "out")
 
 
 @pytest.fixture
-def made(monkeypatch) -> list[tuple[int, int]]:
-    """The shards (model, number) that are made from here on."""
+def shards_made(monkeypatch) -> list[tuple[int, int]]:
+    """Lists each shard made in the test, as (model, number)."""
     numbers = []
     make = shards.make_shard
 
@@ -87,25 +86,25 @@ def stopped_after(n: int):
 # --- going on ---
 
 
-def test_what_is_done_is_not_done_again(vlm, data, whole, made, tmp_path):
+def test_what_is_done_is_not_done_again(vlm, data, whole, shards_made, tmp_path):
     out = tmp_path / "out"
     with pytest.raises(Stop):
         study(vlm, data, out, progress=stopped_after(4))
-    assert made == [(0, 0), (0, 1)]
+    assert shards_made == [(0, 0), (0, 1)]
     assert {p.name for p in out.iterdir()} == {".lock", "settings.json", "shards"}
-    seen = []
-    again = study(vlm, data, out, progress=lambda *report: seen.append(report))
-    assert made == [(0, 0), (0, 1), (0, 2), (0, 3)]
-    reading = [report[1:] for report in seen if "reading" in report[0]]
-    assert reading == [(4, 7), (6, 7), (7, 7)], "the bar starts from what is there"
+    reports = []
+    again = study(vlm, data, out, progress=lambda *report: reports.append(report))
+    assert shards_made == [(0, 0), (0, 1), (0, 2), (0, 3)]
+    reading = [report[1:] for report in reports if "reading" in report[0]]
+    assert reading == [(4, 7), (6, 7), (7, 7)], "the bar starts from what is done"
     assert tables(out) == tables(whole.out)
     assert again.models[vlm.name]["n_examples"] == 7
 
 
-def test_a_finished_study_is_given_as_it_is(vlm, data, whole, made):
+def test_a_finished_study_is_given_as_it_is(vlm, data, whole, shards_made):
     before = {p: p.stat().st_mtime_ns for p in whole.out.rglob("*")}
     again = study(vlm, data, whole.out)
-    assert made == []
+    assert shards_made == []
     assert {p: p.stat().st_mtime_ns for p in whole.out.rglob("*") if p != whole.out} == {
         p: t for p, t in before.items() if p != whole.out
     }
@@ -123,26 +122,26 @@ def test_a_report_is_made_again_without_a_model_or_its_data(whole, tmp_path):
     save.save_study(mv.Study.open(folder), tmp_path / "again", lambda *_: None, time.perf_counter())
     for path in [*(tmp_path / "again" / "views").iterdir(), tmp_path / "again" / "skipped.csv"]:
         assert path.read_bytes() == (folder / path.relative_to(tmp_path / "again")).read_bytes()
-    first, second = ((at / "report.html").read_text() for at in (folder, tmp_path / "again"))
+    first, second = ((out / "report.html").read_text() for out in (folder, tmp_path / "again"))
     differing = [(a, b) for a, b in zip(first.splitlines(), second.splitlines(), strict=True) if a != b]
-    assert all("</p>" in a and " s. 20" in a for a, _ in differing), "but for the seconds that it took"
+    assert all("</p>" in a and " s. 20" in a for a, _ in differing), "only the seconds that it took differ"
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "difference"),
     [
         ({"prompt": "what is a scene"}, "prompt was what is this, is what is a scene"),
         ({"seed": 3}, "seed was 0, is 3"),
         ({"batch_size": 1}, "batch_size was 2, is 1"),
     ],
 )
-def test_other_settings_are_refused_and_named(vlm, data, tmp_path, options, said):
+def test_other_settings_are_refused_and_named(vlm, data, tmp_path, options, difference):
     with pytest.raises(Stop):
         study(vlm, data, tmp_path / "out", progress=stopped_after(2))
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(InputError, match="made with other settings: ") as refused:
         study(vlm, data, tmp_path / "out", **options)
-    assert said in str(refused.value)
+    assert difference in str(refused.value)
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -158,7 +157,7 @@ def test_other_models_data_and_versions_are_refused(vlm, data, whole, monkeypatc
     with pytest.raises(InputError, match="models was LlavaForConditionalGeneration, is another") as refused:
         study(fresh, data, whole.out)
     assert "weights" not in str(refused.value)
-    monkeypatch.setattr(asked, "_version", lambda package: "0.0")
+    monkeypatch.setattr(settings, "_version", lambda package: "0.0")
     with pytest.raises(InputError, match=r"versions torch was .*, is 0.0"):
         study(vlm, data, whole.out)
 
@@ -169,10 +168,10 @@ def test_weights_are_known_by_their_files(tmp_path):
     model, processor = llava(layers=2)
     model.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
-    first = asked.identity(str(tmp_path))
+    first = settings.weights_identity(str(tmp_path))
     assert first["sha256"] == hashlib.sha256((tmp_path / "model.safetensors").read_bytes()).hexdigest()
     (tmp_path / "preprocessor_config.json").write_text("{}")
-    second = asked.identity(str(tmp_path))
+    second = settings.weights_identity(str(tmp_path))
     assert {key for key in first if first[key] != second[key]} == {"files"}
 
 
@@ -202,8 +201,8 @@ def test_a_damaged_shard_is_named_and_made_anew(vlm, data, whole, tmp_path):
 # --- disks and memory that are full ---
 
 
-def test_a_full_disk_stops_it_and_nothing_is_half_written(vlm, data, whole, tmp_path, made):
-    """The system itself refuses to write files larger than these."""
+def test_a_full_disk_stops_it_and_nothing_is_half_written(vlm, data, whole, tmp_path, shards_made):
+    """The operating system refuses to write files larger than the limit."""
     for limit, n_made in [(1500, 0), (40_000, 4)]:
         soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
         before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -214,8 +213,8 @@ def test_a_full_disk_stops_it_and_nothing_is_half_written(vlm, data, whole, tmp_
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
             signal.signal(signal.SIGXFSZ, before)
-        assert len(made) == n_made
-        assert not list(tmp_path.rglob("*.tmp")), "what was begun is taken away, which also makes room"
+        assert len(shards_made) == n_made
+        assert not list(tmp_path.rglob("*.tmp")), "unfinished files are deleted, which also makes room"
         assert {p.name for p in (tmp_path / "out").iterdir()} == {".lock", "settings.json", "shards"}
     study(vlm, data, tmp_path / "out")
     assert tables(tmp_path / "out") == tables(whole.out)
@@ -240,8 +239,11 @@ def test_a_write_that_fails_anywhere_loses_nothing(vlm, data, whole, tmp_path, m
     assert tables(tmp_path / "out") == tables(whole.out)
 
 
-def out_of_memory_above(vlm, monkeypatch, most: int, error=torch.OutOfMemoryError, also=()):
-    """The model's decoder then fails as it would on a device without room for more than `most` examples a batch."""
+def out_of_memory_above(vlm, monkeypatch, most: int, error=torch.OutOfMemoryError):
+    """Let the decoder fail as on a device without room for more than `most` examples in a batch.
+
+    Gives the list of batch sizes that it was called with.
+    """
     layer, sizes = vlm.hf.get_submodule("model.language_model.layers.1.mlp"), []
     forward = layer.forward
 
@@ -258,53 +260,53 @@ def out_of_memory_above(vlm, monkeypatch, most: int, error=torch.OutOfMemoryErro
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError, RuntimeError])
 def test_a_batch_without_room_is_halved_and_that_is_recorded(data, tmp_path, monkeypatch, error):
     vlm = mv.load(*llava(layers=2, width=16))
-    monkeypatch.setattr(asked, "SHARD", 4)
+    monkeypatch.setattr(settings, "EXAMPLES_PER_SHARD", 4)
     free = study(vlm, data, None, batch_size=4)
     sizes = out_of_memory_above(vlm, monkeypatch, 1, error)
-    made = study(vlm, data, tmp_path / "out", batch_size=4)
+    halving = study(vlm, data, tmp_path / "out", batch_size=4)
     assert {4, 2, 1} <= set(sizes)
     for name in ("contextualization", "lens", "norm_attention", "baseline"):
-        pd.testing.assert_frame_equal(made.tables[name], free.tables[name], atol=1e-5)
-    assert not len(made.skipped)
+        pd.testing.assert_frame_equal(halving.tables[name], free.tables[name], atol=1e-5)
+    assert not len(halving.skipped)
     record = json.loads((tmp_path / "out" / "run.json").read_text())
     assert record["models"][vlm.name]["halved"] == [
         {"first": "e0", "examples": 4}, {"first": "e0", "examples": 2}, {"first": "e2", "examples": 2},
         {"first": "e4", "examples": 3}, {"first": "e5", "examples": 2},
     ]  # fmt: skip
-    assert list(made.tables["answers"]["example"]) == [f"e{i}" for i in range(6)]
+    assert list(halving.tables["answers"]["example"]) == [f"e{i}" for i in range(6)]
 
 
 def test_an_example_without_room_of_its_own_is_set_aside(vlm, data, monkeypatch, tmp_path):
-    whole_inputs = type(vlm).inputs
+    original_inputs = type(vlm).inputs
     big = np.asarray(data.examples[3].image)
 
     def inputs(self, images, prompts):
-        if any(np.array_equal(np.asarray(one), big) for one in (images if isinstance(images, list) else [images])):
+        if any(np.array_equal(np.asarray(image), big) for image in (images if isinstance(images, list) else [images])):
             raise torch.OutOfMemoryError("CUDA out of memory.")
-        return whole_inputs(self, images, prompts)
+        return original_inputs(self, images, prompts)
 
     monkeypatch.setattr(type(vlm), "inputs", inputs)
-    made = study(vlm, data, tmp_path / "out")
-    (row,) = made.skipped.itertuples()
+    result = study(vlm, data, tmp_path / "out")
+    (row,) = result.skipped.itertuples()
     assert (row.example, row.model) == ("e3", vlm.name)
     assert row.reason == "it does not fit into the memory of cpu, even alone (CUDA out of memory.)"
-    assert made.models[vlm.name]["halved"] == [{"first": "e2", "examples": 2}]
+    assert result.models[vlm.name]["halved"] == [{"first": "e2", "examples": 2}]
 
 
 def test_what_has_no_room_in_the_gallery_is_left_out_and_recorded(vlm, data, monkeypatch, tmp_path):
     from mechvlm.study.report import gallery
 
-    show = gallery.show
+    read_view = gallery.read_view
 
     def limited(vlm, image, prompt):
         if image is data.examples[2].image:
             raise torch.OutOfMemoryError("CUDA out of memory.")
-        return show(vlm, image, prompt)
+        return read_view(vlm, image, prompt)
 
-    monkeypatch.setattr(gallery, "show", limited)
-    made = study(vlm, data, tmp_path / "out")
-    assert [example.id for example, _ in made.gallery] == ["e0", "e1", "e3", "e4", "e5"]
-    assert made.models[vlm.name]["left_out_of_gallery"] == [{"example": "e2", "reason": "CUDA out of memory."}]
+    monkeypatch.setattr(gallery, "read_view", limited)
+    result = study(vlm, data, tmp_path / "out")
+    assert [example.id for example, _ in result.gallery] == ["e0", "e1", "e3", "e4", "e5"]
+    assert result.models[vlm.name]["left_out_of_gallery"] == [{"example": "e2", "reason": "CUDA out of memory."}]
     assert len(list((tmp_path / "out" / "views").glob("*.html"))) == 5
 
 

@@ -1,4 +1,4 @@
-"""The command `mechvlm study` stops with exit codes that tell, and says how to go on."""
+"""`mechvlm study` stops with an exit code that tells why, and says how to go on."""
 
 import errno
 import os
@@ -18,10 +18,10 @@ from mechvlm.study.running import shards
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     model, processor = llava(layers=2)
-    made = tmp_path_factory.mktemp("model") / "a-llava"
-    model.save_pretrained(made)
-    processor.save_pretrained(made)
-    return str(made)
+    path = tmp_path_factory.mktemp("model") / "a-llava"
+    model.save_pretrained(path)
+    processor.save_pretrained(path)
+    return str(path)
 
 
 def call(capsys, *arguments) -> tuple[int, str, str]:
@@ -53,13 +53,14 @@ def test_a_signal_stops_it_and_says_how_to_go_on(capsys, folder, tmp_path, monke
     assert err.endswith(f"Stopped. What is done stays in mechvlm-study. Go on with:\n  {command}\n")
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     assert [p.name for p in Path("mechvlm-study/shards").iterdir()] == ["0-00000"]
-    # Another one begins another study, which --resume refuses; the same one goes on, with --resume or without.
+    # With another seed it is another study: --resume refuses it, and without --resume it gets a
+    # folder of its own. The same command goes on, with --resume or without.
     assert call(capsys, *options, "--resume", "--seed", 1)[0] == 1
     with monkeypatch.context() as patch:
         patch.setattr("mechvlm.study.running.workers.make_shard", stop_at_second)
         got, _, err = call(capsys, *options, "--seed", 1)
     assert got == code
-    assert "Not finished here, and of other settings: mechvlm-study. This study goes to mechvlm-study-2." in err
+    assert "Unfinished studies with other settings are here: mechvlm-study. This study goes to mechvlm-study-2." in err
     assert "--seed 1 --out mechvlm-study-2" in err
     assert [p.name for p in Path("mechvlm-study/shards").iterdir()] == ["0-00000"]
     got, printed, _ = call(capsys, *options, *going_on)
@@ -87,11 +88,13 @@ def test_a_full_disk_is_3(capsys, monkeypatch, folder, tmp_path):
     monkeypatch.chdir(tmp_path)
     command = ["study", "--model", folder, "--n", 2]
     with monkeypatch.context() as patch:
-        patch.setattr("mechvlm.study.running.shards.write_piece", full)
+        patch.setattr("mechvlm.study.running.shards.write_folder", full)
         for out in ([], ["--out", "named"]):
             code, _, err = call(capsys, *command, *out)
             assert code == 3
-            said = f"What is done stays in {out[1] if out else 'mechvlm-study'}; where that is a full disk, make room. The same"
+            said = (
+                f"What is done stays in {out[1] if out else 'mechvlm-study'}; if the disk is full, make room. The same"
+            )
             assert (
                 f"Error: The study stopped: [Errno 28] No space left on device. {said} command goes on from there."
                 in err

@@ -1,4 +1,4 @@
-"""The study end to end on small random models: its numbers against direct calls, its folder as a reader finds it."""
+"""The study end to end on small random models: its numbers against direct calls, and its folder."""
 
 import json
 import re
@@ -31,16 +31,16 @@ def dataset(examples) -> Dataset:
 
 @pytest.fixture(scope="module")
 def examples(llava_vlm, blip_vlm):
-    """Seven images. Captions hold some words that the models decode, so that no score is 0 by accident."""
-    made = []
+    """Seven images. Their captions hold words that the models decode, so that scores are not 0."""
+    examples = []
     for i in range(7):
         image = noise_image(i)
         words = set()
         for vlm in (llava_vlm, blip_vlm):
             lens = mv.logit_lens(vlm, vlm.inputs(image, "what is this"), k=1)
             words |= {w for layer in lens.pieces() for (piece,) in layer if (w := word_of(piece))}
-        made.append(Example(f"e{i}", image, (" ".join(sorted(words)[i::2]), f"a picture number {i}")))
-    return made
+        examples.append(Example(f"e{i}", image, (" ".join(sorted(words)[i::2]), f"a picture number {i}")))
+    return examples
 
 
 @pytest.fixture(scope="module")
@@ -49,9 +49,9 @@ def study(llava_vlm, blip_vlm, examples, tmp_path_factory):
     return run([llava_vlm, blip_vlm], dataset(examples), prompt="what is this", batch_size=3, out=out)
 
 
-def same(one, other, tables=VALUES):
+def assert_same_tables(study, other, tables=VALUES):
     for name in tables:
-        a, b = (s.tables[name].drop(columns="model", errors="ignore") for s in (one, other))
+        a, b = (s.tables[name].drop(columns="model", errors="ignore") for s in (study, other))
         pd.testing.assert_frame_equal(a, b, atol=1e-5, rtol=1e-4, check_dtype=False)
 
 
@@ -62,7 +62,7 @@ def same(one, other, tables=VALUES):
 def test_words_equal_a_direct_call(study, examples, llava_vlm, blip_vlm, name):
     vlm = {LLAVA: llava_vlm, BLIP: blip_vlm}[name]
     rows = study.tables["lens"].query("model == @name")
-    some = False
+    some_between = False
     for i, example in enumerate(examples):
         inputs = vlm.inputs(example.image, "what is this")
         lens = mv.logit_lens(vlm, inputs, k=1, positions="all")
@@ -71,15 +71,15 @@ def test_words_equal_a_direct_call(study, examples, llava_vlm, blip_vlm, name):
             ("text", "own", example),
             ("image", "other", examples[(i + 1) % len(examples)]),
         ]:
-            mine = rows.query("example == @example.id and tokens == @tokens and captions == @captions")
-            assert len(mine) == 2 * (vlm.n_layers + 1)
+            scores = rows.query("example == @example.id and tokens == @tokens and captions == @captions")
+            assert len(scores) == 2 * (vlm.n_layers + 1)
             for layer, pieces in enumerate(lens.at(getattr(inputs.tokens, tokens)).pieces()):
                 direct = precision_recall(pieces, of.captions)
                 for measure in ("precision", "recall"):
-                    (found,) = mine.query("layer == @layer and measure == @measure")["value"]
-                    np.testing.assert_allclose(found, getattr(direct, measure), err_msg=f"{tokens} {captions} {layer}")
-                    some |= tokens == "image" and captions == "own" and 0 < found < 1
-    assert some, "every score is 0, 1 or NaN: the test shows nothing"
+                    (value,) = scores.query("layer == @layer and measure == @measure")["value"]
+                    np.testing.assert_allclose(value, getattr(direct, measure), err_msg=f"{tokens} {captions} {layer}")
+                    some_between |= tokens == "image" and captions == "own" and 0 < value < 1
+    assert some_between, "every score is 0, 1 or NaN: the test shows nothing"
 
 
 @pytest.mark.parametrize("name", [LLAVA, BLIP])
@@ -97,13 +97,13 @@ def test_contextualization_and_norms_equal_single_reads(study, examples, llava_v
         context, norm = mv.read(vlm, inputs, mv.Contextualization(), mv.NormAttention())
         rows = study.tables["contextualization"].query("model == @name and example == @example.id")
         for pair in ("inter", "image", "text"):
-            found = rows.query("pair == @pair").sort_values("layer")["value"]
-            np.testing.assert_allclose(found, getattr(context, pair)[:, 0], atol=1e-5)
+            curve = rows.query("pair == @pair").sort_values("layer")["value"]
+            np.testing.assert_allclose(curve, getattr(context, pair)[:, 0], atol=1e-5)
         image = inputs.tokens.image
         for dest, at in (("last_text", 0), ("last_image", 1)):
             for measure, values in (("norm", norm.norm[:, 0, at]), ("weight", norm.weight[:, 0, :, at].mean(1))):
-                found = shares.loc[(example.id, measure, dest), "value"]
-                np.testing.assert_allclose(found, values[:, image].sum(-1) / values.sum(-1), atol=1e-5)
+                share = shares.loc[(example.id, measure, dest), "value"]
+                np.testing.assert_allclose(share, values[:, image].sum(-1) / values.sum(-1), atol=1e-5)
         norms.append(norm.norm[:, 0])
         weights.append(norm.weight[:, 0].mean(1))
     table = study.tables["norm_attention"].query("model == @name")
@@ -111,24 +111,25 @@ def test_contextualization_and_norms_equal_single_reads(study, examples, llava_v
     for i, dest in enumerate(("last_text", "last_image")):
         at = getattr(inputs.tokens, dest)
         for column, values in (("norm", norms), ("weight", weights)):
-            found = table[table["dest"] == dest].pivot(index="layer", columns="src", values=column)
-            assert list(found.index) == list(range(1, vlm.n_layers + 1))
+            means = table[table["dest"] == dest].pivot(index="layer", columns="src", values=column)
+            assert list(means.index) == list(range(1, vlm.n_layers + 1))
             mean = torch.stack(values).mean(0)[:, i]
             assert not mean[:, at + 1 :].any(), "something after the destination was attended"
-            np.testing.assert_allclose(found, mean[:, : at + 1], atol=1e-6)
+            np.testing.assert_allclose(means, mean[:, : at + 1], atol=1e-6)
     (first,) = table.query("dest == 'last_text' and layer == 1 and src == 0")["piece"]
     assert first == inputs.tokens.strings[0]
 
 
 def test_baseline_is_of_all_examples_together(study, examples, llava_vlm):
     together = mv.contextualization(llava_vlm, llava_vlm.inputs([e.image for e in examples], "what is this"))
-    found = study.tables["baseline"].query("model == @LLAVA and pair == 'inter'").sort_values("layer")["value"]
-    np.testing.assert_allclose(found, together.baseline[0], atol=1e-5)
+    baseline = study.tables["baseline"].query("model == @LLAVA and pair == 'inter'").sort_values("layer")["value"]
+    np.testing.assert_allclose(baseline, together.baseline[0], atol=1e-5)
 
 
 @pytest.mark.parametrize("size", [1, 7])
 def test_batches_change_nothing(study, llava_vlm, blip_vlm, examples, size):
-    same(run([llava_vlm, blip_vlm], dataset(examples), prompt="what is this", batch_size=size), study)
+    other = run([llava_vlm, blip_vlm], dataset(examples), prompt="what is this", batch_size=size)
+    assert_same_tables(other, study)
 
 
 def test_phases_are_those_of_the_curves(study):
@@ -142,17 +143,18 @@ def test_phases_are_those_of_the_curves(study):
 
 
 def test_one_example_is_enough(llava_vlm, tmp_path):
-    made = run([llava_vlm], "scenes", n=1, out=tmp_path / "one")
-    assert set(made.tables["lens"]["captions"]) == {"own", "single"}
-    assert made.tables["baseline"]["value"].isna().all()
+    study = run([llava_vlm], "scenes", n=1, out=tmp_path / "one")
+    assert set(study.tables["lens"]["captions"]) == {"own", "single"}
+    assert study.tables["baseline"]["value"].isna().all()
     assert (tmp_path / "one" / "report.html").is_file()
 
 
-# --- what is set aside ---
+# --- examples that are set aside ---
 
 
 @pytest.fixture(scope="module")
 def with_bad(tmp_path_factory):
+    """Two data sets: four good images with five bad ones, and the good ones alone."""
     folder = tmp_path_factory.mktemp("bad") / "d"
     folder.mkdir()
     good = [f"{i}.png" for i in range(4)]
@@ -170,7 +172,7 @@ def with_bad(tmp_path_factory):
 
 
 def in_order(spec):
-    """Without the draw's order, which depends on how many there are."""
+    """The data set sorted by id, so that its order does not depend on the draw."""
     data = load_dataset(spec)
     examples = tuple(sorted(data.examples, key=lambda e: e.id))
     return Dataset("made", examples, data.set_aside, data.fingerprint)
@@ -179,15 +181,13 @@ def in_order(spec):
 @pytest.mark.parametrize("size", [1, 3, 16])
 def test_bad_examples_are_set_aside_and_the_rest_is_unchanged(with_bad, llava_vlm, tmp_path, size):
     bad, good = map(in_order, with_bad)
-    made, among_good = (
-        run([llava_vlm], bad, batch_size=size, out=tmp_path / "bad"),
-        run([llava_vlm], good, batch_size=4),
-    )
-    same(made, among_good, tables=("contextualization", "baseline", "norm_attention"))
-    lens = [s.tables["lens"] for s in (made, among_good)]
-    own, own_among_good = (t[t["captions"] == "own"].reset_index(drop=True) for t in lens)
-    pd.testing.assert_frame_equal(own, own_among_good)
-    # The control is the next example of the data set, which may be one that cannot be read.
+    study = run([llava_vlm], bad, batch_size=size, out=tmp_path / "bad")
+    good_study = run([llava_vlm], good, batch_size=4)
+    assert_same_tables(study, good_study, tables=("contextualization", "baseline", "norm_attention"))
+    lens = [s.tables["lens"] for s in (study, good_study)]
+    own, own_of_good = (t[t["captions"] == "own"].reset_index(drop=True) for t in lens)
+    pd.testing.assert_frame_equal(own, own_of_good)
+    # The control is the next example of the data set, even if that cannot be read.
     captions = {e.id: e.captions for e in bad.examples}
     following = dict(zip(captions, [*list(captions)[1:], next(iter(captions))], strict=True))
     assert following["2.png"] == "3.png"
@@ -195,7 +195,7 @@ def test_bad_examples_are_set_aside_and_the_rest_is_unchanged(with_bad, llava_vl
     for example in good.examples:
         lens = mv.logit_lens(llava_vlm, llava_vlm.inputs(example.image, PROMPT), k=1)
         direct = [precision_recall(p, captions[following[example.id]]).recall for p in lens.pieces()]
-        rows = made.tables["lens"].query("example == @example.id and captions == 'other' and measure == 'recall'")
+        rows = study.tables["lens"].query("example == @example.id and captions == 'other' and measure == 'recall'")
         np.testing.assert_allclose(rows["value"], direct)
     skipped = pd.read_csv(tmp_path / "bad" / "skipped.csv", keep_default_na=False).set_index("example")
     expected = {
@@ -218,23 +218,23 @@ def test_an_example_with_nan_is_set_aside(examples, monkeypatch):
     from helpers.models import llava
 
     vlm = mv.load(*llava(layers=2))
-    whole = type(vlm).inputs
+    inputs_of = type(vlm).inputs
 
-    def inputs(self, images, prompts):
-        made = whole(self, images, prompts)
-        for row, (image,) in enumerate(made.images):
+    def with_nan(self, images, prompts):
+        inputs = inputs_of(self, images, prompts)
+        for row, (image,) in enumerate(inputs.images):
             if image.getpixel((0, 0)) == examples[2].image.getpixel((0, 0)):
-                made.encoding["pixel_values"][row] = torch.nan
-        return made
+                inputs.encoding["pixel_values"][row] = torch.nan
+        return inputs
 
-    monkeypatch.setattr(type(vlm), "inputs", inputs)
-    made = run([vlm], dataset(examples), batch_size=4)
-    assert list(made.skipped["example"]) == ["e2"]
-    assert "NaN or infinite" in made.skipped["reason"][0]
-    assert made.models[LLAVA]["n_examples"] == 6
+    monkeypatch.setattr(type(vlm), "inputs", with_nan)
+    study = run([vlm], dataset(examples), batch_size=4)
+    assert list(study.skipped["example"]) == ["e2"]
+    assert "NaN or infinite" in study.skipped["reason"][0]
+    assert study.models[LLAVA]["n_examples"] == 6
 
 
-def test_nothing_left(llava_vlm, tmp_path):
+def test_no_example_is_left(llava_vlm, tmp_path):
     (tmp_path / "x.png").write_text("no")
     spec = write_folder(tmp_path, [{"image": "x.png", "captions": ["x"]}])
     with pytest.raises(InputError, match=r"None of the 1 examples .*x\.png"):
@@ -242,7 +242,7 @@ def test_nothing_left(llava_vlm, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_prompt_without_room_or_text_is_said_once(llava_vlm, blip_vlm):
+def test_a_prompt_without_room_or_text_is_refused(llava_vlm, blip_vlm):
     with pytest.raises(InputError, match="leaves no room"):
         run([llava_vlm], "scenes", n=3, prompt="word " * 3000)
     with pytest.raises(InputError, match="without a text token"):
@@ -254,36 +254,25 @@ def test_a_prompt_without_room_or_text_is_said_once(llava_vlm, blip_vlm):
 
 def test_the_folder_is_whole_and_reads_back(study):
     names = {str(p.relative_to(study.out)) for p in study.out.rglob("*") if p.is_file()}
-    drawn = {
+    figures = {
         f"figures/{n}.{s}" for n in ("phases", "lens", "contextualization", "norm_attention") for s in ("png", "svg")
     }
     views = {f"views/{i + 1:02}-{VLM}-e{i % 6}.html" for i, VLM in enumerate([LLAVA] * 6 + [BLIP] * 6)}
     single = {"report.html", "run.json", "settings.json", "skipped.csv", "data/README.txt", "views/gallery.parquet"}
-    assert names == single | drawn | views | {f"data/{n}.parquet" for n in study.tables}
+    assert names == single | figures | views | {f"data/{n}.parquet" for n in study.tables}
     assert not [p for p in study.out.rglob("*") if p.is_dir() and not any(p.iterdir())]
     for name, table in mv.Study.open(study.out).tables.items():
         pd.testing.assert_frame_equal(table, study.tables[name], check_dtype=False)
 
 
-def test_run_json_says_how_to_do_it_again(study, examples):
+def test_run_json_says_how_to_run_the_study_again(study, examples):
     record = json.loads((study.out / "run.json").read_text())
     assert record["dataset"] == {"name": "made", "n": 7, "fingerprint": fingerprint(examples)}
     assert record["seed"] == 0
-    asked = {
-        "models",
-        "dataset",
-        "prompt",
-        "n",
-        "seed",
-        "device",
-        "device_map",
-        "remote",
-        "dtype",
-        "batch_size",
-        "out",
+    assert set(record["settings"]) == {
+        "models", "dataset", "prompt", "n", "seed", "device", "device_map", "remote", "dtype", "batch_size", "out",
         "measures",
-    }
-    assert set(record["settings"]) == asked
+    }  # fmt: skip
     assert set(record["models"]) == {LLAVA, BLIP}
     assert {"python", "platform", "torch", "transformers", "nnsight", "mechvlm"} <= set(record["versions"])
     assert record["phases"][LLAVA]["explanation"] == study.phases[LLAVA].explanation
@@ -300,8 +289,7 @@ def test_figures_show_something(study):
 
 
 def test_figures_can_be_drawn_from_the_files_alone(study):
-    drawn = mv.Study.open(study.out).figures()
-    lens, caption = drawn["lens"]
+    lens, caption = mv.Study.open(study.out).figures()["lens"]
     labels = [t.get_text() for t in lens.legends[0].get_texts()]
     assert labels == [
         "image tokens, own captions",
@@ -322,14 +310,14 @@ def test_figures_can_be_drawn_from_the_files_alone(study):
 
 
 def requests_of(page: str) -> list[str]:
-    """Whatever a browser would fetch, before anything is clicked."""
+    """The addresses that a browser would fetch before anything is clicked."""
     page = re.sub(r'<a [^>]*href="views/[\w-]+\.html"', "<a ", page)
-    found = re.findall(r"(?:src|href|srcset|poster|data|action)\s*=\s*[\"']?([^\"'\s>]+)", page, re.IGNORECASE)
-    found += re.findall(r"(?:url\(|@import)\s*[\"']?([^\"')\s]+)", page, re.IGNORECASE)
-    return [f for f in found if not f.startswith("data:")]
+    addresses = re.findall(r"(?:src|href|srcset|poster|data|action)\s*=\s*[\"']?([^\"'\s>]+)", page, re.IGNORECASE)
+    addresses += re.findall(r"(?:url\(|@import)\s*[\"']?([^\"')\s]+)", page, re.IGNORECASE)
+    return [address for address in addresses if not address.startswith("data:")]
 
 
-def test_the_report_asks_for_nothing_and_runs_nothing(study):
+def test_the_report_fetches_nothing_and_runs_no_script(study):
     page = (study.out / "report.html").read_text()
     assert requests_of(page) == []
     assert "<script" not in page.lower()
@@ -341,29 +329,30 @@ def test_hostile_text_is_escaped(llava_vlm, tmp_path):
     examples = [Example(f"{i} {HOSTILE}", noise_image(i), (HOSTILE + " dog",)) for i in range(3)]
     (tmp_path / "<script>x.png").write_text("no picture")
     examples.append(Example("<script>x", tmp_path / "<script>x.png", ("x y",)))
-    made = run([llava_vlm], dataset(examples), prompt="what is <script>alert(2)</script> this", out=tmp_path / "out")
-    assert len(made.views) == 3
-    assert {p.parent for p in made.out.rglob("*.html")} == {made.out, made.out / "views"}
-    for file in (made.out / "views").glob("*.html"):
-        assert file.read_text().count("<script") == 3, "its own: that scripts run, the numbers, and what draws them"
-    page = (made.out / "report.html").read_text()
+    study = run([llava_vlm], dataset(examples), prompt="what is <script>alert(2)</script> this", out=tmp_path / "out")
+    assert len(study.views) == 3
+    assert {p.parent for p in study.out.rglob("*.html")} == {study.out, study.out / "views"}
+    for file in (study.out / "views").glob("*.html"):
+        # Its own scripts: a check that scripts run, the numbers, and the code that draws them.
+        assert file.read_text().count("<script") == 3
+    page = (study.out / "report.html").read_text()
     assert "&lt;script&gt;alert(" in page
     assert "<script" not in page.lower()
     assert "<img src=http" not in page
     assert page.count("</style>") == 1
     assert [r for r in requests_of(page) if "evil" not in r] == [], "only as text"
-    assert len(made.skipped) == 1
+    assert len(study.skipped) == 1
 
 
-def test_the_report_says_where_the_phases_do_not_show(study):
+def test_the_report_says_whether_the_phases_show(study):
     page = (study.out / "report.html").read_text()
     for name in (LLAVA, BLIP):
-        said = "does not show the paper" if not study.phases[name].shows_pattern else "shows the paper"
-        assert said in page
+        verdict = "does not show the paper" if not study.phases[name].shows_pattern else "shows the paper"
+        assert verdict in page
         assert study.phases[name].explanation.split(".")[0] in page
 
 
-def test_summary_has_a_row_a_model(study):
+def test_summary_has_a_row_per_model(study):
     rows = summary(study).set_index("model")
     curves = study.tables["contextualization"].query("model == @BLIP and pair == 'inter'")
     means = curves.groupby("layer")["value"].mean()

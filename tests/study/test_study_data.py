@@ -1,4 +1,4 @@
-"""The study on COCO's captions, on Winoground and on rows of the library datasets, up to its report."""
+"""The study runs on COCO, on Winoground and on the library datasets, up to its report."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""A written study, opened again without a model: its tables, statistics and figures are the run's."""
+"""A finished study, opened without a model: its tables, statistics and figures are the run's."""
 
 import json
 import re
@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import fields, replace
+from itertools import combinations
 
 import matplotlib as mpl
 import numpy as np
@@ -29,7 +30,7 @@ FOUR = ("phases", "lens", "contextualization", "norm_attention")
 
 @pytest.fixture(scope="module")
 def study(llava_vlm, blip_vlm, tmp_path_factory):
-    """Six examples; one is set aside by each model, and one before any."""
+    """Six examples, of which each model sets one aside; another was set aside before."""
     broken = tmp_path_factory.mktemp("images") / "broken.png"
     broken.write_text("no picture")
     examples = [Example(f"{i:03}", noise_image(i), (f"the dog number {i}", "cat")) for i in range(5)]
@@ -44,7 +45,7 @@ def opened(study):
     return mv.Study.open(study.out)
 
 
-# --- what was found ---
+# --- results ---
 
 
 def test_an_opened_study_is_the_one_that_was_written(study, opened):
@@ -64,15 +65,15 @@ def test_an_opened_study_is_the_one_that_was_written(study, opened):
     }
 
 
-def test_its_phases_are_those_of_the_run(study, opened):
+def test_the_phases_are_those_of_the_run(study, opened):
     record = json.loads((study.out / "run.json").read_text())
-    for model, found in study.phases.items():
-        again = opened.phases[model]
-        for one in fields(found):
-            mine, theirs = getattr(found, one.name), getattr(again, one.name)
-            same = torch.equal(mine, theirs) if isinstance(mine, torch.Tensor) else repr(mine) == repr(theirs)
-            assert same, one.name
-        assert again.explanation == record["phases"][model]["explanation"]
+    for model, phases in study.phases.items():
+        reopened = opened.phases[model]
+        for field in fields(phases):
+            before, after = getattr(phases, field.name), getattr(reopened, field.name)
+            same = torch.equal(before, after) if isinstance(before, torch.Tensor) else repr(before) == repr(after)
+            assert same, field.name
+        assert reopened.explanation == record["phases"][model]["explanation"]
 
 
 def test_no_model_and_no_nnsight_is_needed(study):
@@ -89,7 +90,7 @@ def test_no_model_and_no_nnsight_is_needed(study):
 
 def test_the_figures_are_those_of_the_run_byte_for_byte(study, opened, tmp_path):
     opened.save_figures(tmp_path / "again")
-    # matplotlib names an SVG's clip paths by where they lie in memory.
+    # matplotlib names an SVG's clip paths after their place in memory.
     clips = re.compile(rb"(?<=[#\"])p[0-9a-f]{10}(?=[)\"])")
     for name in FOUR:
         png, svg = ([(folder / f"{name}.{kind}").read_bytes() for folder in (tmp_path / "again", study.out / "figures")]
@@ -97,7 +98,7 @@ def test_the_figures_are_those_of_the_run_byte_for_byte(study, opened, tmp_path)
         assert png[0] == png[1], name
         assert clips.sub(b"", svg[0]) == clips.sub(b"", svg[1]), name
     captions = json.loads((study.out / "run.json").read_text())["figures"]
-    assert {name: drawn.caption for name, drawn in opened.figures().items()} == captions
+    assert {name: captioned.caption for name, captioned in opened.figures().items()} == captions
     assert tuple(captions) == FOUR
 
 
@@ -107,8 +108,8 @@ def test_every_caption_has_its_seeds_and_counts(opened, name):
     assert "LlavaForConditionalGeneration n = 5 (1 set aside)" in caption
     assert "InstructBlipForConditionalGeneration n = 5 (1 set aside)" in caption
     assert "of 6 drawn from made with seed 3; 1 set aside before any model read them" in caption
-    of_many = replace(opened, dataset=opened.dataset | {"usable": 5000})
-    assert "of 6 drawn from the 5,000 of made with seed 3;" in of_many.plot(name).caption
+    from_many = replace(opened, dataset=opened.dataset | {"usable": 5000})
+    assert "of 6 drawn from the 5,000 of made with seed 3;" in from_many.plot(name).caption
     assert "pale bands their standard deviation" in caption
     assert "95% bootstrap interval of the mean (2,000 resamples of the examples, seed 3)" in caption
     if name == "phases":
@@ -121,44 +122,41 @@ def scores(study, measure: str, tokens: str, captions: str) -> pd.DataFrame:
 
 
 def lines(ax) -> dict[str, np.ndarray]:
-    """CaptionedFigure points by label; lines without one by number."""
+    """The points [x, y] of each line, by its label (matplotlib numbers lines without label)."""
     return {str(line.get_label()): line.get_xydata() for line in ax.lines}
 
 
 def test_every_figure_has_its_controls():
-    made = made_study({"a": 6, "b": 4}, n=5)
-    drawn = made.figures()
-    base = made.tables["baseline"].query("model == 'a'").pivot(index="pair", columns="layer", values="value")
+    study = made_study({"a": 6, "b": 4}, n=5)
+    figures = {name: captioned.figure for name, captioned in study.figures().items()}
+    baseline = study.tables["baseline"].query("model == 'a'").pivot(index="pair", columns="layer", values="value")
     for name, axes in (("phases", (0, 1)), ("contextualization", (0,))):
-        points = [line.get_ydata() for i in axes for line in drawn[name].figure.axes[i].lines]
+        points = [line.get_ydata() for i in axes for line in figures[name].axes[i].lines]
         for pair in ("inter", "image", "text"):
-            assert any(np.array_equal(y, base.loc[pair]) for y in points), f"{name} has no baseline of {pair}"
-    lens = lines(drawn["lens"].figure.axes[0])
+            assert any(np.array_equal(y, baseline.loc[pair]) for y in points), f"{name} has no baseline of {pair}"
+    lens = lines(figures["lens"].axes[0])
     for label, tokens, captions in [
         ("image tokens, own captions", "image", "own"),
         ("image tokens, another image's captions", "image", "other"),
         ("text tokens, own captions", "text", "own"),
     ]:
-        rows = scores(made, "precision", tokens, captions).query("model == 'a'")
+        rows = scores(study, "precision", tokens, captions).query("model == 'a'")
         np.testing.assert_allclose(lens[label][:, 1], rows.groupby("layer")["value"].mean())
-    shares = [ax for ax in drawn["norm_attention"].figure.axes if ax.get_title(loc="left") == "image tokens' share"]
+    shares = [ax for ax in figures["norm_attention"].axes if ax.get_title(loc="left") == "image tokens' share"]
     assert len(shares) == 4
     np.testing.assert_allclose(lines(shares[0])["under uniform attention"][:, 0], 16 / 22)
-    own = (
-        made.tables["attention_share"]
-        .query("model == 'a' and dest == 'last_text'")
-        .groupby(["measure", "layer"])["value"]
-    )
+    rows = study.tables["attention_share"].query("model == 'a' and dest == 'last_text'")
+    means = rows.groupby(["measure", "layer"])["value"].mean()
     for label, measure in (("by norm written", "norm"), ("by raw attention weight", "weight")):
-        np.testing.assert_allclose(lines(shares[0])[label][:, 0], own.mean()[measure])
-    titles = {ax.get_title(loc="left") for ax in drawn["norm_attention"].figure.axes}
+        np.testing.assert_allclose(lines(shares[0])[label][:, 0], means[measure])
+    titles = {ax.get_title(loc="left") for ax in figures["norm_attention"].axes}
     assert {f"raw weight, mean over heads (uniform: {1 / n:.2g})" for n in (22, 17)} <= titles
 
 
 def test_bands_are_the_deviation_and_the_interval():
-    made = made_study({"a": 6}, n=9)
-    ax = made.plot("contextualization").figure.axes[0]
-    curve = made.curves("cosine_inter")
+    study = made_study({"a": 6}, n=9)
+    ax = study.plot("contextualization").figure.axes[0]
+    curve = study.curves("cosine_inter")
     pale, dark = ax.collections[:2]
     for band, low, high in [
         (pale, curve["mean"] - curve["sd"], curve["mean"] + curve["sd"]),
@@ -173,34 +171,32 @@ def test_bands_are_the_deviation_and_the_interval():
     "models", [{"one": 32}, {"a": 3, "b": 32}, {"org/a-long-name-of-a-model": 3, "b": 8, "c": 40, "d": 2}]
 )
 def test_figures_fit_for_any_number_of_models_and_layers(models):
-    made = made_study(models, n=3)
-    for name, drawn in made.figures().items():
+    study = made_study(models, n=3)
+    for name, (figure, _) in study.figures().items():
         with style():
-            drawn.figure.draw_without_rendering()
-        width, height = drawn.figure.canvas.get_width_height()
-        legend = drawn.figure.legends[0].get_window_extent()
+            figure.draw_without_rendering()
+        width, height = figure.canvas.get_width_height()
+        legend = figure.legends[0].get_window_extent()
         assert 0 <= legend.x0 < legend.x1 <= width, f"{name}: the legend is cut off"
-        titles = {ax.get_title(loc="left").split("  ")[0].split(":")[0] for ax in drawn.figure.axes}
+        titles = {ax.get_title(loc="left").split("  ")[0].split(":")[0] for ax in figure.axes}
         assert {model.split("/")[-1] for model in models} <= titles
-        boxes = [ax.get_tightbbox() for ax in drawn.figure.axes]
+        boxes = [ax.get_tightbbox() for ax in figure.axes]
         assert all(box.x0 > -1 and box.y0 > -1 and box.x1 < width + 1 and box.y1 < height + 1 for box in boxes)
-        for i, one in enumerate(boxes):
-            for other in boxes[:i]:
-                wide = min(one.x1, other.x1) - max(one.x0, other.x0)
-                high = min(one.y1, other.y1) - max(one.y0, other.y0)
-                assert min(wide, high) < 2, f"{name}: axes overlap"
+        for a, b in combinations(boxes, 2):
+            overlap = min(a.x1, b.x1) - max(a.x0, b.x0), min(a.y1, b.y1) - max(a.y0, b.y0)
+            assert min(overlap) < 2, f"{name}: axes overlap"
     assert mpl.rcParams["savefig.dpi"] == mpl.rcParamsDefault["savefig.dpi"]
 
 
 def test_a_notebook_shows_the_figure_with_its_caption(tmp_path):
-    made = replace(made_study({"<b>model</b>": 4}, n=3), out=None)
-    drawn = made.plot("lens")
-    shown = drawn._repr_html_()
-    assert "data:image/png;base64," in shown
-    assert "&lt;b&gt;model" not in drawn.caption
-    assert "b&gt; n = 3" in shown
-    assert "<b>" not in shown
-    drawn.save(tmp_path / "lens.pdf")
+    study = replace(made_study({"<b>model</b>": 4}, n=3), out=None)
+    captioned = study.plot("lens")
+    html = captioned._repr_html_()
+    assert "data:image/png;base64," in html
+    assert "&lt;b&gt;model" not in captioned.caption
+    assert "b&gt; n = 3" in html
+    assert "<b>" not in html
+    captioned.save(tmp_path / "lens.pdf")
     assert (tmp_path / "lens.pdf").read_bytes().startswith(b"%PDF")
 
 
@@ -208,7 +204,7 @@ def test_a_notebook_shows_the_figure_with_its_caption(tmp_path):
 
 
 def test_text_of_large_tables_is_held_once(opened):
-    """As categories, in the order of text: a study of thousands of examples is 20 bytes a value, and sorts as users expect."""
+    """As categories that sort as text does: so a large study takes 20 bytes per value."""
     for table in (
         *(opened.tables[name] for name in ("contextualization", "lens", "attention_share")),
         tidy(opened.tables),
@@ -239,51 +235,50 @@ def test_the_frame_is_tidy_and_holds_every_value(opened):
 
 
 def test_curves_equal_numpy_and_scipy():
-    made = made_study({"a": 4, "b": 3}, n=40, seed=5)
-    lens = made.tables["lens"]
+    study = made_study({"a": 4, "b": 3}, n=40, seed=5)
+    lens = study.tables["lens"]
     lens.loc[lens.query("model == 'a' and layer == 1 and measure == 'precision'").index[::3], "value"] = np.nan
     for measure in ("cosine_image", "precision", "recall_other"):
-        curve = made.curves(measure).set_index(["model", "layer"])
-        for (model, layer), part in made.frame(measure).groupby(["model", "layer"]):
+        curve = study.curves(measure).set_index(["model", "layer"])
+        for (model, layer), part in study.frame(measure).groupby(["model", "layer"]):
             values = part["value"].dropna().to_numpy()
             row = curve.loc[(model, layer)]
             assert row["n"] == len(values)
             np.testing.assert_allclose([row["mean"], row["sd"]], [values.mean(), values.std()])
-            other = scipy.stats.bootstrap((values,), np.mean, n_resamples=4000, method="percentile", rng=1)
-            width = other.confidence_interval.high - other.confidence_interval.low
-            np.testing.assert_allclose(
-                row[["low", "high"]].tolist(), other.confidence_interval, atol=0.08 * width + 1e-12
-            )
-    assert (made.curves("precision").query("model == 'a' and layer == 1")["n"] < 40).all()
-    baseline = made.curves("cosine_text_baseline").query("model == 'b'")
-    table = made.tables["baseline"].query("model == 'b' and pair == 'text'")
+            bootstrap = scipy.stats.bootstrap((values,), np.mean, n_resamples=4000, method="percentile", rng=1)
+            interval = bootstrap.confidence_interval
+            width = interval.high - interval.low
+            np.testing.assert_allclose(row[["low", "high"]].tolist(), interval, atol=0.08 * width + 1e-12)
+    assert (study.curves("precision").query("model == 'a' and layer == 1")["n"] < 40).all()
+    baseline = study.curves("cosine_text_baseline").query("model == 'b'")
+    table = study.tables["baseline"].query("model == 'b' and pair == 'text'")
     assert list(baseline["mean"]) == list(table["value"])
     assert baseline[["sd", "low", "high"]].isna().all(axis=None)
     with pytest.raises(InputError, match="no measure 'colour'"):
-        made.curves("colour")
+        study.curves("colour")
 
 
 def test_the_study_s_seed_is_that_of_its_intervals():
-    made = made_study({"a": 3}, n=8)
-    again = replace(made, settings=made.settings | {"seed": 1})
-    pd.testing.assert_frame_equal(made.curves(), replace(made).curves())
+    study = made_study({"a": 3}, n=8)
+    other_seed = replace(study, settings=study.settings | {"seed": 1})
+    pd.testing.assert_frame_equal(study.curves(), replace(study).curves())
     ends = ["low", "high"]
-    assert (made.curves("recall")[ends] != again.curves("recall")[ends]).any(axis=None)
-    pd.testing.assert_frame_equal(made.curves().drop(columns=ends), again.curves().drop(columns=ends))
+    assert (study.curves("recall")[ends] != other_seed.curves("recall")[ends]).any(axis=None)
+    pd.testing.assert_frame_equal(study.curves().drop(columns=ends), other_seed.curves().drop(columns=ends))
 
 
 def test_curves_that_are_changed_do_not_change_the_study():
-    made = made_study({"a": 3}, n=4)
-    changed = made.curves()
+    study = made_study({"a": 3}, n=4)
+    changed = study.curves()
     changed["mean"] = 0.0
-    assert made.curves()["mean"].abs().sum() > 0
+    assert study.curves()["mean"].abs().sum() > 0
 
 
 def test_one_example_has_no_interval_and_is_still_drawn():
-    made = made_study({"a": 3}, n=1)
-    assert made.curves()[["low", "high"]].isna().all(axis=None)
-    assert set(made.figures()) == set(FIGURES)
-    assert np.isnan(made.summary()["precision_low"][0])
+    study = made_study({"a": 3}, n=1)
+    assert study.curves()[["low", "high"]].isna().all(axis=None)
+    assert set(study.figures()) == set(FIGURES)
+    assert np.isnan(study.summary()["precision_low"][0])
 
 
 def test_the_summary_s_intervals_are_the_curves(opened):
@@ -294,12 +289,12 @@ def test_the_summary_s_intervals_are_the_curves(opened):
             ("lowest", "cosine_inter", "lowest_layer"),
         ]:  # fmt: skip
             curve = opened.curves(measure).set_index(["model", "layer"]).loc[(row["model"], row[layer])]
-            found = [row[name], row[f"{name}_low"], row[f"{name}_high"]]
-            np.testing.assert_array_equal(found, curve[["mean", "low", "high"]].astype(float))
+            in_summary = [row[name], row[f"{name}_low"], row[f"{name}_high"]]
+            np.testing.assert_array_equal(in_summary, curve[["mean", "low", "high"]].astype(float))
         assert row["lowest_low"] <= row["lowest"] <= row["lowest_high"]
 
 
-# --- what cannot be opened ---
+# --- folders that cannot be opened ---
 
 
 @pytest.fixture
@@ -335,7 +330,7 @@ DAMAGES = [
     (lambda f: (f / "run.json").write_text("[]"), r"run\.json is missing or damaged \(it holds a list"),
     (lambda f: (f / "run.json").write_text("{}"), r"it lacks models, dataset, settings, seconds"),
     (lambda f: record(f, settings={}), r"run\.json is missing or damaged \(its settings lack the seed"),
-    (lambda f: record(f, models={"a": {}}), r"run\.json is missing or damaged \(it says no n_layers"),
+    (lambda f: record(f, models={"a": {}}), r"run\.json is missing or damaged \(it lacks n_layers"),
     (lambda f: (f / "skipped.csv").unlink(), r"skipped\.csv is missing or damaged"),
     (lambda f: (f / "skipped.csv").write_text("a,b\n"), r"skipped\.csv is missing or damaged"),
     (lambda f: cut(f / "views" / "gallery.parquet"), r"views/gallery\.parquet is missing or damaged"),
@@ -346,14 +341,14 @@ DAMAGES = [
 
 
 @pytest.mark.parametrize(("damage", "message"), DAMAGES, ids=[message for _, message in DAMAGES])
-def test_what_is_wrong_with_a_folder_is_said(copy, damage, message):
+def test_the_error_names_what_is_wrong_with_a_folder(copy, damage, message):
     mv.Study.open(copy)
     damage(copy)
     with pytest.raises(InputError, match=message):
         mv.Study.open(copy)
 
 
-def test_what_is_no_study_is_said(tmp_path):
+def test_a_folder_without_a_study_is_refused(tmp_path):
     with pytest.raises(InputError, match="gone is not there; a study is opened by its folder"):
         mv.Study.open(tmp_path / "gone")
     (tmp_path / "file").touch()

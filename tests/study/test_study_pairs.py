@@ -1,4 +1,4 @@
-"""The study on Winoground: what `mechvlm.winoground` gives of its pairs, in pieces that survive, up to the report."""
+"""The study on Winoground: pairs are measured as by `mechvlm.winoground`, up to the report."""
 
 import json
 import os
@@ -21,14 +21,13 @@ from mechvlm.study import run
 from mechvlm.study.report import figures
 from mechvlm.study.report.captioned import CaptionedFigure
 from mechvlm.study.report.pairs import pair_lines, pair_results, pair_summary
-from mechvlm.study.running import atomic, shards
-from mechvlm.study.running import settings as asked
+from mechvlm.study.running import atomic, settings, shards
 
 PROMPT = "what is this"
 PAIRS = 5
 OPTIONS = {"prompt": PROMPT, "batch_size": 8, "seed": 3}  # two pairs a forward
 TESTS = Path(__file__).parents[1]
-OWN = {"pair_scores", "pairs"}
+PAIR_TABLES = {"pair_scores", "pairs"}
 
 
 @pytest.fixture(scope="module")
@@ -38,12 +37,12 @@ def vlm() -> mv.VLM:
 
 @pytest.fixture(autouse=True, scope="module")
 def small():
-    """Shards of one batch: three of pairs."""
+    """Shards of one batch each, three of them of pairs."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(asked, "SHARD", 8)
-        patch.setattr(asked, "PAIRS_PER_SHARD", 2)
-        patch.setattr(shards, "GALLERY", 1)
-        patch.setattr("mechvlm.study.running.merge.GALLERY", 1)
+        patch.setattr(settings, "EXAMPLES_PER_SHARD", 8)
+        patch.setattr(settings, "PAIRS_PER_SHARD", 2)
+        patch.setattr(shards, "GALLERY_EXAMPLES", 1)
+        patch.setattr("mechvlm.study.running.merge.GALLERY_EXAMPLES", 1)
         yield
 
 
@@ -69,14 +68,14 @@ def tables(out) -> dict[str, bytes]:
 
 
 def test_the_tables_are_what_winoground_gives(study, direct):
-    assert set(study.tables) >= OWN
+    assert set(study.tables) >= PAIR_TABLES
     expected = direct.to_frame()
     table = study.tables["pairs"]
     assert list(table) == ["model", *expected]
     assert set(table["model"]) == {direct.model}
     keys = list(expected)[:-1]
-    found, expected = (one.sort_values(keys, ignore_index=True) for one in (table[list(expected)], expected))
-    pd.testing.assert_frame_equal(found, expected, check_dtype=False, check_exact=True)
+    rows, expected = (frame.sort_values(keys, ignore_index=True) for frame in (table[list(expected)], expected))
+    pd.testing.assert_frame_equal(rows, expected, check_dtype=False, check_exact=True)
     scores = study.tables["pair_scores"]
     assert tuple(scores["pair"]) == direct.pairs
     for name, right in direct.scores._asdict().items():
@@ -88,9 +87,9 @@ def test_the_tables_are_what_winoground_gives(study, direct):
 
 @pytest.mark.parametrize("opened", [False, True])
 def test_the_result_is_read_back_whole(study, direct, opened):
-    found = pair_results(mv.Study.open(study.out) if opened else study)[direct.model]
-    assert torch.equal(found.values.nan_to_num(9), direct.values.nan_to_num(9))
-    assert (found.pairs, found.set_aside, found.prompt) == (direct.pairs, (), PROMPT)
+    result = pair_results(mv.Study.open(study.out) if opened else study)[direct.model]
+    assert torch.equal(result.values.nan_to_num(9), direct.values.nan_to_num(9))
+    assert (result.pairs, result.set_aside, result.prompt) == (direct.pairs, (), PROMPT)
 
 
 def test_summary_lines_and_report(study, direct):
@@ -117,9 +116,9 @@ def test_summary_lines_and_report(study, direct):
 
 
 def test_the_figure_shows_matched_less_mismatched(study, direct):
-    drawn = mv.Study.open(study.out).plot("pairs")
-    titles = [ax.get_title(loc="left").split("\n")[-1] for ax in drawn.figure.axes]
-    panel = drawn.figure.axes[titles.index("cosine of image and caption")]
+    captioned = mv.Study.open(study.out).plot("pairs")
+    titles = [ax.get_title(loc="left").split("\n")[-1] for ax in captioned.figure.axes]
+    panel = captioned.figure.axes[titles.index("cosine of image and caption")]
     matched, mismatched = direct.by_condition[:, direct.measures.index("contextualization")]
     expected = (matched - mismatched).mean((-1, -2)).numpy()
     assert np.abs(expected).max() > 1e-4
@@ -128,12 +127,12 @@ def test_the_figure_shows_matched_less_mismatched(study, direct):
 
 @pytest.fixture
 def no_figures(monkeypatch):
-    """Figures take the time where nothing is tested in them."""
+    """Figures are slow, and not tested here."""
     monkeypatch.setattr(figures, "draw_all", lambda *_: {name: CaptionedFigure(None, "") for name in figures.FIGURES})
 
-    def save_all(drawn, folder):
+    def save_all(captioned, folder):
         folder.mkdir()
-        for name in drawn:
+        for name in captioned:
             (folder / f"{name}.svg").write_text("a figure")
 
     monkeypatch.setattr(figures, "save_all", save_all)
@@ -144,39 +143,42 @@ class Stop(Exception):
 
 
 @pytest.mark.parametrize("at", range(1, 7))
-def test_interrupted_at_any_piece_it_comes_to_the_same(vlm, spec, study, tmp_path, monkeypatch, no_figures, at):
-    """Before a piece has its name: two of examples, three of pairs, then the gallery."""
-    made, write = [], atomic.write_piece
+def test_interrupted_at_any_folder_it_comes_to_the_same(vlm, spec, study, tmp_path, monkeypatch, no_figures, at):
+    """Stopped before a folder has its name: two shards of examples, three of pairs, the gallery."""
+    begun, write = [], atomic.write_folder
 
     def stops(folder, *rest):
-        made.append(folder.name)
-        if len(made) == at:
+        begun.append(folder.name)
+        if len(begun) == at:
             (folder.parent / f".{folder.name}-half.tmp").mkdir()
             raise Stop
         write(folder, *rest)
 
     with monkeypatch.context() as patch:
-        patch.setattr(shards, "write_piece", stops)
+        patch.setattr(shards, "write_folder", stops)
         with pytest.raises(Stop):
             run([vlm], spec, out=tmp_path / "out", **OPTIONS)
-    there = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "out" / "shards").iterdir() if p.suffix != ".tmp"}
-    assert sorted(there) == sorted(made[: at - 1])
+    written = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "out" / "shards").iterdir() if p.suffix != ".tmp"}
+    assert sorted(written) == sorted(begun[: at - 1])
     again = []
-    monkeypatch.setattr(shards, "write_piece", lambda folder, *rest: (again.append(folder.name), write(folder, *rest)))
+    monkeypatch.setattr(shards, "write_folder", lambda folder, *rest: (again.append(folder.name), write(folder, *rest)))
     run([vlm], spec, out=tmp_path / "out", **OPTIONS)
-    assert not set(there) & set(again), "what was done is not done again"
+    assert not set(written) & set(again), "what was done is not done again"
     names = ["0-00000", "0-00001", *(f"0-pairs-{i:05}" for i in range(3)), "0-gallery"]
-    assert [*made[: at - 1], *again] == names
+    assert [*begun[: at - 1], *again] == names
     assert tables(tmp_path / "out") == tables(study.out)
     assert {p.name for p in (tmp_path / "out").iterdir()} == {p.name for p in study.out.iterdir()}
 
 
 @pytest.mark.kills
 def test_killed_again_and_again_it_comes_to_the_same(tmp_path):
-    """tests/killed.py with sides of pairs, each pair a shard: SIGKILL at random moments and at random steps on the disk."""
+    """helpers/killed.py with sides of pairs, one pair in a shard.
+
+    SIGKILL comes at random times and at random steps on the disk.
+    """
     code = (
-        "import json, killed, sys; from pathlib import Path; from mechvlm.datasets import Example; "
-        "killed.settings.PAIRS = 1; killed.Example = lambda id, *rest: "
+        "import json, sys; from pathlib import Path; from helpers import killed; from mechvlm.datasets import Example; "
+        "killed.settings.PAIRS_PER_SHARD = 1; killed.Example = lambda id, *rest: "
         "Example(id, *rest, {'pair': str(int(id[1:]) // 2), 'side': int(id[1:]) % 2}); "
         "print(json.dumps(killed.main(6, 5, Path(sys.argv[1]))))"
     )
@@ -190,16 +192,16 @@ def test_killed_again_and_again_it_comes_to_the_same(tmp_path):
 
 
 def test_progress_counts_the_pairs_sides_once_more(vlm, spec, tmp_path):
-    seen = []
+    counts = []
     run(
         [vlm],
         spec,
-        progress=lambda stage, done, total: seen.append((done, total)) if "reading" in stage else 0,
+        progress=lambda stage, done, total: counts.append((done, total)) if "reading" in stage else 0,
         **OPTIONS,
     )
-    assert {total for _, total in seen} == {2 * PAIRS + 2 * PAIRS}
-    assert [done for done, _ in seen] == sorted(done for done, _ in seen)
-    assert seen[-1][0] == 4 * PAIRS
+    assert {total for _, total in counts} == {2 * PAIRS + 2 * PAIRS}
+    assert [done for done, _ in counts] == sorted(done for done, _ in counts)
+    assert counts[-1][0] == 4 * PAIRS
 
 
 def test_a_pair_of_which_one_side_was_drawn_is_left_out_and_counted(vlm, spec, tmp_path, no_figures):
@@ -211,7 +213,7 @@ def test_a_pair_of_which_one_side_was_drawn_is_left_out_and_counted(vlm, spec, t
 
 def test_no_pair_drawn_whole(vlm, spec, tmp_path, no_figures):
     study = run([vlm], spec, n=1, out=tmp_path / "out", **OPTIONS)
-    assert not OWN & set(study.tables)
+    assert not PAIR_TABLES & set(study.tables)
     assert (study.dataset["pairs"], study.dataset["half_pairs"]) == (0, 1)
     assert "only one side was drawn" in (tmp_path / "out" / "report.html").read_text()
     assert pair_lines(mv.Study.open(tmp_path / "out")) == []
@@ -228,7 +230,7 @@ def test_a_pair_that_cannot_be_read_is_set_aside(vlm, direct, tmp_path, no_figur
     assert pair == "2"
     assert "ex_2_img_1.png" in reason
     assert "n = 4 (1 set aside)" in opened.plot("pairs").caption
-    # The rest is what it is without it, but for a batch's last bits.
+    # The other pairs have the same values, up to the last bits: their batches differ.
     for i, name in enumerate(result.pairs):
         whole = direct.values[:, :, direct.pairs.index(name)]
         torch.testing.assert_close(result.values[:, :, i], whole, atol=1e-4, rtol=1e-4, equal_nan=True)
@@ -239,7 +241,7 @@ def test_pairs_of_which_none_can_be_read(vlm, tmp_path, no_figures):
     for i in range(2):
         (folder / "images" / f"ex_{i}_img_1.png").write_bytes(b"no image")
     study = run([vlm], f"winoground:{folder}", out=tmp_path / "out", **OPTIONS)
-    assert [len(study.tables[name]) for name in sorted(OWN)] == [0, 0]
+    assert [len(study.tables[name]) for name in sorted(PAIR_TABLES)] == [0, 0]
     assert "n = 0 (2 set aside)" in (tmp_path / "out" / "report.html").read_text()
     opened = mv.Study.open(tmp_path / "out")
     assert pair_lines(opened) == []
@@ -257,16 +259,16 @@ def test_pairs_without_room_are_halved_and_that_is_recorded(vlm, spec, direct, m
 
     monkeypatch.setattr(shards, "read_pairs", limited)
     study = run([vlm], spec, **OPTIONS)
-    found = pair_results(study)[direct.model]
-    assert found.pairs == direct.pairs
-    torch.testing.assert_close(found.values, direct.values, atol=1e-4, rtol=1e-4, equal_nan=True)
+    result = pair_results(study)[direct.model]
+    assert result.pairs == direct.pairs
+    torch.testing.assert_close(result.values, direct.values, atol=1e-4, rtol=1e-4, equal_nan=True)
     firsts = [{"first": direct.pairs[i], "pairs": 2} for i in (0, 2)]
     assert study.models[direct.model]["halved"] == firsts
 
 
 def test_other_data_have_none_of_it(vlm, tmp_path):
     study = run([vlm], "scenes", n=2, out=tmp_path / "out", **OPTIONS)
-    assert not OWN & set(study.tables)
+    assert not PAIR_TABLES & set(study.tables)
     assert not [p for p in (tmp_path / "out").rglob("*pair*")]
     assert set(study.dataset) == {"name", "n", "fingerprint"}
     assert "pairs_set_aside" not in next(iter(study.models.values()))
@@ -275,7 +277,7 @@ def test_other_data_have_none_of_it(vlm, tmp_path):
         study.plot("pairs")
 
 
-@pytest.mark.parametrize("name", sorted(OWN))
+@pytest.mark.parametrize("name", sorted(PAIR_TABLES))
 def test_a_table_that_is_missing_or_damaged_is_named(study, tmp_path, name):
     out = shutil.copytree(study.out, tmp_path / "out")
     file = out / "data" / f"{name}.parquet"

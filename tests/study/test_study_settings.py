@@ -1,4 +1,4 @@
-"""What a study refuses, and what it leaves as it was."""
+"""Options that a study refuses, and what it leaves unchanged."""
 
 from dataclasses import replace
 
@@ -49,7 +49,7 @@ def test_the_same_model_twice(llava_vlm):
 
 
 def test_captions_without_a_word_are_set_aside(llava_vlm):
-    """Their precision would be 0 whatever is decoded, and their recall nothing at all."""
+    """Their precision would be 0 whatever is decoded, and their recall undefined."""
     data = load_dataset("scenes", 3)
     examples = (*data.examples, replace(data.examples[0], id="wordless", captions=("the of", "a")))
     study = run([llava_vlm], replace(data, examples=examples))

@@ -1,10 +1,10 @@
-"""The report quotes the bundled models' cards on what the lens was taught."""
+"""The report quotes what the bundled models' cards say on training and the logit lens."""
 
 from mechvlm import bundled
 from mechvlm.study.report.page import training_note
 
 
-def test_the_report_says_whether_a_loss_was_put_on_visual_positions(tmp_path, monkeypatch):
+def test_the_note_says_whether_visual_positions_had_a_loss(tmp_path, monkeypatch):
     monkeypatch.setattr(bundled, "path", lambda name: tmp_path)
     assert training_note("tiny-llava") == "", "no card"
     (tmp_path / "README.md").write_text(

@@ -1,4 +1,7 @@
-"""Interventions are held to their effect, and to Hugging Face's own forward with an explicit mask or a plain hook."""
+"""Interventions: their effect, and parity with Hugging Face's own forward.
+
+That forward has an explicit mask, or a plain hook.
+"""
 
 import nnsight
 import pytest
@@ -14,22 +17,22 @@ from mechvlm.tracing.selections import SITES
 
 @pytest.fixture(params=["sdpa", "eager"])
 def attention(request, vlm):
-    """The model under either implementation, and back."""
+    """The model under each attention implementation; set back to SDPA afterwards."""
     vlm.hf.set_attn_implementation(request.param)
     yield request.param
     vlm.hf.set_attn_implementation("sdpa")
 
 
-# -- knock_out ---------------------------------------------------------------------------------------------------------
+# -- knock_out -------------------------------------------------------------------------------------
 
 
-def test_a_knockout_equals_the_forward_with_that_mask(vlm, one, attention):
-    tokens, every = one.tokens, range(vlm.n_heads)
+def test_a_knockout_equals_the_forward_with_that_mask(vlm, single, attention):
+    tokens, every = single.tokens, range(vlm.n_heads)
     dst = [p for p in tokens.question.tolist() if p > tokens.last_image]
-    got = forward(vlm, one, lambda: knock_out(vlm, tokens.image, dst, range(vlm.n_layers)))
-    want = with_mask(vlm, one, blocked(vlm, one, (0, every, dst, tokens.image)))
+    got = forward(vlm, single, lambda: knock_out(vlm, tokens.image, dst, range(vlm.n_layers)))
+    want = with_mask(vlm, single, blocked(vlm, single, (0, every, dst, tokens.image)))
     assert torch.equal(got[0, tokens.last], want[0, tokens.last])
-    assert not torch.allclose(got[0, tokens.last], forward(vlm, one)[0, tokens.last], atol=1e-4)
+    assert not torch.allclose(got[0, tokens.last], forward(vlm, single)[0, tokens.last], atol=1e-4)
 
 
 def test_every_row_carries_its_own_knockout(vlm, batch, attention):
@@ -39,7 +42,7 @@ def test_every_row_carries_its_own_knockout(vlm, batch, attention):
     got = forward(vlm, batch, lambda: knock_out(vlm, src, dst, range(vlm.n_layers)))
     edges = (0, every, [maps[0].last], maps[0].image), (2, every, [maps[2].last], [maps[2].last_image])
     want, clean = with_mask(vlm, batch, blocked(vlm, batch, *edges)), forward(vlm, batch)
-    # Without a knockout padding attends to anything, and no token to it: only tokens are compared.
+    # Only tokens are compared: padding attends to anything, and no token attends to padding.
     for row, tokens in enumerate(maps):
         torch.testing.assert_close(got[row, tokens.all], want[row, tokens.all], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(got[1, maps[1].all], clean[1, maps[1].all], rtol=1e-5, atol=1e-5)
@@ -47,9 +50,9 @@ def test_every_row_carries_its_own_knockout(vlm, batch, attention):
     assert (got[2, -1] - clean[2, -1]).abs().max() > 1e-5
 
 
-def test_heads_and_layers_are_those_asked_for(vlm, one, attention):
-    tokens = one.tokens
-    with torch.no_grad(), vlm.trace(one, logits_to_keep=1):
+def test_heads_and_layers_are_those_asked_for(vlm, single, attention):
+    tokens = single.tokens
+    with torch.no_grad(), vlm.trace(single, logits_to_keep=1):
         patterns = nnsight.save([])
         for layer in range(vlm.n_layers):
             if layer == 1:
@@ -73,8 +76,8 @@ def test_every_row_knocks_out_heads_of_its_own(llava_vlm):
     assert gone == [[False, True, False, False], [False, False, True, True]]
 
 
-def test_knockouts_add_up(vlm, one):
-    tokens = one.tokens
+def test_knockouts_add_up(vlm, single):
+    tokens = single.tokens
     first, second = tokens.image[:2], tokens.image[2:]
 
     def twice():
@@ -82,8 +85,8 @@ def test_knockouts_add_up(vlm, one):
             knock_out(vlm, first, tokens.last, layer)
             knock_out(vlm, second, tokens.last, layer)
 
-    both = forward(vlm, one, lambda: knock_out(vlm, tokens.image, tokens.last, range(vlm.n_layers)))
-    torch.testing.assert_close(forward(vlm, one, twice), both)
+    both = forward(vlm, single, lambda: knock_out(vlm, tokens.image, tokens.last, range(vlm.n_layers)))
+    torch.testing.assert_close(forward(vlm, single, twice), both)
 
 
 def test_nothing_leaks_into_the_next_trace(vlm, batch):
@@ -123,9 +126,9 @@ def test_nothing_leaks_into_the_next_trace(vlm, batch):
         (list(range(6)), [4, 5], {}, ValueError, "leaves a destination nothing to attend to"),
     ],
 )
-def test_bad_knockouts_are_refused(vlm, one, src, dst, options, error, says):
+def test_bad_knockouts_are_refused(vlm, single, src, dst, options, error, says):
     with pytest.raises(error, match=says):
-        forward(vlm, one, lambda: knock_out(vlm, src, dst, **{"layers": 1} | options))
+        forward(vlm, single, lambda: knock_out(vlm, src, dst, **{"layers": 1} | options))
 
 
 def test_a_knockout_of_padding_or_of_what_is_knocked_out_is_refused(vlm, batch):
@@ -150,7 +153,7 @@ def test_a_knockout_of_padding_or_of_what_is_knocked_out_is_refused(vlm, batch):
 
 
 def test_one_number_per_example_is_not_guessed_at(vlm, batch):
-    """It could be several positions of every example."""
+    """The numbers could also be several positions of every example."""
     each = [m.last_image for m in batch.token_maps]
     with pytest.raises(
         ValueError, match=r"could be these positions in every example, or one in each. Write torch.tensor"
@@ -160,7 +163,7 @@ def test_one_number_per_example_is_not_guessed_at(vlm, batch):
     forward(vlm, batch, lambda: ablate(vlm, torch.tensor(each), 1))
 
 
-def test_attention_without_a_mask_is_refused(one, vlm):
+def test_attention_without_a_mask_is_refused(single, vlm):
     vlm.config.text_config._attn_implementation = "flash_attention_2"
     try:
         with pytest.raises(ValueError, match=r"runs flash_attention_2. Set vlm.hf.set_attn_implementation\('sdpa'\)"):
@@ -169,7 +172,7 @@ def test_attention_without_a_mask_is_refused(one, vlm):
         vlm.hf.set_attn_implementation("sdpa")
 
 
-# -- patch, ablate, steer ----------------------------------------------------------------------------------------------
+# -- patch, ablate, steer --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("site", SITES)
@@ -181,26 +184,26 @@ def test_a_patch_of_itself_changes_nothing(vlm, batch, site):
 
 
 @pytest.mark.parametrize("site", SITES)
-def test_what_is_patched_in_is_read_back_and_moves_the_logits(vlm, one, site):
+def test_a_patch_is_read_back_and_moves_the_logits(vlm, single, site):
     torch.manual_seed(0)
-    pos, layer = one.tokens.image[1:3], 1
-    value = torch.randn(1, *states(vlm, one, site)[layer].shape[1:])
-    with torch.no_grad(), vlm.trace(one):
+    pos, layer = single.tokens.image[1:3], 1
+    value = torch.randn(1, *states(vlm, single, site)[layer].shape[1:])
+    with torch.no_grad(), vlm.trace(single):
         patch(vlm, value, pos, layer, at=site)
         after = nnsight.save(getattr(vlm, site)[layer].clone())
         logits = nnsight.save(vlm.logits)
-    clean = states(vlm, one, site)[layer]
+    clean = states(vlm, single, site)[layer]
     others = [p for p in range(clean.shape[1]) if p not in pos.tolist()]
     assert torch.equal(after[:, pos], value[:, pos])
     assert torch.equal(after[:, others], clean[:, others])
-    assert not torch.equal(logits[0, -1], forward(vlm, one)[0, -1])
-    # Only the states themselves do as well.
-    assert torch.equal(forward(vlm, one, lambda: patch(vlm, value[:, pos], pos, layer, at=site)), logits)
+    assert not torch.equal(logits[0, -1], forward(vlm, single)[0, -1])
+    # The states of the positions alone are taken as well.
+    assert torch.equal(forward(vlm, single, lambda: patch(vlm, value[:, pos], pos, layer, at=site)), logits)
 
 
-def test_a_patch_equals_a_plain_hook(vlm, one):
+def test_a_patch_equals_a_plain_hook(vlm, single):
     torch.manual_seed(1)
-    value, pos = torch.randn(1, len(one.tokens), vlm.d_model), one.tokens.image
+    value, pos = torch.randn(1, len(single.tokens), vlm.d_model), single.tokens.image
 
     def hook(module, args, output):
         output = output.clone()
@@ -210,11 +213,11 @@ def test_a_patch_equals_a_plain_hook(vlm, one):
     handle = decoder_of(vlm).layers[1].register_forward_hook(hook)
     try:
         with torch.no_grad():
-            want = vlm.hf(**vlm.encoding(one)).logits
+            want = vlm.hf(**vlm.encoding(single)).logits
     finally:
         handle.remove()
-    assert torch.equal(forward(vlm, one, lambda: patch(vlm, {1: value}, pos, 1)), want)
-    assert torch.equal(forward(vlm, one, lambda: patch(vlm, {"blocks.1.hook_resid_post": value}, pos, 1)), want)
+    assert torch.equal(forward(vlm, single, lambda: patch(vlm, {1: value}, pos, 1)), want)
+    assert torch.equal(forward(vlm, single, lambda: patch(vlm, {"blocks.1.hook_resid_post": value}, pos, 1)), want)
 
 
 def test_every_row_is_patched_on_its_own(vlm, batch):
@@ -231,47 +234,47 @@ def test_every_row_is_patched_on_its_own(vlm, batch):
     assert torch.equal(after, want)
 
 
-def test_single_heads_are_patched(vlm, one):
-    own = states(vlm, one, "z")
-    with torch.no_grad(), vlm.trace(one, logits_to_keep=1):
-        patch(vlm, torch.zeros_like(own[1]), one.tokens.last, 1, at="z", heads=2)
+def test_single_heads_are_patched(vlm, single):
+    own = states(vlm, single, "z")
+    with torch.no_grad(), vlm.trace(single, logits_to_keep=1):
+        patch(vlm, torch.zeros_like(own[1]), single.tokens.last, 1, at="z", heads=2)
         after = nnsight.save(vlm.z[1].clone())
     want = own[1].clone()
-    want[:, one.tokens.last, 2] = 0
+    want[:, single.tokens.last, 2] = 0
     assert torch.equal(after, want)
 
 
-def test_ablations_are_what_they_say(vlm, batch):
+def test_every_kind_of_ablation(vlm, batch):
     own = states(vlm, batch, "resid_pre")
     pos = [m.image for m in batch.token_maps]
 
     def after(**options):
         with torch.no_grad(), vlm.trace(batch, logits_to_keep=1):
             ablate(vlm, pos, 1, **options)
-            got = nnsight.save(vlm.resid_pre[1].clone())
+            resid = nnsight.save(vlm.resid_pre[1].clone())
         for row, tokens in enumerate(batch.token_maps):
-            rest = [p for p in range(got.shape[1]) if p not in tokens.image.tolist()]
-            assert torch.equal(got[row, rest], own[1][row, rest])
-        return [got[row, p] for row, p in enumerate(pos)]
+            rest = [p for p in range(resid.shape[1]) if p not in tokens.image.tolist()]
+            assert torch.equal(resid[row, rest], own[1][row, rest])
+        return [resid[row, p] for row, p in enumerate(pos)]
 
     assert all((x == 0).all() for x in after())
-    held = [own[1][row, p] for row, p in enumerate(pos)]
+    originals = [own[1][row, p] for row, p in enumerate(pos)]
     for row, x in enumerate(after(how="mean")):
-        others = torch.cat([h for other, h in enumerate(held) if other != row])
+        others = torch.cat([original for other, original in enumerate(originals) if other != row])
         torch.testing.assert_close(x, others.mean(0).expand_as(x))
     for row, x in enumerate(after(how="resample", seed=1)):
-        assert sum(torch.equal(x, h) for other, h in enumerate(held) if other != row) == 1
+        assert sum(torch.equal(x, original) for other, original in enumerate(originals) if other != row) == 1
     source = torch.randn(7, vlm.d_model)
-    torch.testing.assert_close(after(how="mean", source=source)[2], source.mean(0).expand_as(held[2]))
+    torch.testing.assert_close(after(how="mean", source=source)[2], source.mean(0).expand_as(originals[2]))
     for x in after(how="resample", source=source)[0]:
         assert (x == source).all(-1).any()
 
 
 def test_a_token_that_is_zero_at_every_layer_writes_nothing(llava_vlm):
-    """It still takes its share of attention, but its values are zero (there is no bias here)."""
-    vlm, one = llava_vlm, llava_vlm.inputs(noise_image(3), "what is this")
-    pos = one.tokens.image
-    with torch.no_grad(), vlm.trace(one, logits_to_keep=1):
+    """It still gets its share of attention, but its values are zero: this model has no bias."""
+    vlm, inputs = llava_vlm, llava_vlm.inputs(noise_image(3), "what is this")
+    pos = inputs.tokens.image
+    with torch.no_grad(), vlm.trace(inputs, logits_to_keep=1):
         values = nnsight.save([])
         for layer in range(vlm.n_layers):
             ablate(vlm, pos, layer)
@@ -283,8 +286,8 @@ def test_steering_adds(vlm, batch):
     torch.manual_seed(3)
     own = states(vlm, batch, "resid_post")
     last = [[m.last] for m in batch.token_maps]
-    one, each = torch.randn(vlm.d_model), torch.randn(3, vlm.d_model)
-    for direction in (one, each):
+    shared, each = torch.randn(vlm.d_model), torch.randn(3, vlm.d_model)
+    for direction in (shared, each):
         with torch.no_grad(), vlm.trace(batch, logits_to_keep=1):
             steer(vlm, direction, last, 1, scale=-2.5)
             after = nnsight.save(vlm.resid_post[1])
@@ -293,10 +296,10 @@ def test_steering_adds(vlm, batch):
             want[row, p] += -2.5 * (direction if direction.ndim == 1 else direction[row])
         torch.testing.assert_close(after, want)
     clean = forward(vlm, batch)
-    torch.testing.assert_close(forward(vlm, batch, lambda: steer(vlm, one, last, range(3), scale=0)), clean)
+    torch.testing.assert_close(forward(vlm, batch, lambda: steer(vlm, shared, last, range(3), scale=0)), clean)
 
 
-def test_interventions_are_made_in_the_model_s_own_precision():
+def test_interventions_use_the_models_own_precision():
     model, processor = llava.__wrapped__()
     vlm = mv.load(model.to(torch.bfloat16), processor)
     inputs = vlm.inputs(noise_image(3), "what is this")
@@ -336,9 +339,9 @@ def test_interventions_are_made_in_the_model_s_own_precision():
         (lambda v: ablate(v, [], 1), ValueError, "pos is empty"),
     ],
 )  # fmt: skip
-def test_bad_changes_are_refused(vlm, one, change, error, says):
+def test_bad_changes_are_refused(vlm, single, change, error, says):
     with pytest.raises(error, match=says):
-        forward(vlm, one, lambda: change(vlm))
+        forward(vlm, single, lambda: change(vlm))
 
 
 def test_heads_and_positions_of_different_rows_are_refused(vlm, batch):

@@ -1,4 +1,4 @@
-"""What read() promises every probe."""
+"""read(): the precision in which probes measure."""
 
 import torch
 
@@ -7,7 +7,7 @@ from helpers.images import noise_image
 
 
 class Products:
-    """A probe of somebody's own that asks for float32."""
+    """A user's own probe, which measures in float32."""
 
     reads = frozenset({"states"})
 
@@ -22,7 +22,7 @@ class Products:
 
 
 def test_probes_measure_in_the_precision_they_ask_for(llava_vlm):
-    """Whatever autocast the forward runs under: a server has one for models in half precision."""
+    """The forward's autocast does not reach them: a server has one for half precision."""
     inputs = llava_vlm.inputs(noise_image(0), "what is this")
     with torch.autocast("cpu", dtype=torch.bfloat16):
         (gram,) = mv.read(llava_vlm, inputs, Products())

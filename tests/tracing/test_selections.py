@@ -1,4 +1,4 @@
-"""What interventions take for positions, layers and heads, row by row, and what they refuse."""
+"""Selections of interventions: positions, layers and heads, for all rows or row by row."""
 
 import nnsight
 import numpy as np
@@ -12,27 +12,27 @@ from mechvlm.families.record import part
 from mechvlm.tracing.interventions import ablate, knock_out, patch, steer
 
 
-def test_every_form_of_a_selection_means_the_same(vlm, one):
-    image = one.tokens.image
-    want = forward(vlm, one, lambda: ablate(vlm, image, [0, 2]))
-    last = len(one.tokens)
-    assert not torch.equal(want, forward(vlm, one))
+def test_every_form_of_a_selection_means_the_same(vlm, single):
+    image = single.tokens.image
+    want = forward(vlm, single, lambda: ablate(vlm, image, [0, 2]))
+    last = len(single.tokens)
+    assert not torch.equal(want, forward(vlm, single))
     for pos in (image.tolist(), tuple(image.tolist()), image.numpy(), image - last, [image], [(image - last).tolist()]):
-        assert torch.equal(forward(vlm, one, lambda pos=pos: ablate(vlm, pos, [0, 2])), want)
+        assert torch.equal(forward(vlm, single, lambda pos=pos: ablate(vlm, pos, [0, 2])), want)
     for layers in ([2, 0], [-1, 0], [0, 2, -1], torch.tensor([0, 2]), np.array([0, -1]), range(0, 3, 2), {0, 2}):
-        assert torch.equal(forward(vlm, one, lambda layers=layers: ablate(vlm, image, layers)), want)
-    want = forward(vlm, one, lambda: ablate(vlm, image, 1))
+        assert torch.equal(forward(vlm, single, lambda layers=layers: ablate(vlm, image, layers)), want)
+    want = forward(vlm, single, lambda: ablate(vlm, image, 1))
     for layer in (np.int64(1), torch.tensor(1), -2):
-        assert torch.equal(forward(vlm, one, lambda layer=layer: ablate(vlm, image, layer)), want)
+        assert torch.equal(forward(vlm, single, lambda layer=layer: ablate(vlm, image, layer)), want)
 
 
-def test_an_edge_is_the_same_counted_from_the_end(vlm, one):
-    image, n = one.tokens.image, len(one.tokens)
-    want = forward(vlm, one, lambda: knock_out(vlm, image, n - 1, 1, heads=[3]))
-    assert torch.equal(forward(vlm, one, lambda: knock_out(vlm, image - n, [-1, n - 1], -2, heads=-1)), want)
+def test_an_edge_is_the_same_counted_from_the_end(vlm, single):
+    image, n = single.tokens.image, len(single.tokens)
+    want = forward(vlm, single, lambda: knock_out(vlm, image, n - 1, 1, heads=[3]))
+    assert torch.equal(forward(vlm, single, lambda: knock_out(vlm, image - n, [-1, n - 1], -2, heads=-1)), want)
 
 
-def test_rows_are_arrays_as_well(vlm, batch):
+def test_rows_may_be_arrays(vlm, batch):
     rows = [m.image[:1] for m in batch.token_maps]
     want = forward(vlm, batch, lambda: ablate(vlm, rows, 0))
     assert torch.equal(forward(vlm, batch, lambda: ablate(vlm, [row.numpy() for row in rows], 0)), want)
@@ -53,8 +53,8 @@ def test_every_row_changes_heads_of_its_own(llava_vlm):
 def test_a_head_is_steered(vlm, batch):
     own = states(vlm, batch, "z")[1]
     torch.manual_seed(4)
-    one, each = torch.randn(own.shape[2:]), torch.randn(3, *own.shape[2:])
-    for direction in (one, each):
+    shared, each = torch.randn(own.shape[2:]), torch.randn(3, *own.shape[2:])
+    for direction in (shared, each):
         with torch.no_grad(), vlm.trace(batch, logits_to_keep=1):
             steer(vlm, direction, -1, 1, at="z")
             after = nnsight.save(vlm.z[1].clone())
@@ -63,8 +63,8 @@ def test_a_head_is_steered(vlm, batch):
         torch.testing.assert_close(after, want)
 
 
-def test_the_examples_that_are_drawn_from_are_those_of_the_seed(vlm):
-    """Any other example may be drawn, and every layer draws the same one, whether asked for at once or one by one."""
+def test_the_seed_decides_which_example_is_drawn(vlm):
+    """Any other example may be drawn. Every layer draws the same one, in one call or in several."""
     inputs = vlm.inputs([noise_image(i) for i in range(4)], "what is this")
     pos, own = inputs.token_maps[0].image, states(vlm, inputs, "mlp_out")
     drawn = set()
@@ -99,9 +99,9 @@ def test_the_image_may_stand_in_the_middle_and_more_than_once(llava_vlm):
         assert (got[row, -1] - clean[row, -1]).abs().max() > 1e-4
 
 
-def test_gradients_go_through_interventions(vlm, one):
-    """The slope of a logit in what is patched in, as autograd and as a difference of two forwards give it."""
-    tokens = one.tokens
+def test_gradients_go_through_interventions(vlm, single):
+    """A logit's slope in the patched states: autograd against the difference of two forwards."""
+    tokens = single.tokens
     torch.manual_seed(5)
     value, step = torch.randn(1, len(tokens.image), vlm.d_model), torch.randn(1, len(tokens.image), vlm.d_model)
 
@@ -111,11 +111,11 @@ def test_gradients_go_through_interventions(vlm, one):
         knock_out(vlm, tokens.image, tokens.last, 1, heads=[1])
 
     leaf = value.clone().requires_grad_()
-    with vlm.trace(one):
+    with vlm.trace(single):
         change(leaf)
         logit = nnsight.save(vlm.logits[0, -1, 77])
     (grad,) = torch.autograd.grad(logit, leaf)
-    up, down = (forward(vlm, one, lambda s=s: change(value + s * 1e-2 * step))[0, -1, 77] for s in (1, -1))
+    up, down = (forward(vlm, single, lambda s=s: change(value + s * 1e-2 * step))[0, -1, 77] for s in (1, -1))
     assert float((grad * step).sum()) == pytest.approx(float(up - down) / 2e-2, rel=1e-2)
 
 

@@ -1,4 +1,7 @@
-"""Every view in a real browser: it draws, answers, shows hostile text as text, and asks for nothing (`open_page` sees to it)."""
+"""Every view in a real browser: it draws, reacts, shows hostile text as text, and loads nothing.
+
+`open_page` checks that it loads nothing.
+"""
 
 import html
 import io
@@ -30,7 +33,7 @@ HOSTILE = [
 
 @pytest.fixture(scope="module")
 def read(llava_vlm):
-    """Inputs whose text tokens are hostile, with a lens that reads hostile words and all attention."""
+    """Inputs with hostile text tokens, a lens with hostile words, and all attention."""
     inputs = llava_vlm.inputs(noise_image(0, (90, 60)), "what is this and that and more and yet more of it")
     tokens = inputs.tokens
     places = [int(tokens.special[0]), *tokens.text.tolist()][: len(HOSTILE)]
@@ -45,7 +48,7 @@ def read(llava_vlm):
 
 
 def shown(text: str) -> str:
-    """Text on the page without what is not seen."""
+    """Text on the page without invisible characters."""
     return text.replace("\u2060", "").replace("\xa0", " ").strip()
 
 
@@ -62,18 +65,18 @@ def views(read) -> dict[str, mv.view.View]:
 
 
 def pixels(locator) -> np.ndarray:
-    """What is seen of an element, or of a page within the window."""
+    """The pixels of an element, or of the part of a page in the window, [y, x, rgb]."""
     return np.asarray(Image.open(io.BytesIO(locator.screenshot())).convert("RGB")).astype(int)
 
 
 def chips(page) -> list[tuple[str, str]]:
-    """The coloured tokens: their text and their color."""
+    """The colored tokens: their text and their color."""
     spans = page.locator(".colored-tokens span span")
     return spans.evaluate_all("spans => spans.map(s => [s.textContent, getComputedStyle(s).backgroundColor])")
 
 
 def point_at(page, locator) -> None:
-    """The pointer over an element; a tooltip that is in its way goes first."""
+    """Move the pointer over an element, after closing any tooltip in the way."""
     page.mouse.move(1, 1)
     box = locator.bounding_box()
     page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
@@ -86,20 +89,20 @@ def test_the_lane_sees_what_goes_wrong(open_page):
     open_page("<script>throw Error('thrown')</script>").wait_for_timeout(100)
     open_page("<script>console.error('said')</script>").wait_for_timeout(100)
     open_page("<img src='http://localhost/asked.png'>").wait_for_timeout(100)
-    seen = "\n".join(open_page.wrong)
-    assert "error: thrown" in seen
-    assert "console: said" in seen
-    assert "request: http://localhost/asked.png" in seen
+    reported = "\n".join(open_page.wrong)
+    assert "error: thrown" in reported
+    assert "console: said" in reported
+    assert "request: http://localhost/asked.png" in reported
     open_page.wrong.clear()
 
 
 def test_a_page_cannot_ask_even_with_a_network(open_page):
-    """The policy that every page carries holds back what a script or a style in it would fetch."""
-    asked = []
+    """Every page carries a policy that stops its scripts and styles from loading anything."""
+    requests = []
 
     class Server(BaseHTTPRequestHandler):
         def do_GET(self):
-            asked.append(self.path)
+            requests.append(self.path)
             self.send_response(200)
             self.end_headers()
 
@@ -108,17 +111,17 @@ def test_a_page_cannot_ask_even_with_a_network(open_page):
 
     server = HTTPServer(("127.0.0.1", 0), Server)
     Thread(target=server.serve_forever, daemon=True).start()
-    there = f"http://127.0.0.1:{server.server_port}"
-    tries = f"fetch('{there}/fetch').catch(() => 0); new Image().src = '{there}/image'; window.ran = 1;"
-    body = f'<img src="{there}/body"><script src="{there}/script"></script><link rel="stylesheet" href="{there}/link">'
-    view = mv.view.View("asks", body, (tries,), (f"@import '{there}/import'; main {{ background: url({there}/url) }}",))
+    url = f"http://127.0.0.1:{server.server_port}"
+    script = f"fetch('{url}/fetch').catch(() => 0); new Image().src = '{url}/image'; window.ran = 1;"
+    body = f'<img src="{url}/body"><script src="{url}/script"></script><link rel="stylesheet" href="{url}/link">'
+    view = mv.view.View("asks", body, (script,), (f"@import '{url}/import'; main {{ background: url({url}/url) }}",))
     page = open_page(view, offline=False)
     page.wait_for_timeout(500)
     assert page.evaluate("window.ran") == 1
-    assert asked == []
-    open_page.wrong.clear()  # each refusal was written to the console
-    urlopen(f"{there}/by-hand").close()
-    assert asked == ["/by-hand"], "the server does answer"
+    assert requests == []
+    open_page.wrong.clear()  # the browser writes each refusal to the console
+    urlopen(f"{url}/by-hand").close()
+    assert requests == ["/by-hand"], "the server does answer"
     server.shutdown()
 
 
@@ -151,13 +154,13 @@ def test_attention_draws_and_answers_to_clicks(open_page, read):
 
 
 def test_attention_shows_the_value_under_the_pointer(open_page, read):
-    """Where most was written, the color is the strongest; the most is on the diagonal or left of it."""
+    """The map's colors follow its values."""
     inputs, _, norms = read
     page = open_page(mv.view.attention(inputs, norms, 1, pool=1, heads=(), measure="weight"))
     page.wait_for_selector("canvas")
     page.wait_for_timeout(300)
-    page.locator("h4").evaluate("label => label.remove()")  # it stands on the map
-    picture = pixels(page.locator("canvas").first)  # the small map has no axes: it is all pattern
+    page.locator("h4").evaluate("label => label.remove()")  # it covers part of the map
+    picture = pixels(page.locator("canvas").first)  # the small map has no axes
     n = len(page.locator("script[type='application/json']").evaluate("s => JSON.parse(s.textContent).tokens"))
     values = np.array(
         page.locator("script[type='application/json']").evaluate("s => JSON.parse(s.textContent).attention")
@@ -174,10 +177,10 @@ def test_tokens_have_the_colors_of_their_values(open_page, read):
     values[3], values[-1] = 2.0, -1.0
     page = open_page(mv.view.tokens(inputs, values, name="my values"))
     page.wait_for_selector(".colored-tokens")
-    found = chips(page)
-    assert len(found) == len(inputs.tokens)
-    assert [color for _, color in found].count("rgb(255, 255, 255)") == len(found) - 2
-    assert (found[3][1], found[-1][1]) == ("rgb(0, 114, 178)", "rgb(213, 94, 0)")
+    colors = [color for _, color in chips(page)]
+    assert len(colors) == len(inputs.tokens)
+    assert colors.count("rgb(255, 255, 255)") == len(colors) - 2
+    assert (colors[3], colors[-1]) == ("rgb(0, 114, 178)", "rgb(213, 94, 0)")
     point_at(page, page.locator(".colored-tokens span span").nth(3))
     page.wait_for_selector(".colored-tokens strong")
     assert page.locator(".colored-tokens strong + br").count() == 1
@@ -272,7 +275,7 @@ def test_hostile_tokens_are_text(name, open_page, read):
                 on_page |= {shown(t) for t in page.locator("td > span").all_text_contents()}
         assert {readable(piece).strip() for piece in HOSTILE} <= on_page
         for span in page.locator("span span, td > span").all()[:40]:
-            point_at(page, span)  # tooltips take the token in another way
+            point_at(page, span)  # tooltips treat the token differently
     assert page.evaluate("window.ran") is None
     assert page.locator("main img").count() == 0
     scripts = page.evaluate("[...document.scripts].length")
@@ -301,11 +304,11 @@ def test_hostile_names_are_text(open_page, llava_vlm, read):
         assert evil in page.locator("h2").first.inner_text()
 
 
-# --- notebooks, and where scripts or frames are taken out
+# --- notebooks, and pages without scripts or frames
 
 
 def notebook(*shown: str) -> str:
-    """A saved notebook with these outputs, as nbconvert writes it to HTML; without the libraries that it loads from elsewhere."""
+    """A saved notebook with these outputs, in nbconvert's HTML without the libraries it loads."""
     book = nbformat.v4.new_notebook()
     for n, output in enumerate(shown):
         cell = nbformat.v4.new_code_cell("view", execution_count=n + 1)
@@ -321,12 +324,12 @@ def notebook(*shown: str) -> str:
 
 
 def test_a_saved_notebook_shows_its_views(open_page, read):
-    made = views(read)
-    page = open_page(notebook(*(view._repr_html_() for view in made.values())))
+    named_views = views(read)
+    page = open_page(notebook(*(view._repr_html_() for view in named_views.values())))
     page.wait_for_timeout(1500)
     frames = page.frames[1:]
-    assert len(frames) == len(made)
-    for frame, (name, view) in zip(frames, made.items(), strict=True):
+    assert len(frames) == len(named_views)
+    for frame, (name, view) in zip(frames, named_views.items(), strict=True):
         frame.wait_for_selector("canvas, .colored-tokens", timeout=20_000)
         assert frame.locator("canvas").count() == (4 if name.endswith("attention") else 0)
         assert frame.evaluate("getComputedStyle(document.documentElement).backgroundColor") == "rgb(255, 255, 255)"
@@ -342,12 +345,12 @@ def test_the_picture_shows_where_scripts_do_not_run(open_page, read):
     picture = np.asarray(Image.open(io.BytesIO(view.picture)).convert("RGB")).astype(int)
     height, width, _ = picture.shape
     page = open_page(view, java_script_enabled=False)
-    assert "do not run here" in page.locator("p.still").inner_text()
+    assert "do not run here" in page.locator("p.preview").inner_text()
     assert not page.locator("main").is_visible()
     page = open_page(view)
     page.wait_for_selector(".colored-tokens")
-    assert not page.locator("p.still").is_visible()
-    # In a notebook: a frame whose scripts do not run lets the picture under it be seen.
+    assert not page.locator("p.preview").is_visible()
+    # In a notebook the picture shows through a frame whose scripts do not run.
     frame = replace(view, height=700)._repr_html_()
     page = open_page(frame.replace('sandbox="allow-scripts"', 'sandbox=""'))
     page.wait_for_timeout(300)
@@ -355,13 +358,13 @@ def test_the_picture_shows_where_scripts_do_not_run(open_page, read):
     open_page.wrong.clear()
     assert page.locator("iframe").count() == 1
     box = page.locator("img").bounding_box()
-    seen = np.asarray(Image.open(io.BytesIO(page.screenshot())).convert("RGB")).astype(int)
+    screen = np.asarray(Image.open(io.BytesIO(page.screenshot())).convert("RGB")).astype(int)
     left, top = round(box["x"]), round(box["y"])
-    np.testing.assert_array_equal(seen[top : top + height, left : left + width], picture)
+    np.testing.assert_array_equal(screen[top : top + height, left : left + width], picture)
 
 
 def test_the_picture_shows_where_frames_are_stripped(open_page, read):
-    """As a site does that shows other people's notebooks: of the output only harmless elements remain."""
+    """A site that shows other people's notebooks keeps only harmless elements of the output."""
     for name, view in views(read).items():
         safe = bleach.clean(
             notebook(view._repr_html_()), tags=["div", "img"], attributes={"img": ["src", "alt"]}, protocols=["data"],

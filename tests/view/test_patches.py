@@ -1,4 +1,4 @@
-"""The patch view's data: what is packed comes back, belongs to these inputs, and stays small."""
+"""The patch view's data: they unpack to the results, match the inputs, and stay small."""
 
 import base64
 import dataclasses
@@ -6,6 +6,7 @@ import gzip
 import io
 import json
 import re
+import sys
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from helpers.images import noise_image
 from helpers.patch_results import large_inputs, photo, synthetic
 from mechvlm.errors import ViewError
 from mechvlm.view import packing, patches
-from mechvlm.view.example import see
+from mechvlm.view.example import match_example
 
 
 def read(vlm, inputs, dst="last", positions="image"):
@@ -33,7 +34,10 @@ def unpacked(text: str) -> bytes:
 
 
 def rows_of(data: dict, row: dict) -> tuple[np.ndarray, np.ndarray]:
-    """A row as the page reads it: values [2, layer, 1 + head, src] and shares [2, layer, 1 + head, group]."""
+    """A row as the page reads it.
+
+    Values [2, layer, 1 + head, src] and shares [2, layer, 1 + head, group].
+    """
     n_layers, n_heads, n = data["layers"], data["heads"], len(data["positions"])
     n_groups, visual, raw = len(data["images"]) + 2, data["visual"], unpacked(row["data"])
     cuts = np.cumsum([0, 16 * n_layers * (n_heads + 1), 4 * n_layers * (n_heads + 1) * n_groups, 2 * n_layers * n])
@@ -49,7 +53,7 @@ def rows_of(data: dict, row: dict) -> tuple[np.ndarray, np.ndarray]:
 
 
 def check_row(data, row, norms, tokens, example=0):
-    """What the page draws is the result's own, to 0.4 % of each part's maximum, and shares are the sums' ratios."""
+    """Values equal the result's to 0.4 % of each part's maximum; shares are ratios of sums."""
     positions = np.array(data["positions"])
     d = norms.dest[example].tolist().index(positions[row["source"]])
     weight = norms.weight[:, example, :, d].numpy()
@@ -65,7 +69,7 @@ def check_row(data, row, norms, tokens, example=0):
 
 
 def test_rows_words_and_positions_come_back(vlm):
-    """In a batch with padding, for both families: rows, shares, words and probabilities are those of the results."""
+    """Rows, shares, words and probabilities equal the results', padded and in both families."""
     inputs = vlm.inputs([noise_image(i) for i in range(2)], ["what is this", "describe the scene . a what is this"])
     lens, norms = read(vlm, inputs, dst=["last", "last_image"], positions="all")
     queries = not inputs.token_maps[0].patches
@@ -80,14 +84,14 @@ def test_rows_words_and_positions_come_back(vlm):
         for row in data["rows"]:
             check_row(data, row, norms, tokens, example)
 
-        mine, raw = lens.of(example), unpacked(data["lens"]["data"])
-        n_layers, n_points, k = mine.tokens.shape
+        own, raw = lens.of(example), unpacked(data["lens"]["data"])
+        n_layers, n_points, k = own.ids.shape
         n = n_layers * n_points * k
         low, mid, high, chance = np.frombuffer(raw[: 4 * n], "u1").reshape(4, n_layers, k, n_points).astype(int)
         words, codes = json.loads(raw[4 * n :]), low | mid << 8 | high << 16
-        assert [[[words[c] for c in point] for point in layer.T] for layer in codes] == mine.pieces()
-        assert (chance / 255) ** 2 == pytest.approx(mine.probs.transpose(1, 2).numpy(), abs=0.004)
-        assert [data["positions"][s] for s in data["lens"]["sources"]] == mine.position.tolist()
+        assert [[[words[c] for c in point] for point in layer.T] for layer in codes] == own.pieces()
+        assert (chance / 255) ** 2 == pytest.approx(own.probs.transpose(1, 2).numpy(), abs=0.004)
+        assert [data["positions"][s] for s in data["lens"]["sources"]] == own.position.tolist()
 
         if queries:
             raw, grid = unpacked(data["reading"]), tokens.grids[0]
@@ -102,7 +106,7 @@ def test_the_heat_of_a_token_over_queries_is_what_it_wrote_times_where_they_read
     inputs = blip_vlm.inputs(noise_image(0), "what is this")
     lens, norms = read(blip_vlm, inputs)
     reading = mv.query_reading(blip_vlm, inputs)
-    (heat,) = see(inputs, lens, norms, reading, None).heat(0, 2)
+    (heat,) = match_example(inputs, lens, norms, reading, None).heat(0, 2)
     expected = sum(
         norms.norm[1, 0, 0, p].item() * reading.map[0, q].numpy() for q, p in enumerate(inputs.tokens.image.tolist())
     )
@@ -110,7 +114,7 @@ def test_the_heat_of_a_token_over_queries_is_what_it_wrote_times_where_they_read
 
 
 def test_patches_lie_where_the_grid_says(llava_vlm):
-    """Two images that are not square: each patch's box, from the crop divided evenly, is the grid's own."""
+    """With two images that are not square: dividing the crop evenly gives the grid's boxes."""
     inputs = llava_vlm.inputs([[photo(90, 200), photo(200, 90)]], "what is this")
     data = data_of(mv.view.patches(inputs, *read(llava_vlm, inputs)))
     assert len(data["images"]) == 2
@@ -125,7 +129,7 @@ def test_patches_lie_where_the_grid_says(llava_vlm):
 
 @pytest.mark.parametrize("spread", [1.5, 2.5])
 def test_under_a_megabyte_at_the_size_of_7b(spread):
-    """32 layers x 32 heads x 620 tokens, both measures, the lens of 576 patches, and a photograph of 640 x 480."""
+    """32 layers x 32 heads x 620 tokens, both measures, a lens of 576 patches, 640 x 480 pixels."""
     inputs = large_inputs()
     assert (len(inputs.tokens), len(inputs.tokens.image)) == (620, 576)
     lens, norms = synthetic(inputs, spread=spread)
@@ -140,18 +144,19 @@ def test_under_a_megabyte_at_the_size_of_7b(spread):
 
 
 def test_steps_worked_by_hand():
-    steps, top = packing.steps(np.array([[4.0, 1.0, 0.25, 0.0], [0.0, 0.0, 0.0, 0.0]]))
-    assert steps.tolist() == [[255, 128, 64, 0], [0, 0, 0, 0]]  # 255 x sqrt(1, 1/4, 1/16, 0), rounded to even
+    steps, top = packing.to_steps(np.array([[4.0, 1.0, 0.25, 0.0], [0.0, 0.0, 0.0, 0.0]]))
+    # 255 x sqrt(1, 1/4, 1/16, 0), rounded to even.
+    assert steps.tolist() == [[255, 128, 64, 0], [0, 0, 0, 0]]
     assert top.tolist() == [4, 0]
 
 
 def test_large_images_are_reduced_and_the_smaller_format_is_taken():
-    def opened(address):
-        kind, text = re.fullmatch(r"data:image/(\w+);base64,(.*)", address).groups()
+    def format_and_size(url):
+        kind, text = re.fullmatch(r"data:image/(\w+);base64,(.*)", url).groups()
         return kind, Image.open(io.BytesIO(base64.b64decode(text))).size
 
-    assert opened(packing.picture(Image.new("RGB", (3000, 1500), "red"))) == ("png", (1024, 512))
-    assert opened(packing.picture(photo(300, 200))) == ("jpeg", (300, 200))
+    assert format_and_size(packing.data_url(Image.new("RGB", (3000, 1500), "red"))) == ("png", (1024, 512))
+    assert format_and_size(packing.data_url(photo(300, 200))) == ("jpeg", (300, 200))
 
 
 def test_the_picture_stands_for_the_page(vlm):
@@ -166,11 +171,11 @@ def test_the_picture_stands_for_the_page(vlm):
     assert view.height > 400
 
 
-# -- bad input ---------------------------------------------------------------------------------------------------------
+# --- bad input
 
 
 @pytest.fixture(scope="module")
-def made(llava_vlm):
+def results(llava_vlm):
     inputs = llava_vlm.inputs(noise_image(0), "what is this")
     return inputs, *read(llava_vlm, inputs, dst=["last", 2])
 
@@ -179,7 +184,7 @@ def change(result, **fields):
     return dataclasses.replace(result, **fields)
 
 
-def rows(norms, to, **fields):
+def change_tensors(norms, to, **fields):
     return change(norms, **{f: to(getattr(norms, f)) for f in ("norm", "weight", "value_norm")}, **fields)
 
 
@@ -193,12 +198,13 @@ BAD = {
         "another tokenizer.*'other' there",
     ),
     "a batch in norms": (
-        lambda i, w, n: (i, w, rows(n, lambda x: torch.cat([x, x], 1), dest=n.dest.expand(2, -1))),
-        "norms is not of these inputs: it holds 2 example.*the inputs 1",
+        lambda i, w, n: (i, w, change_tensors(n, lambda x: torch.cat([x, x], 1), dest=n.dest.expand(2, -1))),
+        "norms was not read from these inputs: it holds 2 example.*the inputs 1",
     ),
     "a batch in the lens": (lambda i, w, n: (i, change(w, example=w.example + 1), n), r"lens holds the examples \[1\]"),
     "fewer tokens in norms": (
-        lambda i, w, n: (i, w, rows(n, lambda x: x[..., 1:])), "norms is not of these inputs: it holds 1 .* of .* tokens",
+        lambda i, w, n: (i, w, change_tensors(n, lambda x: x[..., 1:])),
+        "norms was not read from these inputs: it holds 1 .* of .* tokens",
     ),
     "another place of the last": (lambda i, w, n: (i, w, change(n, dest=n.dest - 1)), "'last' is position .* there"),
     "lens beyond the end": (lambda i, w, n: (i, change(w, position=w.position + 30), n), "no tokens of this example"),
@@ -213,20 +219,19 @@ BAD = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("what", list(BAD))
-def test_results_that_are_not_of_these_inputs(what, made):
-    spoil, message = BAD[what]
-    assert mv.view.patches(*made)
+@pytest.mark.parametrize("case", list(BAD))
+def test_results_that_are_not_of_these_inputs(case, results):
+    spoil, message = BAD[case]
+    assert mv.view.patches(*results)
     with pytest.raises(ViewError, match=message):
-        mv.view.patches(*spoil(*made))
+        mv.view.patches(*spoil(*results))
 
 
-def test_results_in_the_wrong_order(made):
-
-    inputs, lens, norms = made
-    # Not the public function: under these tests its annotations are checked before it is called.
+def test_results_in_the_wrong_order(results):
+    inputs, lens, norms = results
+    # `patches` itself has annotations, which these tests check before it is called.
     with pytest.raises(ViewError, match=r"lens is a NormAttentionResult.*takes a LogitLensResult"):
-        see(inputs, norms, lens, None, None)
+        match_example(inputs, norms, lens, None, None)
 
 
 def test_a_closed_image(llava_vlm, tmp_path):
@@ -238,16 +243,16 @@ def test_a_closed_image(llava_vlm, tmp_path):
         mv.view.patches(inputs, lens, norms)
 
 
-def test_results_of_another_prompt(llava_vlm, made):
+def test_results_of_another_prompt(llava_vlm, results):
     """A longer one, and a batch."""
     longer = llava_vlm.inputs(noise_image(0), "what is this scene")
     lens, norms = read(llava_vlm, longer)
-    with pytest.raises(ViewError, match="norms is not of these inputs"):
-        mv.view.patches(made[0], made[1], norms)
+    with pytest.raises(ViewError, match="norms was not read from these inputs"):
+        mv.view.patches(results[0], results[1], norms)
     padded = llava_vlm.inputs([noise_image(0)] * 2, ["a", "what is this"])
     lens, norms = read(llava_vlm, padded)
     with pytest.raises(ViewError, match=r"lens holds the examples \[0, 1\], the inputs 0 to 0"):
-        mv.view.patches(made[0], lens, norms)
+        mv.view.patches(results[0], lens, norms)
 
 
 def test_which_example(llava_vlm):
@@ -261,26 +266,26 @@ def test_which_example(llava_vlm):
         mv.view.patches(inputs, lens.of(0), norms, example=1)
 
 
-def test_reading_is_for_queries(made, blip_vlm):
+def test_reading_is_for_queries(results, blip_vlm):
     inputs = blip_vlm.inputs(noise_image(0), "what is this")
     lens, norms = read(blip_vlm, inputs)
     reading = mv.query_reading(blip_vlm, inputs)
-    with pytest.raises(ViewError, match=r"give where each one reads too.*query_reading\(vlm, inputs\)"):
+    with pytest.raises(ViewError, match=r"also give where each one reads.*query_reading\(vlm, inputs\)"):
         mv.view.patches(inputs, lens, norms)
-    with pytest.raises(ViewError, match=r"reading is not of these inputs.*\[1, 4, 4, 4\] there"):
+    with pytest.raises(ViewError, match=r"reading was made from other inputs.*\[1, 4, 4, 4\] there"):
         mv.view.patches(inputs, lens, norms, change(reading, weight=reading.weight[:, :, :4]))
     with pytest.raises(ViewError, match="leave it out"):
-        mv.view.patches(*made, change(reading, model=made[1].model))
+        mv.view.patches(*results, change(reading, model=results[1].model))
 
 
-def test_a_page_over_the_limit_says_what_to_choose(made, monkeypatch):
-    monkeypatch.setattr(patches_module(), "LIMIT", 9_000)
+def test_a_page_over_the_limit_says_what_to_choose(results, monkeypatch):
+    monkeypatch.setattr(patches_module(), "PAGE_LIMIT", 9_000)
     with pytest.raises(ViewError, match=r"0 MB, over the .*norms has 2 destinations.*NormAttention\(dst=\['last'\]\)"):
-        mv.view.patches(*made)
+        mv.view.patches(*results)
 
 
 def test_all_pairs_of_7b_are_refused_before_they_are_packed(monkeypatch):
-    """The first destinations tell what all of them will take."""
+    """The size of all destinations is estimated from the first ones."""
     inputs = large_inputs()
     lens, norms = synthetic(inputs, layers=8, heads=32)
     places = range(20, 620)
@@ -299,8 +304,7 @@ def test_all_pairs_of_7b_are_refused_before_they_are_packed(monkeypatch):
 
 
 def patches_module():
-    import sys
-
+    """The module: `mechvlm.view.patches` is the function of the same name."""
     return sys.modules["mechvlm.view.patches"]
 
 

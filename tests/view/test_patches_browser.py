@@ -1,4 +1,4 @@
-"""The patch view in a real browser: it draws, answers to pointer, keys and slider, and does so at once."""
+"""The patch view in a real browser: it draws, and reacts to pointer, keys and slider at once."""
 
 import dataclasses
 import re
@@ -29,7 +29,7 @@ def opened(open_page, view):
 
 @pytest.fixture(scope="module")
 def tiny():
-    """One scene of the bundled LLaVA, all of whose text can be picked: (inputs, lens, norms)."""
+    """One scene of the bundled LLaVA, with all of its text to pick from: (inputs, lens, norms)."""
     vlm = mv.load("tiny-llava")
     inputs = vlm.inputs([*scenes(4)][3].image, "What shape is on the left?")
     return inputs, *mv.read(vlm, inputs, mv.LogitLens(), mv.NormAttention(dst=inputs.tokens.text.tolist()))
@@ -41,7 +41,7 @@ def page(open_page, tiny):
 
 
 def heat(page, stage: int = 0) -> list[list[float]]:
-    """What is painted on each patch of an image: its opacity, 0 to 255, which rises with the heat."""
+    """The opacity of each patch of an image, 0 to 255; it rises with the heat."""
     return page.evaluate(
         """n => { const c = document.querySelectorAll(".stage canvas")[n];
         const {data, width} = c.getContext("2d").getImageData(0, 0, c.width, c.height), rows = [];
@@ -56,7 +56,7 @@ def hottest(rows) -> tuple[int, int]:
 
 
 def words(page) -> dict[int, list[str]]:
-    """The lens table: the words of each state."""
+    """The words in the lens table, by state."""
     rows = page.locator("tbody tr").all()
     return {int(r.locator("th").inner_text()): r.locator("td bdi").all_inner_texts() for r in rows}
 
@@ -66,7 +66,7 @@ def layer(page) -> int:
 
 
 def center(page, row: int, col: int, grid, stage: int = 0, at: float = 0.5) -> tuple[float, float]:
-    """The pixel of the page at which a patch's centre lies (or, with `at`, another point of it), from its box on the image."""
+    """The pixel on the page of a patch's center, or of another point (`at`), by its box."""
     box = page.locator(".stage").nth(stage).bounding_box()
     crop, (w, h) = grid.crop_box, grid.image_size
     left, top = min(0, crop[0]), min(0, crop[1])
@@ -98,14 +98,14 @@ def test_hover_previews_and_click_pins_a_patch(page, tiny):
     grid, pieces = inputs.tokens.grids[0], lens.pieces()
     before = words(page)
     page.mouse.move(*center(page, 5, 2, grid))
-    there = {s: plain(pieces[s][5 * grid.cols + 2]) for s in lens.layers}
-    assert words(page) == there
+    expected = {s: plain(pieces[s][5 * grid.cols + 2]) for s in lens.layers}
+    assert words(page) == expected
     assert "row 5, column 2" in page.locator(".read").inner_text()
     page.mouse.move(5, 5)
     assert words(page) == before
     page.mouse.click(*center(page, 5, 2, grid))
     page.mouse.move(5, 5)
-    assert words(page) == there
+    assert words(page) == expected
     pin = page.locator(".stage .pin").bounding_box()
     x, y = center(page, 5, 2, grid)
     assert (pin["x"] + pin["width"] / 2, pin["y"] + pin["height"] / 2) == pytest.approx((x, y), abs=1)
@@ -119,11 +119,11 @@ def test_hover_previews_and_click_pins_a_token(page, tiny):
     tokens, grid = inputs.tokens, inputs.tokens.grids[0]
     at = tokens.strings.index("▁shape")
     row = norms.norm[3, 0, tokens.text.tolist().index(at), tokens.image]
-    first, there = heat(page), divmod(int(row.argmax()), grid.cols)
+    first, expected = heat(page), divmod(int(row.argmax()), grid.cols)
     chip = page.get_by_role("button", name=f"at position {at}", exact=False)
     chip.hover()
     second = heat(page)
-    assert (second != first, hottest(second)) == (True, there)
+    assert (second != first, hottest(second)) == (True, expected)
     assert "“shape”" in page.locator(".panel-image h2").inner_text()
     page.mouse.move(5, 5)
     assert heat(page) == first
@@ -228,7 +228,7 @@ def test_two_images_that_are_not_square(open_page):
 
 
 def test_a_patch_as_the_one_that_reads(open_page, llava_vlm):
-    """With a row for every position, patches are picked on the image."""
+    """When every position is a destination, patches are picked on the image."""
     inputs = llava_vlm.inputs(noise_image(0), "what is this")
     lens, norms = mv.read(llava_vlm, inputs, mv.LogitLens(), mv.NormAttention(dst="all pairs"))
     page = opened(open_page, mv.view.patches(inputs, lens, norms))
@@ -309,7 +309,7 @@ CHANGES = {
         m.dispatchEvent(new MouseEvent('click', at)); }""",
 }
 
-# From the event to the end of the frame in which its effect is painted: style, layout and paint with it.
+# From the event to the end of the frame that paints its effect, with style, layout and paint.
 TIMED = """async () => {
     const q = s => document.querySelector(s), run = eval(change), times = [];
     for (let i = 0; i < 40; i++) {
@@ -326,7 +326,7 @@ TIMED = """async () => {
 
 
 def test_it_draws_and_changes_at_once_at_the_size_of_7b(open_page):
-    """32 layers x 32 heads x 620 tokens, two of them to pick, and the lens of 576 patches."""
+    """32 layers x 32 heads x 620 tokens, two of them to pick from, and a lens of 576 patches."""
     inputs = large_inputs()
     page = opened(open_page, mv.view.patches(inputs, *synthetic(inputs, dest=(600,))))
     drawn = min(drawn_after(page), *(drawn_after(page, reload=True) for _ in range(2)))
@@ -335,7 +335,7 @@ def test_it_draws_and_changes_at_once_at_the_size_of_7b(open_page):
     page.wait_for_timeout(300)
     for name, change in CHANGES.items():
         script, rounds = TIMED.replace("eval(change)", change), []
-        # The median of the quickest round: what the page needs, not what else the machine does.
+        # The median of the quickest round: the page's own time, not that of other programs.
         while len(rounds) < 3 or (min(rounds) >= 16 and len(rounds) < 12):
             rounds.append(median(page.evaluate(script)))
         print(f"{name}: {min(rounds):.1f} ms")

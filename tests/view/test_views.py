@@ -1,4 +1,7 @@
-"""What the views hold, and what they refuse. What they look like is tested in a browser (test_browser_views.py)."""
+"""The data in the views, and the arguments they refuse.
+
+test_browser_views.py tests in a browser what they look like.
+"""
 
 import io
 import json
@@ -13,11 +16,10 @@ from PIL import Image
 
 import mechvlm as mv
 from helpers.images import noise_image
-from helpers.models import llava
 from mechvlm.view import page
-from mechvlm.view.match import belongs, image_of
+from mechvlm.view.match import check_match, load_image
 from mechvlm.view.page import View, to_json
-from mechvlm.view.pooling import cells, groups, line, pooled, readable
+from mechvlm.view.pooling import readable, token_groups
 
 
 def data_of(view: View) -> list[dict]:
@@ -61,7 +63,7 @@ def test_a_page_is_one_file_with_a_policy_and_escaped_names(tmp_path):
     assert html == view.html()
     assert "default-src 'none'" in html
     assert "<title>a &lt;b&gt; &amp; &quot;c&quot;</title>" in html
-    assert html.count("</script>") == 2, "its own and that which says that scripts run"
+    assert html.count("</script>") == 2, "its own, and the script that marks the page as live"
     assert html.count("</style>") == 2
     assert r"'\x3c/ScRipt>\x3c!--'" in html
     assert "<img" not in html + view._repr_html_(), "without a picture none is shown"
@@ -72,21 +74,21 @@ def test_a_page_is_one_file_with_a_policy_and_escaped_names(tmp_path):
 
 def test_views_are_added_with_what_they_share_once(read):
     inputs, lens, norms = read
-    one, other = mv.view.attention(inputs, norms, 1, pool=2), mv.view.topk(inputs, lens)
-    both = one + other
+    first, second = mv.view.attention(inputs, norms, 1, pool=2), mv.view.topk(inputs, lens)
+    both = first + second
     assert both.html().count("var CircuitsVis=") == 1
     assert len(both.scripts) == 2
     assert len(data_of(both)) == 3
-    assert both.height == one.height + other.height
-    sizes = [Image.open(io.BytesIO(v.picture)).size for v in (one, other, both)]
+    assert both.height == first.height + second.height
+    sizes = [Image.open(io.BytesIO(v.picture)).size for v in (first, second, both)]
     assert sizes[2] == (max(sizes[0][0], sizes[1][0]), sizes[0][1] + sizes[1][1])
-    assert len(data_of(one + one)) == 2
+    assert len(data_of(first + first)) == 2
 
 
 def test_a_frame_over_a_picture():
     drawn = []
-    view = View('"quoted"', "<p>\"'&amp;</p>", still=lambda: drawn.append(1) or b"not really", height=321)
-    assert (view.html() and drawn) == [], "a page of its own shows none"
+    view = View('"quoted"', "<p>\"'&amp;</p>", preview=lambda: drawn.append(1) or b"not really", height=321)
+    assert (view.html() and drawn) == [], "the page itself shows no picture"
     html = view._repr_html_()
     assert html.startswith('<div style="position:relative;height:321px"><img')
     (srcdoc,) = re.findall(r'<iframe sandbox="allow-scripts" [^>]*srcdoc="([^"]*)"', html)
@@ -97,9 +99,9 @@ def test_a_frame_over_a_picture():
 
 def test_too_large_says_what_to_choose(read, monkeypatch):
     with pytest.raises(mv.ViewError, match=r"'big' would have 50 MB; at most 50 MB.*Choose fewer layers"):
-        View("big", "x" * (page.LIMIT + 1))
+        View("big", "x" * (page.PAGE_LIMIT + 1))
     inputs, lens, norms = read
-    monkeypatch.setattr(page, "LIMIT", 1_000_000)
+    monkeypatch.setattr(page, "PAGE_LIMIT", 1_000_000)
     with pytest.raises(mv.ViewError, match="smaller pool"):
         mv.view.attention(inputs, norms, 1, pool=2)
     with pytest.raises(mv.ViewError, match="smaller k"):
@@ -108,68 +110,7 @@ def test_too_large_says_what_to_choose(read, monkeypatch):
         mv.view.attention_row(inputs, norms, 20)
 
 
-# --- tokens and cells
-
-
-@pytest.mark.parametrize(
-    ("piece", "shown"),
-    [
-        ("▁the", " the"), ("Ġthe", " the"), ("Ċ", "⏎"), ("<0x0A>", "⏎"), ("<0x41>", "A"), ("<0xE2>", "<0xE2>"), ("▁▁", "␣␣"),
-        ("", ""), ("<s>", "<s>"), ("\t", "⇥"), ("\u202e", "U+202E"), ("\u2028", "U+2028"), ("\x00", "U+0000"),
-        ("👩\u200d🚀", "👩\u200d🚀"), ("שלום", "שלום"),
-    ],
-)  # fmt: skip
-def test_pieces_are_readable(piece, shown):
-    assert readable(piece) == shown
-
-
-def test_cells_by_hand():
-    vlm = mv.load(*llava())
-    tokens = vlm.inputs(noise_image(0), "what").tokens  # 4 x 4 patches
-    start = int(tokens.image[0])
-    two = cells(tokens, (2, 4))
-    assert [two[start + i] for i in (0, 3, 4, 8, 15)] == ["▦r0c0", "▦r0c3", "▦r0c0", "▦r1c0", "▦r1c3"]
-    three = cells(tokens, 3)  # 4 patches in 3 cells: the first takes two
-    assert [three[start + i] for i in range(4)] == ["▦r0c0", "▦r0c0", "▦r0c1", "▦r0c2"]
-
-
-@pytest.mark.parametrize("pool", [None, 1, 2, 3, (1, 4), (4, 1)])
-def test_every_token_is_in_one_group(pool, read, read_queries):
-    for inputs, *_ in (read, read_queries):
-        if isinstance(pool, tuple) and not inputs.token_maps[0].patches:
-            continue
-        for tokens in inputs.token_maps:
-            names, member = groups(tokens, pool)
-            assert member.sum(0).nonzero().flatten().tolist() == tokens.all.tolist()
-            assert member.sum(0).max() == 1
-            assert len(names) == len(member)
-            text = [readable(tokens.strings[p]) for p in tokens.all.tolist() if p not in tokens.image.tolist()]
-            assert [n for n in names if n[0] not in "▦q"] == [t for t in text if t[0] not in "▦q"]
-
-
-def test_groups_of_queries_are_named_by_what_they_hold(read_queries):
-    inputs, *_ = read_queries
-    assert groups(inputs.tokens, 2)[0][:2] == ["q0–2", "q3–4"]
-    assert groups(inputs.tokens, None)[0][:5] == ["q0", "q1", "q2", "q3", "q4"]
-    names, member = groups(inputs.tokens, 3)
-    assert names[:3] == ["q0–1", "q2–3", "q4"]
-    assert [row.nonzero().flatten().tolist() for row in member[:3]] == [[0, 1], [2, 3], [4]]
-
-
-def test_images_of_one_prompt_have_their_own_cells(llava_vlm):
-    tokens = llava_vlm.inputs([[noise_image(0), noise_image(1)]], "what").tokens
-    names, _ = groups(tokens, (1, 2))
-    assert [n for n in names if "▦" in n] == ["▦0:r0c0", "▦0:r0c1", "▦1:r0c0", "▦1:r0c1"]
-    assert sum(label.endswith("\n") for label in line(tokens)) == 8 + 2, "eight rows, and the text before each image"
-
-
-def test_pooling_by_hand():
-    values = torch.tensor([[1.0, 0, 0], [0.5, 0.5, 0], [0.2, 0.3, 0.5]])
-    member = torch.tensor([[1.0, 0, 0], [0, 1, 1]])
-    assert torch.allclose(pooled(values, member), torch.tensor([[1.0, 0], [0.35, 0.65]]))
-
-
-# --- what the views hold
+# --- the data in the views
 
 
 @pytest.mark.parametrize("measure", ["norm", "weight"])
@@ -183,7 +124,7 @@ def test_attention_holds_the_pooled_maps(measure, read):
     single = norms.norm_head[:, 1, 2] if measure == "norm" else norms.weight[:, 1, 2]
     for shown, values in zip(data["attention"], [whole[0], single[0], whole[2], single[2]], strict=True):
         naive = np.zeros((len(data["tokens"]),) * 2)
-        names, member = groups(tokens, 2)
+        names, member = token_groups(tokens, 2)
         assert data["tokens"] == names
         for i, dests in enumerate(member):
             for j, srcs in enumerate(member):
@@ -294,20 +235,20 @@ def test_every_view_has_a_small_picture(read, read_queries, recwarn):
     assert not [w for w in recwarn if "Glyph" in str(w.message)]
 
 
-# --- what they refuse
+# --- arguments that are refused
 
 
 def test_results_of_other_inputs(llava_vlm, blip_vlm, read, read_queries):
     inputs, lens, norms = read
-    one = llava_vlm.inputs(noise_image(0), "what is this")
-    belongs(inputs, lens, norms)
+    single = llava_vlm.inputs(noise_image(0), "what is this")
+    check_match(inputs, lens, norms)
     with pytest.raises(mv.ViewError, match="NormAttentionResult has 2 examples, the inputs have 1"):
-        belongs(one, norms)
+        check_match(single, norms)
     longer = llava_vlm.inputs([noise_image(0)] * 2, "what is this , and is it longer than the other one was ?")
     with pytest.raises(mv.ViewError, match=r"NormAttentionResult has \d+ positions, the inputs have \d+"):
         mv.view.attention(longer, norms, 1)
     with pytest.raises(mv.ViewError, match="example 1, the inputs only 1"):
-        mv.view.topk(one, lens)
+        mv.view.topk(single, lens)
     elsewhere = replace(lens.of(0), position=lens.of(0).position + 100)
     with pytest.raises(mv.ViewError, match=r"position .* no token of these inputs"):
         mv.view.topk(inputs, elsewhere)
@@ -315,19 +256,19 @@ def test_results_of_other_inputs(llava_vlm, blip_vlm, read, read_queries):
     with pytest.raises(mv.ViewError, match="of the model 'another', the inputs are of"):
         mv.view.attention_row(inputs, other, 20)
     with pytest.raises(mv.ViewError, match="of the model"):
-        belongs(read_queries[0], norms)
+        check_match(read_queries[0], norms)
     reading = mv.query_reading(blip_vlm, read_queries[0])
-    belongs(read_queries[0], reading)
+    check_match(read_queries[0], reading)
     with pytest.raises(mv.ViewError, match="queries, the inputs have 0"):
-        belongs(one, replace(reading, model=one.model))
+        check_match(single, replace(reading, model=single.model))
     with pytest.raises(TypeError, match="A dict cannot be shown"):
-        belongs(inputs, {})
+        check_match(inputs, {})
 
 
 def test_an_image_that_is_gone(llava_vlm):
     inputs = llava_vlm.inputs(noise_image(0), "what is this")
     norms = mv.norm_attention(llava_vlm, inputs, dst="all pairs")
-    assert image_of(inputs, 0).size == (80, 60)
+    assert load_image(inputs, 0).size == (80, 60)
     with pytest.raises(mv.ViewError, match="Image 0 of example 0 is gone: the inputs no longer hold it"):
         mv.view.attention(replace(inputs, images=((),)), norms, 1, pool=2)
     inputs.images[0][0].close()
@@ -387,7 +328,7 @@ def test_groups_of_queries_are_few_enough(read_queries):
 
 
 def test_a_view_opens_no_figure_of_its_own(read):
-    """Its still picture would else appear under the view in a notebook."""
+    """A pyplot figure of the picture would appear under the view in a notebook."""
     inputs, lens, norms = read
     plt.close("all")
     for shown in (

@@ -1,4 +1,4 @@
-"""The token that an answer begins with is the one that the model itself would have to write."""
+"""An answer's first token is the token that the model itself would write."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from mechvlm.datasets.scenes import scenes
 
 
 @pytest.mark.parametrize("name", ["tiny-llava", "tiny-instructblip"])
-def test_the_token_is_the_one_that_the_model_answers_with(name):
+def test_the_token_is_the_models_own_first_one(name):
     vlm = mv.load(name)
     image = next(scenes(1)).image
     inputs = vlm.inputs(image, "What color is the circle?")
@@ -21,9 +21,9 @@ def test_the_token_is_the_one_that_the_model_answers_with(name):
 
 
 def test_one_answer_for_all_or_one_each(batch, vlm):
-    one = vlm.answer_tokens(batch, "red")
+    same = vlm.answer_tokens(batch, "red")
     each = vlm.answer_tokens(batch, ["red", "a cat", 7])
-    assert vlm.tokenizer.convert_ids_to_tokens(one.tolist()) == ["▁red"] * 3
+    assert vlm.tokenizer.convert_ids_to_tokens(same.tolist()) == ["▁red"] * 3
     assert vlm.tokenizer.convert_ids_to_tokens(each[:2].tolist()) == ["▁red", "▁a"]
     assert each[2] == 7
 
@@ -38,7 +38,7 @@ def test_bad_answers_are_refused(batch, vlm):
 
 
 def test_after_a_line_break_an_answer_has_no_space(llava_vlm):
-    """Chat templates may end in one; what the model then writes is what the tokenizer makes of the whole text."""
+    """Chat templates may end in one. The answer is then tokenized as in the whole text."""
     inputs = llava_vlm.inputs(noise_image(0), "USER: <image>\nWhat is it? ASSISTANT:\n")
     whole = llava_vlm.tokenizer(inputs.texts[0] + "red").input_ids
     assert whole[:-1] == llava_vlm.tokenizer(inputs.texts[0]).input_ids
@@ -46,7 +46,7 @@ def test_after_a_line_break_an_answer_has_no_space(llava_vlm):
     assert llava_vlm.tokenizer.convert_ids_to_tokens(whole[-1]) == "red"
 
 
-def test_ids_as_they_come_from_logits(batch, vlm):
+def test_ids_as_tensors_and_lists(batch, vlm):
     ids = torch.tensor([5, 6, 7])
     assert torch.equal(vlm.answer_tokens(batch, ids), ids)
     assert torch.equal(vlm.answer_tokens(batch, ids.tolist()), ids)
@@ -56,5 +56,7 @@ def test_ids_as_they_come_from_logits(batch, vlm):
 
 def test_a_prompt_that_ends_in_a_space_is_refused(llava_vlm):
     inputs = llava_vlm.inputs(noise_image(0), "<image> what is this ")
-    with pytest.raises(mv.InputError, match="ends in a space, where no answer begins: leave it out"):
+    with pytest.raises(
+        mv.InputError, match="ends in a space, and an answer's first token brings its own: remove the space"
+    ):
         llava_vlm.answer_tokens(inputs, "red")

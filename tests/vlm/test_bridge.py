@@ -1,4 +1,4 @@
-"""`vlm.bridge()`: TransformerLens on the same memory, and a VLM that goes on as if there were no bridge."""
+"""`vlm.bridge()`: TransformerLens on the same memory, and a VLM that it does not disturb."""
 
 import nnsight
 import pytest
@@ -14,7 +14,7 @@ SITES = ["resid_pre", "q", "k", "v", "pattern", "z", "attn_out", "resid_mid", "m
 
 
 def run(bridge, vlm, inputs):
-    """The documented way."""
+    """A bridge's forward as the documentation shows it."""
     encoding = vlm.encoding(inputs)
     with torch.no_grad():
         return bridge.run_with_cache(encoding.pop("input_ids"), **encoding)
@@ -23,12 +23,12 @@ def run(bridge, vlm, inputs):
 def everything(vlm, inputs) -> dict:
     """Every accessor of every layer, and the logits."""
     with torch.no_grad(), vlm.trace(inputs):
-        got = nnsight.save({})
+        values = nnsight.save({})
         for layer in range(vlm.n_layers):
             for site in SITES:
-                got[f"{site}[{layer}]"] = getattr(vlm, site)[layer].clone()
-        got["logits"] = vlm.logits
-    return got
+                values[f"{site}[{layer}]"] = getattr(vlm, site)[layer].clone()
+        values["logits"] = vlm.logits
+    return values
 
 
 @pytest.fixture(scope="module", params=[*FAMILIES, *bundled.NAMES])
@@ -53,11 +53,12 @@ def test_hooks_equal_mechvlms_activations_on_a_padded_batch(model, padded):
     blocks = [name for name in cache if name.startswith("blocks.")]
     assert len(blocks) == 13 * model.n_layers
     for name in [*blocks, "ln_final.hook_scale"]:
-        mine, other = cache[name], their_cache[name]
-        assert mine.shape == other.shape, name
-        if name.endswith("pattern"):  # rows of padding mean nothing
-            mine, other = mine.transpose(1, 2), other.transpose(1, 2)
-        torch.testing.assert_close(mine[real], other[real], rtol=1e-5, atol=3e-5, msg=name)
+        ours, other = cache[name], their_cache[name]
+        assert ours.shape == other.shape, name
+        # Rows of padding mean nothing: bring a pattern's rows, [batch head dest src], forward.
+        if name.endswith("pattern"):
+            ours, other = ours.transpose(1, 2), other.transpose(1, 2)
+        torch.testing.assert_close(ours[real], other[real], rtol=1e-5, atol=3e-5, msg=name)
     text = real & (padded.encoding["input_ids"] != model.config.image_token_index)
     torch.testing.assert_close(cache["hook_embed"][text], their_cache["hook_embed"][text], rtol=0, atol=0)
 
@@ -67,7 +68,7 @@ def test_each_family_has_its_adapter(model):
     assert type(model.bridge().adapter).__module__.split(".")[0] == own[model.record.hf_class]
 
 
-def test_what_the_projection_writes_is_what_the_image_tokens_are(model, padded):
+def test_the_projections_output_is_the_image_tokens(model, padded):
     _, cache = run(model.bridge(), model, padded)
     image = padded.encoding["input_ids"] == model.config.image_token_index
     features = cache["vision_projector.hook_out"].reshape(-1, model.d_model)
@@ -80,9 +81,9 @@ def test_weights_under_transformer_lens_names(model):
         attn = bridge.blocks[layer].attn
         assert torch.equal(model.W_Q[layer], attn.W_Q)
         assert torch.equal(model.W_O[layer], attn.W_O)
-        each = model.n_heads // model.n_kv_heads  # TransformerLens keeps grouped heads once
-        assert torch.equal(model.W_K[layer][::each], attn.W_K)
-        assert torch.equal(model.W_V[layer][::each], attn.W_V)
+        group = model.n_heads // model.n_kv_heads  # TransformerLens keeps grouped heads once
+        assert torch.equal(model.W_K[layer][::group], attn.W_K)
+        assert torch.equal(model.W_V[layer][::group], attn.W_V)
         torch.testing.assert_close(model.OV(layer).AB, bridge.OV[layer].AB, rtol=0, atol=1e-6)
         torch.testing.assert_close(model.QK(layer).AB, bridge.QK[layer].AB, rtol=0, atol=1e-6)
     assert torch.equal(model.W_U, bridge.W_U)
@@ -91,13 +92,13 @@ def test_weights_under_transformer_lens_names(model):
 
 def test_weights_are_the_same_memory_and_modules_are_not(model):
     bridge = model.bridge()
-    mine = {t.untyped_storage().data_ptr() for t in (*model.hf.parameters(), *model.hf.buffers())}
+    models = {t.untyped_storage().data_ptr() for t in (*model.hf.parameters(), *model.hf.buffers())}
     twins = [*bridge.original_model.parameters(), *bridge.parameters()]
     assert {p.untyped_storage().data_ptr() for p in twins} == {
         p.untyped_storage().data_ptr() for p in model.hf.parameters()
     }
-    # All that was allocated is one vector, TransformerLens' unembedding bias of zeros.
-    new = {t.data_ptr(): t.numel() for t in bridge.buffers() if t.untyped_storage().data_ptr() not in mine}
+    # One vector is allocated: TransformerLens' unembedding bias of zeros.
+    new = {t.data_ptr(): t.numel() for t in bridge.buffers() if t.untyped_storage().data_ptr() not in models}
     assert list(new.values()) == [model.d_vocab]
     q = getattr(model.layers[1], model.record.attention).q_proj.weight
     assert bridge.blocks[1].attn.q.weight.data_ptr() == q.data_ptr()
@@ -115,7 +116,7 @@ def test_the_vlm_and_the_bridge_do_not_disturb_each_other(model, padded):
     after = everything(model, padded)
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
-    # A hook left on the bridge changes the bridge, and nothing else; nor does a VLM's trace change the bridge.
+    # A hook left on the bridge changes the bridge alone, and a VLM's trace changes the VLM alone.
     bridge.add_hook("blocks.0.hook_mlp_out", lambda x, hook: x * 0)
     changed, _ = run(bridge, model, padded)
     assert (changed - logits).abs().max() > 1e-3
@@ -145,20 +146,20 @@ def test_the_vlm_keeps_its_attention_implementation(family):
     assert vlm.config.to_dict() == before
 
 
-def test_compatibility_mode_gives_the_bridge_new_weights_and_leaves_the_vlms(model, padded):
+def test_compatibility_mode_gives_the_bridge_new_weights_and_keeps_the_vlms(model, padded):
     weights = {name: p.detach().clone() for name, p in model.hf.named_parameters()}
     before = everything(model, padded)
     bridge = model.bridge()
     bridge.enable_compatibility_mode(disable_warnings=True)
-    assert (bridge.ln_final.weight == 1).all()  # it has folded
+    assert (bridge.ln_final.weight == 1).all()  # folded into the unembedding
     folded, _ = run(bridge, model, padded)
     assert all(torch.equal(weights[name], p) for name, p in model.hf.named_parameters())
     after = everything(model, padded)
     assert all(torch.equal(before[name], after[name]) for name in before)
-    # Folding and centring leave the probabilities.
+    # Folding and centring leave the probabilities as they are.
     real = padded.encoding["attention_mask"].bool()
-    theirs, mine = folded.log_softmax(-1)[real], before["logits"].log_softmax(-1)[real]
-    torch.testing.assert_close(theirs, mine, rtol=1e-4, atol=2e-4)
+    theirs, ours = folded.log_softmax(-1)[real], before["logits"].log_softmax(-1)[real]
+    torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=2e-4)
 
 
 def test_a_bridge_that_is_cast_leaves_the_vlm(llava_vlm):
@@ -170,14 +171,14 @@ def test_a_bridge_that_is_cast_leaves_the_vlm(llava_vlm):
 
 
 def test_the_bridge_knows_the_tokenizer_and_the_processor(vlm):
-    """From memory: these tokenizers were never saved, and name no folder that TransformerLens could load."""
+    """From memory: these tokenizers were never saved, so TransformerLens could not load them."""
     bridge = vlm.bridge()
     assert bridge.tokenizer is not vlm.tokenizer
     assert bridge.processor is vlm.processor
-    piece = vlm.tokenizer.convert_tokens_to_ids("▁red")
-    assert bridge.to_single_token("red") == piece
-    assert bridge.to_tokens("red", prepend_bos=True).tolist() == [[vlm.tokenizer.bos_token_id, piece]]
-    assert bridge.to_tokens("red", prepend_bos=False).tolist() == [[piece]]
+    red = vlm.tokenizer.convert_tokens_to_ids("▁red")
+    assert bridge.to_single_token("red") == red
+    assert bridge.to_tokens("red", prepend_bos=True).tolist() == [[vlm.tokenizer.bos_token_id, red]]
+    assert bridge.to_tokens("red", prepend_bos=False).tolist() == [[red]]
     assert (bridge.cfg.n_layers, bridge.cfg.n_heads, bridge.cfg.d_model) == (vlm.n_layers, vlm.n_heads, vlm.d_model)
     assert (bridge.cfg.d_head, bridge.cfg.d_vocab) == (vlm.d_head, vlm.d_vocab)
 

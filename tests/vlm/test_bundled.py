@@ -1,4 +1,7 @@
-"""The bundled models load as any checkpoint does, offline, and do on a few held-out scenes what their cards say."""
+"""The bundled models load offline like any checkpoint, and do what their cards say.
+
+Checked on a few held-out scenes.
+"""
 
 import re
 
@@ -19,12 +22,12 @@ def loaded(request):
     return request.param, model, AutoProcessor.from_pretrained(folder)
 
 
-def say(loaded, image, text):
+def answer_of(loaded, image, text):
     name, model, processor = loaded
     prompt = f"USER: <image>\n{text} ASSISTANT:" if name == "tiny-llava" else text
     inputs = processor(images=image, text=prompt, return_tensors="pt")
     tokens = model.generate(**inputs, max_new_tokens=32, do_sample=False)[0, inputs["input_ids"].shape[1] :]
-    assert tokens[-1] == processor.tokenizer.eos_token_id  # it stops by itself
+    assert tokens[-1] == processor.tokenizer.eos_token_id  # the model ends its answer itself
     return processor.tokenizer.decode(tokens, skip_special_tokens=True).strip()
 
 
@@ -54,17 +57,17 @@ def test_unknown_name():
 
 def test_one_object_captions(loaded):
     scenes = list(sample_scenes(6, seed=50, split="test", counts=(1,)))
-    said = [say(loaded, s.render(), "Describe the scene.") for s in scenes]
-    right = sum(f"{s.objects[0].name} " in t for s, t in zip(scenes, said, strict=True))
-    assert right >= 5, said
+    captions = [answer_of(loaded, s.render(), "Describe the scene.") for s in scenes]
+    right = sum(f"{s.objects[0].name} " in t for s, t in zip(scenes, captions, strict=True))
+    assert right >= 5, captions
 
 
 def test_answers(loaded):
-    hits, said = 0, []
+    right, answers = 0, []
     for scene in sample_scenes(6, seed=51, split="test", counts=(1, 2)):
         for q in [q for q in scene.questions() if q.kind in ("color", "count")][:2]:
-            answer = say(loaded, scene.render(), q.text)
-            said.append((q.text, q.answer, answer))
+            answer = answer_of(loaded, scene.render(), q.text)
+            answers.append((q.text, q.answer, answer))
             assert re.fullmatch(r"\w+", answer)
-            hits += answer == q.answer
-    assert hits >= 0.7 * len(said), said
+            right += answer == q.answer
+    assert right >= 0.7 * len(answers), answers

@@ -1,4 +1,4 @@
-"""Loading: from a folder, from memory, and what is said of what cannot be loaded. And the real models' geometry."""
+"""Loading from a folder and from memory, its errors, and the real models' geometry."""
 
 import json
 import shutil
@@ -18,11 +18,11 @@ from mechvlm.vlm import vlm as vlm_module
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    where = tmp_path_factory.mktemp("model")
+    path = tmp_path_factory.mktemp("model")
     hf, processor = llava()
-    hf.save_pretrained(where)
-    processor.save_pretrained(where)
-    return where
+    hf.save_pretrained(path)
+    processor.save_pretrained(path)
+    return path
 
 
 def test_a_folder_loads_as_the_model_that_was_saved(folder):
@@ -43,12 +43,12 @@ def test_dtype_and_device_map(folder):
         mv.load(folder, device="cpu", device_map="auto")
 
 
-def test_an_unknown_model_is_told_where_was_looked():
+def test_an_unknown_model_lists_the_places_looked_in():
     with pytest.raises(mv.ModelError, match=r"no model 'no/such-model'.*bundled \(tiny-llava, tiny-instructblip\)"):
         mv.load("no/such-model")
 
 
-def test_a_slip_of_the_pen_is_told_the_name():
+def test_a_misspelled_name_is_corrected():
     with pytest.raises(mv.ModelError, match=r"owner/name\. Did you mean tiny-llava\?"):
         mv.load("tinyllava")
 
@@ -87,16 +87,16 @@ def test_folders_that_hold_no_model(tmp_path, folder):
 def test_code_in_a_repository_does_not_run(folder, tmp_path):
     shutil.copy(folder / "config.json", tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
-    config |= {"model_type": "mine", "auto_map": {"AutoConfig": "mine.Config", "AutoModel": "mine.Model"}}
+    config |= {"model_type": "custom", "auto_map": {"AutoConfig": "custom.Config", "AutoModel": "custom.Model"}}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    (tmp_path / "mine.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').write('')")
+    (tmp_path / "custom.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').write('')")
     with pytest.raises(mv.ModelError, match="trust_remote_code"):
         mv.load(tmp_path)
     assert not (tmp_path / "ran").exists()
 
 
 def test_incomplete_and_damaged_checkpoints(folder, tmp_path):
-    """transformers fills what is missing with random numbers, and says so in a log: here it is an error."""
+    """transformers fills missing tensors with random numbers and logs it: here it is an error."""
     from safetensors.torch import load_file, save_file
 
     for file in folder.iterdir():
@@ -117,7 +117,7 @@ def test_incomplete_and_damaged_checkpoints(folder, tmp_path):
         mv.load(tmp_path)
 
 
-def test_what_a_loaded_model_cannot_be_given():
+def test_options_that_a_loaded_model_cannot_take():
     hf, processor = llava()
     with pytest.raises(mv.ModelError, match=r"loaded already: give dtype, revision to its"):
         mv.load(hf, processor, dtype="bfloat16", revision="main")
@@ -156,7 +156,7 @@ def test_encoder_decoders_are_refused():
 
 
 def test_the_self_check_names_what_is_off(monkeypatch):
-    """A record whose middle norm is the one before the attention: it has passed by when it is read."""
+    """The record's middle norm is the one before the attention, which has run when it is read."""
     wrong = replace(ARCHITECTURES["LlavaForConditionalGeneration"], mid_norm="input_layernorm")
     monkeypatch.setattr(vlm_module, "architecture_of", lambda name: wrong)
     with pytest.raises(mv.ModelError, match=r"cannot be traced by its record.*input_layernorm"):
@@ -173,7 +173,7 @@ def test_the_self_check_sees_another_final_norm(monkeypatch):
         mv.load(hf, processor)
 
 
-# -- the real models' geometry, at small widths ------------------------------------------------------------------------
+# -- the real models' geometry, at small widths ----------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -220,7 +220,7 @@ def test_parity_at_the_real_geometry(llava_576, blip_32):
 
 
 class Largest(TorchDispatchMode):
-    """The number of entries of the largest tensor that any operation makes (views own none)."""
+    """The number of entries of the largest tensor that any operation makes; views own none."""
 
     entries = 0
 
@@ -233,16 +233,17 @@ class Largest(TorchDispatchMode):
 
 
 def test_nothing_larger_than_one_layer_needs_exists(llava_576):
-    """No tensor of layers x vocabulary for the lens, of positions squared x width for norm-based attention."""
+    """The lens needs no tensor of layers x vocabulary, norm attention none of pairs x width."""
     inputs = llava_576.inputs(noise_image(0, (640, 480)), "what is this")
     n = len(inputs.tokens)
     with Largest() as lens:
         mv.logit_lens(llava_576, inputs, k=1)
-    assert lens.entries == 576 * 32064  # one layer's logits, of the visual tokens alone
+    assert lens.entries == 576 * 32064  # one layer's logits of the visual tokens
     with Largest() as norms:
         mv.norm_attention(llava_576, inputs, dst="all pairs")
     weights = max(p.numel() for p in llava_576.hf.parameters())
-    assert norms.entries <= max(2 * llava_576.n_heads * n * n, weights)  # what is asked for: two layers of it, stacked
+    # The result holds all pairs of two layers.
+    assert norms.entries <= max(2 * llava_576.n_heads * n * n, weights)
     assert norms.entries < n * n * llava_576.d_model
     with Largest() as context:
         mv.contextualization(llava_576, inputs)
@@ -252,7 +253,7 @@ def test_nothing_larger_than_one_layer_needs_exists(llava_576):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("family", [llava, instructblip])
 def test_half_precision(family, dtype):
-    """Half precision runs, and reads what float32 reads up to its rounding."""
+    """Half precision runs, and gives float32's results up to its rounding."""
     hf, processor = family.__wrapped__()
     full = mv.load(family()[0], processor)
     half = mv.load(hf.to(dtype), processor)
@@ -267,7 +268,7 @@ def test_half_precision(family, dtype):
     with torch.no_grad():
         logits = half.hf(**half.encoding(inputs)).logits[0]
     last = mv.logit_lens(half, inputs, k=1, positions="all", layers=[3])
-    assert torch.equal(last.tokens[0, :, 0], logits.argmax(-1))
+    assert torch.equal(last.ids[0, :, 0], logits.argmax(-1))
 
 
 def test_layers_of_the_real_models_are_read_from_the_config():

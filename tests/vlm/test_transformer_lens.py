@@ -1,4 +1,7 @@
-"""The names mean what TransformerLens means by them: accessors and weights against a bridge that it loads itself."""
+"""Names mean what TransformerLens means by them.
+
+Accessors and weights are compared with a bridge that TransformerLens loads itself.
+"""
 
 import nnsight
 import pytest
@@ -36,16 +39,16 @@ def test_accessors_equal_the_bridges_hooks(both):
             inputs.encoding["input_ids"], pixel_values=inputs.encoding["pixel_values"]
         )
         with vlm.trace(inputs):
-            got = nnsight.save({})
+            values = nnsight.save({})
             for layer in range(vlm.n_layers):
                 for name in ORDER:
-                    got[name, layer] = getattr(vlm, name)[layer].clone()
-            got["logits"] = vlm.logits
-    assert_close(got["logits"], logits, rtol=0, atol=1e-5)
+                    values[name, layer] = getattr(vlm, name)[layer].clone()
+            values["logits"] = vlm.logits
+    assert_close(values["logits"], logits, rtol=0, atol=1e-5)
     for layer in range(vlm.n_layers):
         for name, hook in HOOKS.items():
             theirs = cache[f"blocks.{layer}.{hook}"]
-            assert_close(got[name, layer], theirs, rtol=0, atol=1e-5, msg=f"{name}[{layer}]")
+            assert_close(values[name, layer], theirs, rtol=0, atol=1e-5, msg=f"{name}[{layer}]")
 
 
 def test_weights_equal_the_bridges(both):
@@ -72,10 +75,10 @@ def test_ov_and_qk_of_grouped_queries_and_of_both_families(vlm):
     ov, qk = vlm.OV(1), vlm.QK(-2)
     assert tuple(ov.shape) == tuple(qk.shape) == (vlm.n_heads, vlm.d_model, vlm.d_model)
     for head in range(vlm.n_heads):
-        mine, theirs = head * d, (head // (vlm.n_heads // vlm.n_kv_heads)) * d
-        by_hand = w_v[theirs : theirs + d].T @ w_o[:, mine : mine + d].T
+        query, key = head * d, (head // (vlm.n_heads // vlm.n_kv_heads)) * d  # first rows
+        by_hand = w_v[key : key + d].T @ w_o[:, query : query + d].T
         assert_close(ov.AB[head].detach(), by_hand, rtol=0, atol=1e-6)
-        by_hand = w_q[mine : mine + d].T @ w_k[theirs : theirs + d]
+        by_hand = w_q[query : query + d].T @ w_k[key : key + d]
         assert_close(qk.AB[head].detach(), by_hand, rtol=0, atol=1e-6)
 
 
@@ -91,5 +94,5 @@ def test_ov_is_what_a_head_writes(blip_vlm):
     _, cache = vlm.run_with_cache(vlm.inputs(noise_image(4), "describe the scene"))
     with torch.no_grad():
         normed = vlm.layers[1]._module.input_layernorm(cache["blocks.1.hook_resid_pre"])
-        wrote = cache["blocks.1.attn.hook_pattern"] @ (normed[:, None] @ vlm.OV(1).AB)
-        assert_close(wrote.sum(1), cache["blocks.1.hook_attn_out"], rtol=0, atol=1e-5)
+        written = cache["blocks.1.attn.hook_pattern"] @ (normed[:, None] @ vlm.OV(1).AB)
+        assert_close(written.sum(1), cache["blocks.1.hook_attn_out"], rtol=0, atol=1e-5)

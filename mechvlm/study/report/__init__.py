@@ -1,1 +1,1 @@
-"""What a study looks like: figures, the report's page, its gallery, and what the terminal prints."""
+"""The presentation of a study: figures, the report page, its gallery, and the terminal."""

@@ -1,4 +1,4 @@
-"""What the study's figures share: a figure with its caption, panels, curves with their bands, and what a caption counts."""
+"""Shared by the figures of a study: captions, panels, and curves with their bands."""
 
 import base64
 import html
@@ -24,24 +24,30 @@ from mechvlm.study.record import StudyRecord
 
 DOTTED = (0, (1, 1.5))
 GREY = "#555555"
-ACROSS = 2
-"""Models side by side; more stand beneath them, so that letters stay as large."""
+MODELS_PER_ROW = 2
+"""Models side by side. Further models go into rows beneath, so that the text keeps its size."""
 
 
 class CaptionedFigure(NamedTuple):
-    """A figure of matplotlib's, and the caption that says what it shows and of how many examples."""
+    """A matplotlib figure and its caption, which says what it shows and of how many examples.
+
+    A notebook shows both.
+
+    Example:
+        >>> study.plot("lens").save("lens.pdf")
+    """
 
     figure: Figure
     caption: str
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write the figure, as what the file's name ends in: .png (200 dpi), .svg, .pdf."""
-        # No date, so that the same study gives the same file.
-        date = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}
+        """Write the figure to a file, in the format of the suffix: .png (200 dpi), .svg, .pdf."""
+        # Without a date the same study gives the same file.
+        no_date = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}
         with style(), warnings.catch_warnings():
-            # A token of a script that the font lacks shows as a box.
+            # Where the font lacks a script, its tokens show as boxes.
             warnings.filterwarnings("ignore", message="Glyph .* missing")
-            self.figure.savefig(path, metadata=date.get(Path(path).suffix.lower()))
+            self.figure.savefig(path, metadata=no_date.get(Path(path).suffix.lower()))
 
     def _repr_html_(self) -> str:
         file = io.BytesIO()
@@ -57,10 +63,17 @@ class CaptionedFigure(NamedTuple):
 
 
 def panels(
-    models: list[str], heights: Sequence[float | int], most: int = ACROSS, same_y: bool = False
+    models: list[str], heights: Sequence[float | int], per_row: int = MODELS_PER_ROW, same_y: bool = False
 ) -> tuple[Figure, dict[str, list[Axes]]]:
-    """A figure with a block for each model, in rows of `most`: axes of the given heights (inches) that share their layers."""
-    across = min(len(models), most)
+    """Make a figure with a block of axes per model: the figure, and {model: axes, top first}.
+
+    Args:
+        models: in this order, `per_row` side by side.
+        heights: of the axes in a block, in inches. They share their x axis, the layers.
+        per_row: the number of models side by side.
+        same_y: whether corresponding axes of all models share their y axis.
+    """
+    across = min(len(models), per_row)
     down = math.ceil(len(models) / across)
     figure = Figure((1 + 4.6 * across, 0.6 + (0.75 + sum(heights)) * down), layout=ConstrainedLayoutEngine(w_pad=0.09))
     outer = figure.add_gridspec(down, across)
@@ -69,18 +82,21 @@ def panels(
         inner = outer[i // across, i % across].subgridspec(len(heights), 1, height_ratios=heights, hspace=0.02)
         block: list[Axes] = []
         for row in range(len(heights)):
-            like = next(iter(blocks.values()))[row] if same_y and blocks else None
-            block.append(figure.add_subplot(inner[row], sharex=block[0] if block else None, sharey=like))
+            sharey = next(iter(blocks.values()))[row] if same_y and blocks else None
+            block.append(figure.add_subplot(inner[row], sharex=block[0] if block else None, sharey=sharey))
         for ax in block[:-1]:
             ax.tick_params(labelbottom=False)
         blocks[model] = block
     return figure, blocks
 
 
-def line_of(
+def draw_curve(
     ax: Axes, rows: pd.DataFrame, line: Line, *, x: str = "layer", thin: bool = False, bands: bool = True
 ) -> None:
-    """One measure of `Study.curves` of one model: its mean within its bands; NaN is left out."""
+    """Draw one measure of one model (rows of `Study.curves`): the mean within its bands.
+
+    NaN is left out.
+    """
     rows = rows[rows["mean"].notna()].sort_values(x)
     limits = (0.0, 1.0) if rows["measure"].str.match("precision|recall").all() else (-1.0, 1.0)
     spread, ends = None, None
@@ -89,21 +105,25 @@ def line_of(
     banded(ax, rows[x].to_numpy(), rows["mean"].to_numpy(), line, spread, ends, limits=limits, thin=thin)
 
 
-def dotted(ax: Axes, rows: pd.DataFrame, color: str, x: str = "layer") -> None:
-    """The anisotropy baseline, which has no spread; nothing where it could not be told."""
+def draw_baseline(ax: Axes, rows: pd.DataFrame, color: str, x: str = "layer") -> None:
+    """Draw an anisotropy baseline, which has no spread, as a dotted line. NaN is left out."""
     rows = rows[rows["mean"].notna()].sort_values(x)
     if len(rows):
         ax.plot(rows[x].to_numpy(), rows["mean"].to_numpy(), color=color, linestyle=DOTTED, linewidth=1.1)
 
 
 def legend(figure: Figure, *axes: Axes, bands: bool = True, extra: Sequence = ()) -> None:
-    """One legend beneath everything: the axes' lines and `extra`, and in a last column what the bands are."""
+    """Draw one legend below the figure.
+
+    It holds the lines of `axes`, then `extra`, and in a last column the bands.
+    """
     handles = [handle for ax in axes for handle in ax.get_legend_handles_labels()[0]] + list(extra)
     columns = len(handles)
     if bands:
         columns = min(-(-len(handles) // 2) + 1, int(figure.get_figwidth() // 2.4))
         if columns > 2:
-            # Legends are filled column by column: here each holds two, and the bands are the last.
+            # Legends are filled column by column, here with two entries each. An empty entry makes
+            # the number even, so that the two bands fill the last column.
             handles += [Line2D([], [], linestyle="none", label=" ")] * (len(handles) % 2)
         handles += [
             Patch(color=GREY, alpha=PALE, linewidth=0, label="± 1 standard deviation"),
@@ -117,19 +137,19 @@ def legend(figure: Figure, *axes: Axes, bands: bool = True, extra: Sequence = ()
     figure.legend(handles=handles, loc="outside lower center", ncols=columns)
 
 
-def short(model: str, among: list[str]) -> str:
-    """The last part of a hub id or a path, where that tells the models apart."""
-    tails = [m.rstrip("/").split("/")[-1] for m in among]
+def short_name(model: str, models: list[str]) -> str:
+    """The last part of a hub id or a path, unless several of the `models` share it."""
+    tails = [m.rstrip("/").split("/")[-1] for m in models]
     tail = model.rstrip("/").split("/")[-1]
     return text(tail if tails.count(tail) == 1 and tail else model, 40)
 
 
-def title(study: StudyRecord, model: str) -> str:
-    return f"{short(model, list(study.models))}  (n = {study.models[model]['n_examples']})"
+def panel_title(study: StudyRecord, model: str) -> str:
+    return f"{short_name(model, list(study.models))}  (n = {study.models[model]['n_examples']})"
 
 
-def bands(*seeds: int) -> str:
-    """What every caption says of lines and bands."""
+def describe_bands(*seeds: int) -> str:
+    """The sentence of a caption on lines and bands."""
     return (
         "Lines are means over examples, pale bands their standard deviation to either side, darker bands the "
         f"{CONFIDENCE:.0%} bootstrap interval of the mean ({N_RESAMPLES:,} resamples of the examples, "
@@ -137,15 +157,15 @@ def bands(*seeds: int) -> str:
     )
 
 
-def counts(study: StudyRecord) -> str:
-    """What every caption counts: examples read and set aside by each model, the data and the seed of its draw."""
-    aside = study.skipped["model"].value_counts()
+def describe_counts(study: StudyRecord) -> str:
+    """The sentence of a caption on examples: read and set aside by each model, data, seed."""
+    n_aside = study.skipped["model"].value_counts()
     models = [
-        f"{short(model, list(study.models))} n = {about['n_examples']:,} ({aside.get(model, 0):,} set aside)"
+        f"{short_name(model, list(study.models))} n = {about['n_examples']:,} ({n_aside.get(model, 0):,} set aside)"
         for model, about in study.models.items()
     ]
     usable = study.dataset.get("usable")
-    before = f"; {aside['']:,} set aside before any model read them" if "" in aside else ""
+    before = f"; {n_aside['']:,} set aside before any model read them" if "" in n_aside else ""
     return (
         f"Examples: {', '.join(models)}; of {study.dataset['n']:,} drawn from "
         f"{f'the {usable:,} of ' if usable else ''}{study.dataset['name']} with seed "

@@ -1,7 +1,9 @@
-"""The figures of a study, from its tables alone: an opened study draws them again without a model."""
+"""The figures of a study. They need only its tables, so an opened study can draw them too."""
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
@@ -15,123 +17,125 @@ from mechvlm.study.report.captioned import (
     DOTTED,
     GREY,
     CaptionedFigure,
-    bands,
-    counts,
-    dotted,
+    describe_bands,
+    describe_counts,
+    draw_baseline,
+    draw_curve,
     legend,
-    line_of,
+    panel_title,
     panels,
-    title,
 )
 from mechvlm.study.report.norm_figure import norm_figure
 from mechvlm.study.report.pair_figure import pair_figure
 
 BASELINE = Line2D([], [], color=GREY, linestyle=DOTTED, linewidth=1.1, label="baseline (different examples)")
-CAPTION_LINES = {"own": "", "single": "_single", "other": "_other", "other_single": "_other_single", "prompt": "_text"}
+LENS_MEASURES = {"own": "", "single": "_single", "other": "_other", "other_single": "_other_single", "prompt": "_text"}
+"""{line of the lens figure: ending of its measure}."""
 
 
 def draw(study: StudyRecord, name: str) -> CaptionedFigure:
-    """One of the figures, by name.
+    """Draw one figure.
 
     Raises:
-        InputError: for a name that is not in `FIGURES`, or "pairs" of a study without Winoground's pairs.
+        InputError: for a name that is not in `FIGURES`, or "pairs" of a study without pairs.
     """
-    there = _there(study)
-    if name not in there:
-        raise InputError(f"There is no figure {name!r}. There are: {', '.join(there)}.")
+    figures = _figures_of(study)
+    if name not in figures:
+        raise InputError(f"There is no figure {name!r}. There are: {', '.join(figures)}.")
     with style():
-        return there[name](study)
+        return figures[name](study)
 
 
 def draw_all(study: StudyRecord) -> dict[str, CaptionedFigure]:
-    """Each figure with its caption, by name."""
-    return {name: draw(study, name) for name in _there(study)}
+    """Draw every figure: {name: figure with its caption}."""
+    return {name: draw(study, name) for name in _figures_of(study)}
 
 
 def save_all(figures: dict[str, CaptionedFigure], folder: Path) -> None:
-    """Each figure as PNG (200 dpi) and SVG."""
+    """Save each figure as PNG (200 dpi) and SVG. A missing folder is made."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name, drawn in figures.items():
-        drawn.save(folder / f"{name}.png")
-        drawn.save(folder / f"{name}.svg")
+    for name, captioned in figures.items():
+        captioned.save(folder / f"{name}.png")
+        captioned.save(folder / f"{name}.svg")
 
 
 def phase_figure(study: StudyRecord) -> CaptionedFigure:
-    """(1) The inter-modal curve of each model with the segments that its data support; intra-modal curves beneath."""
+    """Figure 1: the inter-modal curves with fitted segments; intra-modal curves beneath."""
     curves, models = study.curves(), list(study.models)
     figure, blocks = panels(models, (3.2, 1.2))
-    for model, (top, low) in blocks.items():
-        mine, n, found = curves[curves["model"] == model], study.models[model]["n_layers"], study.phases[model]
-        _pair(top, mine, "inter")
-        _headroom(top, 0.26)
-        if found is not None:
-            fit = found.fit.numpy()
-            top.plot(range(n + 1), fit, color="#222222", linestyle=(0, (4, 2)), linewidth=1, label="fitted segments")
-            shade(top, found)
-            shade(low, found, names=False, heads=False)
-            if not found.shows_pattern:
-                _note(top, "does not show the paper's four phases")
+    for model, (top, bottom) in blocks.items():
+        rows, n_layers, phases = curves[curves["model"] == model], study.models[model]["n_layers"], study.phases[model]
+        _draw_similarity(top, rows, "inter")
+        _make_headroom(top, 0.26)
+        if phases is not None:
+            layers, dash = range(n_layers + 1), (0, (4, 2))
+            top.plot(layers, phases.fit.numpy(), color="#222222", linestyle=dash, linewidth=1, label="fitted segments")
+            shade(top, phases)
+            shade(bottom, phases, names=False, heads=False)
+            if not phases.shows_pattern:
+                _write_note(top, "does not show the paper's four phases")
         else:
-            _note(top, "too few layers for phases")
+            _write_note(top, "too few layers for phases")
         for pair in ("image", "text"):
-            _pair(low, mine, pair, thin=True)
-        layer_axis(low, n)
-        top.set_title(title(study, model))
+            _draw_similarity(bottom, rows, pair, thin=True)
+        layer_axis(bottom, n_layers)
+        top.set_title(panel_title(study, model))
         top.set_ylabel("image – text similarity\n(mean cosine)")
-        low.set_ylabel("similarity within\n(mean cosine)")
+        bottom.set_ylabel("similarity within\n(mean cosine)")
     with_fit = next((m for m in models if study.phases[m] is not None), models[0])
     legend(figure, *blocks[with_fit], extra=[BASELINE])
-    level = next((f"{found.confidence:.0%}" for found in study.phases.values() if found is not None), "95%")
+    level = next((f"{phases.confidence:.0%}" for phases in study.phases.values() if phases is not None), "95%")
     return CaptionedFigure(figure, (
-        "The four-phase diagram: mean cosine between image and text tokens by layer, eq. (1) of Wei et al. 2024, with "
-        "the fewest rising and falling segments that predict held-out examples well. They are named I to IV where their "
-        f"order fits the paper's. Bars at the bottom are {level} bootstrap intervals of the turning layers "
-        f"({N_BOOTSTRAP:,} resamples of the examples, seed {study.settings['seed']}). Beneath, the similarity within each "
-        f"modality. Dotted, the anisotropy baseline of each: the same mean over tokens of different examples. {_ends(study)}"
+        "The four-phase diagram: the mean cosine between image and text tokens by layer, eq. (1) of Wei et al. 2024. The "
+        "dashed line has the fewest rising and falling segments that predict held-out examples well. The segments are named "
+        f"I to IV where their order fits that of the paper's phases. The bars at the bottom are {level} bootstrap intervals "
+        f"of the turning layers ({N_BOOTSTRAP:,} resamples of the examples, seed {study.settings['seed']}). The lower panels "
+        "show the similarity within each modality. The dotted lines are anisotropy baselines: the same mean over tokens of "
+        f"different examples. {_describe(study)}"
     ))  # fmt: skip
 
 
 def lens_figure(study: StudyRecord) -> CaptionedFigure:
-    """(2) Precision and recall of the words that visual tokens decode to, with the two controls."""
+    """Figure 2: precision and recall of the words on visual tokens, with two controls."""
     curves, models = study.curves(), list(study.models)
     figure, blocks = panels(models, (2.4, 2.4))
     for model, block in blocks.items():
-        mine = curves[curves["model"] == model]
+        model_curves = curves[curves["model"] == model]
         for ax, measure in zip(block, ("precision", "recall"), strict=True):
-            for line, ending in CAPTION_LINES.items():
-                rows = mine[mine["measure"] == measure + ending]
+            for line, ending in LENS_MEASURES.items():
+                rows = model_curves[model_curves["measure"] == measure + ending]
                 if len(rows):
-                    line_of(ax, rows, LINES[line])
+                    draw_curve(ax, rows, LINES[line])
             ax.set_ylim(-0.03, 1.03)
             ax.set_ylabel(f"{measure} of decoded words")
         layer_axis(block[1], study.models[model]["n_layers"])
-        block[0].set_title(title(study, model))
+        block[0].set_title(panel_title(study, model))
     legend(figure, blocks[models[0]][0])
     return CaptionedFigure(figure, (
-        "Words decoded from visual tokens (logit lens, likeliest token of each position) against the captions, by "
-        "layer: precision, the share of decoded words that the captions hold, and recall, the share of the captions' "
-        "words that are decoded. Unique words, lemmatised, without stop words; where an example decodes no word at all it "
-        "has no precision. An image's captions count together; where it has several, also the mean over each of them "
-        "alone. Controls: the same words against another image's captions, together and alone, and the words decoded from the "
-        f"text positions of the prompt, template included. {_ends(study)}"
+        "Words decoded from visual tokens (logit lens, the likeliest token at each position), compared with the captions, by "
+        "layer. Precision is the share of the decoded words that the captions contain; recall is the share of the captions' "
+        "words that are decoded. Words are unique and lemmatised, without stop words. An example has no precision where no "
+        "word is decoded. The captions of an image count together; where it has several, the mean over each caption alone is "
+        "drawn too. Controls: the same words against another image's captions, together and each alone, and the words "
+        f"decoded from the text positions of the prompt, template included. {_describe(study)}"
     ))  # fmt: skip
 
 
 def context_figure(study: StudyRecord) -> CaptionedFigure:
-    """(3) Inter-modal and both intra-modal similarities by layer, with the anisotropy baselines."""
+    """Figure 3: inter-modal and intra-modal similarities, with their anisotropy baselines."""
     curves, models = study.curves(), list(study.models)
     figure, blocks = panels(models, (2.9,), same_y=True)
     for model, (ax,) in blocks.items():
         for pair in MODALITY_PAIRS:
-            _pair(ax, curves[curves["model"] == model], pair)
+            _draw_similarity(ax, curves[curves["model"] == model], pair)
         layer_axis(ax, study.models[model]["n_layers"])
-        ax.set_title(title(study, model))
+        ax.set_title(panel_title(study, model))
         ax.set_ylabel("mean cosine")
     legend(figure, blocks[models[0]][0], extra=[BASELINE])
     return CaptionedFigure(figure, (
-        "Contextualization by layer: mean pairwise cosine between image and text tokens, within image tokens, and "
-        "within text tokens, each vector's cosine to itself included as in the paper. Dotted, the anisotropy baseline of "
-        f"each: the same mean over tokens of different examples, all together. {_ends(study)}"
+        "Contextualization by layer: the mean pairwise cosine between image and text tokens, within image tokens, and within "
+        "text tokens. The cosine of each vector with itself is included, as in the paper. The dotted lines are anisotropy "
+        f"baselines: the same mean over tokens of different examples, computed from all examples together. {_describe(study)}"
     ))  # fmt: skip
 
 
@@ -143,29 +147,30 @@ FIGURES = {
 }
 
 
-def _there(study: StudyRecord) -> dict:
-    """`FIGURES`, and where pairs could be read, theirs."""
+def _figures_of(study: StudyRecord) -> Mapping[str, Callable[[StudyRecord], CaptionedFigure]]:
+    """`FIGURES`, and "pairs" for a study that read pairs."""
     return FIGURES | ({"pairs": pair_figure} if len(study.tables.get("pairs", ())) else {})
 
 
-def _pair(ax: Axes, curves, pair: str, thin: bool = False) -> None:
-    """One similarity and its baseline."""
-    line_of(ax, curves[curves["measure"] == f"cosine_{pair}"], LINES[pair], thin=thin)
-    dotted(ax, curves[curves["measure"] == f"cosine_{pair}_baseline"], LINES[pair].color)
+def _draw_similarity(ax: Axes, curves: pd.DataFrame, pair: str, thin: bool = False) -> None:
+    """Draw one similarity ("inter", "image" or "text") and its baseline."""
+    draw_curve(ax, curves[curves["measure"] == f"cosine_{pair}"], LINES[pair], thin=thin)
+    draw_baseline(ax, curves[curves["measure"] == f"cosine_{pair}_baseline"], LINES[pair].color)
 
 
-def _ends(study: StudyRecord) -> str:
-    return f"{bands(study.settings['seed'])} {counts(study)}"
+def _describe(study: StudyRecord) -> str:
+    """The last sentences of a caption: bands and counts."""
+    return f"{describe_bands(study.settings['seed'])} {describe_counts(study)}"
 
 
-def _headroom(ax: Axes, share: float) -> None:
-    """Room above the curves for the phases' names, and a little below for the boundaries' bars."""
+def _make_headroom(ax: Axes, share: float) -> None:
+    """Make room above the curves for the phases' names, and below them for the boundaries' bars."""
     low, high = ax.get_ylim()
     ax.set_ylim(low - 0.08 * (high - low), high + share * (high - low))
 
 
-def _note(ax: Axes, words: str) -> None:
+def _write_note(ax: Axes, note: str) -> None:
     ax.annotate(
-        words, (0.5, 0), xycoords="axes fraction", xytext=(0, 14), textcoords="offset points", ha="center", fontsize=8,
+        note, (0.5, 0), xycoords="axes fraction", xytext=(0, 14), textcoords="offset points", ha="center", fontsize=8,
         style="italic", color="#8A1C1C", bbox={"facecolor": "white", "alpha": 0.8, "linewidth": 0, "pad": 1.5},
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""(4) The study's figure of norm-based attention: what is written, the raw weights beside it, and the image's share of both."""
+"""Figure 4: norm-based attention, raw attention weights, and the image tokens' share of both."""
 
 from collections.abc import Iterator
 
@@ -12,10 +12,18 @@ from matplotlib.transforms import ScaledTranslation, blended_transform_factory
 
 from mechvlm.figures.style import DARK, PALE, Line, heatmap, text
 from mechvlm.study.record import StudyRecord
-from mechvlm.study.report.captioned import DOTTED, GREY, CaptionedFigure, bands, counts, legend, short
+from mechvlm.study.report.captioned import (
+    DOTTED,
+    GREY,
+    CaptionedFigure,
+    describe_bands,
+    describe_counts,
+    legend,
+    short_name,
+)
 
 DESTINATIONS = {"last_text": "last text token", "last_image": "last image token"}
-SOURCE = {"image": "#0072B2", "text": "#009E73", "special": "#888888"}
+SOURCE_COLORS = {"image": "#0072B2", "text": "#009E73", "special": "#888888"}
 SHARES = {
     "norm": Line("by norm written", "#0072B2", "-", "o"),
     "weight": Line("by raw attention weight", "#E69F00", "--", "s"),
@@ -23,57 +31,62 @@ SHARES = {
 
 
 def norm_figure(study: StudyRecord) -> CaptionedFigure:
-    """Norm-based attention of the last text and the last image token to the tokens before them; two controls beside it."""
+    """Norm-based attention of the last text and the last image token, with two controls.
+
+    A row for each model and destination: heat maps [layer, source] of norms and raw weights, and
+    the image tokens' share.
+    """
     norms, models = study.tables["norm_attention"], list(study.models)
-    rows = [(model, dest) for model in models for dest in DESTINATIONS if len(_rows(norms, model, dest))]
+    rows = [(model, dest) for model in models for dest in DESTINATIONS if len(_norms_of(norms, model, dest))]
     heights = [1.15 + 0.12 * min(norms[norms["model"] == model]["layer"].nunique(), 40) for model, _ in rows]
     figure = Figure((12.5, sum(heights) + 0.9), layout=ConstrainedLayoutEngine(w_pad=0.11))
     grid = figure.subplots(
         len(rows), 3, squeeze=False, gridspec_kw={"height_ratios": heights, "width_ratios": [1, 1, 0.36]}
     )
     for (left, middle, right), (model, dest) in zip(grid, rows, strict=True):
-        mine = _rows(norms, model, dest)
-        sources = mine.drop_duplicates("src").sort_values("src")
+        values = _norms_of(norms, model, dest)
+        sources = values.drop_duplicates("src").sort_values("src")
         edges = _edges(sources["modality"].tolist())
-        labels = {"norm": "norm written", "weight": "raw weight"}
-        for ax, measure in ((left, "norm"), (middle, "weight")):
-            values = mine.pivot(index="layer", columns="src", values=measure)
-            mesh = heatmap(ax, values.to_numpy(), values.index.tolist(), edges, vmin=0)
-            _sources(ax, sources, edges)
+        for ax, measure, label in ((left, "norm", "norm written"), (middle, "weight", "raw weight")):
+            table = values.pivot(index="layer", columns="src", values=measure)
+            mesh = heatmap(ax, table.to_numpy(), table.index.tolist(), edges, vmin=0)
+            _label_sources(ax, sources, edges)
             bar = figure.colorbar(mesh, ax=ax, pad=0.012, aspect=12)
-            bar.set_label(labels[measure], fontsize=8)
+            bar.set_label(label, fontsize=8)
             bar.outline.set_visible(False)
-        _shares(right, study, model, dest, 1 - (sources["modality"] != "image").mean())
-        left.set_title(f"{short(model, models)}: {DESTINATIONS[dest]}  (n = {int(mine['n'].iloc[0])})")
+        _draw_shares(right, study, model, dest, uniform=1 - (sources["modality"] != "image").mean())
+        left.set_title(f"{short_name(model, models)}: {DESTINATIONS[dest]}  (n = {int(values['n'].iloc[0])})")
         middle.set_title(f"raw weight, mean over heads (uniform: {1 / len(sources):.2g})", fontweight="normal")
         right.set_title("image tokens' share", fontweight="normal")
     legend(figure, grid[0, 2])
     return CaptionedFigure(figure, (
         "Norm-based attention (Kobayashi et al. 2020) of the last text token and of the last image token to the tokens "
-        "before them, layer by layer, mean over the n examples whose tokens lie at the same positions: the norm of what "
-        "each source writes, heads summed first, in units of the residual stream. Controls: the raw attention weights, mean "
-        "over heads; and uniform attention, which gives each source one over their number. Right, the image tokens' share "
-        "of the sum over all sources in each example, by either, and under uniform attention. The strip under each map says "
-        "which sources are image (blue, drawn narrower), text (green) and special tokens (grey). Each map has its own color "
-        "scale. "
-        f"{bands(study.settings['seed'])} {counts(study)}"
+        "before them, by layer: the norm of what each source writes, heads summed first, in units of the residual stream; "
+        "mean over the n examples whose tokens lie at the same positions. Controls: the raw attention weights, mean over "
+        "heads, and uniform attention, which gives each of N sources the weight 1 / N. The panels on the right show the image "
+        "tokens' share of the sum over all sources in each example, by norms, by weights, and under uniform attention. The "
+        "strip under each map marks image tokens (blue, drawn narrower), text tokens (green) and special tokens (grey). Each "
+        "map has its own color scale. "
+        f"{describe_bands(study.settings['seed'])} {describe_counts(study)}"
     ))  # fmt: skip
 
 
-def _shares(ax: Axes, study: StudyRecord, model: str, dest: str, uniform: float) -> None:
-    """The image's share, on the maps' rows: mean, standard deviation and interval over examples."""
+def _draw_shares(ax: Axes, study: StudyRecord, model: str, dest: str, uniform: float) -> None:
+    """Draw the image tokens' share along the rows of the maps: mean, spread and interval.
+
+    `uniform` is the share under uniform attention.
+    """
     curves = study.curves()
     for measure, line in SHARES.items():
-        mine = curves[(curves["model"] == model) & (curves["measure"] == f"{measure}_share_{dest}")].sort_values(
-            "layer"
-        )
-        rows = np.arange(len(mine))
+        is_share = (curves["model"] == model) & (curves["measure"] == f"{measure}_share_{dest}")
+        curve = curves[is_share].sort_values("layer")
+        rows = np.arange(len(curve))
         for low, high, alpha in (
-            (mine["mean"] - mine["sd"], mine["mean"] + mine["sd"], PALE), (mine["low"], mine["high"], DARK),
+            (curve["mean"] - curve["sd"], curve["mean"] + curve["sd"], PALE), (curve["low"], curve["high"], DARK),
         ):  # fmt: skip
             ax.fill_betweenx(rows, low, high, color=line.color, alpha=alpha, linewidth=0)
         ax.plot(
-            mine["mean"].to_numpy(), rows, color=line.color, linestyle=line.dash, marker=line.marker, label=line.label,
+            curve["mean"].to_numpy(), rows, color=line.color, linestyle=line.dash, marker=line.marker, label=line.label,
             markersize=3.5 if len(rows) < 20 else 0, linewidth=1.3,
         )  # fmt: skip
     ax.plot(
@@ -83,37 +96,40 @@ def _shares(ax: Axes, study: StudyRecord, model: str, dest: str, uniform: float)
     ax.set_ylim(-0.5, len(rows) - 0.5)
     ax.set_xticks([0, 0.5, 1], ["0", "0.5", "1"])
     step = -(-len(rows) // 9)
-    ax.set_yticks(rows[::step], [str(layer) for layer in mine["layer"][::step]])
+    ax.set_yticks(rows[::step], [str(layer) for layer in curve["layer"][::step]])
 
 
-def _rows(norms: pd.DataFrame, model: str, dest: str) -> pd.DataFrame:
+def _norms_of(norms: pd.DataFrame, model: str, dest: str) -> pd.DataFrame:
     return norms[(norms["model"] == model) & (norms["dest"] == dest)]
 
 
 def _edges(kinds: list[str]) -> np.ndarray:
-    """Borders of the columns: visual tokens narrow, so that they take half the width at most and text can be read."""
+    """The borders of a map's columns, one more than there are sources.
+
+    Visual tokens are narrow: together they take at most half of the width, so that text is legible.
+    """
     visual = np.array([kind == "image" for kind in kinds])
     others = max(int((~visual).sum()), 8)
     return np.concatenate([[0], np.where(visual, min(1.0, others / max(visual.sum(), 1)), 1.0).cumsum()])
 
 
-def _sources(ax: Axes, sources: pd.DataFrame, edges: np.ndarray) -> None:
-    """A strip under the map for the kinds of source, and each text token's name where there is room for it."""
+def _label_sources(ax: Axes, sources: pd.DataFrame, edges: np.ndarray) -> None:
+    """Draw a strip under the map for the kinds of source, and each text token if there is room."""
     kinds, pieces = sources["modality"].tolist(), sources["piece"].tolist()
     ticks, labels = [], []
-    room = sum(kind != "image" for kind in kinds) <= 48
-    # Inches below the map, whatever its height.
+    has_room = sum(kind != "image" for kind in kinds) <= 48
+    # x in columns of the map, y in inches below it, so that the strip is as high under every map.
     below = ax.figure.dpi_scale_trans + ScaledTranslation(0, 0, ax.transAxes)  # type: ignore[arg-type]
     strip = blended_transform_factory(ax.transData, below)
     for first, last, kind in _runs(kinds):
         left, right = edges[first], edges[last + 1]
-        color = SOURCE.get(kind, "#888888")
+        color = SOURCE_COLORS.get(kind, "#888888")
         ax.add_patch(
             Rectangle((left, -0.09), right - left, 0.06, transform=strip, clip_on=False, color=color, linewidth=0)
         )
         if first:
             ax.axvline(left, color="#555555", linewidth=0.6)
-        if kind == "image" or not room:
+        if kind == "image" or not has_room:
             ticks.append((left + right) / 2)
             labels.append(f"{last - first + 1} {kind}" if kind != "image" else f"{last - first + 1} image tokens")
         else:
@@ -127,6 +143,7 @@ def _sources(ax: Axes, sources: pd.DataFrame, edges: np.ndarray) -> None:
 
 
 def _runs(kinds: list[str]) -> Iterator[tuple[int, int, str]]:
+    """Each run of equal kinds: (first, last, kind), both included."""
     first = 0
     for i in range(1, len(kinds) + 1):
         if i == len(kinds) or kinds[i] != kinds[first]:

@@ -1,6 +1,6 @@
-"""report.html: one page with everything in it. It asks the network for nothing, and runs no script.
+"""report.html: one page that contains everything, needs no network and runs no script.
 
-Only the patch views, which need scripts, are pages of their own beside it.
+Only the patch views, which need scripts, are pages of their own in `views/`.
 """
 
 import base64
@@ -13,8 +13,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from mechvlm import bundled
 from mechvlm.study.record import StudyRecord
 from mechvlm.study.report.pairs import pair_section
-from mechvlm.study.report.summary import course, summary
-from mechvlm.view.packing import picture
+from mechvlm.study.report.summary import summary
+from mechvlm.view.packing import data_url
 
 FIGURE_TITLES = {
     "phases": "The four-phase diagram",
@@ -23,22 +23,29 @@ FIGURE_TITLES = {
     "norm_attention": "Norm-based attention",
 }
 MOST_SKIPPED = 50
-"""Rows of skipped.csv that the page lists; the file has them all."""
+"""The most rows of skipped.csv that the page lists."""
 
 
 def render(
     study: StudyRecord, record: dict, captions: dict[str, str], figures: Path, views: dict[tuple[str, str], str]
 ) -> str:
-    """The page, of a study, what run.json says of it, the figures' captions and files (SVG), and its views' files.
+    """The page as HTML.
 
-    Whatever came from outside (ids, captions, answers, names of models and files) is escaped.
+    Text from outside (ids, captions, answers, names of models and files) is escaped.
+
+    Args:
+        study: the study.
+        record: the content of run.json.
+        captions: of the figures, by name.
+        figures: the folder that holds each figure as SVG.
+        views: the file of each (model, example id), relative to the page.
     """
     environment = Environment(
         loader=PackageLoader("mechvlm.study.report", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
         lstrip_blocks=True,
     )  # fmt: skip
-    environment.filters["number"] = number
-    environment.globals["interval"] = interval
+    environment.filters["number"] = format_number
+    environment.globals["interval"] = format_interval
     rows = summary(study).to_dict("records")
     return environment.get_template("page.html.j2").render(
         study=study,
@@ -57,35 +64,36 @@ def render(
     )
 
 
-def number(value, digits: int = 2) -> str:
-    """A number to so many digits after the point, and a dash for none."""
+def format_number(value, digits: int = 2) -> str:
+    """A number with so many digits after the point, and a dash for NaN or None."""
     if value is None or pd.isna(value):
         return "–"
     return f"{value:.{digits}f}" if isinstance(value, float) else str(value)
 
 
-def interval(row: dict, name: str) -> str:
-    """The ends of a mean's interval, and nothing where it has none."""
+def format_interval(row: dict, name: str) -> str:
+    """The ends of a mean's interval, as text; empty for a mean without interval."""
     low, high = row[f"{name}_low"], row[f"{name}_high"]
-    return "" if pd.isna(low) else f"{number(low)} to {number(high)}"
+    return "" if pd.isna(low) else f"{format_number(low)} to {format_number(high)}"
 
 
 def training_note(model: str) -> str:
-    """What a bundled model's card says of its loss on visual positions, and of the lens: it reads what was taught.
+    """What a bundled model's card says on the loss at visual positions and on the logit lens.
 
-    The paragraphs of the card's section "Training" that speak of either. Empty for models that are not bundled.
+    These are the paragraphs of the section "Training" that mention either. They matter because the
+    lens reads what training taught a position. Empty for models that are not bundled.
     """
     card = bundled.path(model) / "README.md" if model in bundled.NAMES else None
     if card is None or not card.is_file():
         return ""
     _, _, training = card.read_text(encoding="utf-8").partition("## Training\n")
     paragraphs = (" ".join(p.split()) for p in training.partition("\n## ")[0].split("\n\n"))
-    # Read as text: the marks of emphasis would only be in the way.
+    # The page shows plain text, so Markdown's marks of emphasis go.
     return " ".join(re.sub(r"[*`]+", "", p) for p in paragraphs if re.search(r"\bloss is on\b|\blens reads\b", p))
 
 
 def _pairs(study: StudyRecord, captions: dict[str, str], figures: Path) -> dict | None:
-    """The section of Winoground's pairs; its figure is there where a pair could be read."""
+    """The section on Winoground's pairs, or None. It has a figure when a pair could be read."""
     section = pair_section(study)
     if section is None:
         return None
@@ -96,17 +104,18 @@ def _pairs(study: StudyRecord, captions: dict[str, str], figures: Path) -> dict 
 
 
 def _phases(study: StudyRecord, model: str) -> dict:
-    found = study.phases[model]
-    if found is None:
-        return {"model": model, "course": course(found), "shows_pattern": False, "explanation": "", "rows": []}
+    phases = study.phases[model]
+    if phases is None:
+        return {"model": model, "shows_pattern": False, "explanation": "", "rows": []}
     return {
-        "model": model, "course": course(found), "shows_pattern": found.shows_pattern, "explanation": found.explanation,
-        "rows": found.to_frame().to_dict("records"),
+        "model": model, "shows_pattern": phases.shows_pattern, "explanation": phases.explanation,
+        "rows": phases.to_frame().to_dict("records"),
     }  # fmt: skip
 
 
 def _gallery(study: StudyRecord, views: dict[tuple[str, str], str]) -> list[dict]:
-    shown = []
+    """For each example its captions and picture, and for each model its answer, words and view."""
+    cards = []
     for example, image in study.gallery:
         models = []
         for model in study.models:
@@ -115,31 +124,33 @@ def _gallery(study: StudyRecord, views: dict[tuple[str, str], str]) -> list[dict
                 continue
             words = study.tables["words"].query("model == @model and example == @example.id")
             by_layer = {layer: part["word"].tolist() for layer, part in words.groupby("layer")}
-            n = study.models[model]["n_layers"]
-            layers = sorted({0, n // 2, n})
+            n_layers = study.models[model]["n_layers"]
+            layers = sorted({0, n_layers // 2, n_layers})
             view = study.views[model, example.id]
             models.append(
                 {
                     "model": model, "answer": answer.iloc[0],
                     "words": [(layer, by_layer.get(layer, [])) for layer in layers],
-                    "view": views[model, example.id], "heat": picture(view.heat), "layer": view.layer, "token": view.token,
+                    "view": views[model, example.id], "heat": data_url(view.heat), "layer": view.layer, "token": view.token,
                 }
             )  # fmt: skip
-        shown.append({"id": example.id, "captions": example.captions, "image": picture(image), "models": models})
-    return shown
+        cards.append({"id": example.id, "captions": example.captions, "image": data_url(image), "models": models})
+    return cards
 
 
 def _flat(settings: dict, prefix: str = "") -> list[tuple[str, str]]:
+    """Nested settings as rows (name, value): "lens: k" for {"lens": {"k": ...}}."""
     rows = []
     for key, value in settings.items():
         if isinstance(value, dict):
             rows += _flat(value, f"{prefix}{key}: " if prefix or key != "measures" else "")
         else:
-            shown = ", ".join(map(str, value)) if isinstance(value, list | tuple) else value
-            rows.append((prefix + key, "default" if shown is None else str(shown)))
+            text = ", ".join(map(str, value)) if isinstance(value, list | tuple) else value
+            rows.append((prefix + key, "default" if text is None else str(text)))
     return rows
 
 
 def _svg(path: Path) -> str:
-    # As an image and not as markup: its ids cannot meet those of another figure, and nothing in it can run or load.
+    # Embedded as an image, not as markup: so its ids cannot clash with those of another figure, and
+    # nothing in it can run or load.
     return "data:image/svg+xml;base64," + base64.b64encode(path.read_bytes()).decode()

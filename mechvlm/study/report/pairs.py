@@ -1,4 +1,4 @@
-"""Winoground's pairs in a study: their result again from its tables, and what the report and the terminal say of it."""
+"""Winoground's pairs in a study: their results from its tables, for the report and the terminal."""
 
 import pandas as pd
 import torch
@@ -8,36 +8,38 @@ from mechvlm.study.record import StudyRecord
 
 
 def pair_results(study: StudyRecord) -> dict[str, WinogroundResult]:
-    """What `mechvlm.winoground` gave of each model's pairs, without the models that could read none."""
+    """The result of `mechvlm.winoground` for each model that could read a pair."""
     if "pairs" not in study.tables:
         return {}
-    both = study.tables["pair_scores"], study.tables["pairs"]
-    found = {}
+    tables = study.tables["pair_scores"], study.tables["pairs"]
+    results = {}
     for model, about in study.models.items():
-        scores, rows = (table[table["model"] == model] for table in both)
+        scores, rows = (table[table["model"] == model] for table in tables)
         if scores.empty:
             continue
         place = {pair: i for i, pair in enumerate(scores["pair"])}
         image = torch.tensor(rows["image"].to_numpy())
-        at = (
+        index = (
             torch.tensor([PAIR_MEASURES.index(measure) for measure in rows["measure"]]),
             torch.tensor(rows["layer"].to_numpy()),
             torch.tensor([place[pair] for pair in rows["pair"]]),
-            # The caption that is true of an image has its number.
+            # Caption i is true of image i.
             torch.where(torch.tensor((rows["condition"] == CAPTION_CONDITIONS[0]).to_numpy()), image, 1 - image),
             image,
         )
         values = torch.full((len(PAIR_MEASURES), about["n_layers"] + 1, len(place), 2, 2), torch.nan)
-        values[at] = torch.tensor(rows["value"].to_numpy(dtype="float32"))
-        aside = tuple((one["pair"], one["reason"]) for one in about["pairs_set_aside"])
-        found[model] = WinogroundResult(values, tuple(place), aside, study.settings["prompt"], model)
-    return found
+        values[index] = torch.tensor(rows["value"].to_numpy(dtype="float32"))
+        aside = tuple((pair["pair"], pair["reason"]) for pair in about["pairs_set_aside"])
+        results[model] = WinogroundResult(values, tuple(place), aside, study.settings["prompt"], model)
+    return results
 
 
 def pair_summary(study: StudyRecord) -> pd.DataFrame:
-    """Three rows a model: model, score ("text", "image", "group"), percent of pairs, low, high, chance (percent too), n pairs.
+    """Three rows per model, one for each score: model, score, percent, low, high, chance, n.
 
-    Low and high end the 95 % bootstrap interval over pairs, drawn with the study's seed.
+    `score` is "text", "image" or "group"; `percent` of the `n` pairs are right, where guessing gets
+    `chance` percent right. `low` and `high` are the ends of the 95 % bootstrap interval of
+    `percent` over pairs, with the study's seed.
     """
     seed = study.settings["seed"]
     parts = [result.scores.to_frame(seed).assign(model=model) for model, result in pair_results(study).items()]
@@ -46,24 +48,24 @@ def pair_summary(study: StudyRecord) -> pd.DataFrame:
 
 
 def pair_lines(study: StudyRecord) -> list[str]:
-    """The scores as the terminal prints them, a line a model; none where there are no pairs."""
+    """The scores as lines for the terminal, one per model that could read a pair."""
     lines = []
     for model, rows in pair_summary(study).groupby("model", sort=False):
-        each = ", ".join(
+        scores = ", ".join(
             f"{row.score} {row.percent:.1f} %{percent_interval(row.low, row.high)}" for row in rows.itertuples()
         )
         chance = ", ".join(f"{value:.1f}" for value in rows["chance"])
-        lines.append(f"Winoground's scores, {model}: {each}; n = {rows['n'].iloc[0]} pairs, chance {chance} %")
+        lines.append(f"Winoground's scores, {model}: {scores}; n = {rows['n'].iloc[0]} pairs, chance {chance} %")
     return lines
 
 
 def percent_interval(low: float, high: float) -> str:
-    """The ends of an interval, and nothing where it has none."""
+    """The ends of an interval in brackets; empty for NaN."""
     return "" if pd.isna(low) else f" [{low:.1f}, {high:.1f}]"
 
 
 def pair_counts(study: StudyRecord) -> str:
-    """What the figure's caption and the report count: pairs read and set aside by each model, and those not drawn whole."""
+    """A sentence on pairs: read and set aside by each model, and left out with one side only."""
     results, data = pair_results(study), study.dataset
     models = ", ".join(
         f"{model} n = {len(results[model].pairs) if model in results else 0:,} ({len(about['pairs_set_aside']):,} set aside)"
@@ -79,24 +81,23 @@ def pair_counts(study: StudyRecord) -> str:
 
 
 def pair_section(study: StudyRecord) -> dict | None:
-    """What the report's section shows; None for a data set without pairs."""
+    """The rows and the sentence of the report's section; None for a data set without pairs."""
     if "half_pairs" not in study.dataset:
         return None
     if not study.dataset["pairs"]:
         return {
             "rows": [],
-            "counts": "Of every pair only one side was drawn, so none could be measured. Draw more examples.",
+            "counts": "From every pair only one side was drawn, so no pair could be measured. Draw more examples.",
         }
     seed, rows = study.settings["seed"], []
     scores = pair_summary(study)
+    likelihood = PAIR_MEASURES.index("log-likelihood")
     for model, result in pair_results(study).items():
-        mean, low, high = (
-            part[PAIR_MEASURES.index("log-likelihood"), -1].item() for part in result.difference_by(seed)
-        )
+        mean, low, high = (values[likelihood, -1].item() for values in result.difference_by(seed))
         rows.append(
             {
                 "model": model, "n": len(result.pairs), "scores": scores[scores["model"] == model].to_dict("records"),
-                "likelihood": f"{mean:+.2f}", "ends": "" if pd.isna(low) else f"{low:+.2f} to {high:+.2f}",
+                "likelihood": f"{mean:+.2f}", "interval": "" if pd.isna(low) else f"{low:+.2f} to {high:+.2f}",
             }
         )  # fmt: skip
     return {"rows": rows, "counts": pair_counts(study)}

@@ -1,30 +1,42 @@
-"""A study in one row a model: what the terminal prints, and the report begins with."""
+"""A study's findings in one row per model, for the terminal and the top of the report."""
 
 import pandas as pd
 
+from mechvlm.measures.phases import Phases
 from mechvlm.study.record import StudyRecord
 
 
 def summary(study: StudyRecord) -> pd.DataFrame:
-    """One row a model.
+    """One row per model.
 
-    Columns: `model`; `layers`; `n`, examples read; `skipped`; `best_layer`, where the mean precision of the words on
-    visual tokens is highest; `precision`, `precision_0`, `precision_other` there, at layer 0, and there against another
-    image's captions; `recall`, `recall_0`, `recall_other`, all three the same at the layer of the best recall, which is
-    `recall_layer`; `lowest`, `lowest_layer`, `highest`, `highest_layer` of the mean inter-modal cosine; `phases`, what
-    the curve does; `shows_pattern`; `seconds`. NaN where there is nothing to take a mean of.
+    Columns:
+        `model`: its name.
+        `layers`: the number of layers.
+        `n`: the number of examples read.
+        `skipped`: the number of examples that this model set aside.
+        `best_layer`: the layer with the highest mean precision of the words on visual tokens.
+        `precision`, `precision_other`: the mean there, and there against another image's captions.
+        `precision_0`: the mean precision at layer 0.
+        `recall_layer`, `recall`, `recall_other`, `recall_0`: the same for recall, at the layer with
+            the highest mean recall.
+        `lowest`, `lowest_layer`, `highest`, `highest_layer`: the extremes of the mean inter-modal
+            cosine, and their layers.
+        `phases`: the course of the curve, as in `phases_in_words`.
+        `shows_pattern`: whether the curve shows the paper's four phases.
+        `seconds`: the time that the model took.
 
-    Each of these means (not those of layer 0) has its 95 % bootstrap interval over examples, `precision_low` to
-    `precision_high` and so on, as `Study.curves` has it. It is that of the layer named, and does not know that the layer was
-    picked on the same examples.
+    A mean over no example is NaN. Each mean except those of layer 0 has its 95 % bootstrap interval
+    over examples in `precision_low`, `precision_high` and so on, as in `Study.curves`. The interval
+    is that of the named layer; it does not account for the layer's choice on the same examples.
     """
     curves = study.curves()
     return pd.DataFrame([_row(study, model, curves[curves["model"] == model]) for model in study.models])
 
 
 def _row(study: StudyRecord, model: str, curves: pd.DataFrame) -> dict:
-    about, found = study.models[model], study.phases[model]
+    about, phases = study.models[model], study.phases[model]
     inter = _by_layer(curves, "cosine_inter")
+    lowest, highest = int(inter["mean"].idxmin()), int(inter["mean"].idxmax())
     return {
         "model": model,
         "layers": about["n_layers"],
@@ -32,37 +44,40 @@ def _row(study: StudyRecord, model: str, curves: pd.DataFrame) -> dict:
         "skipped": int((study.skipped["model"] == model).sum()),
         **_best(curves, "precision", "best_layer"),
         **_best(curves, "recall", "recall_layer"),
-        **_ends("lowest", inter, int(inter["mean"].idxmin())),
-        "lowest_layer": int(inter["mean"].idxmin()),
-        **_ends("highest", inter, int(inter["mean"].idxmax())),
-        "highest_layer": int(inter["mean"].idxmax()),
-        "phases": course(found),
-        "shows_pattern": found is not None and found.shows_pattern,
+        **_mean_and_interval("lowest", inter, lowest),
+        "lowest_layer": lowest,
+        **_mean_and_interval("highest", inter, highest),
+        "highest_layer": highest,
+        "phases": phases_in_words(phases),
+        "shows_pattern": phases is not None and phases.shows_pattern,
         "seconds": about["seconds"],
     }
 
 
-def course(found) -> str:
-    """What a curve does, in a word or four: "I-IV", "II-IV (no I)", or its directions where no phase can be named."""
-    if found is None:
+def phases_in_words(phases: Phases | None) -> str:
+    """The course of a curve: its phases ("I-IV", "II-IV only"), or its directions ("rise, fall").
+
+    Directions where not every segment can be named.
+    """
+    if phases is None:
         return "too few layers"
-    if not found.n_segments:
+    if not phases.n_segments:
         return "flat"
-    numerals = [label.split()[0] for label in found.labels if label]
-    if len(numerals) == found.n_segments:
-        return f"{numerals[0]}-{numerals[-1]}" + ("" if found.shows_pattern else " only")
-    return ", ".join(found.directions)
+    numerals = [label.split()[0] for label in phases.labels if label]
+    if len(numerals) == phases.n_segments:
+        return f"{numerals[0]}-{numerals[-1]}" + ("" if phases.shows_pattern else " only")
+    return ", ".join(phases.directions)
 
 
-def _best(curves: pd.DataFrame, measure: str, name: str) -> dict:
+def _best(curves: pd.DataFrame, measure: str, layer_column: str) -> dict:
+    """The columns of "precision" or "recall"; the best layer goes into `layer_column`."""
     own, other = _by_layer(curves, measure), _by_layer(curves, f"{measure}_other")
-    nothing = float("nan")
-    at = None if own["mean"].isna().all() else int(own["mean"].idxmax())
+    best = None if own["mean"].isna().all() else int(own["mean"].idxmax())
     return {
-        name: at,
-        **_ends(measure, own, at),
-        f"{measure}_0": nothing if at is None else float(own["mean"][0]),
-        **_ends(f"{measure}_other", other, at),
+        layer_column: best,
+        **_mean_and_interval(measure, own, best),
+        f"{measure}_0": float("nan") if best is None else float(own["mean"][0]),
+        **_mean_and_interval(f"{measure}_other", other, best),
     }
 
 
@@ -70,7 +85,7 @@ def _by_layer(curves: pd.DataFrame, measure: str) -> pd.DataFrame:
     return curves[curves["measure"] == measure].set_index("layer").sort_index()
 
 
-def _ends(name: str, curve: pd.DataFrame, layer: int | None) -> dict[str, float]:
-    """A mean and the ends of its interval; NaN where the curve has no such layer."""
+def _mean_and_interval(name: str, curve: pd.DataFrame, layer: int | None) -> dict[str, float]:
+    """The mean at a layer and the ends of its interval; NaN when the curve has no such layer."""
     values = curve.loc[layer, ["mean", "low", "high"]] if layer in curve.index else [float("nan")] * 3
     return dict(zip((name, f"{name}_low", f"{name}_high"), map(float, values), strict=True))

@@ -1,4 +1,4 @@
-"""What the command prints of a study."""
+"""The summary of a study in the terminal."""
 
 import sys
 
@@ -8,14 +8,14 @@ from rich.markup import escape
 from rich.table import Table
 
 from mechvlm.study.record import StudyRecord
-from mechvlm.study.report.page import interval, number
+from mechvlm.study.report.page import format_interval, format_number
 from mechvlm.study.report.pairs import pair_lines
 from mechvlm.study.report.summary import summary
 
 
-def show(study: StudyRecord) -> None:
-    """Print the summary of a study that was written: one row a model, what was set aside, and where the report is."""
-    assert study.out is not None, "the command names a folder for every study"
+def print_summary(study: StudyRecord) -> None:
+    """Print a row per model, the number of examples set aside, and where the report is."""
+    assert study.out is not None, "the command gives every study a folder"
     table = Table(
         title="Words on visual tokens, inter-modal cosine and phases", box=box.SIMPLE_HEAD, title_justify="left"
     )
@@ -35,17 +35,19 @@ def show(study: StudyRecord) -> None:
     for row in summary(study).to_dict("records"):
         cells = [row["model"], row["layers"], row["n"]]
         for measure, layer in (("precision", "best_layer"), ("recall", "recall_layer")):
-            cells += [f"{number(row[measure])} ({number(row[layer], 0)})\n{interval(row, measure)}"]
-            cells += [number(row[f"{measure}_0"]), number(row[f"{measure}_other"])]
-        cells += [f"{row[end]:.2f} ({row[f'{end}_layer']})\n{interval(row, end)}" for end in ("lowest", "highest")]
+            best = f"{format_number(row[measure])} ({format_number(row[layer], 0)})"
+            cells += [f"{best}\n{format_interval(row, measure)}"]
+            cells += [format_number(row[f"{measure}_0"]), format_number(row[f"{measure}_other"])]
+        for name in ("lowest", "highest"):
+            cells += [f"{row[name]:.2f} ({row[f'{name}_layer']})\n{format_interval(row, name)}"]
         cells += [row["phases"], f"{row['seconds']:.0f}"]
         table.add_row(*(escape(str(cell)) for cell in cells))
-    # A table that is piped is not cut to 80 columns.
+    # Without a terminal rich assumes 80 columns, which would cut the table.
     console = Console(width=None if sys.stdout.isatty() else 160)
     console.print(table)
     print("Beneath each mean, its 95 % bootstrap interval over examples.")
     for line in pair_lines(study):
         print(line)
     if len(study.skipped):
-        print(f"{len(study.skipped)} set aside; reasons in {study.out / 'skipped.csv'}")
+        print(f"{len(study.skipped)} set aside; the reasons are in {study.out / 'skipped.csv'}")
     print(f"{study.seconds:.0f} s. Open {study.out / 'report.html'}")

@@ -1,1 +1,1 @@
-"""How a study runs: its settings and folder, shards, and who makes them."""
+"""How a study runs: settings, folder, shards, workers, and the tables that the shards become."""

@@ -1,6 +1,10 @@
-"""Pieces of a study on disk: folders of Parquet tables that are there whole or not at all, whatever happens meanwhile.
+"""Folders and files that are written whole or not at all, whatever ends the process.
 
-A piece is written under another name in the same folder, brought to the disk, and only then given its own name.
+1. They are written under another name, in the same parent folder.
+2. They are brought to the disk (fsync).
+3. Only then are they renamed to their own name.
+
+A study's shards and galleries are such folders: Parquet tables and an about.json.
 """
 
 import json
@@ -21,91 +25,97 @@ try:
 except ImportError:  # Windows: nothing keeps two processes out of one folder
     fcntl = None  # type: ignore[assignment]
 
-PASSING = ".tmp"
-"""What has a name that ends so is not whole, and belongs to nobody once the folder's lock is held."""
+UNFINISHED = ".tmp"
+"""Suffix of unfinished files and folders. Whoever holds the folder's lock may delete them."""
 LOCK = ".lock"
 
 
-def write_piece(folder: Path, tables: dict[str, pa.Table], about: dict) -> None:
-    """Write a piece: each table as NAME.parquet, and `about` as about.json. One that is there already is left as it is."""
-    with _whole(folder) as passing:
+def write_folder(folder: Path, tables: dict[str, pa.Table], about: dict) -> None:
+    """Write each table as NAME.parquet, and `about` as about.json.
+
+    A folder that exists already is left as it is.
+    """
+    with _atomic_folder(folder) as unfinished:
         for name, table in tables.items():
-            with (passing / f"{name}.parquet").open("wb") as file:
+            with (unfinished / f"{name}.parquet").open("wb") as file:
                 pq.write_table(table, file)
-        (passing / "about.json").write_text(json.dumps(about), encoding="utf-8")
+        (unfinished / "about.json").write_text(json.dumps(about), encoding="utf-8")
 
 
 def write_files(folder: Path, files: dict[str, bytes]) -> None:
-    """Write a piece that was made elsewhere, from its files by name. One that is there already is left as it is."""
-    with _whole(folder) as passing:
+    """Write a folder that was made elsewhere, from its files' contents by name.
+
+    A folder that exists already is left as it is.
+    """
+    with _atomic_folder(folder) as unfinished:
         for name, content in files.items():
-            (passing / name).write_bytes(content)
+            (unfinished / name).write_bytes(content)
 
 
 @contextmanager
-def _whole(folder: Path) -> Iterator[Path]:
-    """A folder under another name to write to, which becomes `folder` when the block ends."""
-    passing = folder.with_name(f".{folder.name}-{uuid.uuid4().hex}{PASSING}")
+def _atomic_folder(folder: Path) -> Iterator[Path]:
+    """An unfinished folder to write into, renamed to `folder` when the block ends."""
+    unfinished = folder.with_name(f".{folder.name}-{uuid.uuid4().hex}{UNFINISHED}")
     try:
-        passing.mkdir(parents=True)
-        yield passing
-        sync(passing)
+        unfinished.mkdir(parents=True)
+        yield unfinished
+        sync_tree(unfinished)
         try:
-            passing.rename(folder)
+            unfinished.rename(folder)
         except OSError:
             if not folder.is_dir():
                 raise
-            # Another worker was faster; the same examples give the same tables.
-            shutil.rmtree(passing)
+            # Another worker was faster. The same examples give the same tables.
+            shutil.rmtree(unfinished)
         sync_folder(folder.parent)
     except BaseException:
-        shutil.rmtree(passing, ignore_errors=True)
+        shutil.rmtree(unfinished, ignore_errors=True)
         raise
 
 
-def read_table(piece: Path, name: str) -> pa.Table:
-    """One table of a piece.
+def read_table(folder: Path, name: str) -> pa.Table:
+    """One table of a folder that `write_folder` wrote.
 
     Raises:
         InputError: where it is damaged.
     """
     try:
-        return pq.read_table(piece / f"{name}.parquet", partitioning=None)
+        return pq.read_table(folder / f"{name}.parquet", partitioning=None)
     except (OSError, pa.ArrowException) as error:
-        raise damaged(piece, error) from error
+        raise _damaged(folder, error) from error
 
 
-def read_about(piece: Path) -> dict:
-    """A piece's about.json.
+def read_about(folder: Path) -> dict:
+    """The about.json of a folder that `write_folder` wrote.
 
     Raises:
         InputError: where it is damaged.
     """
     try:
-        return json.loads((piece / "about.json").read_text(encoding="utf-8"))
+        return json.loads((folder / "about.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise damaged(piece, error) from error
+        raise _damaged(folder, error) from error
 
 
-def damaged(piece: Path, error: Exception) -> InputError:
+def _damaged(folder: Path, error: Exception) -> InputError:
     return InputError(
-        f"{piece} is damaged ({error}). Delete that folder and give the same command again: it is made anew."
+        f"{folder} is damaged ({error}). Delete that folder and give the same command again: it is made anew."
     )
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file that is there whole or not at all."""
-    passing = path.with_name(f".{path.name}{PASSING}")
-    with passing.open("w", encoding="utf-8") as file:
+    """Write a text file, whole or not at all."""
+    unfinished = path.with_name(f".{path.name}{UNFINISHED}")
+    with unfinished.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
-    passing.replace(path)
+    unfinished.replace(path)
     sync_folder(path.parent)
 
 
-def sync(folder: Path) -> None:
-    """Bring a folder and everything in it to the disk: what is renamed afterwards survives a loss of power."""
+def sync_tree(folder: Path) -> None:
+    """Bring a folder and all in it to the disk, so that a later rename survives a power loss."""
     for path in folder.rglob("*"):
         if path.is_file():
             with path.open("rb") as file:
@@ -119,16 +129,16 @@ def sync_folder(folder: Path) -> None:
     """Bring a folder's list of names to the disk."""
     if os.name != "posix":  # elsewhere a folder cannot be opened
         return
-    opened = os.open(folder, os.O_RDONLY)
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(opened)
+        os.fsync(descriptor)
     finally:
-        os.close(opened)
+        os.close(descriptor)
 
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold a folder alone. The lock goes with its process, however that ends.
+    """Hold a folder for this process alone. The lock ends with the process, however that ends.
 
     Raises:
         InputError: when another process holds it.

@@ -1,6 +1,7 @@
-"""From shards to a study's tables, one shard at a time: memory holds no more of a large study than of a small one.
+"""From shards to a study's tables, one shard at a time.
 
-Shards are taken in the order of their examples, so it does not matter when they were made, or where.
+A large study so needs no more memory than a small one. Shards are taken in the order of their
+examples: when and where they were made does not matter.
 """
 
 from pathlib import Path
@@ -12,26 +13,30 @@ import torch
 
 from mechvlm.probes.contextualization import MODALITY_PAIRS, anisotropy_baseline
 from mechvlm.study.running.atomic import read_about, read_table
-from mechvlm.study.running.rows import SCHEMAS
-from mechvlm.study.running.shards import GALLERY, PAIR_SCHEMAS, Plan
+from mechvlm.study.running.plan import GALLERY_EXAMPLES, Plan
+from mechvlm.study.running.rows import SHARD_SCHEMAS
+from mechvlm.study.running.shards import PAIR_SCHEMAS
 
 
 def write_tables(plan: Plan, data: Path) -> None:
-    """Write every table but "phases" into the folder `data`, as Parquet; those of pairs only where there are pairs."""
-    numbers = dict.fromkeys(("contextualization", "lens", "attention_share"), range(len(plan)))
+    """Write every table but "phases" into the folder `data`, as Parquet.
+
+    The tables of pairs are written only where the plan has pairs.
+    """
+    shard_numbers = dict.fromkeys(("contextualization", "lens", "attention_share"), range(len(plan)))
     if plan.pairs:
-        numbers |= dict.fromkeys(PAIR_SCHEMAS, plan.pair_numbers)
-    schemas = SCHEMAS | PAIR_SCHEMAS
-    for name in numbers:
-        with (data / f"{name}.parquet").open("wb") as file, pq.ParquetWriter(file, schemas[name]) as writer:
-            for model in range(len(plan.names)):
-                for number in numbers[name]:
-                    writer.write_table(read_table(plan.at(model, number), name))
+        shard_numbers |= dict.fromkeys(PAIR_SCHEMAS, plan.pair_shards)
+    schemas = SHARD_SCHEMAS | PAIR_SCHEMAS
     models = range(len(plan.names))
+    for name, numbers in shard_numbers.items():
+        with (data / f"{name}.parquet").open("wb") as file, pq.ParquetWriter(file, schemas[name]) as writer:
+            for model in models:
+                for number in numbers:
+                    writer.write_table(read_table(plan.shard_folder(model, number), name))
     small = {
         "baseline": [_baseline(plan, model) for model in models],
-        "norm_attention": [_norms(plan, model) for model in models],
-        "answers": [read_table(plan.gallery(model), "answers").to_pandas() for model in models],
+        "norm_attention": [_norm_means(plan, model) for model in models],
+        "answers": [read_table(plan.gallery_folder(model), "answers").to_pandas() for model in models],
         "words": [_words(plan, model) for model in models],
     }
     for name, parts in small.items():
@@ -39,32 +44,38 @@ def write_tables(plan: Plan, data: Path) -> None:
 
 
 def skipped(plan: Plan) -> pd.DataFrame:
-    """What was set aside, before any model saw it and then model by model: model, example, reason."""
+    """The examples that were set aside: model, example, reason.
+
+    First those set aside before any model saw them, with "" for the model; then model by model.
+    """
     before = pd.DataFrame(
-        [("", one.id, one.reason) for one in plan.data.set_aside], columns=["model", "example", "reason"], dtype="str"
+        [("", aside.id, aside.reason) for aside in plan.data.set_aside],
+        columns=["model", "example", "reason"],
+        dtype="str",
     )
-    shards = [plan.at(model, number) for model in range(len(plan.names)) for number in range(len(plan))]
+    shards = [plan.shard_folder(model, number) for model in range(len(plan.names)) for number in range(len(plan))]
     return pd.concat([before, *(read_table(shard, "skipped").to_pandas() for shard in shards)], ignore_index=True)
 
 
-def shown(plan: Plan, model: int) -> list[str]:
-    """The ids of the first examples that the model could read: the gallery's."""
-    return [id for shard in _first_shards(plan, model) for id in read_about(shard)["first"]][:GALLERY]
+def gallery_ids(plan: Plan, model: int) -> list[str]:
+    """The ids of the gallery's examples: the first that the model could read."""
+    return [id for shard in _first_shards(plan, model) for id in read_about(shard)["first"]][:GALLERY_EXAMPLES]
 
 
 def n_read(plan: Plan, model: int) -> int:
-    """Examples that the model could read."""
-    return sum(read_about(plan.at(model, number))["read"] for number in range(len(plan)))
+    """The number of examples that the model could read."""
+    return sum(read_about(plan.shard_folder(model, number))["read"] for number in range(len(plan)))
 
 
 def _first_shards(plan: Plan, model: int) -> list[Path]:
-    """As many of the first shards as hold the gallery's examples: nearly always one."""
-    shards, found = [], 0
+    """The first shards, as many as hold the gallery's examples: nearly always one."""
+    shards: list[Path] = []
+    n_examples = 0
     for number in range(len(plan)):
-        if found >= GALLERY:
+        if n_examples >= GALLERY_EXAMPLES:
             break
-        shards.append(plan.at(model, number))
-        found += len(read_about(shards[-1])["first"])
+        shards.append(plan.shard_folder(model, number))
+        n_examples += len(read_about(shards[-1])["first"])
     return shards
 
 
@@ -72,7 +83,7 @@ def _words(plan: Plan, model: int) -> pd.DataFrame:
     words = pd.concat(
         [read_table(shard, "words").to_pandas() for shard in _first_shards(plan, model)], ignore_index=True
     )
-    return words[words["example"].isin(shown(plan, model))]
+    return words[words["example"].isin(gallery_ids(plan, model))]
 
 
 def _baseline(plan: Plan, model: int) -> pd.DataFrame:
@@ -80,48 +91,50 @@ def _baseline(plan: Plan, model: int) -> pd.DataFrame:
     n = 0
     sums = {name: torch.zeros(()).double() for name in ("sum_image", "sum_text", "same")}
     for number in range(len(plan)):
-        table = read_table(plan.at(model, number), "context_sums").to_pydict()
+        table = read_table(plan.shard_folder(model, number), "context_sums").to_pydict()
         if not table["n"]:
             continue
         n += table["n"][0]
         for name in sums:
-            # In float64: a hundred thousand examples are added.
+            # In float64, since there may be a hundred thousand examples to add.
             sums[name] = sums[name] + torch.tensor(table[name], dtype=torch.float64)
+    # [pair layer]
     value = anisotropy_baseline(sums["sum_image"], sums["sum_text"], sums["same"].T, n).float().numpy()
     n_layers = value.shape[1]
     pairs, layers = np.repeat(MODALITY_PAIRS, n_layers), np.tile(np.arange(n_layers), len(MODALITY_PAIRS))
     return pd.DataFrame({"model": plan.names[model], "pair": pairs, "layer": layers, "value": value.reshape(-1)})
 
 
-def _norms(plan: Plan, model: int) -> pd.DataFrame:
-    """Mean norm-based attention up to each destination: the table that `mechvlm.study.save` describes.
+def _norm_means(plan: Plan, model: int) -> pd.DataFrame:
+    """Mean norm-based attention from each source up to each destination.
 
-    Of the examples with the most frequent layout of tokens, where a processor makes more visual tokens of one image than of
-    another; `n` says how many that is.
+    `mechvlm.study.save` describes the table, "norm_attention". A processor may make more visual
+    tokens of one image than of another: the mean is then over the examples with the most frequent
+    layout of tokens, and `n` is their number.
     """
     counts: dict[tuple, int] = {}
     for number in range(len(plan)):
-        table = read_table(plan.at(model, number), "norm_sums").select(["ids", "n"]).to_pydict()
+        table = read_table(plan.shard_folder(model, number), "norm_sums").select(["ids", "n"]).to_pydict()
         for ids, n in zip(table["ids"], table["n"], strict=True):
             counts[tuple(ids)] = counts.get(tuple(ids), 0) + n
     layout = max(counts, key=lambda ids: counts[ids])
-    best: dict = {}
+    total: dict = {}
     for number in range(len(plan)):
-        for row in read_table(plan.at(model, number), "norm_sums").to_pylist():
+        for row in read_table(plan.shard_folder(model, number), "norm_sums").to_pylist():
             if tuple(row["ids"]) != layout:
                 continue
             sums = {key: np.array(row[key]) for key in ("norm", "weight")}
-            best = {**row, **{key: best.get(key, 0) + value for key, value in sums.items()}}
+            total = {**row, **{key: total.get(key, 0) + value for key, value in sums.items()}}
     n_src, n = len(layout), counts[layout]
-    shape = len(best["layers"]), len(best["dest"]), n_src
-    norm, weight = (best[key].reshape(shape) / n for key in ("norm", "weight"))
+    shape = len(total["layers"]), len(total["dest"]), n_src
+    norm, weight = (total[key].reshape(shape) / n for key in ("norm", "weight"))  # [layer dest src]
     frames = []
-    for column, (name, dest) in enumerate(zip(best["names"], best["dest"], strict=True)):
-        for row, layer in enumerate(best["layers"]):
+    for column, (name, dest) in enumerate(zip(total["names"], total["dest"], strict=True)):
+        for row, layer in enumerate(total["layers"]):
             frame = pd.DataFrame(
                 {
                     "model": plan.names[model], "dest": name, "dest_position": dest, "layer": layer, "src": range(n_src),
-                    "piece": best["pieces"], "modality": best["modality"], "norm": norm[row, column],
+                    "piece": total["pieces"], "modality": total["modality"], "norm": norm[row, column],
                     "weight": weight[row, column], "n": n,
                 }
             )  # fmt: skip

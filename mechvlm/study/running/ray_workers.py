@@ -1,8 +1,10 @@
-"""A study's shards on a Ray cluster: each worker holds the model and makes the shards that it is handed, one by one.
+"""A study's shards made on a Ray cluster.
 
-Workers send a shard's files to the process that runs the study, which alone writes them: so the study's folder need not be seen
-by other machines, and holds the same files in the same order of steps as without a cluster. A worker that ends, with its
-machine or without, is replaced, and its shard is handed out again.
+1. Each worker is a process that holds the model and makes one shard at a time.
+2. It sends the shard's files back to the process that runs the study, which alone writes them. So
+   other machines need not see the study's folder, and the folder holds the same files, written in
+   the same order of steps, as without a cluster.
+3. A worker that ends, with its machine or without, is replaced, and its shard is given out again.
 """
 
 import logging
@@ -17,7 +19,7 @@ from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -25,34 +27,35 @@ from mechvlm.datasets import Example
 from mechvlm.errors import InputError, StoppedError
 from mechvlm.study.running import settings
 from mechvlm.study.running.atomic import write_files
-from mechvlm.study.running.workers import Here
+from mechvlm.study.running.workers import LocalWorker
 from mechvlm.vlm.vlm import VLM
 
 LOSSES = 3
-"""So many workers may end over one piece of work before the study stops: it is likely that piece that ends them."""
+"""Workers that may end over the same work before the study stops: likely that work ends them."""
 POLL = 0.2
-"""Seconds between two looks at the workers, and so until Ctrl-C is heard."""
-PIECES = ("shard", "gallery")
+"""Seconds between two looks at the workers; Ctrl-C waits as long at most."""
+FILE_METHODS = ("make_shard", "make_gallery")
+"""Methods of `Worker` that give files back."""
 WAIT = 300.0
 """Seconds to wait for a worker where the cluster has none left."""
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """Which cluster is asked for what.
+    """Which cluster to use, and what to ask of it.
 
     Attributes:
-        address: "auto" or the cluster's.
-        n: workers.
-        gpus: of each worker; parts of one are allowed.
+        address: of the cluster, or "auto".
+        n: number of workers.
+        gpus: of each worker; fractions are allowed.
     """
 
     address: str
     n: int
     gpus: float
 
-    def workers(self, here: Here) -> "RayWorkers":
-        return RayWorkers(here, self)
+    def workers(self, local: LocalWorker) -> "RayWorkers":
+        return RayWorkers(local, self)
 
 
 def cluster_of(
@@ -63,14 +66,17 @@ def cluster_of(
     device: str | None,
     device_map: str | dict | None,
 ) -> Cluster | None:
-    """The cluster that was asked for; None for none.
+    """The cluster that these arguments of `run` ask for; None where they ask for none.
 
     Raises:
-        InputError: where Ray is not installed, or where it cannot do what was asked.
+        InputError: where Ray is not installed, or an argument does not fit a cluster.
     """
     if address is None:
         if workers is not None or gpus_per_worker is not None:
-            raise InputError("workers and gpus_per_worker are those of a Ray cluster: give ray='auto' or its address.")
+            raise InputError(
+                "workers and gpus_per_worker are for a Ray cluster, and no cluster was asked for: give ray='auto' or its "
+                "address."
+            )
         return None
     if find_spec("ray") is None:
         raise InputError("Ray is not installed here. Install it: pip install 'mechvlm[ray]'")
@@ -88,13 +94,27 @@ def cluster_of(
 
 
 class Worker:
-    """In a process of its own: `Here`, whose pieces are given back as files."""
+    """A `LocalWorker` in a process of its own on the cluster; gives back files instead of writing.
 
-    def __init__(self, here: Here):
-        self.here = here
+    Ray pickles both classes, which is why they stand at the top of their modules.
+    """
+
+    def __init__(self, local: LocalWorker):
+        self.local = local
 
     def check(self, home: str, paths: list[Path], versions: dict[str, str], threads: int, on_node: int) -> None:
-        """This node sees what the study reads, and has the same packages."""
+        """Check that this node sees the study's files and has the same packages; set its threads.
+
+        Args:
+            home: the folder in which the study was started.
+            paths: of models and images.
+            versions: of `RESULT_PACKAGES`, where the study was started.
+            threads: of torch, where the study was started.
+            on_node: the number of workers that share this node's cores.
+
+        Raises:
+            InputError: where a path is missing, or a version differs.
+        """
         node = os.uname().nodename if hasattr(os, "uname") else "a node"
         if Path(home).is_dir():
             os.chdir(home)  # relative names mean the same as where the study was started
@@ -103,150 +123,175 @@ class Worker:
                 f"The worker on {node} does not find {', '.join(unseen)}. Models and images must be in folders that every "
                 "node sees under the same name."
             )
-        if other := [
+        if differ := [
             f"{name} {has}, not {versions[name]}" for name, has in _versions().items() if has != versions[name]
         ]:
             raise InputError(
-                f"The worker on {node} has {', '.join(other)}. Install the same versions on every node: others change results."
+                f"The worker on {node} has {', '.join(differ)}. Install the same versions on every node: others change results."
             )
         torch.set_num_threads(max(1, min(threads, (os.cpu_count() or 1) // on_node)))
 
     def load(self, model: int) -> None:
-        self.here.load(model, lambda: None)
+        self.local.load(model, lambda: None)
 
-    def shard(self, model: int, number: int) -> dict[str, bytes]:
-        return self._files(lambda: self.here.shards(model, [number], lambda done: None))
+    def make_shard(self, model: int, number: int) -> dict[str, bytes]:
+        return self._files(lambda: self.local.make_shards(model, [number], lambda done: None))
 
-    def gallery(self, model: int, shown: list[Example]) -> dict[str, bytes]:
-        return self._files(lambda: self.here.gallery(model, shown, lambda done: None))
+    def make_gallery(self, model: int, examples: list[Example]) -> dict[str, bytes]:
+        return self._files(lambda: self.local.make_gallery(model, examples, lambda done: None))
 
     def _files(self, make: Callable[[], None]) -> dict[str, bytes]:
-        plan = self.here.plan
-        with TemporaryDirectory(prefix="mechvlm-") as own:
-            self.here.plan = replace(plan, folder=Path(own))
+        """The files of the one folder that `make` writes, by name."""
+        plan = self.local.plan
+        with TemporaryDirectory(prefix="mechvlm-") as temporary:
+            self.local.plan = replace(plan, folder=Path(temporary))
             try:
                 make()
             finally:
-                self.here.plan = plan
-            (piece,) = Path(own).iterdir()
-            return {file.name: file.read_bytes() for file in sorted(piece.iterdir())}
+                self.local.plan = plan
+            (folder,) = Path(temporary).iterdir()
+            return {file.name: file.read_bytes() for file in sorted(folder.iterdir())}
+
+
+class Job(NamedTuple):
+    """A call under way on a worker."""
+
+    worker: Any
+    method: str
+    arguments: tuple
 
 
 class RayWorkers:
-    """`mechvlm.study.running.workers.Workers` on a cluster, to which it connects when the first model is loaded."""
+    """`mechvlm.study.running.workers.Workers` on a cluster. Connects when the first model loads."""
 
-    def __init__(self, here: Here, cluster: Cluster):
-        self.here, self.plan, self.cluster = here, here.plan, cluster
+    def __init__(self, local: LocalWorker, cluster: Cluster):
+        self.local, self.plan, self.cluster = local, local.plan, cluster
         self.model = -1
-        self.jobs: dict[Any, tuple[Any, str, tuple]] = {}
-        """What is under way: reference to its outcome -> worker, method, arguments."""
+        self.jobs: dict[Any, Job] = {}
+        """Under way, by Ray's reference to the outcome."""
         self.idle: list[Any] = []
         self.lost: Counter[str] = Counter()
-        self.at_work = 0.0
-        """When there last was a worker, by the clock."""
-        self.leave: Callable[[], None] = lambda: None
+        """How many workers ended over each work, by its description."""
+        self.last_alive = 0.0
+        """When there last was a worker (`time.monotonic`)."""
+        self.disconnect: Callable[[], None] = lambda: None
 
     def __enter__(self) -> "RayWorkers":
         return self
 
     def __exit__(self, *_) -> None:
-        self.leave()
+        self.disconnect()
 
-    def load(self, model: int, say: Callable[[], None]) -> None:
-        say()
+    def load(self, model: int, report: Callable[[], None]) -> None:
+        report()
         self.model = model
         if not self.jobs and not self.idle:
             self._connect()
             for _ in range(self.cluster.n):
-                self._hire()
+                self._start_worker()
         while self.idle:
-            self._give(self.idle.pop(), "load", model)
+            self._submit(self.idle.pop(), "load", model)
         while not self.idle:
-            for _ in self._outcomes(say):
+            for _ in self._outcomes(report):
                 pass
 
-    def shards(self, model: int, todo: list[int], progress: Callable[[int], None]) -> None:
+    def make_shards(self, model: int, numbers: list[int], progress: Callable[[int], None]) -> None:
         done = 0
 
         def write(arguments: tuple, files: dict[str, bytes]) -> None:
             nonlocal done
-            write_files(self.plan.at(*arguments), files)
-            done += len(self.plan.examples(arguments[1]))
+            write_files(self.plan.shard_folder(*arguments), files)
+            done += len(self.plan.example_indices(arguments[1]))
 
-        self._make("shard", [(model, number) for number in todo], write, lambda: progress(done))
+        self._make("make_shard", [(model, number) for number in numbers], write, lambda: progress(done))
 
-    def gallery(self, model: int, shown: list[Example], progress: Callable[[int], None]) -> None:
-        where = self.plan.gallery(model)
-        self._make("gallery", [(model, shown)], lambda _, files: write_files(where, files), lambda: progress(0))
+    def make_gallery(self, model: int, examples: list[Example], progress: Callable[[int], None]) -> None:
+        folder = self.plan.gallery_folder(model)
+        self._make(
+            "make_gallery", [(model, examples)], lambda _, files: write_files(folder, files), lambda: progress(0)
+        )
 
     def _make(
         self,
         method: str,
-        pieces: list[tuple],
+        calls: list[tuple],
         write: Callable[[tuple, dict[str, bytes]], None],
-        say: Callable[[], None],
+        report: Callable[[], None],
     ) -> None:
-        """Hand the pieces out, one to each worker that has nothing to do, until all are written."""
-        left = pieces[::-1]
-        back: list[tuple[tuple, dict[str, bytes]]] = []
-        while left or back or any(under_way == method for _, under_way, _ in self.jobs.values()):
+        """Call a method of the workers once with each of these arguments, until all is written.
+
+        Each idle worker gets one call at a time.
+        """
+        left = calls[::-1]
+        to_write: list[tuple[tuple, dict[str, bytes]]] = []
+        while left or to_write or any(job.method == method for job in self.jobs.values()):
             while left and self.idle:
-                self._give(self.idle.pop(), method, *left.pop())
-            # Only now, so that no worker waits for the disk.
-            for made in back:
-                write(*made)
-            back = []
-            for arguments, files in self._outcomes(say):
-                if files is None:
+                self._submit(self.idle.pop(), method, *left.pop())
+            # Written only after new calls are given out, so that no worker waits for the disk.
+            for arguments, files in to_write:
+                write(arguments, files)
+            to_write = []
+            for arguments, outcome in self._outcomes(report):
+                if outcome is None:
                     left.append(arguments)
                 else:
-                    back.append((arguments, files))
+                    to_write.append((arguments, outcome))
 
-    def _outcomes(self, say: Callable[[], None]) -> Iterator[tuple[tuple, dict[str, bytes] | None]]:
-        """The pieces that came back within `POLL` seconds, by their arguments; None for one whose worker ended."""
+    def _outcomes(self, report: Callable[[], None]) -> Iterator[tuple[tuple, dict[str, bytes] | None]]:
+        """The (arguments, files) that came back within `POLL` seconds.
+
+        Files are None where the worker ended. Workers that come back from a check or from another
+        model load the current one.
+        """
         import ray
         from ray.exceptions import RayError, RayTaskError
 
-        say()
+        report()
         done, _ = ray.wait(list(self.jobs), timeout=POLL) if self.jobs else ([], [])
-        for job in done:
-            worker, method, arguments = self.jobs.pop(job)
-            work = self._named(method, arguments)
+        for reference in done:
+            worker, method, arguments = self.jobs.pop(reference)
+            work = self._description(method, arguments)
             try:
-                outcome = ray.get(job)
+                outcome = ray.get(reference)
             except RayTaskError as error:
                 raise error.cause from error
             except RayError as error:
-                self._replace(worker, work, LOSSES if method in PIECES else LOSSES * self.cluster.n, error)
-                if method in PIECES:
+                self._replace(worker, work, LOSSES if method in FILE_METHODS else LOSSES * self.cluster.n, error)
+                if method in FILE_METHODS:
                     yield arguments, None
                 continue
             del self.lost[work]
-            if method in PIECES:
+            if method in FILE_METHODS:
                 self.idle.append(worker)
                 yield arguments, outcome
             elif arguments == (self.model,):
                 self.idle.append(worker)
             else:
-                self._give(worker, "load", self.model)
-        if self.idle or any(method != "check" for _, method, _ in self.jobs.values()):
-            self.at_work = time.monotonic()
-        elif time.monotonic() - self.at_work > WAIT:
+                self._submit(worker, "load", self.model)
+        # A worker whose check is still to come may not have been given a place yet.
+        if self.idle or any(job.method != "check" for job in self.jobs.values()):
+            self.last_alive = time.monotonic()
+        elif time.monotonic() - self.last_alive > WAIT:
             raise StoppedError(
                 f"The Ray cluster has had no room for a worker for {WAIT:.0f} seconds. What is done is kept; the same command "
                 "goes on from there when its nodes are back."
             )
 
     def _replace(self, worker: Any, work: str, limit: int, error: Exception) -> None:
-        """Another worker for one that ended, unless the same piece of work ended `limit` of them."""
+        """Start another worker for one that ended, unless the same work has ended `limit` of them.
+
+        Raises:
+            InputError: where the worker could not even start.
+            StoppedError: where `limit` workers ended over this work.
+        """
         import ray
 
-        last = [line for line in str(error).splitlines() if line.strip()]
+        lines = [line for line in str(error).splitlines() if line.strip()]
         if getattr(error, "actor_init_failed", False):
             raise InputError(
-                f"A worker cannot begin on the Ray cluster: {last[-1].strip()}. Every node needs what is installed here, in the "
-                "same versions (pip install 'mechvlm[ray]'), and the same files under the same names: of hf: and winoground data "
-                "the cache of Hugging Face too (HF_HOME)."
+                f"A worker cannot start on the Ray cluster: {lines[-1].strip()}. Every node needs the packages installed "
+                "here, in the same versions (pip install 'mechvlm[ray]'), and the same files under the same names; for hf: and "
+                "winoground data that includes the cache of Hugging Face (HF_HOME)."
             )
         with suppress(Exception):
             ray.kill(worker)
@@ -254,59 +299,63 @@ class RayWorkers:
         if self.lost[work] >= limit:
             raise StoppedError(
                 f"The study stopped: {self.lost[work]} workers ended while {work}. Is the memory of their nodes too small? What "
-                f"is done is kept; the same command goes on from there. Ray says of the last one: {last[-1].strip()}"
+                f"is done is kept; the same command goes on from there. Ray says of the last one: {lines[-1].strip()}"
             )
-        self._hire()
+        self._start_worker()
 
-    def _named(self, method: str, arguments: tuple) -> str:
+    def _description(self, method: str, arguments: tuple) -> str:
+        """What a worker does in this call, for messages."""
         if method == "check":
             return "starting"
         name = self.plan.names[arguments[0]]
-        if method == "shard":
-            of = [self.plan.data.examples[i].id for i in self.plan.examples(arguments[1])]
-            return f"reading shard {arguments[1]} of {name} (examples {of[0]} to {of[-1]})"
+        if method == "make_shard":
+            ids = [self.plan.data.examples[i].id for i in self.plan.example_indices(arguments[1])]
+            return f"reading shard {arguments[1]} of {name} (examples {ids[0]} to {ids[-1]})"
         return f"loading {name}" if method == "load" else f"making the gallery of {name}"
 
-    def _hire(self) -> None:
-        worker = self.hire()
-        self._give(worker, "check", *self.to_check)
+    def _start_worker(self) -> None:
+        self._submit(self.new_worker(), "check", *self.check_arguments)
 
-    def _give(self, worker: Any, method: str, *arguments: Any) -> None:
-        self.jobs[getattr(worker, method).remote(*arguments)] = worker, method, arguments
+    def _submit(self, worker: Any, method: str, *arguments: Any) -> None:
+        self.jobs[getattr(worker, method).remote(*arguments)] = Job(worker, method, arguments)
 
     def _connect(self) -> None:
-        # Read when Ray is imported. It would print, whatever it is told, each worker's end; the study says what matters of it.
+        # Ray reads these when it is imported. Whatever its log settings, it would print each
+        # worker's end; the study reports those that matter.
         os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", ".*")
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         import ray
 
         n, gpus = self.cluster.n, self.cluster.gpus
         if not ray.is_initialized():
-            self.leave = ray.shutdown
-            _init(self.cluster.address, n)
+            self.disconnect = ray.shutdown
+            _init_ray(self.cluster.address, n)
         has = ray.cluster_resources()
         if has.get("CPU", 0) < n or has.get("GPU", 0) < n * gpus:
             raise InputError(
                 f"{n} workers with one CPU and {gpus:g} GPUs each were asked for; the Ray cluster has {has.get('CPU', 0):g} CPUs "
                 f"and {has.get('GPU', 0):g} GPUs. Ask for fewer, or add nodes first."
             )
-        here = ray.put(self.here)
-        # Over as many nodes as there are. What ends is replaced here, not by Ray, which would not load the model again.
-        kind = ray.remote(Worker).options(num_cpus=1, num_gpus=gpus, max_restarts=0, scheduling_strategy="SPREAD")
-        self.hire = lambda: kind.remote(here)
+        local = ray.put(self.local)
+        # Spread over as many nodes as there are. A worker that ends is replaced by `_replace` and
+        # not restarted by Ray, which would not load the model again.
+        actor = ray.remote(Worker).options(num_cpus=1, num_gpus=gpus, max_restarts=0, scheduling_strategy="SPREAD")
+        self.new_worker = lambda: actor.remote(local)
         nodes = sum(node["Alive"] and node["Resources"].get("CPU", 0) > 0 for node in ray.nodes())
-        folders = [Path(str(model)) for model in self.here.models if Path(str(model)).is_dir()]
-        files = (e.image for e in self.plan.data.examples if isinstance(e.image, Path))
-        first = next((file for file in files if file.exists()), None)
-        paths = folders + ([] if first is None else [first])
-        self.to_check = os.getcwd(), paths, _versions(), torch.get_num_threads(), -(-n // nodes)
-        self.at_work = time.monotonic()
+        folders = [Path(str(model)) for model in self.local.models if Path(str(model)).is_dir()]
+        images = (e.image for e in self.plan.data.examples if isinstance(e.image, Path))
+        first_image = next((image for image in images if image.exists()), None)
+        paths = folders + ([] if first_image is None else [first_image])
+        self.check_arguments = os.getcwd(), paths, _versions(), torch.get_num_threads(), -(-n // nodes)
+        self.last_alive = time.monotonic()
 
 
-def _init(address: str, n: int) -> None:
-    """Connect to the cluster; "auto" is that of RAY_ADDRESS, or without it one on this machine, which ends with this process.
+def _init_ray(address: str, n: int) -> None:
+    """Connect to the cluster at `address`.
 
-    What Ray itself calls "auto" joins any cluster that runs on this machine, also one that is somebody else's.
+    "auto" is the cluster of RAY_ADDRESS. Without that variable it is a new one on this machine,
+    which ends with this process. Ray's own "auto" means something else: it joins any cluster that
+    runs on this machine, even another user's.
     """
     import ray
 
@@ -324,13 +373,14 @@ def _init(address: str, n: int) -> None:
 
 @contextmanager
 def _sigterm_kept() -> Iterator[None]:
-    """Ray puts its own handler of SIGTERM over that of the study, which says how to go on."""
+    """Keep the study's handler of SIGTERM, which says how to go on; Ray replaces it by its own."""
     main = threading.current_thread() is threading.main_thread()
     before = signal.getsignal(signal.SIGTERM)
     try:
         yield
     except SystemExit:
-        if main:  # it came just now, and goes to whom it belongs
+        # SIGTERM came during the block, and Ray's handler took it. Pass it on to the study's.
+        if main:
             signal.signal(signal.SIGTERM, before)
             os.kill(os.getpid(), signal.SIGTERM)
         raise

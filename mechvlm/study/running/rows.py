@@ -1,6 +1,6 @@
-"""From the results of one batch to rows of a shard's tables: nothing of the size of an activation is kept.
+"""From the results of a batch to the rows of a shard's tables; no activations are kept.
 
-Each class collects the rows of one shard, a run of consecutive examples; `mechvlm.study.running.merge` puts shards together.
+Each class gathers the rows of one shard. `mechvlm.study.running.merge` puts the shards together.
 """
 
 from collections import Counter
@@ -19,49 +19,53 @@ from mechvlm.probes.norm_attention import NormAttentionResult
 from mechvlm.results import long_frame
 
 GALLERY_WORDS = 6
-"""Words a layer that the gallery shows of an example."""
+"""Words per layer that the gallery shows of an example."""
 
-TEXT, WHOLE, SINGLE, DOUBLE = pa.string(), pa.int64(), pa.float32(), pa.float64()
-KEYS = [("model", TEXT), ("example", TEXT)]
-SCHEMAS = {
-    "contextualization": pa.schema([*KEYS, ("pair", TEXT), ("layer", WHOLE), ("value", SINGLE)]),
+STRING, INT64, FLOAT32, FLOAT64 = pa.string(), pa.int64(), pa.float32(), pa.float64()
+KEYS = [("model", STRING), ("example", STRING)]
+SHARD_SCHEMAS = {
+    "contextualization": pa.schema([*KEYS, ("pair", STRING), ("layer", INT64), ("value", FLOAT32)]),
     "lens": pa.schema(
-        [*KEYS, ("tokens", TEXT), ("captions", TEXT), ("measure", TEXT), ("layer", WHOLE), ("value", DOUBLE)]
+        [*KEYS, ("tokens", STRING), ("captions", STRING), ("measure", STRING), ("layer", INT64), ("value", FLOAT64)]
     ),
-    "attention_share": pa.schema([*KEYS, ("dest", TEXT), ("measure", TEXT), ("layer", WHOLE), ("value", SINGLE)]),
-    "words": pa.schema([*KEYS, ("layer", WHOLE), ("word", TEXT), ("positions", WHOLE)]),
-    "skipped": pa.schema([*KEYS, ("reason", TEXT)]),
+    "attention_share": pa.schema([*KEYS, ("dest", STRING), ("measure", STRING), ("layer", INT64), ("value", FLOAT32)]),
+    "words": pa.schema([*KEYS, ("layer", INT64), ("word", STRING), ("positions", INT64)]),
+    "skipped": pa.schema([*KEYS, ("reason", STRING)]),
     "context_sums": pa.schema(
-        [("n", WHOLE), ("layer", WHOLE), *((name, pa.list_(SINGLE)) for name in ("sum_image", "sum_text", "same"))]
+        [("n", INT64), ("layer", INT64), *((name, pa.list_(FLOAT32)) for name in ("sum_image", "sum_text", "same"))]
     ),
     "norm_sums": pa.schema(
         {
-            "n": WHOLE,
-            "ids": pa.list_(WHOLE),
-            "pieces": pa.list_(TEXT),
-            "modality": pa.list_(TEXT),
-            "names": pa.list_(TEXT),
-            "dest": pa.list_(WHOLE),
-            "layers": pa.list_(WHOLE),
-            "norm": pa.list_(DOUBLE),
-            "weight": pa.list_(DOUBLE),
+            "n": INT64,
+            "ids": pa.list_(INT64),
+            "pieces": pa.list_(STRING),
+            "modality": pa.list_(STRING),
+            "names": pa.list_(STRING),
+            "dest": pa.list_(INT64),
+            "layers": pa.list_(INT64),
+            "norm": pa.list_(FLOAT64),
+            "weight": pa.list_(FLOAT64),
         }
     ),
 }
-"""A shard's tables. The first three are the final ones' rows as they are; `words` holds the first examples that can be shown; the
-sums are one row a layer, and one row a layout of tokens with flat [layer dest src]."""
+"""The tables of a shard.
+
+The first three are rows of the final tables. `words` holds the first examples that could be read,
+for the gallery. `context_sums` has one row per layer. `norm_sums` has one row per layout of tokens,
+with `norm` and `weight` flat, from [layer dest src].
+"""
 
 
-SINGLE_OF = {"own": "single", "other": "other_single"}
-"""What the mean over single captions is called."""
+SINGLE_CAPTION_NAMES = {"own": "single", "other": "other_single"}
+"""Names in the column `captions` of the mean over single captions, instead of all together."""
 
 
 class LensRows:
     """Precision and recall of one model's examples, with the two controls.
 
-    Each example is held against its own captions and against those of the next one in the data set, the last against the
-    first's, whether or not that one's image can be read: both conditions see the same captions, and no example's row depends on
-    what became of another.
+    Each example is compared with its own captions and with those of the data set's next example
+    (the last with the first's), whether or not the next one's image can be read. So both conditions
+    see the same captions, and no example's row depends on what happened to another.
     """
 
     def __init__(self, model: str):
@@ -69,7 +73,14 @@ class LensRows:
         self.frames: list[pd.DataFrame] = []
 
     def add(self, example: Example, other: Example, tokens: TokenMap, lens: LogitLensResult) -> None:
-        """`lens` holds this example's points only, at every position; without an `other` example, `other` is `example`."""
+        """Add one example.
+
+        Args:
+            example: the one that was read.
+            other: the data set's next example; `example` itself where there is no other.
+            tokens: of the example.
+            lens: of this example alone, at every position.
+        """
         image, text = lens.at(tokens.image).pieces(), lens.at(tokens.text).pieces()
         single = len(example.captions) > 1
         self._append(example, "image", "own", lens_precision_recall(image, example.captions, single=single))
@@ -79,19 +90,22 @@ class LensRows:
             self._append(example, "image", "other", lens_precision_recall(image, other.captions, single=single))
 
     def frame(self) -> pd.DataFrame:
-        """model, example, tokens, captions, measure, layer, value."""
+        """Columns: model, example, tokens, captions, measure, layer, value."""
         return pd.concat(self.frames, ignore_index=True) if self.frames else pd.DataFrame()
 
     def _append(self, example: Example, tokens: str, captions: str, scores: pd.DataFrame) -> None:
-        # Taken together, more captions hold more words: beside their union, each alone.
-        named = scores["control"].map({"captions": captions, "single captions": SINGLE_OF[captions]})
-        keys = {"model": self.model, "example": example.id, "tokens": tokens, "captions": named}
+        # The union of several captions holds more words than one caption does. So beside the score
+        # against the union stands the mean over single captions.
+        names = {"captions": captions, "single captions": SINGLE_CAPTION_NAMES[captions]}
+        keys = {
+            "model": self.model, "example": example.id, "tokens": tokens, "captions": scores["control"].map(names)
+        }  # fmt: skip
         scores = scores[["measure", "layer", "value"]]
         self.frames.append(scores.assign(**keys)[[*keys, *scores.columns]])
 
 
 class ContextRows:
-    """Contextualization of one model's examples, and the sums that the anisotropy baseline is made of."""
+    """Contextualization of one model's examples, and the sums for the anisotropy baseline."""
 
     def __init__(self, model: str):
         self.model = model
@@ -103,7 +117,11 @@ class ContextRows:
         self.merged = result if self.merged is None else merge([self.merged, result])
 
     def frames(self) -> tuple[pd.DataFrame, pd.DataFrame]:
-        """(model, example, pair, layer, value), example by example, and the sums (n, layer, sum_image, sum_text, same)."""
+        """Two tables: the values, example by example, and the sums over examples.
+
+        Their columns: (model, example, pair, layer, value) and (n, layer, sum_image, sum_text,
+        same).
+        """
         if self.merged is None:
             return pd.DataFrame(), pd.DataFrame()
         # [example pair layer]
@@ -120,10 +138,11 @@ class ContextRows:
 
 
 class NormRows:
-    """Norm-based attention: each example's share of the image, and by position the sum over examples.
+    """Norm-based attention: per example the image's share, per position the sum over examples.
 
-    All examples share the prompt, so their positions hold the same tokens. Where a model's processor makes more visual
-    tokens of one image than of another they do not: sums are kept by layout.
+    All examples share the prompt, so the same positions hold the same tokens. The exception are
+    models whose processor makes more visual tokens of one image than of another: sums are kept per
+    layout of tokens.
     """
 
     def __init__(self, model: str) -> None:
@@ -133,14 +152,16 @@ class NormRows:
 
     def add(self, examples: list[Example], maps: tuple[TokenMap, ...], result: NormAttentionResult) -> None:
         for row, (example, tokens) in enumerate(zip(examples, maps, strict=True)):
-            # Padding stands on the left: without it, equal prompts lie at equal positions in every batch.
+            # Padding stands on the left: without it, equal prompts lie at equal positions in every
+            # batch.
             kept = tokens.all
             layout = tuple(tokens.ids[kept].tolist())
             norm = result.norm[:, row][..., kept].double().numpy()
             weight = result.weight[:, row].mean(1)[..., kept].double().numpy()
-            image = np.isin(kept.numpy(), tokens.image.numpy())
+            is_image = np.isin(kept.numpy(), tokens.image.numpy())
             both = np.stack([norm, weight])  # [measure layer dest src]
-            shares = (both[..., image].sum(-1) / both.sum(-1)).transpose(2, 0, 1)
+            # [dest measure layer]
+            shares = (both[..., is_image].sum(-1) / both.sum(-1)).transpose(2, 0, 1)
             axes = {"dest": result.names, "measure": ("norm", "weight"), "layer": result.layers}
             rows = long_frame(torch.from_numpy(shares), **axes)
             self.shares.append(rows.assign(model=self.model, example=example.id))
@@ -157,31 +178,40 @@ class NormRows:
             total["weight"] += weight
 
     def share(self) -> pd.DataFrame:
-        """model, example, dest, measure, layer, value."""
+        """Columns: model, example, dest, measure, layer, value."""
         return pd.concat(self.shares, ignore_index=True) if self.shares else pd.DataFrame()
 
     def frame(self) -> pd.DataFrame:
-        """One row a layout of tokens: n, ids, pieces, modality, names, dest, layers, norm, weight (flat)."""
+        """One row per layout of tokens.
+
+        Columns: n, ids, pieces, modality, names, dest, layers, and norm and weight, flat from
+        [layer dest src].
+        """
         flat = [s | {"norm": s["norm"].reshape(-1), "weight": s["weight"].reshape(-1)} for s in self.sums.values()]
         return pd.DataFrame(flat)
 
 
 def frequent_words(model: str, example: Example, tokens: TokenMap, lens: LogitLensResult) -> list[dict]:
-    """The words that most visual tokens of one example decode to, by layer: model, example, layer, word, positions."""
+    """The words that most visual tokens of one example decode to, by layer.
+
+    Returns:
+        Rows with the keys model, example, layer, word, positions: the `GALLERY_WORDS` most frequent
+        words of each layer, with the number of positions that decode to them.
+    """
     rows = []
     for layer, points in zip(lens.layers, lens.at(tokens.image).pieces(), strict=True):
-        found = Counter(word for point in points for word in {word_of(piece) for piece in point} if word)
-        ranked = sorted(found.items(), key=lambda item: (-item[1], item[0]))[:GALLERY_WORDS]
+        counts = Counter(word for point in points for word in {word_of(piece) for piece in point} if word)
+        ranked = sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:GALLERY_WORDS]
         keys = {"model": model, "example": example.id, "layer": layer}
         rows += [{**keys, "word": word, "positions": n} for word, n in ranked]
     return rows
 
 
 def as_tables(frames: dict[str, pd.DataFrame]) -> dict[str, pa.Table]:
-    """Frames with the schemas above, also those without a row."""
+    """Frames as tables with the schemas of `SHARD_SCHEMAS`, those without a row too."""
     tables = {}
     for name, frame in frames.items():
-        schema = SCHEMAS[name]
+        schema = SHARD_SCHEMAS[name]
         frame = frame if len(frame) else pd.DataFrame(columns=schema.names)
         tables[name] = pa.Table.from_pandas(frame, schema, preserve_index=False).replace_schema_metadata()
     return tables

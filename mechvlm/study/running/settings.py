@@ -1,4 +1,8 @@
-"""What determines a study's results: written before its first number, and held against whoever goes on with it."""
+"""The settings that determine a study's results.
+
+They are written to settings.json before the first number. A later run in the same folder must have
+the same ones.
+"""
 
 import hashlib
 import json
@@ -11,20 +15,20 @@ import torch
 from transformers import AutoConfig
 
 from mechvlm import bundled
-from mechvlm.datasets import SCENES, Dataset
+from mechvlm.datasets import N_SCENES, Dataset
 from mechvlm.errors import InputError
 from mechvlm.vlm.loading import class_of
 from mechvlm.vlm.vlm import VLM
 
-FILE = "settings.json"
+SETTINGS_FILE = "settings.json"
 SHARD_FORMAT = 1
 """Counted up when shards are cut or written in another way."""
-SHARD = 32
-"""Examples a shard, at most, where a batch is not larger: about what is lost when a study is killed."""
+EXAMPLES_PER_SHARD = 32
+"""Most examples in a shard, unless one batch is larger: about as many are lost by a kill."""
 PAIRS_PER_SHARD = 16
-"""Winoground's pairs a shard, at most, where a batch is not larger."""
+"""Most Winoground pairs in a shard, unless one batch is larger."""
 RESULT_PACKAGES = ("mechvlm", "torch", "transformers", "nnsight", "tokenizers", "numpy", "pillow", "simplemma")
-"""Those whose version can change a number."""
+"""Packages whose version can change a number."""
 MEASURE_SETTINGS = {
     "logit lens": {"k": 1, "positions": "all", "final_norm": True},
     "words": {"by": "word", "lemmas": True, "stop_words": "left out", "non_words": "left out"},
@@ -35,18 +39,18 @@ MEASURE_SETTINGS = {
 
 
 def shard_size(batch_size: int) -> int:
-    """Examples a shard: as many whole batches as make up `SHARD`, and at least one."""
-    return batch_size * max(1, SHARD // batch_size)
+    """Examples in a shard: whole batches, as many as `EXAMPLES_PER_SHARD` holds, at least one."""
+    return batch_size * max(1, EXAMPLES_PER_SHARD // batch_size)
 
 
 def pair_shard_size(batch_size: int) -> int:
-    """Pairs a shard of pairs: as many whole batches as make up `PAIRS_PER_SHARD`, and at least one."""
-    batch = pairs_a_batch(batch_size)
+    """Pairs in a shard: as many whole batches as fit in `PAIRS_PER_SHARD`, and at least one."""
+    batch = pairs_per_batch(batch_size)
     return batch * max(1, PAIRS_PER_SHARD // batch)
 
 
-def pairs_a_batch(batch_size: int) -> int:
-    """Whole pairs a forward: each is four examples, two captions on two images."""
+def pairs_per_batch(batch_size: int) -> int:
+    """Whole pairs in a forward: each is four examples, two captions on two images."""
     return max(1, batch_size // 4)
 
 
@@ -64,18 +68,18 @@ def settings_of(
 ) -> dict[str, Any]:
     """Everything that determines the results, for settings.json.
 
-    A hub id has its revision; of a folder the files are hashed; of a loaded model its parameters. The data set is known by its
-    fingerprint, so that the same files in another place are the same data.
-    """  # fmt: skip
+    A model is known by its weights (`weights_identity`), a data set by its fingerprint: the same
+    files in another place are the same data.
+    """
     remote = remote or any(isinstance(m, VLM) and not m.has_weights for m in models)
     return {
         "format": SHARD_FORMAT,
         "models": [m.name if isinstance(m, VLM) else m for m in models],
-        "weights": {(m.name if isinstance(m, VLM) else m): identity(m, remote) for m in models},
+        "weights": {(m.name if isinstance(m, VLM) else m): weights_identity(m, remote) for m in models},
         "dataset": {"name": data.name, "n": len(data), "fingerprint": data.fingerprint},
         "prompt": prompt,
         "seed": seed,
-        "device": _place(device, device_map, remote),
+        "device": _device_setting(device, device_map, remote),
         "dtype": dtype,
         "batch_size": batch_size,
         "shard": shard_size(batch_size),
@@ -84,19 +88,24 @@ def settings_of(
     }
 
 
-def _place(device: str | None, device_map: str | dict | None, remote: bool) -> str:
+def _device_setting(device: str | None, device_map: str | dict | None, remote: bool) -> str:
     if remote:
         return "ndif"
     return f"device_map {device_map}" if device_map is not None else torch.device(device or "cpu").type
 
 
-def identity(model: str | VLM, remote: bool = False) -> dict[str, Any]:
-    """Which weights a model has: class, revision, and sha256 of the weights and of the small files beside them.
+def weights_identity(model: str | VLM, remote: bool = False) -> dict[str, Any]:
+    """Which weights a model has: its class, and
 
-    NDIF hosts a hub id as of a branch, and does not say which commit: its revision is None where none was asked for.
+    - of a hub id, the revision (a commit);
+    - of a folder, the sha256 of its weights and of the small files beside them;
+    - of a loaded model, the revision, and the sha256 of its parameters and its device's type.
+
+    NDIF hosts a hub id at the head of a branch and does not say which commit: the revision is then
+    None, unless one was asked for.
     """
     if isinstance(model, VLM) and not model.has_weights:
-        return identity(model.name, remote=True) | {"revision": model.revision}
+        return weights_identity(model.name, remote=True) | {"revision": model.revision}
     if isinstance(model, VLM):
         digest = hashlib.sha256(str(model.device.type).encode())
         for name, value in model.hf.state_dict().items():
@@ -104,70 +113,79 @@ def identity(model: str | VLM, remote: bool = False) -> dict[str, Any]:
             digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
         return {"class": model.record.hf_class, "revision": model.revision, "parameters": digest.hexdigest()}
     folder = bundled.path(model) if model in bundled.NAMES else Path(model)
-    found = {"class": class_of(model), "revision": None}
+    weights = {"class": class_of(model), "revision": None}
     if not folder.is_dir() and remote:
-        return found
+        return weights
     if not folder.is_dir():
-        return found | {"revision": getattr(AutoConfig.from_pretrained(model), "_commit_hash", None)}
-    beside = sorted(p for p in folder.iterdir() if p.suffix in (".json", ".jinja", ".model", ".txt") and p.is_file())
-    return found | {"sha256": _sha256(sorted(folder.glob("*.safetensors"))), "files": _sha256(beside)}
+        return weights | {"revision": getattr(AutoConfig.from_pretrained(model), "_commit_hash", None)}
+    small = sorted(p for p in folder.iterdir() if p.suffix in (".json", ".jinja", ".model", ".txt") and p.is_file())
+    return weights | {"sha256": _sha256(sorted(folder.glob("*.safetensors"))), "files": _sha256(small)}
 
 
 def _sha256(files: list[Path]) -> str | None:
-    """Of one file, its own hash, what `sha256sum` says; of several, the hash of their hashes in the order of their names."""
-    each = []
-    for file in files:
-        with file.open("rb") as opened:
-            each.append(hashlib.file_digest(opened, "sha256"))
-    if len(each) == 1:
-        return each[0].hexdigest()
-    return hashlib.sha256(b"".join(one.digest() for one in each)).hexdigest() if each else None
+    """Of one file, its hash as `sha256sum` prints it; of several, the hash of their hashes.
+
+    The files are taken in the given order, which is that of their names. None for no file.
+    """
+    digests = []
+    for path in files:
+        with path.open("rb") as stream:
+            digests.append(hashlib.file_digest(stream, "sha256"))
+    if len(digests) == 1:
+        return digests[0].hexdigest()
+    return hashlib.sha256(b"".join(digest.digest() for digest in digests)).hexdigest() if digests else None
 
 
 def differences(was: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """What differs, each as "seed was 0, is 1". Where a data set lies is no difference."""
-    one, other = _flat(was), _flat(now)
-    names = [key for key in {**one, **other} if one.get(key) != other.get(key) and key != "dataset name"]
-    # Other models have other weights: that is said once.
-    names = [key for key in names if not ("models" in names and key.startswith("weights "))]
-    return [f"{key} was {_shown(one.get(key))}, is {_shown(other.get(key))}" for key in names]
+    """The settings that differ, each as "seed was 0, is 1".
+
+    A data set's name is left out: the same data may lie elsewhere by now.
+    """
+    before, after = _flatten(was), _flatten(now)
+    keys = [key for key in {**before, **after} if before.get(key) != after.get(key) and key != "dataset name"]
+    # Other models have other weights: naming the models is enough.
+    keys = [key for key in keys if not ("models" in keys and key.startswith("weights "))]
+    return [f"{key} was {_shortened(before.get(key))}, is {_shortened(after.get(key))}" for key in keys]
 
 
 def read_settings(folder: Path) -> dict[str, Any] | None:
-    """What settings.json says; None where there is none.
+    """The content of settings.json; None where there is no such file.
 
     Raises:
         InputError: where it cannot be read.
     """
     try:
-        return json.loads((folder / FILE).read_text(encoding="utf-8"))
+        return json.loads((folder / SETTINGS_FILE).read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
-        raise InputError(f"{folder / FILE} cannot be read ({error}). Give another --out.") from error
+        raise InputError(f"{folder / SETTINGS_FILE} cannot be read ({error}). Give another --out.") from error
 
 
-def begun_alike(folder: Path, dataset: str, n: int | None, asked: dict[str, Any]) -> bool:
-    """Whether a study was begun for the same examples with these settings, as far as that is seen without reading anything."""
+def was_begun_with(folder: Path, dataset: str, n: int | None, settings: dict[str, Any]) -> bool:
+    """Whether a study was begun in `folder` for the same examples and with these settings.
+
+    Compares the data set's name and size, since no data are read here.
+    """
     try:
-        was = read_settings(folder) or {}
+        earlier = read_settings(folder) or {}
     except InputError:
         return False
-    data, n = was.get("dataset", {}), SCENES if n is None and dataset == "scenes" else n
-    return data.get("name") == dataset and n in (None, data.get("n")) and asked.items() <= was.items()
+    data, n = earlier.get("dataset", {}), N_SCENES if n is None and dataset == "scenes" else n
+    return data.get("name") == dataset and n in (None, data.get("n")) and settings.items() <= earlier.items()
 
 
-def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
+def _flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
     for key, value in settings.items():
-        found |= _flat(value, f"{prefix}{key} ") if isinstance(value, dict) else {prefix + key: value}
-    return found
+        flat |= _flatten(value, f"{prefix}{key} ") if isinstance(value, dict) else {prefix + key: value}
+    return flat
 
 
-def _shown(value: Any) -> str:
+def _shortened(value: Any) -> str:
     if isinstance(value, list):
         return ", ".join(map(str, value))
-    # A prompt can be long, and so is a hash.
+    # Prompts and hashes can be long.
     text = "not given" if value is None else str(value)
     return text if len(text) <= 60 else text[:57] + "..."
 

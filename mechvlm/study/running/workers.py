@@ -1,39 +1,46 @@
-"""Who makes a study's shards: this process (`Here`), or many on a cluster (`mechvlm.study.running.ray_workers`)."""
+"""Workers make a study's shards.
+
+`LocalWorker` makes them in this process, `mechvlm.study.running.ray_workers` on a cluster.
+"""
 
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 from mechvlm.datasets import Example
-from mechvlm.study.running.shards import Plan, check_prompt, make_gallery, make_shard
+from mechvlm.study.running.plan import Plan
+from mechvlm.study.running.shards import check_prompt, make_gallery, make_shard
 from mechvlm.vlm.loading import load
 from mechvlm.vlm.vlm import VLM
 
 
 @runtime_checkable
 class Workers(Protocol):
-    """What a study asks of whoever makes its shards, one model after the other; `model` is its number in the plan."""
+    """The interface through which a study has its shards made, one model after the other.
 
-    def load(self, model: int, say: Callable[[], None]) -> None:
-        """Be ready to read with a model; `say` is called while that goes on."""
+    `model` is always the model's number in the plan.
+    """
 
-    def shards(self, model: int, todo: list[int], progress: Callable[[int], None]) -> None:
-        """Write these shards of the model that was loaded; `progress` is called with the examples done so far."""
+    def load(self, model: int, report: Callable[[], None]) -> None:
+        """Load the model; `report` is called at the beginning, and perhaps again meanwhile."""
 
-    def gallery(self, model: int, shown: list[Example], progress: Callable[[int], None]) -> None:
-        """Write the model's gallery, of these examples."""
+    def make_shards(self, model: int, numbers: list[int], progress: Callable[[int], None]) -> None:
+        """Write these shards of the loaded model; `progress` is called with the examples done."""
+
+    def make_gallery(self, model: int, examples: list[Example], progress: Callable[[int], None]) -> None:
+        """Write the model's gallery of these examples."""
 
     def __enter__(self) -> "Workers": ...
 
     def __exit__(self, *_) -> None: ...
 
 
-class Here:
+class LocalWorker:
     """Makes everything in this process, with one model at a time in memory.
 
     Args:
         plan: of the study.
-        models: names, or models that are loaded, as the plan numbers them.
-        weights: by name, what is known of them; of a hub id its revision.
+        models: names or loaded models, in the order of `plan.names`.
+        weights: by model name, `weights_identity` of each; a hub id is loaded at its revision.
         options: of `mechvlm.load`.
     """
 
@@ -41,30 +48,30 @@ class Here:
         self.plan, self.models, self.weights, self.options = plan, tuple(models), weights, options
         self.vlm: VLM | None = None
 
-    def __enter__(self) -> "Here":
+    def __enter__(self) -> "LocalWorker":
         return self
 
     def __exit__(self, *_) -> None:
         self.vlm = None
 
-    def load(self, model: int, say: Callable[[], None]) -> None:
-        say()
-        self.vlm = None  # the one before goes first: two may not fit
-        asked = self.models[model]
-        if isinstance(asked, VLM):
-            self.vlm = asked
+    def load(self, model: int, report: Callable[[], None]) -> None:
+        report()
+        self.vlm = None  # the previous model goes first: two may not fit into memory
+        source = self.models[model]
+        if isinstance(source, VLM):
+            self.vlm = source
         else:
-            # The commit that settings.json names, whatever the hub holds by now.
-            self.vlm = load(asked, revision=self.weights.get(asked, {}).get("revision"), **self.options)
+            # The commit in settings.json, even if the hub has a newer one by now.
+            self.vlm = load(source, revision=self.weights.get(source, {}).get("revision"), **self.options)
         check_prompt(self.vlm, self.plan.prompt)
 
-    def shards(self, model: int, todo: list[int], progress: Callable[[int], None]) -> None:
+    def make_shards(self, model: int, numbers: list[int], progress: Callable[[int], None]) -> None:
         assert self.vlm is not None
-        at = 0
-        for shard in todo:
-            make_shard(self.plan, self.vlm, model, shard, lambda done: progress(at + done))  # noqa: B023
-            at += len(self.plan.examples(shard))
+        before = 0
+        for number in numbers:
+            make_shard(self.plan, self.vlm, model, number, lambda done: progress(before + done))  # noqa: B023
+            before += len(self.plan.example_indices(number))
 
-    def gallery(self, model: int, shown: list[Example], progress: Callable[[int], None]) -> None:
+    def make_gallery(self, model: int, examples: list[Example], progress: Callable[[int], None]) -> None:
         assert self.vlm is not None
-        make_gallery(self.plan, self.vlm, model, shown, progress)
+        make_gallery(self.plan, self.vlm, model, examples, progress)

@@ -1,4 +1,8 @@
-"""A study's folder while the study runs: one process at a time, the same settings, results that appear when they are whole."""
+"""A study's folder while the study runs.
+
+One process at a time works in it, always with the same settings. The results appear only when they
+are whole, run.json last.
+"""
 
 import json
 import shutil
@@ -8,98 +12,115 @@ from pathlib import Path
 from typing import Any
 
 from mechvlm.errors import InputError, ModelError
-from mechvlm.study.running import settings as asked
-from mechvlm.study.running.atomic import LOCK, PASSING, locked, read_about, sync, sync_folder, write_text
+from mechvlm.study.running.atomic import LOCK, UNFINISHED, locked, read_about, sync_folder, sync_tree, write_text
+from mechvlm.study.running.settings import SETTINGS_FILE, differences, read_settings
 
 RESULTS = ("data", "figures", "views", "report.html", "skipped.csv", "run.json")
-"""What a finished study's folder holds, in the order in which it appears: one with a run.json is whole."""
-STAGE = f".results{PASSING}"
+"""What a finished study's folder holds, in order of appearance. With a run.json it is whole."""
+STAGING = f".results{UNFINISHED}"
+"""Folder in which the results are put together."""
 SHARDS = "shards"
 
 
 @contextmanager
-def opened(folder: Path, settings: dict[str, Any]) -> Iterator[bool]:
-    """A study's folder, held alone: a new one, or one that was begun with the same settings. Gives whether it is finished.
+def claim_folder(folder: Path, settings: dict[str, Any]) -> Iterator[bool]:
+    """Hold a study's folder for this process alone; gives whether the study in it is finished.
 
-    What an earlier run left half-written is taken away. So is a folder that was begun here, where an InputError or a ModelError
-    comes before anything could be read.
+    The folder is new, empty, or holds a study that was begun with the same settings. Unfinished
+    files of an earlier run are deleted. If an InputError or a ModelError comes before anything
+    could be read, and this call began the study, everything that it wrote is deleted again.
 
     Raises:
-        InputError: when it holds something else, a study with other settings, or another process's work.
+        InputError: when the folder holds something else or a study with other settings, when
+            another process works in it, or when nothing can be written to it.
     """
     settings = json.loads(json.dumps(settings))
-    new, made = False, [one for one in (folder, *folder.parents) if not one.exists()]
+    begun_here = False
+    created = [path for path in (folder, *folder.parents) if not path.exists()]
     with ExitStack() as stack:
         try:
-            finished = _finished(folder, settings)
+            finished = _is_finished(folder, settings)
             if not finished:
                 folder.mkdir(parents=True, exist_ok=True)
                 stack.enter_context(locked(folder))
-                # Once more, now that nobody else can be at work here.
-                finished = _finished(folder, settings)
+                # Once more: another process may have finished it before the lock was ours.
+                finished = _is_finished(folder, settings)
             if finished:
-                clear(folder)
+                remove_working_files(folder)
             else:
-                for path in [*folder.glob(f".*{PASSING}"), *(folder / SHARDS).glob(f".*{PASSING}")]:
-                    shutil.rmtree(path) if path.is_dir() else path.unlink()
-                if new := not (folder / asked.FILE).exists():
-                    write_text(folder / asked.FILE, json.dumps(settings, indent=2) + "\n")
+                _remove_unfinished_files(folder)
+                if begun_here := not (folder / SETTINGS_FILE).exists():
+                    write_text(folder / SETTINGS_FILE, json.dumps(settings, indent=2) + "\n")
                 (folder / SHARDS).mkdir(exist_ok=True)
         except OSError as error:
             raise InputError(f"Nothing can be written to {folder} ({error.strerror}). Give another --out.") from error
         try:
             yield finished
         except (InputError, ModelError):
-            if new and not any(read_about(piece).get("read", 1) for piece in (folder / SHARDS).iterdir()):
-                clear(folder)
-                (folder / asked.FILE).unlink()
-                for one in made:
-                    one.rmdir()
+            # A gallery's about.json has no "read": it exists only after examples were read.
+            if begun_here and not any(read_about(shard).get("read", 1) for shard in (folder / SHARDS).iterdir()):
+                remove_working_files(folder)
+                (folder / SETTINGS_FILE).unlink()
+                for path in created:
+                    path.rmdir()
             raise
 
 
-def _finished(folder: Path, settings: dict[str, Any]) -> bool:
-    there = [path.name for path in folder.iterdir()] if folder.is_dir() else []
-    was = asked.read_settings(folder) if there else None
-    if was is None and any(name != LOCK and not name.endswith(PASSING) for name in there):
+def _is_finished(folder: Path, settings: dict[str, Any]) -> bool:
+    """Whether the folder holds the finished study with these settings.
+
+    Raises:
+        InputError: when it holds something else, or a study with other settings.
+    """
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    earlier = read_settings(folder) if names else None
+    if earlier is None and any(name != LOCK and not name.endswith(UNFINISHED) for name in names):
         raise InputError(
-            f"The folder {folder} is not empty, and holds no study that could go on; a study goes to a new or an empty one. "
+            f"The folder {folder} is not empty and holds no study to go on with; a study needs a new or an empty folder. "
             "Give another --out."
         )
-    if was is not None and (differ := asked.differences(was, settings)):
+    if earlier is not None and (differ := differences(earlier, settings)):
         raise InputError(
             f"{folder} holds a study that was made with other settings: {'; '.join(differ)}. Give the settings that it was made "
             "with, or another --out."
         )
-    return "run.json" in there
+    return "run.json" in names
 
 
-def clear(folder: Path) -> None:
-    """Take away what only an unfinished study needs."""
-    for name in (SHARDS, STAGE):
+def _remove_unfinished_files(folder: Path) -> None:
+    for path in [*folder.glob(f".*{UNFINISHED}"), *(folder / SHARDS).glob(f".*{UNFINISHED}")]:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def remove_working_files(folder: Path) -> None:
+    """Delete what only an unfinished study needs: shards, half-made results and the lock."""
+    for name in (SHARDS, STAGING):
         shutil.rmtree(folder / name, ignore_errors=True)
     (folder / LOCK).unlink(missing_ok=True)
 
 
 @contextmanager
-def stage(folder: Path) -> Iterator[Path]:
-    """An empty folder for the results; they are published when the block ends, and taken away where it fails."""
-    staged = folder / STAGE
+def publish_results(folder: Path) -> Iterator[Path]:
+    """An empty folder to put the results in; when the block ends they are moved into `folder`.
+
+    Where the block fails, they are deleted.
+    """
+    staging = folder / STAGING
     try:
-        shutil.rmtree(staged, ignore_errors=True)
-        (staged / "data").mkdir(parents=True)
-        yield staged
-        sync(staged)
+        shutil.rmtree(staging, ignore_errors=True)
+        (staging / "data").mkdir(parents=True)
+        yield staging
+        sync_tree(staging)
         for name in RESULTS:
             if name == "run.json":
-                sync_folder(folder)
-            # Left by a run that was killed right here, before its run.json.
+                sync_folder(folder)  # everything else is on the disk before it
+            # An earlier run that was killed here, before its run.json, left results behind.
             target = folder / name
             shutil.rmtree(target) if target.is_dir() else target.unlink(missing_ok=True)
-            if (staged / name).exists():
-                (staged / name).rename(target)
-        staged.rmdir()
+            if (staging / name).exists():
+                (staging / name).rename(target)
+        staging.rmdir()
         sync_folder(folder)
     except BaseException:
-        shutil.rmtree(staged, ignore_errors=True)
+        shutil.rmtree(staging, ignore_errors=True)
         raise
