@@ -82,4 +82,7 @@ def _example(folder: ImageFolder, line: str) -> Example:
         raise InputError(f'the image {image!r} has no "captions", a list of strings')
     if not captions:
         raise InputError(f"every caption of the image {image!r} is empty")
-    return Example(storable(str(entry.get("id") or image)), path, captions)
+    id = entry.get("id")
+    if isinstance(id, bool | dict | list | float):
+        raise InputError(f'the image {image!r} has the "id" {id!r}; an id is a string or a whole number')
+    return Example(storable(image if id is None or id == "" else str(id)), path, captions)

@@ -40,6 +40,10 @@ class Norm:
     def __call__(self, x: Tensor) -> Tensor:
         return self.envoy(x)
 
+    def in_float32(self, x: Float[Tensor, "*axes d_model"]) -> Float[Tensor, "*axes d_model"]:
+        """The normed states, computed in float32 whatever the norm's weight is in."""
+        return x.float() / self.rms(x) * self.gain.float()
+
     @property
     def gain(self) -> Float[Tensor, " d_model"]:
         """The gain g: the norm's weight, or in a sandbox computed from an output of the norm."""

@@ -14,6 +14,9 @@ from torch import Tensor
 
 from mechvlm.decoder.weights import has_weights
 
+ROWS_CAST_AT_ONCE = 4096
+"""Rows of a weight that are held in float32 at once: 64 MB at a width of 4096."""
+
 
 class Projection:
     """A linear module inside a trace.
@@ -30,6 +33,16 @@ class Projection:
 
     def __call__(self, x: Tensor) -> Tensor:
         return self.envoy(x)
+
+    def in_float32(self, x: Float[Tensor, "*axes in"]) -> Float[Tensor, "*axes out"]:
+        """The module's output for few states, computed in float32 whatever its weights are in.
+
+        The weight is cast some rows at a time, so that no second copy of it exists.
+        """
+        if self.weight.dtype == torch.float32:
+            return self(x.float())
+        out = torch.cat([x.float() @ rows.float().T for rows in self.weight.split(ROWS_CAST_AT_ONCE)], dim=-1)
+        return out if self.bias is None else out + self.bias.float()
 
     @property
     def weight(self) -> Float[Tensor, "out in"]:

@@ -25,7 +25,7 @@ from mechvlm.experiments.cases import Example, Examples, for_each, positions
 from mechvlm.experiments.sweep import Edit, run, sweep, windows
 from mechvlm.figures.headings import ALONE, INTERVAL, heading, n_examples, number, short_name, window_width
 from mechvlm.figures.style import LAYER, SIGNED, axes, heatmap, style, text
-from mechvlm.inputs.batch import Answers, Inputs
+from mechvlm.inputs.batch import Answers, Inputs, as_batches
 from mechvlm.inputs.tokens import Modality
 from mechvlm.intervals import Interval, mean_interval
 from mechvlm.results import Result, long_frame
@@ -160,7 +160,7 @@ def causal_trace(
     Associations in GPT"; for vision-language models Basu et al. 2024, "Understanding Information
     Storage and Transfer in Multi-modal LLMs").
 
-    >>> result = mv.causal_trace(vlm, inputs, "red", corrupt="image", window=3)
+    >>> result = mv.causal_trace(vlm, inputs, answers, corrupt="image", window=3)
     >>> result.interval.mean  # [layer group], differences of probabilities
 
     Args:
@@ -171,7 +171,7 @@ def causal_trace(
             token.
         corrupt: "noise" on the visual tokens' embeddings and "words" the same on the text tokens'
             (Gaussian, 3 standard deviations of those embeddings); "blank" a grey image; "image"
-            that of the next example with another one.
+            that of the next example with another image and another answer.
         window: how many layers around each layer are restored together.
         at: what is restored: "resid_pre" (the residual stream where it enters the layer),
             "attn_out" or "mlp_out".
@@ -185,13 +185,18 @@ def causal_trace(
 
     Raises:
         InputError: for answers or groups that do not fit the examples, another image that gives
-            another number of tokens, or a corruption that changes nothing.
+            another number of tokens, a corruption that changes nothing, or corrupt="image" where
+            every other example has the same image or the same answer.
         ValueError: for an unknown corruption, site or group.
     """
     for value, known, kind in ((corrupt, CORRUPTIONS, "corruption"), (at, RESTORED_SITES, "site to restore")):
         if value not in known:
             raise ValueError(f"There is no {kind} {value!r}. Known: {', '.join(known)}.")
     spans = windows(vlm.n_layers, window)
+    if corrupt == "image" and answers is None:
+        # Which image has another answer shows only once every answer is known.
+        inputs = as_batches(inputs)
+        answers = torch.cat([vlm.next_tokens(batch) for batch in inputs])
     examples = Examples(vlm, inputs, answers)
     groups_of = _groups_by_example(groups, len(examples))
     by_example = for_each(
@@ -286,14 +291,7 @@ def _with_other_image(vlm: VLM, example: Example, examples: Examples, corrupt: s
     if corrupt == "blank":
         others = [Image.new("RGB", image.size, (127, 127, 127)) for image in images]
     else:
-        turns = ((example.number + step) % len(examples) for step in range(1, len(examples)))
-        candidates = (list(examples[turn].inputs.images[0]) for turn in turns)
-        others = next((candidate for candidate in candidates if candidate != list(images)), [])
-        if not others:
-            raise InputError(
-                "corrupt='image' takes the image of the next example with another one, and there is none: give at least two "
-                "examples, of different images."
-            )
+        others = _next_image(example, examples)
     other = vlm.inputs([others], inputs.prompts[0])
     if not torch.equal(other.tokens.ids, tokens.ids):
         raise InputError(
@@ -301,6 +299,28 @@ def _with_other_image(vlm: VLM, example: Example, examples: Examples, corrupt: s
             "its states cannot be restored position by position. Give examples with the same number of images, of one size."
         )
     return other
+
+
+def _next_image(example: Example, examples: Examples) -> list[Image.Image]:
+    """The images of the next example that has other images and another answer.
+
+    With the same answer the image would corrupt nothing: it supports the clean answer too.
+    """
+    turns = [(example.number + step) % len(examples) for step in range(1, len(examples))]
+    others = [examples[turn] for turn in turns]
+    others = [other for other in others if other.inputs.images[0] != example.inputs.images[0]]
+    if not others:
+        raise InputError(
+            "corrupt='image' takes the image of another example, and there is none: give at least two examples, of "
+            "different images."
+        )
+    for other in others:
+        if other.answer != example.answer:
+            return list(other.inputs.images[0])
+    raise InputError(
+        f"corrupt='image' takes the image of an example with another answer, and all {len(others)} others have the answer of "
+        f"example {example.number}: give examples with different answers, or corrupt='blank'."
+    )
 
 
 def write_effects(ax: Axes, interval: Interval, most: float, cell: tuple[float, float]) -> None:

@@ -46,6 +46,11 @@ def architecture_of(hf_class: str) -> Architecture:
     Raises:
         ModelError: for a class without a record; the message lists the known classes.
     """
+    if hf_class == "LlavaLlamaForCausalLM":
+        raise ModelError(
+            "LlavaLlamaForCausalLM is the class of the original LLaVA code, which transformers does not load. Take the converted "
+            "checkpoint, llava-hf/llava-1.5-7b-hf for liuhaotian/llava-v1.5-7b."
+        )
     if hf_class not in ARCHITECTURES:
         known = ", ".join(sorted(ARCHITECTURES))
         raise ModelError(

@@ -126,7 +126,7 @@ def build_inputs(
             check_resize(picture.size, processor.image_processor)
         text = _fill_template(prompt, len(pictures), token, record, processor, example)
         # One example at a time: in a batch, InstructBLIP's processor pads between image and text.
-        encoding = processor(images=list(pictures), text=[text], return_tensors="pt")
+        encoding = processor(images=list(pictures), text=[text], return_tensors="pt", **_bos(text, processor))
         _check_room(encoding, prompt, record, config, example)
         encodings.append(encoding)
         texts.append(text)
@@ -137,6 +137,15 @@ def build_inputs(
         for row in range(len(pairs))
     )
     return Inputs(batch, maps, tuple(opened), tuple(p for _, p in pairs), tuple(texts), model)
+
+
+def _bos(text: str, processor) -> dict[str, bool]:
+    """Options of the processor: a template that writes BOS itself must not get a second one.
+
+    The rule is that of Hugging Face's `apply_chat_template(tokenize=True)`.
+    """
+    bos = processor.tokenizer.bos_token
+    return {"add_special_tokens": False} if bos and text.startswith(bos) else {}
 
 
 def _pair(images, prompts) -> list[tuple[tuple[ImageLike, ...], str]]:

@@ -1,6 +1,7 @@
-"""Requests to NDIF: which backend runs a trace, and how one request holds many traces."""
+"""Which backend runs a trace, here or on NDIF, and how one request holds many traces."""
 
 import inspect
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -8,10 +9,14 @@ import nnsight
 from nnsight.intervention.backends.local import LocalSimulationBackend
 from nnsight.modeling import huggingface
 from nnsight.schema.request import RequestModel
+from nnsight.tracing.backend import Backend
 
 from mechvlm.errors import ModelError
 from mechvlm.ndif.connection import Connection
 from mechvlm.ndif.pickling import dumps
+
+ONE_AT_A_TIME = threading.RLock()
+"""Held while a trace or a generation runs here: nnsight runs one at a time, other threads wait."""
 
 
 def register_folder(folder: str) -> None:
@@ -26,8 +31,8 @@ def register_folder(folder: str) -> None:
 def backend_for(vlm, remote: bool | str | None = None, blocking: bool = True, job_id: str | None = None) -> Any:
     """The backend that runs a trace of this VLM.
 
-    A `Request` to NDIF (remote=True), a `Rehearsal` on this machine (remote="local"), or None for
-    an ordinary trace here (remote=False). `remote` is by default the VLM's own.
+    A `Request` to NDIF (remote=True), a `Rehearsal` on this machine (remote="local"), or a
+    `LocalTrace` (remote=False). `remote` is by default the VLM's own.
 
     Raises:
         ModelError: for a job (`blocking=False`, or a `job_id`) where the model runs here.
@@ -43,7 +48,7 @@ def backend_for(vlm, remote: bool | str | None = None, blocking: bool = True, jo
             f"blocking=False and job_id are for jobs on NDIF, and {vlm.name} runs here: load it with remote=True, or "
             "leave these options out."
         )
-    return Rehearsal(vlm.model) if remote == "local" else None
+    return Rehearsal(vlm.model) if remote == "local" else LocalTrace()
 
 
 def in_one_request(vlm, work: Callable, *args):
@@ -52,12 +57,20 @@ def in_one_request(vlm, work: Callable, *args):
     `work` is a plain function of tensors, numbers and `Inputs`, and returns the same. Only what it
     returns comes back.
     """
-    backend = backend_for(vlm)
-    if backend is None:
-        return work(vlm, *args)
-    with vlm.model.session(backend=backend):
+    if not vlm.remote:
+        with ONE_AT_A_TIME:
+            return work(vlm, *args)
+    with vlm.model.session(backend=backend_for(vlm)):
         result = nnsight.save(work(vlm, *args))
     return result
+
+
+class LocalTrace(Backend):
+    """A trace that runs here, after those of other threads."""
+
+    def __call__(self, tracer) -> None:
+        with ONE_AT_A_TIME:
+            super().__call__(tracer)
 
 
 class Request(Connection):
@@ -77,6 +90,10 @@ class Rehearsal(LocalSimulationBackend):
     """A request without a server: a block is packed, unpacked with mechvlm hidden, and run here."""
 
     def __call__(self, tracer) -> None:
+        with ONE_AT_A_TIME:
+            self._run(tracer)
+
+    def _run(self, tracer) -> None:
         blob = dumps(tracer)
         persistent = self.model._remoteable_persistent_objects()
         filename = tracer.info.frame.f_code.co_filename

@@ -64,6 +64,7 @@ def read(vlm: VLM, inputs: Inputs, *probes, blocking: bool = True, job_id: str |
     real = real.to(vlm.device) if vlm.has_weights else real
 
     def results(saved: dict[str, Any]) -> tuple:
+        _require_whole(saved, probes, vlm)
         _refuse_nonfinite(torch.stack([f.cpu() for f in saved["finite"]]), vlm)
         return tuple(
             probe.result(plan, [row for row in kept if row is not None], vlm, inputs)
@@ -125,6 +126,23 @@ def _refuse_unreadable(inputs: Any, probes: tuple) -> None:
     idle = [type(probe).__name__ for probe in probes if not any(hasattr(probe, method) for method in READS)]
     if idle:
         raise ValueError(f"These probes read nothing: {idle}. Give each one or more of the methods {', '.join(READS)}.")
+
+
+def _require_whole(saved: dict[str, Any], probes: tuple, vlm: VLM) -> None:
+    """Refuse a forward of which readings are missing: the results would be of some layers only."""
+    n_layers = vlm.n_layers
+    calls = {"at_state": n_layers + 1, "at_attention": n_layers, "at_writes": n_layers}
+    calls["at_queries"] = len(vlm.cross_attentions)
+    counts = {"finite": (len(saved["finite"]), n_layers + 1)}
+    for probe, rows in zip(probes, saved["rows"], strict=True):
+        expected = sum(n for method, n in calls.items() if hasattr(probe, method))
+        counts[type(probe).__name__] = (len(rows), expected)
+    lacking = [f"{name} {got} of {expected}" for name, (got, expected) in counts.items() if got != expected]
+    if lacking:
+        raise RuntimeError(
+            f"The forward of {vlm.name} gave readings of some layers only ({', '.join(lacking)}), so there is no result. "
+            "Did another trace of the same model run meanwhile, outside of mechvlm? Read again when it has ended."
+        )
 
 
 def _question(inputs: Inputs, probes: tuple) -> str:

@@ -77,6 +77,7 @@ def load(
             raise ModelError(
                 f"A loaded model needs its processor: mechvlm.load(model, processor). Got {type(model).__name__}."
             )
+        _require_plain(model)
         record = architecture_of(type(model).__name__)
         if used := _used({"dtype": dtype, "device_map": device_map, "revision": revision}):
             raise ModelError(f"The model is loaded already: give {used} to its `from_pretrained`, not to mechvlm.load.")
@@ -104,6 +105,7 @@ def load(
                 register_folder(source)
             return VLM(source, processor, name=name, revision=revision, remote=True)
         hf = _load_weights(source, name, hf_class, dtype=dtype, device_map=device_map, **source_options)
+        _require_plain(hf)
         commit = getattr(hf.config, "_commit_hash", None) or revision
         vlm = VLM(hf.eval(), processor, name=name, revision=commit, remote=remote)
     if device is not None:
@@ -117,6 +119,42 @@ def load(
     if check:
         check_model(vlm)
     return vlm
+
+
+ADAPTERS = "peft"
+QUANTIZERS = ("bitsandbytes", "torchao", "awq", "auto_gptq", "gptqmodel", "hqq", "quanto", "optimum")
+
+
+def _require_plain(model: nn.Module) -> None:
+    """Refuse a model whose modules do not compute with the weights that they show.
+
+    Weights, directions and attributions would be wrong there, and activations right.
+    """
+    kind = type(model).__name__
+    if kind == "OptimizedModule":
+        raise ModelError("This model was compiled by torch.compile, which hides its modules: give model._orig_mod.")
+    if kind.startswith("Peft") or type(model).__module__.split(".")[0] == ADAPTERS:
+        raise ModelError(f"This {kind} is an adapter around a model. Give the merged model, model.merge_and_unload().")
+    packages = {path: type(module).__module__.split(".")[0] for path, module in model.named_modules()}
+    adapted = [path for path, package in packages.items() if package == ADAPTERS]
+    if adapted:
+        raise ModelError(
+            f"This {kind} carries an adapter in {len(adapted)} modules ({adapted[0]}, ...), whose weights are not those of the "
+            "model that runs. Merge it first: PeftModel.merge_and_unload() gives the model to load."
+        )
+    quantized = [path for path, package in packages.items() if package in QUANTIZERS]
+    quantized += [n for n, p in model.named_parameters() if type(p).__module__.split(".")[0] in QUANTIZERS]
+    if quantized or getattr(model, "is_quantized", False) or getattr(model, "quantization_method", None):
+        where = f" ({quantized[0]}, ...)" if quantized else ""
+        raise ModelError(
+            f"The weights of this {kind} are quantized{where}: what a module shows is not what it computes with, so weights, "
+            "norms and attributions would be wrong. Load it without quantization_config, in bfloat16 for instance."
+        )
+    if away := [name for name, p in model.named_parameters() if p.device.type == "meta"]:
+        raise ModelError(
+            f"{len(away)} tensors of this {kind} ({away[0]}, ...) are not in memory: device_map offloaded them. Load it where "
+            "it fits, in a smaller dtype, on more devices, or on NDIF with remote=True."
+        )
 
 
 def _used(options: dict[str, Any]) -> str:
@@ -137,8 +175,13 @@ def _load_weights(source: str, name: str, hf_class: str, **options) -> nn.Module
             f"The weights of {name} cannot be loaded: {error}\nmechvlm loads safetensors only; convert other formats with "
             "`save_pretrained` on a machine that trusts them."
         ) from error
-    except (RuntimeError, SafetensorError) as error:
+    except (AssertionError, RuntimeError, SafetensorError) as error:
         reason = str(error).splitlines()[0]
+        if isinstance(error, AssertionError) or any(word in reason for word in ("CUDA", "cuda", "NVIDIA", "device")):
+            raise ModelError(
+                f"{name} cannot be put where device_map={options.get('device_map')!r} says ({reason}). Leave it out to load on "
+                "the CPU, or name devices that this machine has."
+            ) from error
         raise ModelError(
             f"The weights of {name} are damaged, or are not those of its config.json: {reason}. Fetch both again."
         ) from error
@@ -175,15 +218,20 @@ def class_of(name: str, revision: str | None = None, trust_remote_code: bool = F
 
 def _dtype(dtype, default: str):
     dtype = default if dtype is None else dtype
-    if dtype == "auto" or isinstance(dtype, torch.dtype):
+    if dtype == "auto":
         return dtype
-    torch_dtype = getattr(torch, dtype, None)
-    if not isinstance(torch_dtype, torch.dtype):
+    torch_dtype = dtype if isinstance(dtype, torch.dtype) else getattr(torch, str(dtype), None)
+    if not isinstance(torch_dtype, torch.dtype) or not torch_dtype.is_floating_point:
         raise ModelError(f"There is no dtype {dtype!r}. Choose float32, bfloat16 or float16.")
     return torch_dtype
 
 
 def _load_config(source: str, name: str, revision: str | None, trust_remote_code: bool):
+    if (Path(source) / "adapter_config.json").is_file() and not (Path(source) / "config.json").is_file():
+        raise ModelError(
+            f"The folder {name} holds an adapter (adapter_config.json), not a model: load its base model with it by peft, and "
+            "give mechvlm.load the merged model, PeftModel.from_pretrained(base, folder).merge_and_unload(), and its processor."
+        )
     if Path(source).is_dir() and not (Path(source) / "config.json").is_file():
         raise ModelError(f"The folder {name} holds no config.json: it is no Hugging Face model folder.")
     if not Path(source).exists() and "/" not in name:

@@ -22,7 +22,7 @@ from mechvlm.families.record import part
 from mechvlm.inputs.batch import Answers, Inputs, build_inputs
 from mechvlm.inputs.images import ImageLike
 from mechvlm.ndif.jobs import Job
-from mechvlm.ndif.requests import backend_for
+from mechvlm.ndif.requests import ONE_AT_A_TIME, backend_for
 from mechvlm.vlm.answers import first_tokens, write_answers
 from mechvlm.vlm.hook_cache import Cache, run_with_cache
 
@@ -304,10 +304,11 @@ class VLM(Decoder):
         options = {
             "max_new_tokens": max_new_tokens, "do_sample": False, "num_beams": 1, "pad_token_id": self.tokenizer.pad_token_id,
         }  # fmt: skip
-        if (backend := backend_for(self)) is None:
-            out = self.hf.generate(**self.encoding(inputs), **options)
-        else:
-            with self.model.generate(**self.encoding(inputs), **options, backend=backend) as tracer:
+        if self.remote:
+            with self.model.generate(**self.encoding(inputs), **options, backend=backend_for(self)) as tracer:
                 out = nnsight.save(tracer.result)
+        else:
+            with ONE_AT_A_TIME:
+                out = self.hf.generate(**self.encoding(inputs), **options)
         new = out[:, inputs.encoding["input_ids"].shape[1] :]
         return [text.strip() for text in self.tokenizer.batch_decode(new, skip_special_tokens=True)]

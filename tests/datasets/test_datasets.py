@@ -60,6 +60,20 @@ def test_accepts_one_caption_ids_subfolders_blank_lines_and_byte_order_marks(tmp
     assert data.set_aside == ()
 
 
+def test_an_id_of_zero_is_an_id(tmp_path):
+    """Ids that are falsy are ids all the same; without one, or with none, it is the file's name."""
+    images = [f"{i}.png" for i in range(6)]
+    ids = [0, 0, "0", None, "", 7]
+    lines = [{"image": name, "captions": ["x"], "id": id} for name, id in zip(images, ids, strict=True)]
+    data = load_dataset(write_folder(tmp_path / "d", lines, images))
+    assert sorted(e.id for e in data.examples) == ["0", "3.png", "4.png", "7"]
+    assert [one.id for one in data.set_aside] == ["0", "0"], "0 twice, and the string that reads the same"
+    lines = [{"image": "0.png", "captions": ["x"], "id": id} for id in (False, 1.5, ["a"], {})]
+    data = load_dataset(write_folder(tmp_path / "e", [*lines, {"image": "1.png", "captions": ["x"]}], images))
+    assert len(data.set_aside) == 4
+    assert all("an id is a string or a whole number" in one.reason for one in data.set_aside)
+
+
 @pytest.mark.parametrize("end", ["\n", "\r\n"])
 def test_only_the_end_of_a_line_ends_a_line(tmp_path, end):
     """JSON strings may hold the line separators of Unicode unescaped."""

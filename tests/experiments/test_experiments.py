@@ -152,10 +152,12 @@ def test_a_corruption_that_changes_nothing_is_refused(llava_vlm):
     """corrupt="image" takes the next example with a different image, past those with the same."""
     images = [noise_image(0), noise_image(0), noise_image(1)]
     inputs = llava_vlm.inputs(images, ["what is this", "is this a scene", "what is this"])
-    result = mv.causal_trace(llava_vlm, inputs, "this", corrupt="image", groups=["last"])
+    answers = ["this", "this", "is"]
+    result = mv.causal_trace(llava_vlm, inputs, answers, corrupt="image", groups=["last"])
     for i, other in enumerate((1, 1, 0)):
         alone = llava_vlm.inputs(noise_image(other), inputs.prompts[i])
-        close(result.p_corrupt[i], p_of(llava_vlm, alone, int(llava_vlm.answer_tokens(alone, "this")), lambda: None))
+        token = int(llava_vlm.answer_tokens(alone, answers[i]))
+        close(result.p_corrupt[i], p_of(llava_vlm, alone, token, lambda: None))
     with pytest.raises(mv.InputError, match="and there is none: give at least two examples, of different images"):
         mv.causal_trace(llava_vlm, [inputs[0], inputs[1]], "this", corrupt="image")
     grey = llava_vlm.inputs(Image.new("RGB", (80, 60), (127, 127, 127)), "what is this")
@@ -163,7 +165,19 @@ def test_a_corruption_that_changes_nothing_is_refused(llava_vlm):
         mv.causal_trace(llava_vlm, grey, "this", corrupt="blank")
     pair = llava_vlm.inputs([images[2], [images[0], images[2]]], "what is this")
     with pytest.raises(mv.InputError, match=r"Example 0 .* Give examples with the same number of images, of one size"):
-        mv.causal_trace(llava_vlm, pair, "this", corrupt="image")
+        mv.causal_trace(llava_vlm, pair, ["this", "is"], corrupt="image")
+
+
+def test_another_image_has_another_answer(llava_vlm):
+    """An image with the same answer would leave the answer likely, and so corrupt nothing."""
+    inputs = llava_vlm.inputs([noise_image(i) for i in range(3)], "what is this")
+    result = mv.causal_trace(llava_vlm, inputs, ["red", "red", "cat"], corrupt="image", groups=["last"])
+    for i, (other, answer) in enumerate([(2, "red"), (2, "red"), (0, "cat")]):
+        alone = llava_vlm.inputs(noise_image(other), "what is this")
+        token = int(llava_vlm.answer_tokens(alone, answer))
+        close(result.p_corrupt[i], p_of(llava_vlm, alone, token, lambda: None))
+    with pytest.raises(mv.InputError, match="all 2 others have the answer of example 0: give examples with different"):
+        mv.causal_trace(llava_vlm, inputs, "red", corrupt="image")
 
 
 def test_groups_of_each_example(deep, three):

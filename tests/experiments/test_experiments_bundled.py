@@ -55,7 +55,18 @@ def test_the_answer_comes_in_through_the_image(name, questions):
     vlm = mv.load(name)
     inputs, answers = inputs_of(vlm, questions)
     result = mv.causal_trace(vlm, inputs, answers, corrupt="image")
-    assert result.total_effect.mean() > 0.8
+    assert result.total_effect.mean() > 0.95
     torch.testing.assert_close(result.effect[0, 0], result.total_effect, rtol=1e-3, atol=1e-4)
     # In late layers the answer has come to the last position.
     assert result.effect[:, 2].mean(-1)[-1] > result.effect[:, 0].mean(-1)[-1]
+
+
+def test_another_image_has_another_answer_than_the_models_own(questions):
+    """Without given answers, those of the model decide which image is another one."""
+    vlm = mv.load("tiny-llava")
+    inputs, _ = inputs_of(vlm, questions[:8])
+    own = vlm.next_tokens(inputs)
+    assert len(own.unique()) < 8, "two examples have the same answer"
+    result, given = (mv.causal_trace(vlm, inputs, a, corrupt="image", groups=["last"]) for a in (None, own))
+    assert torch.equal(result.p_restored, given.p_restored)
+    assert result.p_corrupt.max() < 0.5

@@ -1,13 +1,16 @@
 """Inputs and their TokenMap: positions, patches, and errors for bad images and prompts."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tokenizers.processors import TemplateProcessing
 
 import mechvlm as mv
 from helpers.images import noise_image
-from helpers.models import instructblip, llava
+from helpers.models import LLAVA_TEMPLATE, instructblip, llava
 from mechvlm.inputs import images as images_module
 from mechvlm.inputs.batch import _check_types
 from mechvlm.inputs.images import open_image
@@ -74,6 +77,33 @@ def test_a_prompt_with_the_image_token_is_taken_as_it_is(llava_vlm):
     assert llava_vlm.inputs(noise_image(0), "look: <image> what").texts == ("look: <image> what",)
     with pytest.raises(mv.InputError, match="holds 2 <image>, but example 0 has 1 images"):
         llava_vlm.inputs(noise_image(0), "<image> <image> what")
+
+
+@pytest.mark.parametrize("family", [llava, instructblip])
+def test_a_template_that_writes_bos_gets_no_second_one(family):
+    """The ids are those of Hugging Face's own `apply_chat_template(tokenize=True)`."""
+    hf, processor = family()
+    processor = copy.deepcopy(processor)
+    processor.tokenizer.add_bos_token = True
+    processor.tokenizer._tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    vlm = mv.load(hf, processor)
+    assert vlm.inputs(noise_image(0), "what is this").tokens.ids.tolist().count(1) == 1, "the tokenizer's"
+    if family is instructblip:  # its prompts have no template, but may hold BOS
+        ids = vlm.inputs(noise_image(0), "<s>what is this").tokens.ids
+        assert ids.tolist().count(1) == 1
+        return
+    processor.chat_template = "{{ bos_token }}" + LLAVA_TEMPLATE
+    inputs = vlm.inputs(noise_image(0), "what is this")
+    content = [{"type": "image", "image": noise_image(0)}, {"type": "text", "text": "what is this"}]
+    own = processor.apply_chat_template(
+        [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=True, return_dict=True,
+        return_tensors="pt",
+    )  # fmt: skip
+    assert torch.equal(inputs.encoding["input_ids"], own["input_ids"])
+    assert inputs.tokens.ids.tolist().count(1) == 1
+    answered, (n,) = vlm.answered(inputs, ["a red circle"])
+    assert answered.tokens.ids.tolist().count(1) == 1
+    assert torch.equal(answered.tokens.ids[:-n], inputs.tokens.ids)
 
 
 def test_instructblip_takes_one_image_and_no_token(blip_vlm):
