@@ -1,17 +1,26 @@
-"""What mechvlm costs, in bare forwards of the same model on the same weights and inputs, and what the other ways cost.
+"""Benchmark: what mechvlm costs, and what other ways to the same numbers cost.
 
-    python scripts/benchmark.py [probes] [pairs] [imports] [sweeps] [--batch N] [--json FILE] [--record]
+    python scripts/benchmark.py [probes] [pairs] [imports] [sweeps]
+                                [--batch N] [--json FILE] [--record]
 
-The models have random weights and LLaVA-1.5's token geometry: 576 visual tokens of about 620, a vocabulary of 32064. A bare
-forward is Hugging Face's own, on a model that nnsight has not touched, with `logits_to_keep=1` and its default attention.
-Each time and each peak of memory is the median of several runs, which take turns; what runs for long is run once.
-Ratios are compared with those on record (benchmark.json): what moved by more than a tenth is said, and what got worse by that
-much or misses its bar ends the run with exit code 1. `--record` puts this run's ratios on record.
-
-    probes   the three measures, one by one and in one read, against Hugging Face's outputs, TransformerBridge and plain hooks
+    probes   the three measures, one by one and in one read, against Hugging Face's outputs,
+             TransformerBridge and plain hooks
     pairs    norm-based attention of all pairs of one layer, against the vector of every pair
     imports  import times, and the command's --help
-    sweeps   the causal experiments over all windows of 32 layers, against one whole forward per window
+    sweeps   the causal experiments over all windows of 32 layers, against one whole forward per
+             window
+
+Costs are given in bare forwards of the same model, on the same weights and inputs. A bare forward
+is Hugging Face's own, on a model that nnsight has not touched, with `logits_to_keep=1` and its
+default attention. The models have random weights and LLaVA-1.5's token geometry: 576 visual tokens
+of about 620, a vocabulary of 32064.
+
+Each time and each memory peak is the median of several runs, in which the cases take turns. Slow
+cases run once.
+
+Ratios are compared with the recorded ones (benchmark.json). A change by more than a tenth is
+printed. A ratio that got worse by that much, or that misses its bar, ends the run with exit code 1.
+`--record` writes this run's ratios into the record.
 """
 
 import argparse
@@ -31,17 +40,20 @@ from rich.table import Table
 RECORD = Path(__file__).with_name("benchmark.json")
 GROUPS = ("probes", "pairs", "imports", "sweeps")
 MOVED = 0.1
-"""The share by which a ratio may differ from the recorded one before it is said."""
+"""A ratio has moved if it differs from the recorded one by more than this share."""
 RATIOS = {
     "of its floor": 0.01, "of a bare forward": 0.005, "of 32 bare forwards": 0.0005, "of import nnsight": 0.02,
     "times as long": 0.0,
 }  # fmt: skip
-"""What a row is judged by, the first that it has; and the difference that is never said, since clocks differ by it."""
+"""The ratios that rows are judged by. A row is judged by the first of them that it has.
+
+Each value is the noise of the clock: a smaller absolute difference is never reported.
+"""
 MORE_IS_BETTER = ("times as long",)
 
 
 def measure(group: str, args: argparse.Namespace) -> tuple[str, list[dict]]:
-    """A group's title, which says on what it was measured, and its rows."""
+    """Title and rows of a group. The title names the model and the sizes that were measured."""
     if group == "probes":
         title = f"{args.family}, {args.layers} layers of width {args.width}, {args.dtype}, batch of {args.batch}"
         dtype = getattr(torch, args.dtype)
@@ -54,39 +66,50 @@ def measure(group: str, args: argparse.Namespace) -> tuple[str, list[dict]]:
 
 
 def ratios(row: dict) -> dict[str, tuple[str, float]]:
-    """The numbers that a row is judged by, as they are on record: its time, and its memory where that is known."""
-    found = {row["case"]: next(((name, row[name]) for name in RATIOS if name in row), None)}
-    found[f"{row['case']}, memory"] = ("peak of bare", row["peak of bare"]) if "peak of bare" in row else None
-    return {case: one for case, one in found.items() if one is not None}
+    """Name and value of each ratio that judges a row, by its key in the record.
+
+    The time is under the row's case, the memory, where it was measured, under "<case>, memory".
+    """
+    judged = {}
+    name = next((name for name in RATIOS if name in row), None)
+    if name is not None:
+        judged[row["case"]] = (name, row[name])
+    if "peak of bare" in row:
+        judged[f"{row['case']}, memory"] = ("peak of bare", row["peak of bare"])
+    return judged
 
 
 def missed(row: dict) -> str | None:
-    """What is wrong with a row by its bar, or None."""
-    for value, bar, most in (
+    """A sentence about the first bar that the row misses, or None."""
+    for value, bar, is_maximum in (
         ("of its floor", "bar", True), ("peak of bare", "memory bar", True), ("of a bare forward", "share bar", True),
         ("seconds", "limit", True), ("times as long", "least", False),
     ):  # fmt: skip
         limit = row.get(bar)
-        if limit is not None and (row[value] > limit if most else row[value] < limit):
+        if limit is not None and (row[value] > limit if is_maximum else row[value] < limit):
             return f"{row['case']}: {value} {row[value]:.3f}, the bar is {limit:.3f}"
     return None
 
 
 def moved(title: str, rows: list[dict], record: dict) -> list[tuple[str, bool]]:
-    """What differs from the record by more than `MOVED`, in words, and whether it got worse."""
-    found = []
-    for case, (name, value) in (one for row in rows for one in ratios(row).items()):
-        before = record.get(title, {}).get(case)
-        if before is None:
-            continue
-        change = value / before - 1
-        if abs(change) > MOVED and abs(value - before) > RATIOS.get(name, 0.0):
-            worse = (change > 0) != (name in MORE_IS_BETTER)
-            found.append((f"{case}: {name} {before:.3f} -> {value:.3f} ({'worse' if worse else 'better'})", worse))
-    return found
+    """A sentence about each ratio that differs from the record by more than `MOVED`.
+
+    With each sentence: whether the ratio got worse.
+    """
+    moves = []
+    for row in rows:
+        for case, (name, value) in ratios(row).items():
+            before = record.get(title, {}).get(case)
+            if before is None:
+                continue
+            change = value / before - 1
+            if abs(change) > MOVED and abs(value - before) > RATIOS.get(name, 0.0):
+                worse = (change > 0) != (name in MORE_IS_BETTER)
+                moves.append((f"{case}: {name} {before:.3f} -> {value:.3f} ({'worse' if worse else 'better'})", worse))
+    return moves
 
 
-def show(title: str, rows: list[dict]) -> Table:
+def as_table(title: str, rows: list[dict]) -> Table:
     columns = list(dict.fromkeys(key for row in rows for key in row))
     table = Table(title=title, title_justify="left")
     for name in columns:
@@ -105,42 +128,47 @@ def _cell(name: str, value) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
-    add("groups", nargs="*", metavar="GROUP", help=f"which of {', '.join(GROUPS)} (default: all)")
-    add("--family", default="llava", choices=("llava", "instructblip"), help="of the probes (default: llava)")
-    add("--layers", type=int, default=8, help="of the decoder (default: 8; LLaVA-1.5-7B: 32)")
+    add("groups", nargs="*", metavar="GROUP", help=f"groups to run: {', '.join(GROUPS)} (default: all)")
+    add("--family", default="llava", choices=("llava", "instructblip"), help="model of the probes (default: llava)")
+    add("--layers", type=int, default=8, help="layers of the decoder (default: 8; LLaVA-1.5-7B: 32)")
     add("--width", type=int, default=2048, help="d_model, a multiple of 128 (default: 2048; LLaVA-1.5-7B: 4096)")
-    add("--batch", type=int, default=1, help="examples a forward, of the probes (default: 1)")
+    add("--batch", type=int, default=1, help="examples per forward, in the probes (default: 1)")
     add("--device", default="cpu", help="cpu or cuda (default: cpu)")
-    add("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="default: float32")
+    add(
+        "--dtype",
+        default="float32",
+        choices=("float32", "bfloat16", "float16"),
+        help="of the weights (default: float32)",
+    )
     add("--repeats", type=int, default=5, help="runs of each case (default: 5)")
-    add("--json", metavar="FILE", help="write the figures there too")
-    add("--record", action="store_true", help=f"put the ratios on record in {RECORD.name}")
+    add("--json", metavar="FILE", help="also write the tables to this file, as JSON")
+    add("--record", action="store_true", help=f"write the ratios into {RECORD.name}")
     args = parser.parse_args()
-    if strange := set(args.groups) - set(GROUPS):
-        parser.error(f"no group {sorted(strange)}: there are {', '.join(GROUPS)}")
+    if unknown := set(args.groups) - set(GROUPS):
+        parser.error(f"no such group: {sorted(unknown)}; choose from {', '.join(GROUPS)}")
     logging.getLogger("transformers").setLevel(logging.ERROR)
     record = json.loads(RECORD.read_text()) if RECORD.exists() else {}
-    console, where = Console(width=170), machine(args.device)
-    console.print(where)
-    known = record.setdefault(where, {})
-    bad, tables = [], {}
+    console, host = Console(width=170), machine(args.device)
+    console.print(host)
+    recorded = record.setdefault(host, {})
+    failures, tables = [], {}
     for group in args.groups or GROUPS:
         title, rows = measure(group, args)
         tables[title] = rows
-        console.print(show(title, rows))
-        for sentence, worse in moved(title, rows, known):
+        console.print(as_table(title, rows))
+        for sentence, worse in moved(title, rows, recorded):
             console.print(f"moved: {sentence}", markup=False)
-            bad += [sentence] if worse else []
+            failures += [sentence] if worse else []
         for sentence in filter(None, map(missed, rows)):
             console.print(f"missed: {sentence}", markup=False)
-            bad.append(sentence)
+            failures.append(sentence)
         if args.record:
-            known[title] = {case: round(value, 4) for row in rows for case, (_, value) in ratios(row).items()}
+            recorded[title] = {case: round(value, 4) for row in rows for case, (_, value) in ratios(row).items()}
     if args.json:
-        Path(args.json).write_text(json.dumps({"machine": where, "tables": tables}, indent=1) + "\n")
+        Path(args.json).write_text(json.dumps({"machine": host, "tables": tables}, indent=1) + "\n")
     if args.record:
         RECORD.write_text(json.dumps(record, indent=1) + "\n")
-    return 1 if bad else 0
+    return 1 if failures else 0
 
 
 if __name__ == "__main__":

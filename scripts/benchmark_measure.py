@@ -1,4 +1,4 @@
-"""Time and peak memory of small cases, and the machine they were taken on."""
+"""Time and peak memory of small cases, and the name of the machine they ran on."""
 
 import ctypes
 import gc
@@ -16,17 +16,23 @@ Cases = dict[str, Callable[[], object]]
 
 
 class Peak(NamedTuple):
-    """Bytes: of the process (on a GPU: of its memory), weights included; and above what was held before the case."""
+    """Peak memory in bytes: of the process, or on a GPU of the GPU's memory.
+
+    `total` includes the weights. `above` is the part that was not yet in use before the case.
+    """
 
     total: int
     above: int
 
 
 def times(cases: Cases, repeats: int, device: str = "cpu", reference: str | None = None) -> dict[str, float]:
-    """Median seconds of each case. They take turns, so that a slow moment of the machine meets all of them.
+    """Median seconds of each case.
 
-    The first of several turns is not counted. The `reference`, which all others are divided by, runs again after every second
-    case: machines drift by several percent within minutes.
+    The cases take turns, so that a slow moment of the machine meets all of them. With more than one
+    repeat, a warm-up turn comes first and is not counted.
+
+    The `reference` is the case that the others are divided by. It runs again before every second
+    case, because machines drift by several percent within minutes.
     """
     order = list(cases)
     if reference is not None:
@@ -45,7 +51,7 @@ def times(cases: Cases, repeats: int, device: str = "cpu", reference: str | None
 
 
 def peaks(cases: Cases, device: str, repeats: int) -> dict[str, Peak | None]:
-    """Median peak memory of each case; None on a machine that does not tell."""
+    """Median peak memory of each case, or None where the system does not report it."""
     return {name: _peak(case, device, repeats) for name, case in cases.items()}
 
 
@@ -53,13 +59,14 @@ def _peak(case: Callable[[], object], device: str, repeats: int) -> Peak | None:
     reset = Path("/proc/self/clear_refs")
     if device == "cpu" and not reset.exists():
         return None
-    found = []
+    runs = []
     for _ in range(repeats):
         gc.collect()
         if device == "cpu":
-            ctypes.CDLL(None).malloc_trim(0)  # what earlier cases freed goes back before this one is measured
+            # Memory that earlier cases freed goes back to the system, or it would hide this peak.
+            ctypes.CDLL(None).malloc_trim(0)
             before = _status("VmRSS")
-            reset.write_text("5")  # the highest so far is forgotten
+            reset.write_text("5")  # resets VmHWM, the process's highest memory so far
             case()
             total = _status("VmHWM")
         else:
@@ -67,8 +74,8 @@ def _peak(case: Callable[[], object], device: str, repeats: int) -> Peak | None:
             torch.cuda.reset_peak_memory_stats(device)
             case()
             total = torch.cuda.max_memory_allocated(device)
-        found.append(Peak(total, total - before))
-    return Peak(int(median(p.total for p in found)), int(median(p.above for p in found)))
+        runs.append(Peak(total, total - before))
+    return Peak(int(median(p.total for p in runs)), int(median(p.above for p in runs)))
 
 
 def _status(name: str) -> int:
@@ -77,6 +84,7 @@ def _status(name: str) -> int:
 
 
 def machine(device: str = "cpu") -> str:
+    """Processor or GPU, threads and torch version. benchmark.json holds one record for each."""
     if device != "cpu":
         return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
     model = platform.processor() or platform.machine()

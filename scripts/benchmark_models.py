@@ -1,4 +1,4 @@
-"""Models of random weights for the benchmark: real architectures with real token geometry, at any width and depth."""
+"""The benchmark's models: real architectures and token counts, random weights, any size."""
 
 import copy
 import os
@@ -35,27 +35,35 @@ import mechvlm as mv
 VOCABULARY = 32064
 IMAGE = 32000
 QUESTION = " ".join(f"w{i}" for i in range(40))
-FULL = 4096
-"""From this width on the vision encoder is LLaVA-1.5's or InstructBLIP's own; below, a small one that costs next to nothing."""
+FULL_WIDTH = 4096
+"""Smallest width at which the vision encoder is as large as LLaVA-1.5's or InstructBLIP's.
+
+Narrower models get a small encoder that costs almost nothing.
+"""
 
 
 def noise(seed: int, size: int = 336) -> Image.Image:
+    """A square image of uniform noise."""
     return Image.fromarray(np.random.default_rng(seed).integers(0, 255, (size, size, 3), dtype=np.uint8))
 
 
 class Built(NamedTuple):
-    """The same weights twice: as mechvlm loads them, and as a Hugging Face model that nnsight has not touched."""
+    """Two models that share their weights: mechvlm's, and one that nnsight has not touched."""
 
     vlm: mv.VLM
     hf: Any
 
 
 def build(family: str, layers: int, width: int, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Built:
-    """A model with LLaMA's proportions: heads of 128, an MLP of 2.6875 times the width (11008 at 4096)."""
+    """A model with LLaMA's proportions.
+
+    Heads of 128, an MLP of 2.6875 times the width (11008 at 4096).
+    """
     make = {"llava": llava, "instructblip": instructblip}[family]
     torch.set_default_dtype(dtype)
     try:
-        with torch.device(device), no_init_weights():  # its own initialisation takes most of a minute at width 2048
+        # The model's own initialisation would take most of a minute at width 2048.
+        with torch.device(device), no_init_weights():
             model, processor = make(layers, width)
     finally:
         torch.set_default_dtype(torch.float32)
@@ -66,12 +74,13 @@ def build(family: str, layers: int, width: int, device: str = "cpu", dtype: torc
                 weight.fill_(1)
             else:
                 weight.normal_(0, 0.02)
+    # The memo makes the copy share the parameters.
     bare = copy.deepcopy(model.eval(), {id(weight): weight for weight in model.parameters()})
     return Built(mv.load(model, processor), bare)
 
 
 def llava(layers: int, width: int) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
-    """LLaVA-1.5's tokens: 24 x 24 patches of an image of 336 pixels."""
+    """LLaVA-1.5's visual tokens: 24 x 24 patches of an image of 336 pixels."""
     config = LlavaConfig(
         vision_config=CLIPVisionConfig(
             **_vision(width, hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16),
@@ -88,7 +97,7 @@ def llava(layers: int, width: int) -> tuple[LlavaForConditionalGeneration, Llava
 
 
 def instructblip(layers: int, width: int) -> tuple[InstructBlipForConditionalGeneration, InstructBlipProcessor]:
-    """InstructBLIP's tokens: 32 queries, which read an image of 224 pixels."""
+    """InstructBLIP's visual tokens: 32 queries, which read an image of 224 pixels."""
     vision = _vision(width, hidden_size=1408, intermediate_size=6144, num_hidden_layers=39, num_attention_heads=16)
     queries = _vision(width, hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12)
     config = InstructBlipConfig(
@@ -110,7 +119,7 @@ _BERT = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *QUESTION.split()]
 
 def _vision(width: int, **full: int) -> dict[str, int]:
     small = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
-    return full if width >= FULL else small
+    return full if width >= FULL_WIDTH else small
 
 
 def _text(layers: int, width: int) -> LlamaConfig:
@@ -121,7 +130,7 @@ def _text(layers: int, width: int) -> LlamaConfig:
 
 
 def _tokenizer() -> PreTrainedTokenizerFast:
-    """Words that are made up, as many as LLaMA has."""
+    """A tokenizer of made-up words, with as many tokens as LLaMA's."""
     words = ["<unk>", "<s>", "</s>", *(f"w{i}" for i in range(IMAGE - 3)), "<image>", "<pad>"]
     backend = Tokenizer(WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
     backend.pre_tokenizer = WhitespaceSplit()

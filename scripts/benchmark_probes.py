@@ -1,4 +1,7 @@
-"""The three measures of the paper against the bare forward, what their products alone cost, and the other ways to do them."""
+"""The paper's three measures: their cost in bare forwards, and the cost of other ways to them.
+
+The floor of a measure is the bare forward plus the matrix products that it cannot do without.
+"""
 
 import benchmark_rivals as rivals
 import torch
@@ -10,18 +13,19 @@ from mechvlm.families.record import part
 from mechvlm.probes.norm_attention import norm_attention_sum, value_gram
 
 BARS = {"Contextualization": 1.05, "LogitLens": 1.08, "NormAttention, 2 rows": 1.15, "all three in one read": 1.15}
-ALL_PAIRS = 1.25
-"""The bar of all pairs, at width 2048."""
-MEMORY = 1.25
-"""At most so many times the bare forward's peak memory, for all three in one read."""
-EMPTY = 0.03
-"""At most this share of a forward, for what tracing 32 layers costs."""
-FASTER = 15
-"""Norm-based attention of all pairs: at least so many times as fast as the vectors of each pair."""
+"""Largest ratio of a case's time to its floor, for a batch of one."""
+ALL_PAIRS_BAR = 1.25
+"""The same for norm-based attention of all pairs, at width 2048."""
+MEMORY_BAR = 1.25
+"""Largest ratio to the bare forward's peak memory, for all three measures in one read."""
+TRACING_BAR = 0.03
+"""Largest share of a forward that tracing 32 layers may cost."""
+LEAST_SPEEDUP = 15
+"""Norm-based attention of all pairs is at least this many times as fast as pair by pair."""
 
 
 class Nothing:
-    """A probe that keeps nothing: what is left is the tracing."""
+    """A probe that keeps nothing. Reading with it costs the tracing alone."""
 
     def prepare(self, vlm, inputs):
         return None
@@ -36,17 +40,20 @@ class Nothing:
 def probes(
     family: str, layers: int, width: int, batch: int, repeats: int, device: str, dtype: torch.dtype
 ) -> list[dict]:
-    """One row a case: seconds, and ratios to the bare forward and to the sum of the case's floors."""
+    """One row per case: seconds, ratios to the bare forward and to the case's floor, peak memory.
+
+    "apart" is the largest difference to mechvlm's numbers, over their largest absolute value.
+    """
     vlm, hf = build(family, layers, width, device, dtype)
     inputs = vlm.inputs([noise(i) for i in range(batch)], QUESTION)
     encoding, bridge = vlm.encoding(inputs), vlm.bridge()
-    found: dict[str, rivals.Found] = {}
+    measures: dict[str, rivals.Measures] = {}
 
     def read(*wanted):
         return lambda: mv.read(vlm, inputs, *wanted)
 
-    def kept(name, way):
-        return name, lambda: found.update({name: way()})
+    def keeping(name, way):
+        return name, lambda: measures.update({name: way()})
 
     @torch.no_grad()
     def bare():
@@ -62,7 +69,7 @@ def probes(
         "NormAttention, 2 rows": read(mv.NormAttention()),
         "NormAttention, all pairs": read(mv.NormAttention(dst="all pairs")),
         **dict(
-            kept(name, way)
+            keeping(name, way)
             for name, way in {
                 three: lambda: rivals.read(vlm, inputs),
                 "(a) Hugging Face, eager": lambda: rivals.hugging_face(hf, vlm, inputs),
@@ -72,16 +79,16 @@ def probes(
         ),
     }
     if device == "cpu" and batch > 1:
-        # 8 x 620² weights a head and layer, twice: nobody asks for all pairs of a batch on a CPU.
+        # A batch of 8 would hold 8 x 620² weights per head and layer, twice: too much for a CPU.
         del cases["NormAttention, all pairs"]
     seconds = times(cases | products, repeats, device, "bare forward")
     memory = peaks(cases, device, min(repeats, 3))
     floor = seconds["bare forward"]
     floors = {"LogitLens": floor + seconds["unembedding product"]}
-    for name in found:
+    for name in measures:
         floors[name] = floor + sum(seconds[product] for product in products)
-    # They are those of one example.
-    bars = (BARS | ({"NormAttention, all pairs": ALL_PAIRS} if width == 2048 else {})) if batch == 1 else {}
+    # The bars hold for a batch of one.
+    bars = (BARS | ({"NormAttention, all pairs": ALL_PAIRS_BAR} if width == 2048 else {})) if batch == 1 else {}
     rows = []
     for name, taken in seconds.items():
         row = {"case": name, "seconds": taken, "of a bare forward": taken / floor}
@@ -93,18 +100,18 @@ def probes(
                     "peak of bare": peak.total / least.total,
                     "above MB": peak.above / 1e6,
                 }
-        if name in found and name != three:
+        if name in measures and name != three:
             row["apart"] = max(
-                float((a - b).abs().max() / b.abs().max()) for a, b in zip(found[name], found[three], strict=True)
+                float((a - b).abs().max() / b.abs().max()) for a, b in zip(measures[name], measures[three], strict=True)
             )
         if name == three and "peak of bare" in row:
-            row["memory bar"] = MEMORY
+            row["memory bar"] = MEMORY_BAR
         rows.append(row)
     return rows + _tracing(floor, repeats, device)
 
 
 def _products(hf, vlm: mv.VLM, inputs: mv.Inputs) -> dict:
-    """The matrix products without which no way to do it can be, on numbers that are there already."""
+    """The matrix products that no implementation can avoid, on random numbers made beforehand."""
     unembed = part(hf, vlm.record.unembed)
     batch, length = len(inputs), len(inputs.token_maps[0])
     options = {"device": unembed.weight.device, "dtype": unembed.weight.dtype}
@@ -128,7 +135,11 @@ def _products(hf, vlm: mv.VLM, inputs: mv.Inputs) -> dict:
 
 
 def _tracing(floor: float, repeats: int, device: str) -> list[dict]:
-    """What tracing 32 layers costs: an empty read less a bare forward, where the forward is so small that it shows."""
+    """The cost of tracing 32 layers: an empty read minus a bare forward.
+
+    Measured at width 128, where the forward is short enough for the difference to show. Its share
+    is that of `floor`, the seconds of the large model's bare forward.
+    """
     vlm, hf = build("llava", 32, 128, device)
     inputs = vlm.inputs(noise(0), QUESTION)
     encoding = vlm.encoding(inputs)
@@ -139,26 +150,29 @@ def _tracing(floor: float, repeats: int, device: str) -> list[dict]:
 
     seconds = times({"bare": bare, "empty": lambda: mv.read(vlm, inputs, Nothing())}, 4 * repeats, device)
     cost = seconds["empty"] - seconds["bare"]
-    return [{"case": "tracing 32 layers", "seconds": cost, "of a bare forward": cost / floor, "share bar": EMPTY}]
+    return [{"case": "tracing 32 layers", "seconds": cost, "of a bare forward": cost / floor, "share bar": TRACING_BAR}]
 
 
 def pairs(width: int, repeats: int, device: str) -> list[dict]:
-    """Norm-based attention of all pairs of one layer, on the same tensors: by Gram matrices, and vector by vector (c)."""
+    """Norm-based attention of all pairs of one layer: by Gram matrices, and vector by vector (c).
+
+    Both work on the same random tensors.
+    """
     heads, n, d_head = width // 128, 620, 128
     torch.manual_seed(0)
     v = torch.randn(1, heads, n, d_head, device=device)
     w_o = torch.randn(width, width, device=device) * 0.02
     scores = torch.randn(1, heads, n, n, device=device)
     alpha = scores.masked_fill(torch.ones_like(scores).triu(1).bool(), -torch.inf).softmax(-1)
-    found = {}
-    ours = lambda: found.update(ours=norm_attention_sum(alpha, value_gram(v, w_o)))  # noqa: E731
-    theirs = lambda: found.update(theirs=rivals.pair_by_pair(alpha, v, w_o))  # noqa: E731
+    norms = {}
+    ours = lambda: norms.update(ours=norm_attention_sum(alpha, value_gram(v, w_o)))  # noqa: E731
+    theirs = lambda: norms.update(theirs=rivals.pair_by_pair(alpha, v, w_o))  # noqa: E731
     seconds = times({"ours": ours}, repeats, device) | times({"theirs": theirs}, 1, device)
-    apart = float((found["ours"] - found["theirs"]).abs().max() / found["theirs"].max())
+    apart = float((norms["ours"] - norms["theirs"]).abs().max() / norms["theirs"].max())
     return [
         {"case": "all pairs of a layer, mechvlm", "seconds": seconds["ours"]},
         {
             "case": "(c) all pairs of a layer, vector by vector", "seconds": seconds["theirs"],
-            "times as long": seconds["theirs"] / seconds["ours"], "least": FASTER, "apart": apart,
+            "times as long": seconds["theirs"] / seconds["ours"], "least": LEAST_SPEEDUP, "apart": apart,
         },
     ]  # fmt: skip

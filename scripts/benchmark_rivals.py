@@ -1,6 +1,8 @@
-"""What a user would do without mechvlm: the same three measures by other ways, and norm-based attention pair by pair.
+"""Other ways to the three measures, which a user could take without mechvlm.
 
-Each gives a `Found`, so that the benchmark can say how far its numbers lie from mechvlm's.
+(a) Hugging Face's outputs, (b) TransformerBridge, (c) norm-based attention pair by pair, (d) plain
+hooks. (a), (b) and (d) return `Measures`, so that the benchmark can compare their numbers with
+mechvlm's.
 """
 
 from typing import NamedTuple
@@ -18,8 +20,12 @@ from mechvlm.probes.probe import Attended, State
 K = 5
 
 
-class Found(NamedTuple):
-    """probs: [layer point k]; inter, image, text: [layer example]; norm: [layer example dest src]."""
+class Measures(NamedTuple):
+    """Results of the logit lens (`probs`), contextualization and norm-based attention (`norm`).
+
+    Shapes: probs [layer point k], inter, image and text [layer example], norm
+    [layer example dest src].
+    """
 
     probs: Tensor
     inter: Tensor
@@ -28,33 +34,39 @@ class Found(NamedTuple):
     norm: Tensor
 
 
-def read(vlm: mv.VLM, inputs: mv.Inputs) -> Found:
-    """mechvlm's own way."""
+def read(vlm: mv.VLM, inputs: mv.Inputs) -> Measures:
+    """mechvlm: all three measures in one read."""
     lens, context, norms = mv.read(vlm, inputs, mv.LogitLens(k=K), mv.Contextualization(), mv.NormAttention())
-    return Found(lens.probs, context.inter, context.image, context.text, norms.norm)
+    return Measures(lens.probs, context.inter, context.image, context.text, norms.norm)
 
 
 @torch.no_grad()
-def hugging_face(hf, vlm: mv.VLM, inputs: mv.Inputs) -> Found:
-    """(a) `output_hidden_states` and `output_attentions` with eager attention, then the formulas as they are printed."""
+def hugging_face(hf, vlm: mv.VLM, inputs: mv.Inputs) -> Measures:
+    """(a) Hugging Face's hidden states and attention weights, then the formulas as printed.
+
+    Eager attention, because only that returns the weights.
+    """
     record = vlm.record
     config = part(hf, record.layers)[0].self_attn.config
-    last: list[Tensor] = []
-    # Hugging Face's last hidden state is behind the final norm: the one before it is caught on its way in.
-    handle = part(hf, record.norm).register_forward_pre_hook(lambda module, args: last.append(args[0]))
-    before, config._attn_implementation = config._attn_implementation, "eager"
+    before_norm: list[Tensor] = []
+    # Hugging Face's last hidden state is already normed, so a hook takes the final norm's input.
+    handle = part(hf, record.norm).register_forward_pre_hook(lambda module, args: before_norm.append(args[0]))
+    previous, config._attn_implementation = config._attn_implementation, "eager"
     try:
         out = hf(**vlm.encoding(inputs), output_hidden_states=True, output_attentions=True, logits_to_keep=1)
     finally:
-        config._attn_implementation = before
+        config._attn_implementation = previous
         handle.remove()
     out = getattr(out, "language_model_outputs", None) or out
-    return _as_printed(hf, vlm, inputs, [*out.hidden_states[:-1], last[0]], list(out.attentions))
+    return _by_formulas(hf, vlm, inputs, [*out.hidden_states[:-1], before_norm[0]], list(out.attentions))
 
 
 @torch.no_grad()
-def transformer_lens(bridge, vlm: mv.VLM, inputs: mv.Inputs) -> Found:
-    """(b) TransformerLens' `TransformerBridge.run_with_cache`, keeping only what the formulas need, and the formulas."""
+def transformer_lens(bridge, vlm: mv.VLM, inputs: mv.Inputs) -> Measures:
+    """(b) TransformerLens' `TransformerBridge.run_with_cache`, then the formulas as printed.
+
+    The cache keeps only the activations that the formulas need.
+    """
     encoding = vlm.encoding(inputs)
     last = f"blocks.{vlm.n_layers - 1}.hook_resid_post"
     _, cache = bridge.run_with_cache(
@@ -64,18 +76,18 @@ def transformer_lens(bridge, vlm: mv.VLM, inputs: mv.Inputs) -> Found:
     )
     states = [cache[f"blocks.{layer}.hook_resid_pre"] for layer in range(vlm.n_layers)]
     patterns = [cache[f"blocks.{layer}.attn.hook_pattern"] for layer in range(vlm.n_layers)]
-    return _as_printed(vlm.hf, vlm, inputs, [*states, cache[last]], patterns)
+    return _by_formulas(vlm.hf, vlm, inputs, [*states, cache[last]], patterns)
 
 
 @torch.no_grad()
-def plain_hooks(hf, vlm: mv.VLM, inputs: mv.Inputs) -> Found:
-    """(d) PyTorch hooks around the same functions of tensors that mechvlm's probes call."""
+def plain_hooks(hf, vlm: mv.VLM, inputs: mv.Inputs) -> Measures:
+    """(d) PyTorch hooks that call mechvlm's probes, without tracing."""
     record = vlm.record
     layers, norm, unembed = part(hf, record.layers), part(hf, record.norm), part(hf, record.unembed)
     lens, context, norms = probes = mv.LogitLens(k=K), mv.Contextualization(), mv.NormAttention()
     plans = [probe.prepare(vlm, inputs) for probe in probes]
     rows: list[list] = [[], [], []]
-    held: dict[str, Tensor] = {}
+    projected: dict[str, Tensor] = {}
 
     def at_state(number: int, resid: Tensor) -> None:
         for index, probe in enumerate((lens, context)):
@@ -83,7 +95,7 @@ def plain_hooks(hf, vlm: mv.VLM, inputs: mv.Inputs) -> Found:
 
     def at_attention(number: int, module, kwargs) -> None:
         q, k, v = (
-            held[name].unflatten(-1, (-1, vlm.d_head)).transpose(1, 2) for name in ("q_proj", "k_proj", "v_proj")
+            projected[name].unflatten(-1, (-1, vlm.d_head)).transpose(1, 2) for name in ("q_proj", "k_proj", "v_proj")
         )
         q, k = apply_rotary_pos_emb(q, k, *kwargs["position_embeddings"])
         parts = Attention(q, k, v, kwargs.get("attention_mask"), module.scaling)
@@ -93,7 +105,7 @@ def plain_hooks(hf, vlm: mv.VLM, inputs: mv.Inputs) -> Found:
     for number, layer in enumerate(layers):
         attention = layer.self_attn
         for name in ("q_proj", "k_proj", "v_proj"):
-            hook = lambda module, args, out, name=name: held.update({name: out})  # noqa: E731
+            hook = lambda module, args, out, name=name: projected.update({name: out})  # noqa: E731
             handles.append(getattr(attention, name).register_forward_hook(hook))
         handles += [
             layer.register_forward_pre_hook(lambda module, args, number=number: at_state(number, args[0])),
@@ -107,15 +119,22 @@ def plain_hooks(hf, vlm: mv.VLM, inputs: mv.Inputs) -> Found:
     finally:
         for handle in handles:
             handle.remove()
-    got = [probe.result(plan, kept, vlm, inputs) for probe, plan, kept in zip(probes, plans, rows, strict=True)]
-    return Found(got[0].probs, got[1].inter, got[1].image, got[1].text, got[2].norm)
+    top, cosines, norm_rows = (
+        probe.result(plan, probe_rows, vlm, inputs) for probe, plan, probe_rows in zip(probes, plans, rows, strict=True)
+    )
+    return Measures(top.probs, cosines.inter, cosines.image, cosines.text, norm_rows.norm)
 
 
 def pair_by_pair(alpha: Tensor, v: Tensor, w_o: Tensor) -> Tensor:
-    """(c) Norm-based attention of all pairs with the vector of every pair formed: [batch dest src].
+    """(c) Norm-based attention of all pairs, from the vector of every pair: [batch dest src].
 
-    ‖Σ_h α_h f_h(x_src)‖ from α_h f_h(x_src) [batch head src d_model], one destination at a time: of all at once the vectors
-    of a layer would take 50 GB at width 2048 and 620 tokens.
+    ‖Σ_h α_h f_h(x_src)‖ from α_h f_h(x_src) [batch head src d_model], one destination at a time.
+    The vectors of all destinations of a layer would take 50 GB at width 2048 and 620 tokens.
+
+    Args:
+        alpha: attention weights, [batch head dest src].
+        v: values, [batch head src d_head].
+        w_o: weight of the output projection, [d_model, head * d_head].
     """
     heads = w_o.T.unflatten(0, (v.shape[1], -1))
     f = torch.einsum("bhse,hed->bhsd", v, heads)
@@ -123,8 +142,11 @@ def pair_by_pair(alpha: Tensor, v: Tensor, w_o: Tensor) -> Tensor:
     return torch.stack(rows, 1)
 
 
-def _as_printed(hf, vlm: mv.VLM, inputs: mv.Inputs, states: list[Tensor], patterns: list[Tensor]) -> Found:
-    """softmax(norm(h) W_U); 1/(mn) Σ_i Σ_j cos(v_i, w_j); ‖Σ_h α_h f_h(x)‖. `states` are before each layer, and the last."""
+def _by_formulas(hf, vlm: mv.VLM, inputs: mv.Inputs, states: list[Tensor], patterns: list[Tensor]) -> Measures:
+    """The three formulas: softmax(norm(h) W_U), 1/(mn) Σ_i Σ_j cos(v_i, w_j), ‖Σ_h α_h f_h(x)‖.
+
+    `states` are the residual streams before each layer and after the last one.
+    """
     record = vlm.record
     layers, norm, unembed = part(hf, record.layers), part(hf, record.norm), part(hf, record.unembed)
     maps = inputs.token_maps
@@ -147,4 +169,4 @@ def _as_printed(hf, vlm: mv.VLM, inputs: mv.Inputs, states: list[Tensor], patter
             rows.append((a[..., None] * f[i, :, None]).sum(0).norm(dim=-1))
         norms.append(torch.stack(rows))
     inter, image, text = torch.stack(pairs).view(len(states), len(maps), 3).cpu().unbind(-1)
-    return Found(torch.stack(probs).cpu(), inter, image, text, torch.stack(norms).cpu())
+    return Measures(torch.stack(probs).cpu(), inter, image, text, torch.stack(norms).cpu())

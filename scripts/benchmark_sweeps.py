@@ -1,4 +1,4 @@
-"""The causal experiments' sweeps over all windows of layers, against one whole forward per window."""
+"""Sweeps of the causal experiments over all windows, against one whole forward per window."""
 
 from collections.abc import Callable
 
@@ -11,17 +11,27 @@ import mechvlm as mv
 
 
 def sweeps(layers: int, width: int, repeats: int) -> list[dict]:
-    """Sweeps over all windows of one layer: each experiment as it is, and as one whole forward per window.
+    """Each experiment over all windows of one layer: as mechvlm does it, and by whole forwards.
 
-    `image -> question` changes the words behind the image, `image -> last` the last position alone, and `causal trace` all
-    from the first visual token on, so that there only the layers below a window are saved. Every time holds all that the
-    experiment does, its clean (and its corrupted) forward too.
+    mechvlm saves the work that a window does not change. That depends on the positions changed:
+
+    - `image -> question`: the question's words after the image.
+    - `image -> last`: the last position alone.
+    - `causal trace`: all positions from the first visual token on, so only the layers below a
+      window are saved.
+
+    Every time includes the experiment's clean forward, and its corrupted one where it has one.
+
+    Args:
+        layers: layers of the decoder, and windows of each sweep.
+        width: d_model.
+        repeats: runs of mechvlm's sweeps; those by whole forwards run once.
     """
     vlm, hf = build("llava", layers, width)
     inputs = vlm.inputs(noise(0), QUESTION)
     encoding = vlm.encoding(inputs)
     tokens, answer = inputs.tokens, 7
-    behind = [p for p in tokens.question.tolist() if p > tokens.last_image]
+    after_image = [p for p in tokens.question.tolist() if p > tokens.last_image]
 
     def p_of(change: Callable[[int], object], layer: int) -> float:
         with torch.no_grad(), vlm.trace(inputs, logits_to_keep=1, use_cache=False):
@@ -37,11 +47,11 @@ def sweeps(layers: int, width: int, repeats: int) -> list[dict]:
             clean = nnsight.save([])
             for layer in range(layers):
                 clean.append(vlm.resid_pre[layer])
-        old = clean[0][:, tokens.image]
-        broken = old + 3 * old.std() * torch.randn(old.shape, generator=torch.Generator().manual_seed(0))
+        image = clean[0][:, tokens.image]
+        corrupted = image + 3 * image.std() * torch.randn(image.shape, generator=torch.Generator().manual_seed(0))
 
         def restore(layer: int) -> None:
-            mv.patch(vlm, broken, tokens.image, 0, at="resid_pre")
+            mv.patch(vlm, corrupted, tokens.image, 0, at="resid_pre")
             mv.patch(vlm, clean[layer], tokens.image, layer, at="resid_pre")
 
         return [p_of(restore, layer) for layer in range(layers)]
@@ -52,28 +62,30 @@ def sweeps(layers: int, width: int, repeats: int) -> list[dict]:
     def trace() -> list[float]:
         return mv.causal_trace(vlm, inputs, answer, groups=["image"]).p_restored.flatten().tolist()
 
-    found: dict[str, list[float]] = {}
+    answers: dict[str, list[float]] = {}  # p(answer) of each window
 
-    def kept(name: str, case: Callable[[], list[float]]) -> Callable[[], None]:
-        return lambda: found.update({name: case()})
+    def keeping(name: str, case: Callable[[], list[float]]) -> Callable[[], None]:
+        return lambda: answers.update({name: case()})
 
     @torch.no_grad()
     def bare() -> None:
         hf(**encoding, logits_to_keep=1, use_cache=False)
 
-    pairs = {
-        "image -> question": (lambda: flow("image -> question"), lambda: whole_flow(behind)),
+    experiments = {
+        "image -> question": (lambda: flow("image -> question"), lambda: whole_flow(after_image)),
         "image -> last": (lambda: flow("image -> last"), lambda: whole_flow(tokens.last)),
         "causal trace, image": (trace, whole_trace),
     }
-    fast = {name: kept(name, case) for name, (case, _) in pairs.items()}
-    whole = {f"{name}, whole forwards": kept(f"{name}, whole forwards", case) for name, (_, case) in pairs.items()}
-    seconds = times({"bare forward": bare} | fast, repeats) | times(whole, 1)
+    ours = {name: keeping(name, case) for name, (case, _) in experiments.items()}
+    whole = {
+        f"{name}, whole forwards": keeping(f"{name}, whole forwards", case) for name, (_, case) in experiments.items()
+    }
+    seconds = times({"bare forward": bare} | ours, repeats) | times(whole, 1)
     rows = []
     for name, s in seconds.items():
         row = {"case": name, "seconds": s, f"of {layers} bare forwards": s / seconds["bare forward"] / layers}
-        if name in pairs:
-            naive = found[f"{name}, whole forwards"]
-            row["apart"] = max(abs(a / b - 1) for a, b in zip(found[name], naive, strict=True))
+        if name in experiments:
+            by_forwards = answers[f"{name}, whole forwards"]
+            row["apart"] = max(abs(a / b - 1) for a, b in zip(answers[name], by_forwards, strict=True))
         rows.append(row)
     return rows

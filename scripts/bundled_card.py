@@ -1,4 +1,4 @@
-"""The model cards of the bundled models: tables of what was measured, and two figures."""
+"""Model cards of the bundled models: tables of the measured results, and two figures."""
 
 from __future__ import annotations
 
@@ -67,16 +67,21 @@ other weights, therefore.
 
 
 def pct(r: dict, chance: float | None = None) -> str:
+    """Table cells of a rate (n, value, se): value and standard error in percent, n, chance."""
     if math.isnan(r["value"]):
         return "| - | - | 0 | - |"
     return f"| {100 * r['value']:.1f} % | {100 * r['se']:.1f} | {r['n']} | {'-' if chance is None else f'{100 * chance:.1f} %'} |"
 
 
-def write_card(name: str, folder: Path, found: dict, args) -> None:
+def write_card(name: str, folder: Path, measured: dict, args) -> None:
+    """Write a model's card, README.md in its folder, from the results of evaluate_bundled.py."""
     head = "| | value | s.e. | n | chance |\n|---|---|---|---|---|\n"
     size = sum(p.stat().st_size for p in folder.iterdir() if p.is_file())
-    c, q = found["captions"], found["questions"]
-    out = [ABOUT[name], f"{found['parameters']:,} parameters, stored in float16; the folder is {size / 1e6:.1f} MB.\n"]
+    c, q = measured["captions"], measured["questions"]
+    out = [
+        ABOUT[name],
+        f"{measured['parameters']:,} parameters, stored in float16; the folder is {size / 1e6:.1f} MB.\n",
+    ]
     out.append("## Training\n\n" + TRAINING[name] + "\nReproduce: `python scripts/train_bundled.py`.\n")
     out.append(
         f"## What it does\n\nOn {args.scenes} held-out scenes of one to three objects: their combinations of ground and colored "
@@ -91,9 +96,9 @@ def write_card(name: str, folder: Path, found: dict, args) -> None:
     rows.append(f"| 1 and 2 objects {pct({'n': n, 'value': p, 'se': math.sqrt(p * (1 - p) / n)})}")
     rows.append(f"| ground named {pct(c['ground'], 0.25)}")
     out.append(head + "\n".join(rows) + "\n")
-    main = [q[k] for k in ("color", "shape", "count") if k in q]
-    n = sum(r["n"] for r in main)
-    p = sum(r["value"] * r["n"] for r in main) / n
+    attributes = [q[k] for k in ("color", "shape", "count") if k in q]
+    n = sum(r["n"] for r in attributes)
+    p = sum(r["value"] * r["n"] for r in attributes) / n
     rows = [
         f"| {k} {pct(q[k], q[k]['chance'])}"
         for k in ("color", "shape", "count", "exists", "where", "relation")
@@ -109,21 +114,21 @@ def write_card(name: str, folder: Path, found: dict, args) -> None:
     rows = []
     for kind in ("attribute", "relation"):
         for k, chance in (("text", 0.25), ("image", 0.25), ("group", 1 / 6)):
-            rows.append(f"| {kind} swap, {k} score {pct(found[kind][k], chance)}")
+            rows.append(f"| {kind} swap, {k} score {pct(measured[kind][k], chance)}")
     out.append(
         "**Swap pairs** (as Winoground: two scenes, two captions of the same words, scored by log-probability). Attribute: "
         '"a red circle and a blue square", "a blue circle and a red square". Relation: "a red circle left of a blue square", '
         '"a blue square left of a red circle".\n\n' + head + "\n".join(rows) + "\n"
     )
-    out.append(lens_text(name, found["lens"]))
-    if "attention" in found:
-        out.append(attention_text(found["attention"], found["attention while describing"]))
-    out.append("## Limits\n\n" + limits(found))
+    out.append(lens_text(name, measured["lens"]))
+    if "attention" in measured:
+        out.append(attention_text(measured["attention"], measured["attention while describing"]))
+    out.append("## Limits\n\n" + limits(measured))
     (folder / "README.md").write_text("\n".join(out))
 
 
 def lens_text(name: str, lens: dict) -> str:
-    what = "visual tokens" if name == "tiny-llava" else "query tokens"
+    positions = "visual tokens" if name == "tiny-llava" else "query tokens"
     rows = [
         "| layer | precision | recall | precision by token | recall by token | without grounds | another scene's captions |",
         "|---|---|---|---|---|---|---|",
@@ -133,7 +138,7 @@ def lens_text(name: str, lens: dict) -> str:
         cells += [lens["objects"][i], lens["other"][i]]
         rows.append(f"| {i} | " + " | ".join(f"{x['value']:.3f} ± {x['se']:.3f}" for x in cells) + " |")
     return (
-        f"## The logit lens on the {what}\n\nTop-1 token of each of the {what}, through the final norm and the "
+        f"## The logit lens on the {positions}\n\nTop-1 token of each of the {positions}, through the final norm and the "
         "unembedding, against the scene's captions; stop words and non-words left out (`mechvlm.precision_recall`), each "
         "word counted once unless it says by token. Layer 0 is what enters the decoder. Mean over "
         f"{lens['other'][0]['n']} held-out scenes ± s.e.; a scene in which no word is decoded has no precision. The last "
@@ -143,28 +148,28 @@ def lens_text(name: str, lens: dict) -> str:
     )  # fmt: skip
 
 
-def attention_text(asked: dict, described: dict) -> str:
+def attention_text(answering: dict, describing: dict) -> str:
     return (
         "## Norm-based attention of a color word\n\nFrom the position that names a color, the norm of what each patch writes "
         "there (`mechvlm.NormAttention`): mean over the patches of the object so named (at least half in its box) over the "
         "mean of all 64. 1 is uniform. ± s.e. Beside it, in scenes of several objects, the same and that of the other "
         "objects: a layer that writes both alike has found objects, not yet the one that is named.\n\n"
-        'The color is the answer to "What color is the ...?", of every object. CaptionedFigure is the layer with the largest '
-        "difference.\n\n" + attention_table(asked) + "\n\n![norm-based attention](norm-attention.png)\n\n"
-        'The color is the next word of a caption begun with "a":\n\n' + attention_table(described) + "\n"
+        'The color is the answer to "What color is the ...?", of every object. Drawn is the layer with the largest '
+        "difference.\n\n" + attention_table(answering) + "\n\n![norm-based attention](norm-attention.png)\n\n"
+        'The color is the next word of a caption begun with "a":\n\n' + attention_table(describing) + "\n"
     )
 
 
-def attention_table(found: dict) -> str:
+def attention_table(attention: dict) -> str:
     rows = ["| layer | own patches | n | several objects: own | the others' | n |", "|---|---|---|---|---|---|"]
-    for i, rs in enumerate(zip(found["ratio"], found["several"], found["other"], strict=True)):
+    for i, rs in enumerate(zip(attention["ratio"], attention["several"], attention["other"], strict=True)):
         own, several, other = (f"{r['value']:.2f} ± {r['se']:.2f}" for r in rs)
         rows.append(f"| {i + 1} | {own} | {rs[0]['n']} | {several} | {other} | {rs[2]['n']} |")
     return "\n".join(rows)
 
 
-def limits(found: dict) -> str:
-    group, relation = found["relation"]["group"], found["questions"].get("relation")
+def limits(measured: dict) -> str:
+    group, relation = measured["relation"]["group"], measured["questions"].get("relation")
     text = "It has seen nothing but these scenes: photographs, other words and longer prompts are beyond it. "
     score = f"{100 * group['value']:.0f} % (chance 17 %)"
     if group["value"] < 1 / 3:
@@ -178,6 +183,7 @@ def limits(found: dict) -> str:
 
 
 def draw_lens(lens: dict, path: Path) -> None:
+    """Figure: the logit lens' precision and recall by layer, by word and by token."""
     figure, axes = plt.subplots(1, 2, figsize=(8, 3), sharey=True)
     for axis, by in zip(axes, ("word", "token"), strict=True):
         for m in ("precision", "recall"):
@@ -189,17 +195,22 @@ def draw_lens(lens: dict, path: Path) -> None:
     plt.close(figure)
 
 
-def draw_attention(found: dict, path: Path) -> None:
-    image, name, patches = found["drawn"]
-    best = int(np.argmax([r["value"] - o["value"] for r, o in zip(found["several"], found["other"], strict=True)]))
+def draw_attention(attention: dict, path: Path) -> None:
+    """Figure: an example scene, and what its patches write where its object's color is named.
+
+    Drawn for the layer in which the named object's patches lead the other objects' by most.
+    """
+    image, name, patches = attention["example"]
+    lead = [own["value"] - other["value"] for own, other in zip(attention["several"], attention["other"], strict=True)]
+    best = int(np.argmax(lead))
     grid = patches[best].reshape(8, 8).numpy()
     figure, axes = plt.subplots(1, 2, figsize=(6.4, 3.4))
     axes[0].imshow(image)
     axes[0].set_title("the scene", fontsize=9)
     axes[1].imshow(image, alpha=0.35)
-    shown = axes[1].imshow(grid, extent=(0, image.width, image.height, 0), cmap="magma", alpha=0.75)
+    heatmap = axes[1].imshow(grid, extent=(0, image.width, image.height, 0), cmap="magma", alpha=0.75)
     axes[1].set_title(f"naming the color of the {name.split()[1]}\n({name}), layer {best + 1}", fontsize=9)
-    figure.colorbar(shown, ax=axes[1], fraction=0.046, label="norm written")
+    figure.colorbar(heatmap, ax=axes[1], fraction=0.046, label="norm written")
     for axis in axes:
         axis.axis("off")
     figure.tight_layout()

@@ -1,4 +1,4 @@
-"""What the bundled models are made of: their configurations, tokenizers and processors, and how a folder is written."""
+"""The bundled models' configurations, tokenizers and processors; `save` writes their folders."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from transformers import (
     LlavaProcessor,
 )
 
-try:  # the PIL-backed classes need no torchvision; older versions of transformers call them by the plain name
+try:  # the PIL-backed classes need no torchvision; older transformers use the plain names for them
     from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil as BlipImageProcessor
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil as CLIPImageProcessor
 except ImportError:
@@ -50,19 +50,22 @@ TEMPLATE = (
 
 @lru_cache
 def words() -> tuple[str, ...]:
-    """Every word and mark that prompts, captions, questions and answers are written with."""
-    found = {"USER", "ASSISTANT", ":", "zero", "four", "five", "six", "seven"}
+    """All words and punctuation marks of the prompts, captions, questions and answers."""
+    vocabulary = {"USER", "ASSISTANT", ":", "zero", "four", "five", "six", "seven"}
     texts = [*LIST_PROMPTS, *THERE_PROMPTS, *RELATION_PROMPTS]
     for scene in sample_scenes(3000, seed=1, split="train"):
         texts += scene.captions()
         texts += [f"{q.text} {q.answer}" for q in scene.questions()]
     for text in texts:
-        found |= set(re.findall(r"\w+|[^\w\s]", text))
-    return tuple(sorted(found))
+        vocabulary |= set(re.findall(r"\w+|[^\w\s]", text))
+    return tuple(sorted(vocabulary))
 
 
 def llama_tokenizer(image_token: bool) -> LlamaTokenizer:
-    """A byte-fallback BPE that has one token for each scene word; words that open a prompt exist without their space too."""
+    """A byte-fallback BPE with one token for each word of the scenes.
+
+    Words that open a prompt also have a token without the leading space.
+    """
     bpe = Tokenizer(models.BPE(unk_token="<unk>"))
     bpe.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     plain = [w for w in words() if w.isalpha()]
@@ -92,6 +95,7 @@ def llama_tokenizer(image_token: bool) -> LlamaTokenizer:
 
 
 def qformer_tokenizer() -> BertTokenizer:
+    """The Q-Former's tokenizer: whole lowercase words."""
     specials = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     entries = specials + sorted({w.lower() for w in words()} | {"[DEC]"})
     return BertTokenizer(vocab={w: i for i, w in enumerate(entries)}, model_max_length=512)
@@ -99,7 +103,8 @@ def qformer_tokenizer() -> BertTokenizer:
 
 @lru_cache
 def processor(name: str):
-    size = {
+    """The processor of a bundled model, with its tokenizers."""
+    pixel_options = {
         "do_rescale": True,
         "do_normalize": True,
         "image_mean": MEAN,
@@ -113,7 +118,7 @@ def processor(name: str):
             size={"shortest_edge": PIXELS},
             do_center_crop=True,
             crop_size={"height": PIXELS, "width": PIXELS},
-            **size,
+            **pixel_options,
         )
         return LlavaProcessor(
             image_processor=images,
@@ -123,11 +128,12 @@ def processor(name: str):
             num_additional_image_tokens=1,
             chat_template=TEMPLATE,
         )
-    images = BlipImageProcessor(do_resize=True, size={"height": PIXELS, "width": PIXELS}, **size)
+    images = BlipImageProcessor(do_resize=True, size={"height": PIXELS, "width": PIXELS}, **pixel_options)
     return InstructBlipProcessor(images, llama_tokenizer(False), qformer_tokenizer(), num_query_tokens=QUERIES)
 
 
 def decoder_config(vocab_size: int) -> LlamaConfig:
+    """Both models' decoder: 8 layers, 4 heads, width 128."""
     return LlamaConfig(
         vocab_size=vocab_size,
         hidden_size=WIDTH,
@@ -198,44 +204,55 @@ def build(name: str) -> torch.nn.Module:
     config._attn_implementation = "eager"  # the fastest to train on a CPU in bfloat16
     model = cls(config)
     if name == "tiny-instructblip":
-        torch.nn.init.normal_(model.query_tokens, std=0.2)  # they start at zero, all alike
+        torch.nn.init.normal_(model.query_tokens, std=0.2)  # the library starts all queries at zero
     ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": tokenizer.pad_token_id}
     model.generation_config = GenerationConfig(**ids, do_sample=False, max_new_tokens=32)
     return model
 
 
 def fourier_positions() -> torch.Tensor:
-    """A 2-D code for the patches, [64, width]: random positions are nearly lost against the pixels."""
-    at = torch.arange(GRID)[:, None] * torch.pi * 2.0 ** torch.linspace(-1, 2, WIDTH // 4)[None] / GRID
-    code = torch.cat([at.sin(), at.cos()], 1)
+    """A 2-D sine and cosine code of each patch's row and column, [64, width].
+
+    Random position embeddings would be nearly lost against the pixels.
+    """
+    angles = torch.arange(GRID)[:, None] * torch.pi * 2.0 ** torch.linspace(-1, 2, WIDTH // 4)[None] / GRID
+    code = torch.cat([angles.sin(), angles.cos()], 1)
     grid = torch.cat([code[:, None].expand(-1, GRID, -1), code[None].expand(GRID, -1, -1)], 2)
     return 0.3 * grid.reshape(GRID**2, WIDTH)
 
 
 def start_from_clip(blip, clip, pixels):
-    """CLIP norms its embeddings and InstructBLIP does not: fold the mean scale of that norm into them, and tune afterwards."""
-    e, norm = clip.embeddings, clip.pre_layrnorm
+    """Copy a CLIP tower's weights into InstructBLIP's, which has no norm after the embeddings.
+
+    CLIP's norm is folded into the embeddings at its mean scale over `pixels`. The result is
+    approximate, so the tower is tuned afterwards.
+    """
+    clip_embeddings, norm = clip.embeddings, clip.pre_layrnorm
     with torch.no_grad():
-        sigma = e(pixels).std(-1).mean()
+        sigma = clip_embeddings(pixels).std(-1).mean()
         center = torch.eye(WIDTH) - 1 / WIDTH
         fold = torch.diag(norm.weight) @ center / sigma
-        b = blip.embeddings
-        b.patch_embedding.weight.copy_(torch.einsum("de,echw->dchw", fold, e.patch_embedding.weight))
-        b.patch_embedding.bias.zero_()
-        place = e.position_embedding.weight @ fold.T + norm.bias
-        b.position_embedding.copy_(place[None])
-        b.class_embedding.copy_((fold @ e.class_embedding)[None, None])
-        for x, y in zip(blip.encoder.layers, clip.encoder.layers, strict=True):
-            qkv = [y.self_attn.q_proj, y.self_attn.k_proj, y.self_attn.v_proj]
-            x.self_attn.qkv.weight.copy_(torch.cat([m.weight for m in qkv]))
-            x.self_attn.qkv.bias.copy_(torch.cat([m.bias for m in qkv]))
-            x.self_attn.projection.load_state_dict(y.self_attn.out_proj.state_dict())
+        blip_embeddings = blip.embeddings
+        patches = torch.einsum("de,echw->dchw", fold, clip_embeddings.patch_embedding.weight)
+        blip_embeddings.patch_embedding.weight.copy_(patches)
+        blip_embeddings.patch_embedding.bias.zero_()
+        positions = clip_embeddings.position_embedding.weight @ fold.T + norm.bias
+        blip_embeddings.position_embedding.copy_(positions[None])
+        blip_embeddings.class_embedding.copy_((fold @ clip_embeddings.class_embedding)[None, None])
+        for to, source in zip(blip.encoder.layers, clip.encoder.layers, strict=True):
+            qkv = [source.self_attn.q_proj, source.self_attn.k_proj, source.self_attn.v_proj]
+            to.self_attn.qkv.weight.copy_(torch.cat([m.weight for m in qkv]))
+            to.self_attn.qkv.bias.copy_(torch.cat([m.bias for m in qkv]))
+            to.self_attn.projection.load_state_dict(source.self_attn.out_proj.state_dict())
             for part in ("layer_norm1", "layer_norm2", "mlp"):
-                getattr(x, part).load_state_dict(getattr(y, part).state_dict())
+                getattr(to, part).load_state_dict(getattr(source, part).state_dict())
 
 
-def write(model: torch.nn.Module, name: str, folder: Path, dtype: torch.dtype = torch.float16) -> None:
-    """Saves the weights in the shipped dtype, with configuration, tokenizers and processor: all that `from_pretrained` needs."""
+def save(model: torch.nn.Module, name: str, folder: Path, dtype: torch.dtype = torch.float16) -> None:
+    """Save all that `from_pretrained` needs.
+
+    Weights in `dtype`, configuration, tokenizers and processor.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     fresh = build(name)
     fresh.load_state_dict(model.state_dict())

@@ -1,7 +1,9 @@
-"""How much memory a study of many examples takes: python scripts/study_memory.py [N ...] (default: 500 and 5000)
+"""Memory of a study of many examples.
 
-Each size is a process of its own, on tiny-llava and a folder of pictures. Prints the resident memory while examples are read, at
-its peak, and when all is written.
+    python scripts/study_memory.py [N ...]     # numbers of examples (default: 500 and 5000)
+
+Each number runs in a process of its own, with tiny-llava on a folder of pictures. Prints the
+resident memory while examples are read, the peak up to each stage, and the peak of the whole study.
 """
 
 import json
@@ -13,23 +15,24 @@ import time
 from pathlib import Path
 
 PICTURES = 100
-"""Different ones; the rest are the same files under other names."""
+"""Number of different pictures. Further examples are the same files under other names."""
 COLORS = ("red", "green", "blue", "yellow", "white")
-"""As many captions an image as COCO has."""
+"""One for each of an image's five captions; COCO has five captions per image too."""
 
 
 def resident() -> float:
-    """This process's memory now, in MB."""
+    """Resident memory of this process, in MB."""
     (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmRSS")]
     return int(line.split()[1]) / 1024
 
 
 def peak() -> float:
-    """The most that this process ever had, in MB."""
+    """Highest resident memory of this process so far, in MB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def write_pictures(n: int, folder: Path) -> None:
+    """Write `n` pictures and captions.jsonl, which is what `folder:` data sets hold."""
     from mechvlm.datasets.scenes import scenes
 
     lines = []
@@ -45,6 +48,7 @@ def write_pictures(n: int, folder: Path) -> None:
 
 
 def measure(n: int) -> None:
+    """Run a study of `n` examples and print its memory."""
     from mechvlm.study import run
 
     with tempfile.TemporaryDirectory() as home:
@@ -65,8 +69,8 @@ def measure(n: int) -> None:
         points = [max((d for d in while_reading if d <= n * k / 10), default=0) for k in range(1, 11)]
         print(f"{n} examples in {seconds:.0f} s; MB while reading, tenth by tenth:")
         print("  " + " ".join(f"{while_reading[d]:.0f}" for d in points))
-        for stage, most in at_stage.items():
-            print(f"  peak until {stage}: {most:.0f} MB")
+        for stage, highest in at_stage.items():
+            print(f"  peak until {stage}: {highest:.0f} MB")
         print(f"  peak: {peak():.0f} MB", flush=True)
 
 

@@ -1,8 +1,11 @@
-"""How fast a study reads with 1, 2 and 4 workers on this machine: python scripts/study_scaling.py [N] (default: 480 scenes)
+"""Reading speed of a study with 1, 2 and 4 workers on this machine.
 
-Tiny-llava on one thread each, on a Ray cluster that is started once; before, the same in one process without Ray. Clocked are the
-seconds from the first shard's begin to the last one's end, when all workers hold the model: what a long study spends its time
-with. Prints a Markdown table, and beside it what a shard weighs.
+    python scripts/study_scaling.py [N]     # number of scenes (default: 480)
+
+Reads scenes with tiny-llava: first in one process without Ray, then on workers of a local Ray
+cluster, with one thread per worker. The clock runs from the start of the first shard to the end of
+the last, after all workers have loaded the model, because that is where a long study spends its
+time. Prints a Markdown table and the size of the shards.
 """
 
 import os
@@ -23,35 +26,39 @@ WORKERS = (1, 2, 4)
 
 
 def measure(n: int, workers: int) -> tuple[float, int]:
-    """Seconds to read n examples, in this process for 0 workers; and the bytes of their shards."""
+    """Seconds to read `n` scenes, and the size of their shards in bytes.
+
+    With 0 workers the scenes are read in this process, without Ray.
+    """
     with tempfile.TemporaryDirectory() as folder:
         plan = Plan(
             Path(folder), ("tiny-llava",), load_dataset("scenes", n), "Describe the scene.", 16, 32, views=False
         )
         local = LocalWorker(plan, plan.names, {}, {})
-        with local if not workers else Cluster("auto", workers, 0.0).workers(local) as makers:
-            makers.load(0, lambda: None)
-            while workers and len(makers.idle) < workers:  # the others load too
-                list(makers._outcomes(lambda: None))
+        with local if not workers else Cluster("auto", workers, 0.0).workers(local) as readers:
+            readers.load(0, lambda: None)
+            # `load` returns once one worker has loaded: wait for the others.
+            while workers and len(readers.idle) < workers:
+                list(readers._outcomes(lambda: None))
             started = time.perf_counter()
-            makers.make_shards(0, list(range(len(plan))), lambda done: None)
+            readers.make_shards(0, list(range(len(plan))), lambda done: None)
             seconds = time.perf_counter() - started
         return seconds, sum(file.stat().st_size for file in Path(folder).rglob("*") if file.is_file())
 
 
 def main(n: int) -> None:
     torch.set_num_threads(1)
-    os.environ.pop("RAY_ADDRESS", None)
+    os.environ.pop("RAY_ADDRESS", None)  # a local cluster, not one that happens to be running
     print(f"{n} scenes, tiny-llava, {os.cpu_count()} cores ({platform.machine()}), one thread a worker\n")
     print("| | examples a second | times one worker |")
     print("|---|---|---|")
     alone, size = measure(n, 0)
-    one = None
+    one_worker = None
     print(f"| one process, without Ray | {n / alone:.1f} | |", flush=True)
     for workers in WORKERS:
         seconds, _ = measure(n, workers)
-        one = one or seconds
-        print(f"| {workers} worker{'s' * (workers > 1)} | {n / seconds:.1f} | {one / seconds:.2f} |", flush=True)
+        one_worker = one_worker or seconds
+        print(f"| {workers} worker{'s' * (workers > 1)} | {n / seconds:.1f} | {one_worker / seconds:.2f} |", flush=True)
     print(f"\nShards: {size / n / 1000:.2f} kB an example")
 
 

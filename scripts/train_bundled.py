@@ -1,15 +1,20 @@
-"""Trains the bundled models from scratch: `python scripts/train_bundled.py` (seeded, resumable, CPU or GPU).
+"""Train the bundled models from scratch, on CPU or GPU; seeded and resumable.
 
-Four stages, each kept in `--work` and picked up where it stopped:
+    python scripts/train_bundled.py
 
-1. `decoder`: a small Llama, on text alone. A document is a scene written as an 8 x 8 grid of words, then captions,
-   questions and answers about it; every next word counts. Each word of the grid carries a code for its row and column.
-2. `towers`: a CLIP vision tower, on each patch's color, shape, ground, row and column; its weights then start
-   InstructBLIP's tower.
-3. `llava`: the decoder reads the frozen tower through the projector. The loss is on text alone: never on a visual position.
-4. `instructblip`: the same decoder reads it through a Q-Former. The loss is on text alone.
+Four stages. Each keeps its checkpoints in `--work` and resumes from the last one:
 
-`decoder` and `towers` do not need each other, nor do `llava` and `instructblip`: `--stage` lets two of them run side by side.
+1. `decoder`: a small Llama, on text alone. A document is a scene written as an 8 x 8 grid of words,
+   then captions, questions and answers about it; every next word counts. Each word of the grid
+   carries a code for its row and column.
+2. `towers`: a CLIP vision tower, on each patch's color, shape, ground, row and column. Its weights
+   then initialise InstructBLIP's tower.
+3. `llava`: the decoder reads the frozen tower through the projector. The loss is on text alone,
+   never on a visual position.
+4. `instructblip`: the same decoder reads the tower through a Q-Former. The loss is on text alone.
+
+`decoder` and `towers` do not depend on each other, nor do `llava` and `instructblip`: with
+`--stage`, the two can run side by side.
 """
 
 from __future__ import annotations
@@ -24,29 +29,36 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from bundled_data import Corpus, Scenes, pack, single
-from bundled_models import GRID, WIDTH, build, decoder_config, fourier_positions, processor, start_from_clip, write
+from bundled_models import GRID, WIDTH, build, decoder_config, fourier_positions, processor, save, start_from_clip
 from torch import nn
 from transformers import LlamaForCausalLM
 
 CELLS = GRID * GRID
-MANY = (1, 2, 2, 3)  # relations are clearest between two objects
-HERE = Path(__file__).resolve().parent.parent / "mechvlm" / "bundled"
+OBJECTS = (1, 2, 2, 3)  # objects per scene: more scenes of two, where relations are clearest
+BUNDLED = Path(__file__).resolve().parent.parent / "mechvlm" / "bundled"
 
 
 # ---- one loop for every stage ----
-def fit(name, module, batch, args, steps, lr, slow=(), watch=None, stop=None):
-    """AdamW with a cosine schedule on float32 weights; forward and backward run on a bfloat16 copy of them.
+def fit(name, module, batch, args, steps, lr, validate=None, stop=None):
+    """Train `module` with AdamW and a cosine schedule, from its checkpoint where there is one.
 
-    Batch `i` depends on (seed, i) alone, so a resumed run sees what an uninterrupted one would.
+    The optimizer holds float32 weights; forward and backward run on a bfloat16 copy. Batch `i`
+    depends on (seed, i) alone, so a resumed run sees the batches of an uninterrupted one.
+
+    Args:
+        name: of the checkpoint, `name`.pt in `args.work`.
+        module: returns its loss when called with a batch.
+        batch: makes the batch of a step from (rng, step).
+        args: the command line's.
+        steps: length of the schedule.
+        lr: the highest learning rate.
+        validate: its report on the bfloat16 copy is printed with each checkpoint.
+        stop: end the schedule early, at this step.
     """
     path = args.work / f"{name}.pt"
     module.to(args.device)
     named = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for n, p in named if any(s in n for s in slow)], "scale": 0.3},
-        {"params": [p for n, p in named if not any(s in n for s in slow)], "scale": 1.0},
-    ]
-    optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=(0.9, 0.98), weight_decay=0.05)
+    optimizer = torch.optim.AdamW([p for _, p in named], lr=lr, betas=(0.9, 0.98), weight_decay=0.05)
     start = 0
     if path.exists():
         saved = torch.load(path, map_location=args.device)
@@ -61,7 +73,7 @@ def fit(name, module, batch, args, steps, lr, slow=(), watch=None, stop=None):
     for step in range(start, min(steps, stop or steps)):
         rate = lr * min(1, (step + 1) / 100) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
         for g in optimizer.param_groups:
-            g["lr"] = rate * g["scale"]
+            g["lr"] = rate
         loss = run(**batch(np.random.default_rng((args.seed, step)), step))
         half.zero_grad(set_to_none=True)
         loss.backward()
@@ -84,16 +96,19 @@ def fit(name, module, batch, args, steps, lr, slow=(), watch=None, stop=None):
             part = path.with_suffix(".part")
             torch.save({"model": module.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}, part)
             part.replace(path)
-            if watch:
+            if validate:
                 with torch.no_grad():
-                    print(f"{name} {step + 1} {watch(half)}", flush=True)
+                    print(f"{name} {step + 1} {validate(half)}", flush=True)
             clock = time.time()
     return module
 
 
 # ---- stages 1 and 3: a decoder over 64 cells ----
 class Reader(nn.Module):
-    """A decoder that reads a scene of 64 cells, then text. The cells are words, or patches through the projector."""
+    """A decoder that reads a scene of 64 cells, then text.
+
+    The cells are words, or patches through the projector.
+    """
 
     def __init__(self, lm, projector=None):
         super().__init__()
@@ -106,7 +121,8 @@ class Reader(nn.Module):
         if features is not None:
             image = self.projector(features)
         else:
-            # Where `both` is 1 a cell is the sum of its two words, as a patch shows color and shape at once.
+            # Where `both` is 1, a cell is the sum of its two words, as a patch shows color and
+            # shape at once.
             words = embed(cells)
             image = words[:, 0] + both[:, None, None] * words[:, 1] + (self.row + self.col).reshape(1, CELLS, WIDTH)
         x = embed(ids)
@@ -124,6 +140,7 @@ class Reader(nn.Module):
 
 
 def decoder(args):
+    """Stage 1: the first 400 steps of a schedule of 1200 (or of `--steps`)."""
     torch.manual_seed(args.seed)
     vocab = len(processor("tiny-llava").tokenizer)
     data = Corpus(Scenes("train", args.scenes))
@@ -141,7 +158,7 @@ def decoder(args):
         args,
         args.steps or 1200,
         2e-3,
-        watch=lambda m: accuracy(m, val, args, text=True),
+        validate=lambda m: accuracy(m, val, args, text=True),
         stop=400,
     )
 
@@ -151,7 +168,7 @@ def accuracy(module, data, args, text, features=None):
     hit, n = {}, {}
     for i in range(2):
         b, kinds = pack(
-            data, np.random.default_rng(i), 64, args.device, text=text, features=features, fixed=64 * i, kinds=True
+            data, np.random.default_rng(i), 64, args.device, text=text, features=features, first=64 * i, kinds=True
         )
         h = module.states(**{k: v for k, v in b.items() if k not in ("targets", "weights")}).last_hidden_state
         right = (module.lm.lm_head(h).argmax(-1) == b["targets"]).cpu().numpy()
@@ -167,9 +184,9 @@ def accuracy(module, data, args, text, features=None):
 class Tower(nn.Module):
     """A vision tower with a linear head for each thing a patch shows."""
 
-    def __init__(self, vision, clip: bool):
+    def __init__(self, vision):
         super().__init__()
-        self.vision, self.clip = vision, clip
+        self.vision = vision
         self.heads = nn.ModuleList([nn.Linear(WIDTH, n) for n in (9, 9, 4, GRID, GRID)])
 
     def features(self, pixels):
@@ -182,6 +199,7 @@ class Tower(nn.Module):
 
 
 def towers(args):
+    """Stage 2: CLIP's tower, then InstructBLIP's from CLIP's weights."""
     torch.manual_seed(args.seed)
     dense, plain, val = Scenes("train", 8000, counts=(4, 5, 6, 7)), Scenes("train", 4000), Scenes("val", 128)
     sets = [
@@ -200,7 +218,7 @@ def towers(args):
     def batch(rng, step):
         return labelled(torch.from_numpy(rng.integers(0, len(sets[0][0]), 64)), *sets[0])
 
-    def watch(m):
+    def validate(m):
         b = labelled(torch.arange(128), *sets[1])
         x = m.features(b["pixels"])[:, 1:]
         shown = b["labels"][:, 0] > 0
@@ -210,79 +228,85 @@ def towers(args):
             out.append(f"{right[shown].float().mean():.3f}" if i < 2 else f"{right.float().mean():.3f}")
         return "color, shape, ground, row, column of patches: " + " ".join(out)
 
-    clip = Tower(build("tiny-llava").model.vision_tower, True)
+    clip = Tower(build("tiny-llava").model.vision_tower)
     emb = clip.vision.embeddings if hasattr(clip.vision, "embeddings") else clip.vision.vision_model.embeddings
     emb.position_embedding.weight.data[1:] = fourier_positions()
-    fit("tower-clip", clip, batch, args, args.steps or 1600, 2e-3, watch=watch)
+    fit("tower-clip", clip, batch, args, args.steps or 1600, 2e-3, validate=validate)
     clip.float().cpu()
-    blip = Tower(build("tiny-instructblip").vision_model, False)
+    blip = Tower(build("tiny-instructblip").vision_model)
     start_from_clip(blip.vision, getattr(clip.vision, "vision_model", clip.vision), sets[0][0][:256])
     blip.heads.load_state_dict(clip.heads.state_dict())
-    fit("tower-blip", blip, batch, args, (args.steps or 1600) // 2, 1e-3, watch=watch, stop=600)
+    fit("tower-blip", blip, batch, args, (args.steps or 1600) // 2, 1e-3, validate=validate, stop=600)
 
 
 def load(args, name, module):
+    """The module with the weights of the last checkpoint of that name."""
     module.load_state_dict(torch.load(args.work / f"{name}.pt", map_location="cpu")["model"])
     return module
 
 
 @torch.no_grad()
 def cached(tower, scenes, args):
-    """The frozen tower's output, [scene, 65, width] bfloat16."""
+    """The frozen tower's output for all scenes: class token, then patches.
+
+    [scene, 65, width], bfloat16.
+    """
     tower.eval().to(args.device)
     return torch.cat([tower.features(p.float().to(args.device)).bfloat16() for p in scenes.pixels().split(256)])
 
 
 # ---- stage 3 ----
 def llava(args):
+    """Stage 3: decoder and projector on scenes. Writes tiny-llava's folder."""
     torch.manual_seed(args.seed + 1)
     full = build("tiny-llava")
-    tower = load(args, "tower-clip", Tower(full.model.vision_tower, True))
-    train, val = Scenes("train", args.scenes, counts=MANY), Scenes("val", 128)
+    tower = load(args, "tower-clip", Tower(full.model.vision_tower))
+    train, val = Scenes("train", args.scenes, counts=OBJECTS), Scenes("val", 128)
     vocab = len(processor("tiny-llava").tokenizer)
     start = load(args, "decoder", Reader(LlamaForCausalLM(decoder_config(vocab))))
     start.lm.set_attn_implementation("eager")
     module = Reader(start.lm, full.model.multi_modal_projector)
     module.row, module.col = start.row, start.col
-    features, seen = cached(tower, train, args)[:, 1:], cached(tower, val, args)[:, 1:]
-    with torch.no_grad():  # patches enter as large as words do
+    features, val_features = cached(tower, train, args)[:, 1:], cached(tower, val, args)[:, 1:]
+    with torch.no_grad():  # patches enter the decoder on the scale of words
         size = start.lm.model.embed_tokens.weight.std() * 2
         last = module.projector.linear_2
         last.weight.mul_(size / module.projector(features[:64].float().to("cpu")).std())
-    data, held = Corpus(train), Corpus(val)
+    data, val_data = Corpus(train), Corpus(val)
 
     def batch(rng, step):
-        if step % 8 == 7:  # some text alone, so that the language is kept
+        if step % 8 == 7:  # some batches of text alone, so that the language is not forgotten
             return pack(data, rng, args.batch or 32, args.device, text=True)
         return pack(data, rng, args.batch or 32, args.device, features=features)
 
-    def watch(m):
-        return accuracy(m, held, args, False, seen) + " | lens " + lens(m, held, args, seen)
+    def validate(m):
+        return accuracy(m, val_data, args, False, val_features) + " | lens " + lens(m, val_data, args, val_features)
 
-    for steps in [args.steps] if args.steps else (2600, 4000):  # the second begins where the first ends: a warm restart
-        fit("llava", module, batch, args, steps, 1e-3, watch=watch)
+    # A warm restart: the second schedule continues at step 2600, with the rate it has there.
+    for steps in [args.steps] if args.steps else (2600, 4000):
+        fit("llava", module, batch, args, steps, 1e-3, validate=validate)
     module.float().cpu()
     full.model.language_model.load_state_dict(module.lm.model.state_dict())
     full.lm_head.load_state_dict(module.lm.lm_head.state_dict())
     full.model.multi_modal_projector.load_state_dict(module.projector.state_dict())
-    write(full, "tiny-llava", args.out / "tiny-llava")
+    save(full, "tiny-llava", args.out / "tiny-llava")
 
 
 def lens(module, data, args, features):
     """Unique-word precision of the logit lens on visual positions, by layer."""
-    b = pack(data, np.random.default_rng(0), 64, args.device, features=features, fixed=0)
+    b = pack(data, np.random.default_rng(0), 64, args.device, features=features, first=0)
     keep = {k: v for k, v in b.items() if k not in ("targets", "weights")}
     states = module.states(**keep, output_hidden_states=True).hidden_states
     out = []
     for i, h in enumerate(states):
         h = h[:, 4 : 4 + CELLS]
         top = module.lm.lm_head(h if i == len(states) - 1 else module.lm.model.norm(h)).argmax(-1)
-        found = total = 0
+        hits = total = 0
         for j in range(64):
             words = {data.words[t] for t in top[j].tolist()} - data.stop
-            found += len(words & data.truth[j])
+            hits += len(words & data.truth[j])
             total += len(words)
-        out.append(f"{found / max(total, 1):.2f}")
+        out.append(f"{hits / max(total, 1):.2f}")
     return " ".join(out)
 
 
@@ -292,12 +316,8 @@ class Blip(nn.Module):
 
     def __init__(self, full, lm):
         super().__init__()
-        self.query_tokens, self.qformer, self.projection, self.lm = (
-            full.query_tokens,
-            full.qformer,
-            full.language_projection,
-            lm,
-        )
+        self.query_tokens, self.qformer = full.query_tokens, full.qformer
+        self.projection, self.lm = full.language_projection, lm
 
     def logits(self, ids, features, q_ids, q_mask):
         n = len(ids)
@@ -319,22 +339,23 @@ class Blip(nn.Module):
 
 
 def instructblip(args):
+    """Stage 4: Q-Former, projection and decoder on scenes. Writes tiny-instructblip's folder."""
     torch.manual_seed(args.seed + 2)
     full = build("tiny-instructblip")
-    tower = load(args, "tower-blip", Tower(full.vision_model, False))
-    train, val = Scenes("train", args.scenes, counts=MANY), Scenes("val", 128)
+    tower = load(args, "tower-blip", Tower(full.vision_model))
+    train, val = Scenes("train", args.scenes, counts=OBJECTS), Scenes("val", 128)
     vocab = len(processor("tiny-llava").tokenizer)
     lm = load(args, "decoder", Reader(LlamaForCausalLM(decoder_config(vocab)))).lm
     lm.set_attn_implementation("eager")
     module = Blip(full, lm)
-    features, seen = cached(tower, train, args), cached(tower, val, args)
-    data, held = Corpus(train), Corpus(val)
+    features, val_features = cached(tower, train, args), cached(tower, val, args)
+    data, val_data = Corpus(train), Corpus(val)
 
     def batch(rng, step):
         return single(data, rng, args.batch or 24, 5, args.device, features)
 
-    def watch(m):
-        b, kinds = single(held, np.random.default_rng(0), 128, 5, args.device, seen, kinds=True)
+    def validate(m):
+        b, kinds = single(val_data, np.random.default_rng(0), 128, 5, args.device, val_features, kinds=True)
         targets, weights = b.pop("targets"), b.pop("weights")
         right = ((m.logits(**b).argmax(-1) == targets) & (weights >= 1)).cpu()
         out = []
@@ -343,10 +364,10 @@ def instructblip(args):
             out.append(f"{kind} {right[at].sum() / (weights[at] >= 1).sum():.3f}")
         return " ".join(out)
 
-    fit("instructblip", module, batch, args, args.steps or 2200, 1e-3, watch=watch)
+    fit("instructblip", module, batch, args, args.steps or 2200, 1e-3, validate=validate)
     module.float().cpu()
     full.language_model.load_state_dict(module.lm.state_dict())
-    write(full, "tiny-instructblip", args.out / "tiny-instructblip")
+    save(full, "tiny-instructblip", args.out / "tiny-instructblip")
 
 
 STAGES = {"decoder": decoder, "towers": towers, "llava": llava, "instructblip": instructblip}
@@ -354,16 +375,16 @@ STAGES = {"decoder": decoder, "towers": towers, "llava": llava, "instructblip": 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--stage", choices=[*STAGES, "all"], default="all")
-    parser.add_argument("--work", type=Path, default=Path("build/bundled"), help="where checkpoints are kept")
-    parser.add_argument("--out", type=Path, default=HERE)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=0, help="of the stage; 0 takes the stage's own")
-    parser.add_argument("--batch", type=int, default=0, help="scenes a step; 0 takes the stage's own, 32 or 24")
-    parser.add_argument("--scenes", type=int, default=12000)
-    parser.add_argument("--threads", type=int, default=0)
-    parser.add_argument("--no-compile", dest="compile", action="store_false")
+    parser.add_argument("--stage", choices=[*STAGES, "all"], default="all", help="stage to run (default: all)")
+    parser.add_argument("--work", type=Path, default=Path("build/bundled"), help="where the checkpoints are")
+    parser.add_argument("--out", type=Path, default=BUNDLED, help="where the models' folders are written")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
+    parser.add_argument("--seed", type=int, default=0, help="of weights and batches (default: 0)")
+    parser.add_argument("--steps", type=int, default=0, help="length of the schedule; 0: the stage's own")
+    parser.add_argument("--batch", type=int, default=0, help="scenes per step; 0: the stage's own, 32 or 24")
+    parser.add_argument("--scenes", type=int, default=12000, help="training scenes (default: 12000)")
+    parser.add_argument("--threads", type=int, default=0, help="of torch; 0: its own choice")
+    parser.add_argument("--no-compile", dest="compile", action="store_false", help="do not use torch.compile")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     if args.threads:

@@ -1,4 +1,4 @@
-"""The benchmark's rivals give mechvlm's numbers, and a regression is reported. Nothing is timed."""
+"""Benchmark: the other ways give mechvlm's numbers, and regressions are reported. No timing."""
 
 import sys
 from functools import partial
@@ -18,7 +18,7 @@ from benchmark_measure import peaks, times
 
 
 @pytest.mark.parametrize("family", ["llava", "instructblip"])
-def test_the_other_ways_find_the_same(family):
+def test_the_other_ways_give_the_same_numbers(family):
     vlm, hf = benchmark_models.build(family, layers=2, width=256)
     prompts = [benchmark_models.QUESTION, benchmark_models.QUESTION + " w1 w2"]
     inputs = vlm.inputs([benchmark_models.noise(i) for i in range(2)], prompts)
@@ -32,23 +32,24 @@ def test_the_other_ways_find_the_same(family):
     ):
         for name, a, b in zip(ours._fields, ours, theirs, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6, msg=lambda m, name=name: f"{name}: {m}")
-    # The bare forward is on the same weights, in modules of its own.
+    # The bare model shares mechvlm's weights, but not its modules.
     for (name, bare), (_, traced) in zip(hf.named_modules(), vlm.hf.named_modules(), strict=True):
         assert bare is not traced, name
         for own, shared in zip(bare.parameters(recurse=False), traced.parameters(recurse=False), strict=True):
             assert own.data_ptr() == shared.data_ptr(), name
 
 
-def test_the_vectors_of_each_pair_by_hand():
+def test_pair_by_pair_against_a_calculation_by_hand():
     # [1, 2 heads, dest, src]
     alpha = torch.tensor([[[[1.0, 0.0], [0.5, 0.5]], [[1.0, 0.0], [0.0, 1.0]]]])
     v = torch.tensor([[[[3.0], [1.0]], [[4.0], [2.0]]]])
-    # The heads write in directions of their own: (3, 4); then half of 3 alone, and (half of 1, 2).
-    wanted = torch.tensor([[[5.0, 0.0], [1.5, 4.25**0.5]]])
-    torch.testing.assert_close(rivals.pair_by_pair(alpha, v, torch.eye(2)), wanted)
+    # Head 0 writes along the first axis, head 1 along the second. To destination 0, source 0 writes
+    # (3, 4). To destination 1, source 0 writes (3 / 2, 0) and source 1 writes (1 / 2, 2).
+    expected = torch.tensor([[[5.0, 0.0], [1.5, 4.25**0.5]]])
+    torch.testing.assert_close(rivals.pair_by_pair(alpha, v, torch.eye(2)), expected)
 
 
-def test_what_moved_is_said():
+def test_moved_ratios_are_reported():
     record = {"t": {"read": 1.0, "pairs": 20.0, "gone": 3.0, "tracing": 0.002, "fat": 1.0, "fat, memory": 1.02}}
     rows = [
         {"case": "read", "seconds": 1.0, "of a bare forward": 9.0, "of its floor": 1.2},
@@ -67,7 +68,7 @@ def test_what_moved_is_said():
 
 
 @pytest.mark.parametrize(
-    ("row", "said"),
+    ("row", "sentence"),
     [
         ({"of its floor": 1.04, "bar": 1.05}, None),
         ({"of its floor": 1.06, "bar": 1.05}, "x: of its floor 1.060, the bar is 1.050"),
@@ -79,11 +80,11 @@ def test_what_moved_is_said():
         ({"times as long": 16.0, "least": 15}, None),
     ],
 )
-def test_a_missed_bar_is_said(row, said):
-    assert benchmark.missed({"case": "x", "seconds": 0.0, **row}) == said
+def test_a_missed_bar_is_reported(row, sentence):
+    assert benchmark.missed({"case": "x", "seconds": 0.0, **row}) == sentence
 
 
-def test_the_first_turn_is_not_counted_and_a_peak_is_seen():
+def test_times_skip_the_warm_up_turn_and_peaks_see_an_allocation():
     turns = []
     times({"case": lambda: turns.append(1)}, repeats=3)
     assert len(turns) == 4
@@ -91,6 +92,6 @@ def test_the_first_turn_is_not_counted_and_a_peak_is_seen():
     times({name: partial(order.append, name) for name in "rabc"}, repeats=1, reference="r")
     assert order == ["r", "a", "b", "r", "c"]
     memory = peaks({"large": lambda: torch.ones(50_000_000), "small": lambda: torch.ones(1)}, "cpu", 1)
-    if memory["large"] is not None:  # a machine that tells
+    if memory["large"] is not None:  # None where the system does not report it
         assert 190e6 < memory["large"].above < 260e6
         assert memory["small"].above < 50e6

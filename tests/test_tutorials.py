@@ -1,4 +1,4 @@
-"""The tutorials run, and their committed outputs are small and name no machine."""
+"""Tutorials: they run, and their committed outputs are small and name no machine."""
 
 import base64
 import importlib.util
@@ -25,7 +25,7 @@ def outputs(notebook):
 
 
 def printed(notebook) -> list[str]:
-    """What each cell printed, without rounding errors (2.9e-06)."""
+    """The printed text of each cell, without rounding errors such as 2.9e-06."""
     text = ["".join(o.text for o in c.get("outputs", []) if o.output_type == "stream") for c in notebook.cells]
     return [re.sub(r"\d\.?\d*e[-+]\d+", "", t) for t in text]
 
@@ -37,25 +37,25 @@ def test_there_are_seven():
 @pytest.mark.tutorial
 @BY_NAME
 def test_it_runs(path):
-    """No cell fails, and each prints what is committed, up to rounding: the text quotes it."""
+    """No cell fails, and each prints the committed text up to rounding: the prose quotes it."""
     committed = nbformat.read(path, as_version=4)
     ran = script.run(path)
     assert any("<iframe " in o.get("data", {}).get("text/html", "") for o in outputs(ran)) == (
         "mv.view." in path.read_text()
     )
-    script.still(ran)
+    script.tidy(ran)
     for before, now in zip(printed(committed), printed(ran), strict=True):
         assert words(now) == words(before)
         assert numbers(now) == pytest.approx(numbers(before), rel=0.1, abs=0.06)
 
 
 @pytest.mark.ndif
-def test_that_on_NDIF_runs_there(server, tmp_path):
-    """Committed as rehearsed; on a server it prints the same."""
+def test_the_ndif_tutorial_runs_on_a_server(server, tmp_path):
+    """The notebook is committed with REMOTE = "local". On a server it prints the same."""
     committed = nbformat.read(ROOT / "tutorials" / "7_local_and_ndif.ipynb", as_version=4)
-    (tmp_path / "there.ipynb").write_text(nbformat.writes(committed).replace('REMOTE = \\"local\\"', "REMOTE = True"))
-    ran = script.run(tmp_path / "there.ipynb")
-    script.still(ran)
+    (tmp_path / "remote.ipynb").write_text(nbformat.writes(committed).replace('REMOTE = \\"local\\"', "REMOTE = True"))
+    ran = script.run(tmp_path / "remote.ipynb")
+    script.tidy(ran)
     assert "REMOTE = True" in ran.cells[1].source
     assert "False" not in "".join(printed(ran))
     assert printed(ran) == printed(committed)
@@ -70,7 +70,7 @@ def numbers(text: str) -> list[float]:
 
 
 @BY_NAME
-def test_its_outputs_are_small_and_of_no_machine(path):
+def test_its_outputs_are_small_and_name_no_machine(path):
     notebook = nbformat.read(path, as_version=4)
     nbformat.validate(notebook)
     assert path.stat().st_size < 300_000
@@ -101,8 +101,8 @@ def test_it_says_what_changes_for_a_large_model(path):
     assert sum(cell.count(line) for cell in cells) == 1
 
 
-def test_a_view_is_committed_as_its_still_picture():
-    """Of views a picture stays; frames, progress bars and stderr go."""
+def test_a_view_is_committed_as_its_preview():
+    """Views become pictures. Progress bars, stderr and metadata are dropped."""
     png = "aGVsbG8="
     view = f'<div><img alt="a" src="data:image/png;base64,{png}"><iframe srcdoc="&lt;script&gt;"></iframe></div>'
     new = nbformat.v4.new_output
@@ -116,10 +116,10 @@ def test_a_view_is_committed_as_its_still_picture():
         new("execute_result", data={"text/plain": "VLM(...)"}, execution_count=1),
     ]
     notebook = nbformat.v4.new_notebook(cells=[cell], metadata={"language_info": {"name": "python", "version": "3"}})
-    script.still(notebook)
-    said, shown, value = notebook.cells[0].outputs
-    assert said.text == "one\ntwo\n"
-    assert shown.data == {"image/png": png}
+    script.tidy(notebook)
+    text, picture, value = notebook.cells[0].outputs
+    assert text.text == "one\ntwo\n"
+    assert picture.data == {"image/png": png}
     assert value.data == {"text/plain": "VLM(...)"}
     assert notebook.cells[0].metadata == {}
     assert notebook.metadata == script.METADATA

@@ -1,6 +1,8 @@
-"""What NDIF runs here: its own model actor without the two methods that need CUDA, and a controller that sizes local folders.
+"""NDIF's model actor and controller, adapted to a CPU and to models in local folders.
 
-NDIF is told of these by name (`NDIF_MODEL_IMPORT_PATH`, `NDIF_CONTROLLER_IMPORT_PATH`); everything else is as it is published.
+The actor replaces the two methods that need CUDA. The controller reads a model's size from its
+folder. NDIF imports both by name (`NDIF_MODEL_IMPORT_PATH`, `NDIF_CONTROLLER_IMPORT_PATH`); all
+else is NDIF as published.
 """
 
 import gc
@@ -16,7 +18,11 @@ from transformers import AutoConfig
 
 
 class OnCPU(SandboxModelDeployment):
-    """NDIF's model actor: a trusted user's block runs beside the weights, any other in a process of its own without them."""
+    """NDIF's model actor on a CPU.
+
+    As in NDIF, a trusted user's block runs in the process that holds the weights, any other block
+    in a process of its own without them.
+    """
 
     CACHEABLE = False
 
@@ -39,21 +45,27 @@ Actor = ray.remote(num_cpus=0, max_restarts=-1)(OnCPU)
 
 
 def describe_folder(cls, model_key, dtype, trust_remote_code=False):
-    """NDIF asks the hub how large a model is; a folder's size is read here."""
-    named = json.loads(model_key.partition(":")[2])
-    folder = Path(named["repo_id"])
+    """Size, configuration and revision of a model in a folder, in place of a request to the hub.
+
+    Raises:
+        FileNotFoundError: when the folder holds no .safetensors file.
+    """
+    key = json.loads(model_key.partition(":")[2])
+    folder = Path(key["repo_id"])
     weights = sorted(folder.glob("*.safetensors"))
     if not weights:
-        raise FileNotFoundError(f"There is no model {named['repo_id']!r} here.")
+        raise FileNotFoundError(f"There is no model {key['repo_id']!r} here.")
     return CheckpointInfo(
         size_bytes=sum(file.stat().st_size for file in weights),
         config=AutoConfig.from_pretrained(folder),
-        revision=named.get("revision"),
+        revision=key.get("revision"),
     )
 
 
 @ray.remote(num_cpus=1, num_gpus=0, max_restarts=-1, resources={"head": 1})
 class Controller(_ControllerActor):
+    """NDIF's controller, which asks `describe_folder` about models."""
+
     def __init__(self, *args, **kwargs):
         # ndif 0.1.2 passes an argument that nnsight 0.8.1 no longer takes.
         Remotable.describe_checkpoint = classmethod(describe_folder)

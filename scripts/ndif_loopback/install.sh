@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Installs the server into $NDIF_LAB, in an environment of its own that holds no mechvlm. Once; about 2 GB.
+# Installs the server once into $NDIF_LAB (about 2 GB), in its own environment without mechvlm.
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/settings.sh"
 mkdir -p "$NDIF_LAB"
@@ -8,6 +8,6 @@ pip=$NDIF_LAB/venv/bin/pip
 "$pip" install -q torch==2.13.0
 "$pip" install -q nnsight==0.8.1 transformers==5.23.0 "ray[default]==2.60.0" accelerate peft einops pillow \
   fastapi "uvicorn[standard]" gunicorn python-multipart redis boto3 click python-dotenv "moto[server]"
-# ndif 0.1.2 asks for Python 3.12 and runs on 3.11.
+# ndif 0.1.2 requires Python 3.12 but runs on 3.11.
 "$pip" install -q --no-deps --ignore-requires-python --python-version 3.12 --only-binary=:all: --upgrade \
   --target "$NDIF_LAB/ndif" ndif==0.1.2

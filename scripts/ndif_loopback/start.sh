@@ -1,20 +1,20 @@
 #!/usr/bin/env bash
 # start.sh            runs a real NDIF on this machine's loopback until Ctrl-C
-# start.sh COMMAND    runs a command beside it, in a network that holds nothing else, and ends both
+# start.sh COMMAND    runs NDIF and the command in a network of their own, then stops NDIF
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/settings.sh"
 [ -x "$NDIF_LAB/venv/bin/python" ] || { echo "No server is installed in $NDIF_LAB: run $here/install.sh once." >&2; exit 1; }
 
 if [ -z "${NDIF_INSIDE:-}" ]; then
-  # Whatever is started dies with the process namespace that it lives in.
-  apart=(--pid --fork --mount-proc --kill-child=KILL)
-  [ $# -eq 0 ] || apart+=(--net)
-  [ "$(id -u)" -eq 0 ] || apart+=(--user --map-root-user)
-  NDIF_INSIDE=1 exec unshare "${apart[@]}" "${BASH_SOURCE[0]}" "$@"
+  # A process namespace of their own, so that all parts of the server end with this script.
+  namespaces=(--pid --fork --mount-proc --kill-child=KILL)
+  [ $# -eq 0 ] || namespaces+=(--net)
+  [ "$(id -u)" -eq 0 ] || namespaces+=(--user --map-root-user)
+  NDIF_INSIDE=1 exec unshare "${namespaces[@]}" "${BASH_SOURCE[0]}" "$@"
 fi
 [ $# -eq 0 ] || ip link set lo up
 
-serve() {  # the parts of the server, each with a log of its own
+serve() {  # starts the parts of the server, each with its own log
   local log=$NDIF_LAB/log
   mkdir -p "$log" "$NDIF_HOME"
   cd "$NDIF_LAB"
@@ -28,10 +28,11 @@ serve() {  # the parts of the server, each with a log of its own
   RAY_ADDRESS=127.0.0.1:6395 python -m ndif.services.ray.deployments.controller.controller >"$log/controller.log" 2>&1
   NDIF_SERVICE=api gunicorn --config python:ndif.services.api.gunicorn_conf --bind 127.0.0.1:8009 \
     ndif.services.api.app:app >"$log/api.log" 2>&1 &
-  # Two more doors to the same server: one that wants API keys (its list of them is out of reach), one for newer clients.
-  door() { NDIF_SERVICE=api python -m uvicorn ndif.services.api.app:app --port "$1" >"$log/api-$1.log" 2>&1 & }
-  NDIF_POSTGRES_URL=postgresql://127.0.0.1:1/keys door 8010
-  NDIF_MIN_NNSIGHT_VERSION=99.0 door 8011
+  # Two more addresses of the same server. Port 8010 requires API keys, and its database of keys
+  # cannot be reached. Port 8011 requires a newer nnsight.
+  serve_api() { NDIF_SERVICE=api python -m uvicorn ndif.services.api.app:app --port "$1" >"$log/api-$1.log" 2>&1 & }
+  NDIF_POSTGRES_URL=postgresql://127.0.0.1:1/keys serve_api 8010
+  NDIF_MIN_NNSIGHT_VERSION=99.0 serve_api 8011
   for _ in $(seq 240); do
     curl -sf --fail-early "$NDIF_HOST/connected" http://127.0.0.1:8010/ping http://127.0.0.1:8011/ping >/dev/null && return
     sleep 0.5
