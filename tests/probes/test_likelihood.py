@@ -9,6 +9,7 @@ import torch
 import mechvlm as mv
 from helpers.images import noise_image
 from helpers.models import instructblip, llava
+from mechvlm.datasets.scenes import scenes
 
 CAPTION = "a red circle above a blue square on the sand"
 
@@ -40,9 +41,7 @@ def test_float32_is_the_models_own(llava_vlm):
 
 
 def test_scores_of_the_bundled_model_in_bfloat16():
-    """On twenty captions the log-likelihood is off by what the states' rounding does, not the logits'."""
-    from mechvlm.datasets.scenes import scenes
-
+    """On twenty captions log-likelihoods are off by the states' rounding, not by the logits'."""
     whole, half = (mv.load("tiny-llava", dtype=dtype) for dtype in ("float32", "bfloat16"))
     examples = list(scenes(20))
     images, captions = [e.image for e in examples], [e.captions[0] for e in examples]

@@ -7,14 +7,15 @@ import torch
 
 import mechvlm as mv
 from helpers.images import noise_image
+from mechvlm.tracing import reading as module
 
 
 def test_threads_wait_for_each_other(llava_vlm):
-    """320 reads in four threads equal the reads of one."""
+    """64 reads in four threads equal the reads of one."""
     inputs = [llava_vlm.inputs(noise_image(i), "what is this") for i in range(8)]
     alone = [mv.logit_lens(llava_vlm, some) for some in inputs]
     with ThreadPoolExecutor(4) as pool:
-        results = list(pool.map(lambda i: mv.logit_lens(llava_vlm, inputs[i % 8]), range(320)))
+        results = list(pool.map(lambda i: mv.logit_lens(llava_vlm, inputs[i % 8]), range(64)))
     for i, result in enumerate(results):
         assert torch.equal(result.ids, alone[i % 8].ids)
         torch.testing.assert_close(result.probs, alone[i % 8].probs)
@@ -42,17 +43,14 @@ def test_different_calls_in_threads(llava_vlm):
 @pytest.mark.parametrize("lost", ["state", "row"])
 def test_a_part_of_a_forward_is_no_result(llava_vlm, monkeypatch, lost):
     """Whatever loses readings on the way, a result of some layers only is refused."""
-    from mechvlm.tracing import reading
+    whole = module._readings
 
-    whole = reading._readings
+    def without_layer_2(vlm, wanted):
+        for method, reading in whole(vlm, wanted):
+            if method != ("at_state" if lost == "state" else "at_attention") or reading.layer != 2:
+                yield method, reading
 
-    def some(vlm, wanted):
-        for method, one in whole(vlm, wanted):
-            if method == ("at_state" if lost == "state" else "at_attention") and one.layer == 2:
-                continue
-            yield method, one
-
-    monkeypatch.setattr(reading, "_readings", some)
+    monkeypatch.setattr(module, "_readings", without_layer_2)
     inputs = llava_vlm.inputs(noise_image(0), "what is this")
     with pytest.raises(RuntimeError, match=r"some layers only \(.*(finite|NormAttention) \d of \d"):
         mv.read(llava_vlm, inputs, mv.NormAttention())
