@@ -22,7 +22,7 @@ def logit_lens(
     inputs: Inputs,
     k: int = 5,
     positions: str | Sequence[int] = "image",
-    layers: Sequence[int] | None = None,
+    layers: int | Sequence[int] | None = None,
     final_norm: bool = True,
 ) -> LogitLensResult:
     """The k likeliest tokens of states, decoded by the unembedding: the logit lens.

@@ -229,6 +229,8 @@ def multimodal_neurons(
         NonFiniteError: when a gradient is NaN or infinite; it names the examples, counted over all
             batches.
     """
+    if torch.is_inference_mode_enabled():
+        raise InputError("multimodal_neurons needs gradients: call it outside of torch.inference_mode().")
     batches = as_batches(inputs)
     answers_of = by_batch(batches, answers)
     if not 1 <= k_words <= vlm.d_vocab or k < 1:

@@ -15,6 +15,7 @@ ARCHITECTURES: dict[str, Architecture] = {
             unembed="lm_head",
             visual_tokens="patches",
             template="USER: {images}\n{prompt} ASSISTANT:",
+            processor_settings=(("patch_size", "vision_config.patch_size"),),
         ),
         Architecture(
             hf_class="InstructBlipForConditionalGeneration",
@@ -34,6 +35,7 @@ ARCHITECTURES: dict[str, Architecture] = {
                 ("input_ids", "text_config.max_position_embeddings"),
                 ("qformer_input_ids", "qformer_config.max_position_embeddings"),
             ),
+            processor_settings=(("num_query_tokens", "num_query_tokens"),),
             decoder_outputs="language_model_outputs",
         ),
     )

@@ -32,6 +32,8 @@ class Architecture:
         text_config: config path of the decoder's own config.
         image_token_id: config path of the placeholder token's id.
         patch_size: config path of the side of the vision encoder's patches, in pixels.
+        processor_settings: (attribute, config path) of settings that the processor must share with
+            the model.
         decoder_outputs: attribute of the class's output that holds the decoder's output; None if
             the two are the same.
         attention, mlp, mid_norm: a layer's attention, its MLP, and the norm between them. These and
@@ -61,6 +63,7 @@ class Architecture:
     text_config: str = "text_config"
     image_token_id: str = "image_token_index"
     patch_size: str = "vision_config.patch_size"
+    processor_settings: tuple[tuple[str, str], ...] = ()
     decoder_outputs: str | None = None
     attention: str = "self_attn"
     mlp: str = "mlp"

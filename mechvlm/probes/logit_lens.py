@@ -71,7 +71,7 @@ class LogitLens:
         k: how many tokens per position.
         positions: by name ("image", "text", "all", "last", ...) or by number, the same for every
             example.
-        layers: states 0 to n_layers; default all.
+        layers: one state or several, 0 to n_layers; default all.
         final_norm: put states through the model's final norm first, as the model does before it
             unembeds. False unembeds them raw.
 
@@ -85,7 +85,7 @@ class LogitLens:
 
     k: int = 5
     positions: str | Sequence[int] = "image"
-    layers: Sequence[int] | None = None
+    layers: int | Sequence[int] | None = None
     final_norm: bool = True
 
     def prepare(self, vlm: Model, inputs: Inputs) -> LensPlan:
@@ -94,7 +94,8 @@ class LogitLens:
             raise ValueError(
                 f"k={self.k} tokens were asked for; choose 1 to {vlm.d_vocab}, the size of the vocabulary."
             )
-        layers = tuple(range(vlm.n_layers + 1)) if self.layers is None else tuple(self.layers)
+        given = range(vlm.n_layers + 1) if self.layers is None else self.layers
+        layers = (given,) if isinstance(given, int) else tuple(given)
         bad = [layer for layer in layers if not 0 <= layer <= vlm.n_layers]
         if bad or not layers:
             raise ValueError(f"Layers {bad or '(none)'} were asked for; there are 0 (embeddings) to {vlm.n_layers}.")

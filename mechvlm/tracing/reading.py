@@ -118,6 +118,9 @@ def _refuse_unreadable(inputs: Any, probes: tuple) -> None:
         raise ValueError("read() was given no probe. Try mechvlm.read(vlm, inputs, mechvlm.LogitLens()).")
     if not isinstance(inputs, Inputs):
         raise ValueError(f"read() takes what vlm.inputs(image, prompt) gives, not {type(inputs).__name__}.")
+    classes = [probe.__name__ for probe in probes if isinstance(probe, type)]
+    if classes:
+        raise ValueError(f"read() takes probes, not their classes {classes}: write {classes[0]}(), with its options.")
     strange = [type(probe).__name__ for probe in probes if not hasattr(probe, "prepare")]
     if strange:
         raise ValueError(

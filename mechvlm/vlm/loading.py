@@ -83,6 +83,7 @@ def load(
             raise ModelError(f"The model is loaded already: give {used} to its `from_pretrained`, not to mechvlm.load.")
         _require_decoder_only(model.config, record)
         _require_parts(processor)
+        _require_settings(processor, model.config, record)
         name = getattr(model, "name_or_path", "") or type(model).__name__
         vlm = VLM(model.eval(), processor, name=name, remote=remote)
     else:
@@ -104,6 +105,7 @@ def load(
                 source = str(Path(source).resolve())
                 register_folder(source)
             return VLM(source, processor, name=name, revision=revision, remote=True)
+        _require_settings(processor, _load_config(source, name, revision, trust_remote_code), architecture_of(hf_class))
         hf = _load_weights(source, name, hf_class, dtype=dtype, device_map=device_map, **source_options)
         _require_plain(hf)
         commit = getattr(hf.config, "_commit_hash", None) or revision
@@ -201,6 +203,17 @@ def _require_parts(processor) -> None:
             f"A {type(processor).__name__} was given as the processor; it has no {' and no '.join(lacking)}. Give what "
             "AutoProcessor.from_pretrained returns for the model."
         )
+
+
+def _require_settings(processor, config, record: Architecture) -> None:
+    """Old checkpoints lack settings of the processor, and a processor may be another model's."""
+    for name, path in record.processor_settings:
+        given, needed = getattr(processor, name, None), part(config, path)
+        if given != needed:
+            raise ModelError(
+                f"The processor's {name} is {given}, the model's {path} is {needed}: it would make another number of image "
+                f"tokens. Set processor.{name} = {needed}, or give the processor of this model."
+            )
 
 
 def class_of(name: str, revision: str | None = None, trust_remote_code: bool = False) -> str:

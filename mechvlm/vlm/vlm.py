@@ -16,7 +16,7 @@ from mechvlm.decoder.attention import attention_call
 from mechvlm.decoder.decoder import Decoder
 from mechvlm.decoder.norms import Norm
 from mechvlm.decoder.projections import Projection
-from mechvlm.errors import ModelError
+from mechvlm.errors import InputError, ModelError
 from mechvlm.families.known import architecture_of
 from mechvlm.families.record import part
 from mechvlm.inputs.batch import Answers, Inputs, build_inputs
@@ -222,7 +222,17 @@ class VLM(Decoder):
         return write_answers(inputs, answers, self.tokenizer, image_token, max_length)
 
     def encoding(self, inputs: Inputs) -> dict[str, Tensor]:
-        """The arguments of the Hugging Face model's forward, on its device."""
+        """The arguments of the Hugging Face model's forward, on its device.
+
+        Raises:
+            InputError: for inputs that a model of another family made.
+        """
+        text = {"input_ids", "attention_mask", *self.record.right_padded}
+        if {key for key in inputs.encoding if key.endswith(("input_ids", "attention_mask"))} != text:
+            raise InputError(
+                f"These inputs were made for another family of models ({inputs.model or 'unknown'}): they hold "
+                f"{', '.join(sorted(inputs.encoding))}. Make them again with {self.name}'s own vlm.inputs(image, prompt)."
+            )
         if self.has_weights:
             return {key: value.to(self.device) for key, value in inputs.encoding.items()}
         return dict(inputs.encoding)  # the server moves them to the model's device

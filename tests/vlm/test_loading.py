@@ -128,11 +128,33 @@ def test_options_that_a_loaded_model_cannot_take():
             mv.load(hf, processor, device="cuda")
 
 
-def test_a_processor_that_does_not_fit():
-    hf, processor = llava.__wrapped__()
-    processor.patch_size = None
-    with pytest.raises(mv.ModelError, match="processor of LlavaForConditionalGeneration does not fit"):
+@pytest.mark.parametrize(
+    ("family", "setting", "value", "needed"),
+    [
+        (llava, "patch_size", None, 14),
+        (llava, "patch_size", 16, 14),
+        (instructblip, "num_query_tokens", None, 5),
+        (instructblip, "num_query_tokens", 3, 5),
+    ],
+)
+def test_a_processor_that_does_not_fit(family, setting, value, needed):
+    hf, processor = family.__wrapped__()
+    setattr(processor, setting, value)
+    with pytest.raises(
+        mv.ModelError, match=rf"{setting} is {value}, .* is {needed}: .*Set processor.{setting} = {needed}"
+    ):
         mv.load(hf, processor)
+    setattr(processor, setting, needed)
+    mv.load(hf, processor)
+
+
+def test_inputs_of_another_family(llava_vlm, blip_vlm):
+    for own, other in ((llava_vlm, blip_vlm), (blip_vlm, llava_vlm)):
+        inputs = other.inputs(noise_image(0), "what is this")
+        with pytest.raises(mv.InputError, match=r"made for another family of models .* vlm.inputs\(image, prompt\)"):
+            mv.logit_lens(own, inputs)
+        with pytest.raises(mv.InputError, match="made for another family of models"):
+            own.generate(inputs)
 
 
 def test_damaged_weights_are_not_blamed_on_the_record():
