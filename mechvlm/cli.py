@@ -197,7 +197,8 @@ def _study(arguments: argparse.Namespace) -> int:
                 from mechvlm.study import run
                 from mechvlm.study.report.terminal import print_summary
 
-                out = _study_folder(arguments, PROMPT)
+                prompt = PROMPT if arguments.prompt is None else arguments.prompt
+                out = _study_folder(arguments, prompt)
                 was_finished = (Path(out) / "run.json").is_file()
 
                 def progress(stage: str, done: int, total: int) -> None:
@@ -206,7 +207,7 @@ def _study(arguments: argparse.Namespace) -> int:
 
                 study = run(
                     arguments.model or bundled.NAMES, arguments.dataset, n=arguments.n, seed=arguments.seed,
-                    prompt=PROMPT if arguments.prompt is None else arguments.prompt, device=arguments.device,
+                    prompt=prompt, device=arguments.device,
                     dtype=arguments.dtype, device_map=arguments.device_map, remote=arguments.remote,
                     batch_size=arguments.batch_size, out=out, progress=progress, ray=arguments.ray,
                     workers=arguments.workers, gpus_per_worker=arguments.gpus_per_worker,
@@ -256,7 +257,7 @@ def _study_folder(arguments: argparse.Namespace, prompt: str) -> str:
     """The folder of the study.
 
     This is the folder that was named; otherwise the last unfinished folder of the default name with
-    the same settings; otherwise, without --resume, a new folder. `prompt` is the default prompt.
+    the same settings; otherwise, without --resume, a new folder.
     """
     from mechvlm import bundled
     from mechvlm.errors import InputError
@@ -269,7 +270,7 @@ def _study_folder(arguments: argparse.Namespace, prompt: str) -> str:
     unfinished = [p for p in Path().glob(f"{DEFAULT_OUT}*/settings.json") if not p.with_name("run.json").exists()]
     unfinished.sort(key=lambda file: file.stat().st_mtime)
     settings = {
-        "models": list(arguments.model or bundled.NAMES), "prompt": arguments.prompt or prompt, "seed": arguments.seed,
+        "models": list(arguments.model or bundled.NAMES), "prompt": prompt, "seed": arguments.seed,
         "dtype": arguments.dtype, "batch_size": arguments.batch_size,
     }  # fmt: skip
     same = [file for file in unfinished if was_begun_with(file.parent, arguments.dataset, arguments.n, settings)]
