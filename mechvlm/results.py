@@ -13,6 +13,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+RESULT_FORMAT = 2
+"""Version of a saved result. Version 1, which names none, counts the layers of attention, heads and
+neurons from 1."""
+
 
 @dataclass(frozen=True)
 class Result:
@@ -75,7 +79,7 @@ class Result:
                 settings[f.name] = value
         if not Path(path).parent.is_dir():
             raise FileNotFoundError(f"Nothing can be saved as {path}: the folder {Path(path).parent} is not there.")
-        header = {"mechvlm": type(self).__name__, "fields": json.dumps(settings)}
+        header = {"mechvlm": type(self).__name__, "format": str(RESULT_FORMAT), "fields": json.dumps(settings)}
         save_file(tensors, path, metadata=header)
 
     @classmethod
@@ -83,7 +87,7 @@ class Result:
         """Read a file that `save` wrote.
 
         Raises:
-            ValueError: when the file holds another kind of result.
+            ValueError: when the file holds another kind of result, or a newer mechvlm wrote it.
         """
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
@@ -91,8 +95,20 @@ class Result:
                 kind = header.get("mechvlm", "no mechvlm result")
                 raise ValueError(f"{path} holds {kind}, not {cls.__name__}: load it with the class that saved it.")
             values = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        file_format = int(header.get("format", 1))
+        if file_format > RESULT_FORMAT:
+            raise ValueError(
+                f"{path} was written by a newer mechvlm (format {file_format}; this one reads up to {RESULT_FORMAT}). "
+                "Update: pip install -U mechvlm."
+            )
         values |= {key: _tuples(value) for key, value in json.loads(header["fields"]).items()}
-        return cls(**{cls.renamed.get(key, key): value for key, value in values.items()})
+        values = {cls.renamed.get(key, key): value for key, value in values.items()}
+        return cls(**(cls.counted_from_0(values) if file_format == 1 else values))
+
+    @classmethod
+    def counted_from_0(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """The fields of a file of format 1, with their layers counted from 0."""
+        return values
 
 
 def _tuples(value):

@@ -137,23 +137,24 @@ def test_a_finished_study():
     mv.compare([SAVED / "study"]).plot()
 
 
-def test_an_unfinished_study_goes_on(tmp_path):
-    """The same command keeps the finished shard. Its tables equal those of an unstopped study."""
+def test_an_unfinished_study_is_refused_and_kept(tmp_path):
+    """Its parts number layers otherwise: half of each would be a table of two numberings."""
     folder = tmp_path / "study"
     shutil.copytree(SAVED / "unfinished", folder)
     settings = read_settings(folder)
     # As if it had been begun with the packages that are installed now.
     settings["versions"] = {package: version(package) for package in RESULT_PACKAGES}
     (folder / "settings.json").write_text(json.dumps(settings))
-    shard = folder / "shards" / "0-00000" / "about.json"
-    before = shard.stat().st_ino
-    read = []
+    files = sorted(folder.rglob("*"))
+    with pytest.raises(mv.InputError, match=r"another version of mechvlm began .*Finish it with that version"):
+        run(["tiny-llava"], "scenes", n=6, seed=5, batch_size=2, out=folder)
+    assert sorted(folder.rglob("*")) == files
 
-    def watch(stage: str, done: int, total: int) -> None:
-        if stage.endswith("reading"):
-            read.append((done, total, shard.stat().st_ino))
 
-    study = run(["tiny-llava"], "scenes", n=6, seed=5, batch_size=2, out=folder, progress=watch)
-    assert read == [(6, 6, before)], "nothing is read again"
+def test_tables_of_a_finished_study_are_those_of_today(tmp_path):
+    """Opened, its states are called so and its layers count from 0."""
+    study = run(["tiny-llava"], "scenes", n=6, seed=5, batch_size=2, out=tmp_path / "study")
     for name, table in mv.Study.open(SAVED / "study").tables.items():
         pd.testing.assert_frame_equal(study.tables[name], table, check_dtype=False, obj=name)
+    layers = study.tables["attention_share"]["layer"]
+    assert (layers.min(), layers.max()) == (0, 7)

@@ -24,7 +24,7 @@ from mechvlm.errors import InputError
 from mechvlm.experiments.cases import Example, Examples, for_each, positions
 from mechvlm.experiments.sweep import Edit, run, sweep, windows
 from mechvlm.figures.headings import ALONE, INTERVAL, heading, n_examples, number, short_name, window_width
-from mechvlm.figures.style import LAYER, SIGNED, axes, heatmap, style, text
+from mechvlm.figures.style import SIGNED, axes, heatmap, style, text
 from mechvlm.inputs.batch import Answers, Inputs, as_batches
 from mechvlm.inputs.tokens import Modality
 from mechvlm.intervals import Interval, mean_interval
@@ -55,9 +55,9 @@ class CausalTraceResult(Result):
         p_corrupt: with the image or the words corrupted.
         p_restored: corrupted, with a group's states restored in the window around each layer.
         groups: names of the groups of positions.
-        layers: layers as states: with at="resid_pre" l is the state that enters the decoder's layer
-            l (0: the embeddings), else 1 to n_layers is the layer that wrote.
-        windows: (first, last + 1) of each window, as indices of the decoder's layers.
+        layers: the center of each window, 0 to n_layers - 1. With at="resid_pre" what is restored
+            is the state of that number, which the layer reads; else what the layer wrote.
+        windows: (first, last + 1) of each window of layers.
         at, corrupt: the site that is restored, and what was corrupted.
         answers: the tokens whose probability is measured, as the tokenizer's pieces.
         model: the model's name.
@@ -75,6 +75,11 @@ class CausalTraceResult(Result):
     corrupt: str
     answers: tuple[str, ...]
     model: str
+
+    @classmethod
+    def counted_from_0(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """The fields of a file of format 1, with their layers counted from 0."""
+        return values | {"layers": tuple(range(len(values["layers"])))}
 
     @property
     def effect(self) -> Float[Tensor, "layer group example"]:
@@ -135,7 +140,6 @@ class CausalTraceResult(Result):
             for label in ax.get_xticklabels():
                 label.set(rotation=30, ha="right", rotation_mode="anchor")
         ax.spines[:].set_visible(False)
-        ax.set_ylabel(LAYER)
         ax.set_xlabel(f"positions whose {self.at} was restored")
         several = f"{n_examples(self.effect)}, means; hatched: the {INTERVAL} holds 0"
         heading(
@@ -214,10 +218,9 @@ def causal_trace(
         "causal trace",
     )
     tokens, p, p_corrupt, p_restored = zip(*by_example, strict=True)
-    first = 0 if at == "resid_pre" else 1
     return CausalTraceResult(
         p=torch.tensor(p), p_corrupt=torch.tensor(p_corrupt), p_restored=torch.tensor(p_restored).permute(1, 2, 0),
-        groups=tuple(groups_of[0]), layers=tuple(range(first, vlm.n_layers + first)),
+        groups=tuple(groups_of[0]), layers=tuple(range(vlm.n_layers)),
         windows=tuple((span.start, span.stop) for span in spans), at=at, corrupt=corrupt,
         answers=vlm.to_str_tokens(torch.tensor(tokens)), model=vlm.name,
     )  # fmt: skip

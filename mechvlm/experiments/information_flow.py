@@ -21,7 +21,7 @@ from mechvlm.errors import InputError
 from mechvlm.experiments.cases import Example, Examples, for_each, positions
 from mechvlm.experiments.sweep import Edit, run, sweep, windows
 from mechvlm.figures.headings import ALONE, INTERVAL, heading, n_examples, short_name, window_width
-from mechvlm.figures.style import axes, style, text
+from mechvlm.figures.style import LAYER, axes, style, text
 from mechvlm.inputs.batch import Answers, Inputs
 from mechvlm.intervals import Interval, mean_interval
 from mechvlm.results import Result, long_frame
@@ -43,7 +43,7 @@ class InformationFlowResult(Result):
         p: of the answer's first token, undisturbed.
         p_knocked: with the flow knocked out in the window around each layer.
         flows: "source -> destination", by the names of a `TokenMap`.
-        windows: (first, last + 1) of each window, in the decoder's layers 0 to n_layers - 1.
+        windows: (first, last + 1) of each window, in layers 0 to n_layers - 1.
         answers: the tokens whose probability is measured, as the tokenizer's pieces.
         model: the model's name.
     """
@@ -95,7 +95,7 @@ class InformationFlowResult(Result):
                 )  # fmt: skip
             ax.set_xlim(-0.25, len(layers) - 0.75)
             ax.set_xticks(layers[::step])
-            ax.set_xlabel("center of the window (layer of the decoder, 0 = first)")
+            ax.set_xlabel(f"center of the window, {LAYER}")
             ax.set_ylabel(self.units)
             ax.legend(title="attention knocked out", title_fontsize=8, alignment="left")
             heading(

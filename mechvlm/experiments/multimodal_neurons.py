@@ -11,7 +11,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import nnsight
 import numpy as np
@@ -68,7 +68,7 @@ class MultimodalNeuronsResult(Result):
     """The MLP neurons that did most for an answer at the image's positions; the strongest first.
 
     Attributes:
-        layer, index: the layer whose MLP holds the neuron, 1 to n_layers, and its number there.
+        layer, index: the layer whose MLP holds the neuron, from 0, and the neuron's number there.
         attribution: Σ activation * d logit / d activation over the image's positions (logits): what
             the logit would lose, to first order, were the neuron silent on the image.
         activation: of the neuron at each image token, in the order of the image's positions; NaN
@@ -94,6 +94,11 @@ class MultimodalNeuronsResult(Result):
     answers: tuple[str, ...]
     grid: tuple[int, ...]
     model: str
+
+    @classmethod
+    def counted_from_0(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """The fields of a file of format 1, with their layers counted from 0."""
+        return values | {"layer": values["layer"] - 1}
 
     @property
     def interval(self) -> Interval:
@@ -250,7 +255,7 @@ def multimodal_neurons(
     pad = torch.nn.functional.pad
     maps = [pad(batch_map, (0, longest - batch_map.shape[-1]), value=torch.nan) for batch_map in maps]
     return MultimodalNeuronsResult(
-        layer=chosen.layer + 1,
+        layer=chosen.layer,
         index=chosen.index,
         attribution=attribution[:, chosen.layer, chosen.index],
         activation=torch.cat(maps),
@@ -264,7 +269,7 @@ def multimodal_neurons(
 
 @dataclass(frozen=True)
 class Neurons:
-    """The chosen neurons; `layer` counts from 0."""
+    """The chosen neurons."""
 
     layer: Int[Tensor, " neuron"]
     index: Int[Tensor, " neuron"]
@@ -385,9 +390,10 @@ def _refuse_nonfinite(attribution: Float[Tensor, "example layer neuron"], vlm: V
     finite = attribution.isfinite()
     bad = tuple((~finite.all(-1).all(-1)).nonzero().squeeze(-1).tolist())
     if bad:
-        last = int((~finite.all(-1).all(0)).nonzero().max()) + 1
+        last = int((~finite.all(-1).all(0)).nonzero().max())
         raise NonFiniteError(
-            f"Gradients of {vlm.name} are NaN or infinite up to layer {last} of {vlm.n_layers}, in example(s) {list(bad)}. In "
-            "float16 they overflow: load with dtype='bfloat16' or 'float32'. Else the weights or the image may hold NaN.",
+            f"Gradients of {vlm.name} are NaN or infinite up to layer {last} (of 0 to {vlm.n_layers - 1}), in example(s) "
+            f"{list(bad)}. In float16 they overflow: load with dtype='bfloat16' or 'float32'. Else the weights or the image "
+            "may hold NaN.",
             examples=bad,
         )

@@ -267,7 +267,7 @@ class _VisualTokenSum:
 
     def at_state(self, plan: list[tuple[int, Tensor]], state: State) -> Row | None:
         """The sum at state 0."""
-        if state.layer:
+        if state.number:
             return None
         return {"sum": torch.stack([state.resid[row, pos].double().sum(0) for row, pos in plan]).sum(0)}
 

@@ -154,7 +154,7 @@ def read_pairs(vlm: VLM, pairs: Sequence[Pair], prompt: str) -> Float[Tensor, "m
         for measure in ("precision", "recall"):
             by_layer = words[words["measure"] == measure]["value"].to_numpy(dtype="float32")
             values[PAIR_MEASURES.index(measure), :, i] = torch.from_numpy(by_layer)
-        values[PAIR_MEASURES.index("norm attention"), 1:, i] = norms.norm[:, i, 0, tokens.image].sum(-1)
+        values[PAIR_MEASURES.index("norm attention"), :-1, i] = norms.norm[:, i, 0, tokens.image].sum(-1)
     values[PAIR_MEASURES.index("contextualization")] = cosine
     values[PAIR_MEASURES.index("log-likelihood"), -1] = likelihood.total
     return values.unflatten(-1, (len(pairs), 2, 2))
@@ -163,7 +163,7 @@ def read_pairs(vlm: VLM, pairs: Sequence[Pair], prompt: str) -> Float[Tensor, "m
 class _CaptionCosine:
     """Probe: the mean cosine of an example's image tokens and its last `n_tokens` tokens.
 
-    The result is [layer example].
+    The result is [state example].
     """
 
     def __init__(self, n_tokens: Sequence[int]):
@@ -183,6 +183,6 @@ class _CaptionCosine:
 
     def result(
         self, plan: ContextualizationPlan, rows: list[Row], vlm: Model, inputs: Inputs
-    ) -> Float[Tensor, "layer example"]:
+    ) -> Float[Tensor, "state example"]:
         """The mean cosines of all states."""
         return stack([row["cosine"] for row in rows])

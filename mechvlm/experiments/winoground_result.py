@@ -4,7 +4,7 @@
 """
 
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from torch import Tensor
 
 from mechvlm.figures.headings import INTERVAL, short_name
-from mechvlm.figures.style import axes, layer_axis, style
+from mechvlm.figures.style import LAYER, axes, state_axis, style
 from mechvlm.intervals import Interval, mean_interval
 from mechvlm.results import Result, long_frame
 
@@ -87,8 +87,9 @@ class WinogroundResult(Result):
     """Every measure of every pair, with each of its captions on each of its images.
 
     Attributes:
-        values: by `measures`; NaN where a measure has no such layer (norm-based attention begins at
-            1, and the likelihood is the model's own, at n_layers) or no value (the precision of no
+        values: by `measures`. The axis `layer` is the state of what is read between layers, and the
+            layer itself of norm-based attention, 0 to n_layers - 1. NaN where a measure has no such
+            layer (the likelihood is the model's own, at n_layers) or no value (the precision of no
             word).
         pairs: their ids.
         set_aside: (id, reason) of each pair that could not be read.
@@ -104,6 +105,13 @@ class WinogroundResult(Result):
     set_aside: tuple[tuple[str, str], ...]
     prompt: str
     model: str
+
+    @classmethod
+    def counted_from_0(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """The fields of a file of format 1, with their layers counted from 0."""
+        row = PAIR_MEASURES.index("norm attention")
+        values["values"][row] = values["values"][row].roll(-1, dims=0)
+        return values
 
     @property
     def logprob(self) -> Float[Tensor, "pair caption image"]:
@@ -155,7 +163,7 @@ class WinogroundResult(Result):
         }
         frame = long_frame(self.by_condition, **labels)
         frame["pair"] = frame["pair"].map(names)
-        has_value = {"norm attention": frame["layer"] > 0, "log-likelihood": frame["layer"] == layers[-1]}
+        has_value = {"norm attention": frame["layer"] < layers[-1], "log-likelihood": frame["layer"] == layers[-1]}
         for measure, rows in has_value.items():
             frame = frame[(frame["measure"] != measure) | rows.loc[frame.index]]
         return frame[["pair", "image", "measure", "layer", "condition", "value"]].reset_index(drop=True)
@@ -211,6 +219,8 @@ def draw_difference(ax: Axes, measure: str, mean: np.ndarray, low: np.ndarray, h
     ax.axhline(0, color="#444444", linewidth=0.8)
     ax.fill_between(x, low, high, color="#0072B2", alpha=0.15, linewidth=0)
     ax.plot(x, mean, color="#0072B2", marker="o", markersize=3.5 if len(x) < 20 else 0)
-    layer_axis(ax, len(mean) - 1)
+    state_axis(ax, len(mean) - 1)
+    if measure == "norm attention":
+        ax.set_xlabel(LAYER)
     ax.set_title(LABELS[measure], fontsize=9)
     ax.set_ylabel("own less other caption", fontsize=8)

@@ -1,4 +1,4 @@
-"""One style for every figure: colors, lines and bands, axes of layers, heat maps.
+"""One style for every figure: colors, lines and bands, axes of layers and states, heat maps.
 
 A figure that `result.plot()` makes belongs to pyplot, as with pandas: a notebook shows it at the
 end of its cell, `plt.show()` in a window, and a script that makes many closes them with
@@ -26,7 +26,10 @@ class Line(NamedTuple):
     marker: str
 
 
-LAYER = "layer (0 = embeddings)"
+LAYER = "layer (0 = first)"
+STATE = "state (0 = embeddings)"
+"""Names of the two axes along the decoder: layers 0 to n_layers - 1 read states 0 to n_layers - 1,
+and write states 1 to n_layers."""
 HEAT = "magma_r"
 SIGNED = "RdBu_r"
 """Colors for values of either sign, white at 0; the color-blind can tell the ends apart."""
@@ -140,10 +143,19 @@ def banded(
 
 
 def layer_axis(ax: Axes, n_layers: int) -> None:
-    """Label the x axis with layers 0 (embeddings) to n_layers."""
-    ax.set_xlim(-0.25, n_layers + 0.25)
-    ax.set_xticks(range(0, n_layers + 1, -(-(n_layers + 1) // 14)))
-    ax.set_xlabel(LAYER)
+    """Label the x axis with layers 0 to n_layers - 1."""
+    _number_axis(ax, n_layers, LAYER)
+
+
+def state_axis(ax: Axes, n_layers: int) -> None:
+    """Label the x axis with states 0 (embeddings) to n_layers."""
+    _number_axis(ax, n_layers + 1, STATE)
+
+
+def _number_axis(ax: Axes, count: int, label: str) -> None:
+    ax.set_xlim(-0.25, count - 0.75)
+    ax.set_xticks(range(0, count, -(-count // 14)))
+    ax.set_xlabel(label)
 
 
 def heatmap(ax: Axes, values: np.ndarray, layers: Sequence[int], edges: np.ndarray | None = None, cmap=HEAT, **limits):
@@ -166,7 +178,7 @@ def heatmap(ax: Axes, values: np.ndarray, layers: Sequence[int], edges: np.ndarr
     mesh = ax.pcolormesh(edges, rows, values, cmap=cmap, rasterized=True, **limits)
     step = -(-len(layers) // 9)
     ax.set_yticks(range(0, len(layers), step), [str(layer) for layer in layers[::step]])
-    ax.set_ylabel("layer")
+    ax.set_ylabel(LAYER)
     ax.grid(False)
     for spine in ax.spines.values():
         spine.set_visible(True)

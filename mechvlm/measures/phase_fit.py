@@ -250,7 +250,7 @@ def _explain(
         return ("The inter-modal curve neither rises nor falls by more than examples differ: a flat line predicts them "
                 "as well as any segments do. None of the paper's phases shows.")  # fmt: skip
     course = ", then ".join(
-        f"{DIRECTION_VERBS[direction]} over layers {first}-{last}"
+        f"{DIRECTION_VERBS[direction]} over states {first}-{last}"
         for direction, (first, last) in zip(directions, intervals, strict=True)
     )
     sentences = [f"The inter-modal curve {course}."]

@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -26,7 +26,7 @@ from jaxtyping import Float
 from matplotlib.axes import Axes
 from torch import Tensor
 
-from mechvlm.figures.style import LINES, axes, layer_axis, style
+from mechvlm.figures.style import LINES, axes, state_axis, style
 from mechvlm.results import Result
 
 PAPER_PHASES = {
@@ -79,9 +79,9 @@ class Change(NamedTuple):
 
 @dataclass(frozen=True, repr=False)
 class Phases(Result):
-    """The segments of a curve over layers, as `fit_phases` returns them.
+    """The segments of a curve over states, as `fit_phases` returns them.
 
-    A segment goes from a layer to a layer, and neighbours share their turning layer.
+    A segment goes from a state to a state, and neighbours share the one where the curve turns.
 
     >>> phases = mv.fit_phases(mv.contextualization(vlm, inputs))
     >>> phases.boundaries, phases.labels
@@ -89,14 +89,14 @@ class Phases(Result):
     >>> phases.plot()
 
     Attributes:
-        mean: mean of the inter-modal curve over examples [layer].
-        fit: the rising and falling curve fitted to `mean` [layer].
+        mean: mean of the inter-modal curve over examples [state].
+        fit: the rising and falling curve fitted to `mean` [state].
         n_segments: number of segments; 0 if a flat line predicts held-out examples as well.
         directions: "rise" or "fall" of each segment.
         labels: the paper's phase of each segment, or None where it cannot be told.
-        intervals: (first, last) layer of each segment.
-        boundaries: the turning layers between the segments.
-        boundary_intervals: (low, high) layer of each boundary's bootstrap interval, NaN for one
+        intervals: (first, last) state of each segment.
+        boundaries: the states where the curve turns, between the segments.
+        boundary_intervals: (low, high) state of each boundary's bootstrap interval, NaN for one
             example.
         changes: "inter", and "image" and "text" if they were given, each with a `Change` for each
             segment.
@@ -111,8 +111,8 @@ class Phases(Result):
 
     units = "cosine similarity"
 
-    mean: Float[Tensor, " layer"]
-    fit: Float[Tensor, " layer"]
+    mean: Float[Tensor, " state"]
+    fit: Float[Tensor, " state"]
     n_segments: int
     directions: tuple[str, ...]
     labels: tuple[str | None, ...]
@@ -133,10 +133,15 @@ class Phases(Result):
         object.__setattr__(self, "changes", changes)
         object.__setattr__(self, "evidence", tuple(Evidence(*fields) for fields in self.evidence))
 
+    @classmethod
+    def counted_from_0(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """The fields of a file of format 1, which calls states layers in its explanation."""
+        return values | {"explanation": values["explanation"].replace(" over layers ", " over states ")}
+
     def to_frame(self) -> pd.DataFrame:
         """The segments as a table, one row each.
 
-        `low` and `high` are the interval of `last_layer`; NaN for the last segment, which ends
+        `low` and `high` are the interval of `last_state`; NaN for the last segment, which ends
         where the curve does. `phase` and `name` are None where the paper's phase cannot be told.
         """
         rows = []
@@ -147,7 +152,7 @@ class Phases(Result):
             low_high = self.boundary_intervals[i] if i < len(self.boundaries) else (math.nan, math.nan)
             change_values = [value for changes in self.changes.values() for value in changes[i]]
             rows.append([phase, name, direction, *interval, *low_high, *change_values])
-        columns = ["phase", "name", "direction", "first_layer", "last_layer", "low", "high"]
+        columns = ["phase", "name", "direction", "first_state", "last_state", "low", "high"]
         for curve in self.changes:
             prefix = "" if curve == "inter" else f"{curve}_"
             columns += [f"{prefix}change", f"{prefix}change_low", f"{prefix}change_high"]
@@ -169,7 +174,7 @@ class Phases(Result):
             ax.plot(
                 range(last + 1), self.fit.numpy(), color="#222222", linestyle="--", linewidth=1, label="fitted segments"
             )
-            layer_axis(ax, last)
+            state_axis(ax, last)
             ax.set_ylabel("image – text similarity (mean cosine)")
             ax.legend(loc="lower right")
         return ax
@@ -179,7 +184,7 @@ def shade(ax: Axes, phases: Phases, names: bool = True, heads: bool = True) -> N
     """Shade the segments behind a plot, and draw their boundaries.
 
     Args:
-        ax: axes with layers on x.
+        ax: axes with states on x.
         phases: the segments.
         names: write a phase's name below its number, in segments that are wide enough.
         heads: write each segment's phase number (or an arrow, if it has no phase) at the top, and

@@ -19,7 +19,7 @@ from jaxtyping import Bool, Float
 from matplotlib.axes import Axes
 from torch import Tensor
 
-from mechvlm.figures.style import LINES, axes, curve, layer_axis, style
+from mechvlm.figures.style import LINES, axes, curve, state_axis, style
 from mechvlm.inputs.batch import Inputs
 from mechvlm.inputs.tokens import Modality
 from mechvlm.probes.probe import Model, Row, State
@@ -206,7 +206,7 @@ class ContextualizationResult(Result):
             n_layers = self.inter.shape[0] - 1
             for pair in MODALITY_PAIRS:
                 curve(ax, range(n_layers + 1), getattr(self, pair).numpy().T, LINES[pair])
-            layer_axis(ax, n_layers)
+            state_axis(ax, n_layers)
             ax.set_ylabel("mean cosine" + (" less baseline" if self.adjusted else ""))
             ax.set_title(f"Contextualization, {self.model}")
             ax.legend()

@@ -65,7 +65,7 @@ class Likelihood:
 
     def at_state(self, plan: LikelihoodPlan, state: State) -> Row | None:
         """At the last state, the log-probability of each token [example token]."""
-        if state.layer < plan.n_layers:
+        if state.number < plan.n_layers:
             return None
         # The state at a position predicts the next token.
         before = state.resid[:, -plan.ids.shape[1] - 1 : -1]

@@ -147,10 +147,10 @@ class LogitAttribution:
 
     def at_state(self, plan: AttributionPlan, state: State) -> Row | None:
         """At state 0 the embedding's part; at the last state the logits and the norm's scale."""
-        if state.layer not in (0, plan.n_layers):
+        if state.number not in (0, plan.n_layers):
             return None
         resid = plan.at_last(state.resid)
-        if state.layer == 0:
+        if state.number == 0:
             return {"embed": (resid.float() * plan.direction(state.final_norm, state.unembed).to(resid.device)).sum(-1)}
         logits = state.unembed(state.final_norm(resid))
         bias = state.unembed.bias
@@ -196,7 +196,7 @@ class LogitAttributionResult(Result):
     """What was written toward an answer's logit, or a difference of two, at the last position.
 
     Everything is in logits. The parts `embed`, `heads`, `attn_bias`, `mlps` and `bias` sum to the
-    model's logit. Entry l of an axis `layer` is layer l + 1, which makes state l + 1.
+    model's logit. Entry l of an axis `layer` is layer l, from 0, which turns state l into state l + 1.
 
     Attributes:
         embed: the part of what entered the decoder at the last position.
@@ -258,21 +258,21 @@ class LogitAttributionResult(Result):
     def to_frame(self) -> pd.DataFrame:
         """One row per part, layer, head and example.
 
-        Columns: part ("embed", "head", "attn_bias", "mlp", "bias"), layer (0 for embed; the
-        unembedding's bias has n_layers + 1), head (-1 for parts without heads), example, value, and
+        Columns: part ("embed", "head", "attn_bias", "mlp", "bias"), layer (from 0; -1 for embed,
+        n_layers for the unembedding's bias), head (-1 for parts without heads), example, value, and
         from_image (NaN for parts without heads).
         """
         n_layers, n_examples, n_heads = self.heads.shape
-        examples, layers = range(n_examples), range(1, n_layers + 1)
+        examples, layers = range(n_examples), range(n_layers)
         labels = {"layer": layers, "example": examples, "head": range(n_heads)}
         heads = long_frame(self.heads, **labels).assign(
             part="head", from_image=long_frame(self.from_image, **labels)["value"]
         )
         rest = {
-            "embed": long_frame(self.embed[None], layer=[0], example=examples),
+            "embed": long_frame(self.embed[None], layer=[-1], example=examples),
             "attn_bias": long_frame(self.attn_bias, layer=layers, example=examples),
             "mlp": long_frame(self.mlps, layer=layers, example=examples),
-            "bias": long_frame(self.bias[None], layer=[n_layers + 1], example=examples),
+            "bias": long_frame(self.bias[None], layer=[n_layers], example=examples),
         }
         frames = [heads, *(frame.assign(part=part, head=-1) for part, frame in rest.items())]
         return pd.concat(frames, ignore_index=True)[["part", "layer", "head", "example", "value", "from_image"]]
@@ -303,13 +303,15 @@ class LogitAttributionResult(Result):
         ax.axhline(0, color="#888888", linewidth=0.8)
         for number, (part, by_example) in enumerate(values.items()):
             mean, low, high = (x.numpy() for x in mean_interval(by_example))
-            layers = np.zeros(1) if part == "embed" else np.arange(1, n_layers + 1) + (number - 2) * 0.12
+            layers = -np.ones(1) if part == "embed" else np.arange(n_layers) + (number - 2) * 0.12
             line = PARTS[part]
             ax.errorbar(
                 layers, mean, yerr=None if n_examples < 2 else np.clip([mean - low, high - mean], 0, None), color=line.color,
                 linestyle=line.dash, marker=line.marker, label=line.label, linewidth=1.3, elinewidth=1, capsize=2,
             )  # fmt: skip
         layer_axis(ax, n_layers)
+        # The embedding stands before the first layer.
+        ax.set_xlim(-1.25, n_layers - 0.5)
         ax.set_ylabel("written toward it (logits)")
         ax.legend(ncols=2)
 
@@ -318,12 +320,12 @@ class LogitAttributionResult(Result):
         n_layers, n_examples, n_heads = self.heads.shape
         heads = self.interval("heads")
         mesh = ax.pcolormesh(
-            np.arange(n_layers + 1) + 0.5, np.arange(n_heads + 1) - 0.5, heads.mean.T.numpy(), cmap=SIGNED,
+            np.arange(n_layers + 1) - 0.5, np.arange(n_heads + 1) - 0.5, heads.mean.T.numpy(), cmap=SIGNED,
             norm=CenteredNorm(), rasterized=True,
         )  # fmt: skip
         sure = ((heads.low > 0) | (heads.high < 0)).nonzero().numpy()
         size = 9 if n_layers * n_heads < 400 else 2
-        ax.scatter(sure[:, 0] + 1, sure[:, 1], s=size, color="#222222", edgecolors="white", linewidths=0.4)
+        ax.scatter(sure[:, 0], sure[:, 1], s=size, color="#222222", edgecolors="white", linewidths=0.4)
         ax.tick_params(labelbottom=False)
         ax.yaxis.set_major_locator(MaxNLocator(8, integer=True))
         ax.set_ylabel("head")

@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from matplotlib.axes import Axes
 from torch import Tensor
 
-from mechvlm.figures.style import LAYER, axes, position_ticks, style, text
+from mechvlm.figures.style import STATE, axes, position_ticks, style, text
 from mechvlm.inputs.batch import Inputs
 from mechvlm.probes.probe import Model, Row, State
 from mechvlm.results import Result, stack
@@ -105,7 +105,7 @@ class LogitLens:
 
     def at_state(self, plan: LensPlan, state: State) -> Row | None:
         """The likeliest tokens of the points, [point k]."""
-        if state.layer not in plan.layers:
+        if state.number not in plan.layers:
             return None
         points = state.resid[plan.example.to(state.resid.device), plan.position.to(state.resid.device)]
         tokens, probs = top_tokens(state.final_norm(points) if self.final_norm else points, state.unembed, self.k)
@@ -212,7 +212,7 @@ class LogitLensResult(Result):
                 self._write_words(ax, top)
             ax.set_yticks(range(n_layers), [str(layer) for layer in self.layers])
             position_ticks(ax, self.position.tolist())
-            ax.set_ylabel(LAYER)
+            ax.set_ylabel(STATE)
             ax.set_xlabel("position")
             dropped = "" if n_points <= WORDS_UP_TO else f" (words left out: {n_points} positions)"
             ax.set_title(f"Logit lens: likeliest token, {self.model}{dropped}")

@@ -173,7 +173,7 @@ class NormAttention:
         """The rows of all layers."""
         parts = {name: stack([row[name] for row in rows]) for name in ("norm", "weight", "value_norm")}
         return NormAttentionResult(
-            **parts, layers=tuple(range(1, vlm.n_layers + 1)), dest=plan.dest, names=plan.names, model=vlm.name
+            **parts, layers=tuple(range(vlm.n_layers)), dest=plan.dest, names=plan.names, model=vlm.name
         )
 
 
@@ -182,13 +182,13 @@ class NormAttentionResult(Result):
     """What each source wrote to chosen destinations, layer by layer, and the raw weights beside it.
 
     All examples are of one batch, so source positions are those of the padded sequence (0 on
-    padding, and after the destination). The attention of layer l leads from state l - 1 to state l.
+    padding, and after the destination). The attention of layer l reads state l.
 
     Attributes:
         norm: ‖Σ_h α_h f_h(x_src)‖, the heads' vectors summed first (residual-stream units).
         weight: α_h, the raw attention weights (0 to 1, each row of a token sums to 1).
         value_norm: ‖f_h(x_src)‖ per head, what it would write at weight 1 (residual-stream units).
-        layers: 1 to n_layers.
+        layers: 0 to n_layers - 1, as in `vlm.pattern[layer]` and `mv.ablate(..., layers=layer)`.
         dest: the destination positions, per example; with all pairs, every position.
         names: what the destinations are called.
         model: the model's name.
@@ -203,6 +203,11 @@ class NormAttentionResult(Result):
     dest: Int[Tensor, "example dest"]
     names: tuple[str, ...]
     model: str
+
+    @classmethod
+    def counted_from_0(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """The fields of a file of format 1, with their layers counted from 0."""
+        return values | {"layers": tuple(layer - 1 for layer in values["layers"])}
 
     @property
     def norm_head(self) -> Float[Tensor, "layer example head dest src"]:

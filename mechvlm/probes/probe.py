@@ -49,21 +49,21 @@ Row = Mapping[str, Tensor]
 class State(NamedTuple):
     """The residual stream where it enters a layer; the last state enters the final norm.
 
-    layer: 0 (embeddings) to n_layers.
+    number: 0 (embeddings) to n_layers. State l is what layer l reads.
     resid: [batch pos d_model].
     final_norm, unembed: the model's own.
     """
 
-    layer: int
+    number: int
     resid: Tensor
     final_norm: Norm
     unembed: Projection
 
 
 class Attended(NamedTuple):
-    """The attention on the way from state `layer` - 1 to state `layer`.
+    """The attention of one layer, which turns state `layer` into state `layer` + 1.
 
-    layer: 1 to n_layers.
+    layer: 0 to n_layers - 1.
     parts: the tensors from which the attention is computed.
     w_o: [d_model, head * d_head], the weight of the output projection.
     """
@@ -74,9 +74,9 @@ class Attended(NamedTuple):
 
 
 class Written(NamedTuple):
-    """A layer's writes to the residual stream, on the way from state `layer` - 1 to state `layer`.
+    """What one layer writes to the residual stream, from state `layer` to state `layer` + 1.
 
-    layer: 1 to n_layers.
+    layer: 0 to n_layers - 1.
     z: [batch pos head d_head], the outputs of the heads before W_O.
     attn_out, mlp_out: [batch pos d_model].
     parts: the tensors from which z is computed.

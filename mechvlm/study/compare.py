@@ -50,7 +50,7 @@ class Comparison:
     Attributes:
         frame: label, depth, and the columns of `Study.curves`. The label is the model's name, with
             its study where several studies hold the model. depth = layer / n_layers, from 0
-            (embeddings) to 1 (what the model itself unembeds).
+            (embeddings) to 1 (what the model itself unembeds); `layer` as in `Study.frame`.
         counts: one sentence per study: examples read and set aside, data and seed.
         notes: the differences between the studies that can matter; empty if there are none.
         seeds: of the studies' bootstraps, in the order of the studies.
@@ -64,7 +64,7 @@ class Comparison:
     def plot(self, measures: Sequence[str] = DEFAULT_MEASURES) -> CaptionedFigure:
         """Draw the curves with their bands: a panel for each measure, and its controls beneath it.
 
-        Each point is a layer of a model, at its own depth. Lines join the points; nothing is
+        Each point is a state of a model (for shares a layer), at its own depth. Lines join the points; nothing is
         interpolated.
 
         Args:
@@ -225,7 +225,7 @@ def compare_figure(comparison: Comparison, measures: list[str]) -> CaptionedFigu
             # One scale for both, so that a measure and its controls can be compared by eye.
             bottom.set_ylim(top.set_ylim(_span(top, bottom)))
             bottom.set_ylabel("its controls")
-            bottom.set_xlabel("relative depth (layer / layers of the model)")
+            bottom.set_xlabel("relative depth (state / layers of the model)")
             bottom.set_xlim(-0.02, 1.02)
             top.set_title(MEASURE_TITLES.get(measure, measure))
         controls = [
@@ -237,7 +237,8 @@ def compare_figure(comparison: Comparison, measures: list[str]) -> CaptionedFigu
     seeds = sorted(set(comparison.seeds))
     return CaptionedFigure(figure, " ".join([
         "Several models by relative depth, from 0 (what enters the decoder) to 1 (what the model itself unembeds). Each point "
-        "is a layer of a model, at layer / n_layers; the points are joined by lines and not interpolated. Beneath each "
+        "is a state of a model (for shares a layer), at its number / n_layers; the points are joined by lines and not "
+        "interpolated. Beneath each "
         "measure are its controls, without bands. For similarities: the anisotropy baseline, the same mean over tokens of "
         "different examples. For words decoded from image tokens: another image's captions, and the words decoded from text "
         "tokens.",

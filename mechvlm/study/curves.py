@@ -34,6 +34,7 @@ def tidy(tables: dict[str, pd.DataFrame]) -> pd.DataFrame:
             norms written to that destination.
         `weight_share_last_text`, `weight_share_last_image`: their share of the raw weights.
 
+    `layer` is the layer of the shares, and the state of all else: state l is what layer l reads.
     A measure of words is named after its tokens, unless they are image tokens, and after its
     captions, unless they are the example's own.
     """
@@ -50,7 +51,7 @@ def tidy(tables: dict[str, pd.DataFrame]) -> pd.DataFrame:
     return pd.DataFrame(
         {
             **{key: _concatenate(part[key].astype("category") for part in parts) for key in ("model", "example")},
-            "layer": np.concatenate([part["layer"] for part in parts]),
+            "layer": np.concatenate([cosine["state"], lens["state"], share["layer"]]),
             "measure": _concatenate(measures),
             "value": np.concatenate([part["value"] for part in parts]),
         }
@@ -81,7 +82,7 @@ def curves(tables: dict[str, pd.DataFrame], models: dict[str, dict[str, Any]], s
         )
         part.insert(0, "model", model)
         baseline = tables["baseline"]
-        baseline = baseline[baseline["model"] == model].rename(columns={"value": "mean"})
+        baseline = baseline[baseline["model"] == model].rename(columns={"value": "mean", "state": "layer"})
         baseline = baseline.assign(measure="cosine_" + baseline["pair"] + "_baseline", n=about["n_examples"])
         parts += [part, baseline.drop(columns="pair")]
     return pd.concat(parts, ignore_index=True)[["model", "measure", "layer", "n", "mean", "sd", "low", "high"]]
@@ -90,7 +91,9 @@ def curves(tables: dict[str, pd.DataFrame], models: dict[str, dict[str, Any]], s
 def phases_of(contextualization: pd.DataFrame, model: str, seed: int) -> Phases | None:
     """The phases of one model's curves; None for fewer than 3 states, too few for a curve."""
     rows = contextualization[contextualization["model"] == model]
-    inter, image, text = (_by_example(rows[rows["pair"] == pair]).to_numpy(dtype="float64") for pair in MODALITY_PAIRS)
+    inter, image, text = (
+        _by_example(rows[rows["pair"] == pair], "state").to_numpy(dtype="float64") for pair in MODALITY_PAIRS
+    )
     return fit_phases(inter, image=image, text=text, seed=seed) if inter.shape[1] >= 3 else None
 
 
@@ -129,6 +132,6 @@ def _wide(frame: pd.DataFrame) -> pd.DataFrame:
     return pd.concat(parts, axis=1, names=["measure", "layer"]).sort_index().sort_index(axis=1)
 
 
-def _by_example(rows: pd.DataFrame) -> pd.DataFrame:
-    """Values [example, layer], sorted by the examples' ids."""
-    return rows.pivot(index="example", columns="layer", values="value")
+def _by_example(rows: pd.DataFrame, number: str = "layer") -> pd.DataFrame:
+    """Values [example, layer or state], sorted by the examples' ids; `number` is their column."""
+    return rows.pivot(index="example", columns=number, values="value")

@@ -7,6 +7,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -17,23 +18,24 @@ from mechvlm.errors import InputError
 from mechvlm.study.curves import phases_of
 from mechvlm.study.record import GalleryView
 
-FOLDER_FORMAT = 1
+FOLDER_FORMAT = 2
 """Version of the folder's layout, raised when older versions of mechvlm cannot read a new layout.
 
-A run.json without a version has the first layout.
+A run.json without a version has the first layout. The first layout calls states layers, and counts
+the layers of attention from 1; `_counted_from_0` reads it.
 """
 
 COLUMNS = {
-    "contextualization": ("model", "example", "pair", "layer", "value"),
-    "baseline": ("model", "pair", "layer", "value"),
-    "lens": ("model", "example", "tokens", "captions", "measure", "layer", "value"),
+    "contextualization": ("model", "example", "pair", "state", "value"),
+    "baseline": ("model", "pair", "state", "value"),
+    "lens": ("model", "example", "tokens", "captions", "measure", "state", "value"),
     "norm_attention": (
         "model", "dest", "dest_position", "layer", "src", "piece", "modality", "norm", "weight", "n",
     ),
     "attention_share": ("model", "example", "dest", "measure", "layer", "value"),
     "phases": ("model",),
     "answers": ("model", "example", "answer"),
-    "words": ("model", "example", "layer", "word", "positions"),
+    "words": ("model", "example", "state", "word", "positions"),
     "gallery": ("model", "example", "captions", "image", "heat", "token", "layer", "file"),
 }  # fmt: skip
 """The columns that each table must have; of "phases" only one is needed to read it."""
@@ -57,7 +59,7 @@ def load_study(folder: Path) -> dict[str, Any]:
         InputError: as `Study.open`.
     """
     record = _record(folder)
-    tables = read_tables(folder)
+    tables = read_tables(folder, record.get("format", 1))
     for name in (*COLUMNS, *(PAIR_COLUMNS if record["dataset"].get("pairs") else ())):
         if name != "gallery" and name not in tables:
             raise InputError(f"{folder} is not whole: data/{name}.parquet is missing. Copy or run the study again.")
@@ -70,7 +72,7 @@ def load_study(folder: Path) -> dict[str, Any]:
                     f"{about['n_examples']}: the two files are of different studies. Copy or run the study again."
                 )
     settings = record["settings"]
-    gallery, views = _gallery(folder)
+    gallery, views = _gallery(folder, record.get("format", 1))
     return {
         "tables": tables,
         "phases": {
@@ -87,9 +89,9 @@ def load_study(folder: Path) -> dict[str, Any]:
     }
 
 
-def read_tables(folder: Path) -> dict[str, pd.DataFrame]:
-    """The tables in a study's `data/`, by name."""
-    tables = {path.stem: _table(path) for path in sorted((folder / "data").glob("*.parquet"))}
+def read_tables(folder: Path, folder_format: int = FOLDER_FORMAT) -> dict[str, pd.DataFrame]:
+    """The tables in a study's `data/`, by name, as today's format has them."""
+    tables = {path.stem: _table(path, folder_format) for path in sorted((folder / "data").glob("*.parquet"))}
     # Arrow keeps its buffers for later reads, and they are larger than the tables.
     pa.default_memory_pool().release_unused()
     return tables
@@ -102,12 +104,14 @@ def decode_png(data: bytes) -> Image.Image:
     return image
 
 
-def _gallery(folder: Path) -> tuple[list[tuple[Example, Image.Image]], dict[tuple[str, str], GalleryView]]:
+def _gallery(
+    folder: Path, folder_format: int
+) -> tuple[list[tuple[Example, Image.Image]], dict[tuple[str, str], GalleryView]]:
     """The examples of the report's gallery, and their patch views by (model, example id)."""
     path = folder / "views" / "gallery.parquet"
     gallery: dict[str, tuple[Example, Image.Image]] = {}
     views = {}
-    for row in _table(path).itertuples():
+    for row in _table(path, folder_format).itertuples():
         try:
             image, html = decode_png(row.image), (folder / row.file).read_text(encoding="utf-8")
             views[row.model, row.example] = GalleryView(html, decode_png(row.heat), row.token, row.layer)
@@ -153,17 +157,31 @@ def _record(folder: Path) -> dict[str, Any]:
     return record
 
 
-def _table(path: Path) -> pd.DataFrame:
+def _table(path: Path, folder_format: int) -> pd.DataFrame:
     try:
         table = _columns(path, CATEGORIES if path.stem in LARGE_TABLES else ())
     except (OSError, ValueError) as error:  # pyarrow's errors are subclasses of these
         raise _damaged(path, error) from error
+    if folder_format == 1:
+        table = _counted_from_0(path.stem, table)
     if missing := [column for column in (COLUMNS | PAIR_COLUMNS).get(path.stem, ()) if column not in table]:
         raise _damaged(path, f"it lacks the columns {', '.join(missing)}")
     for column in table.select_dtypes("category"):
         # Categories come in the order of first appearance; users expect a sort by text.
         table[column] = table[column].cat.reorder_categories(sorted(table[column].cat.categories))
     return table
+
+
+def _counted_from_0(name: str, table: pd.DataFrame) -> pd.DataFrame:
+    """A table of the first format, with states called so and layers counted from 0."""
+    if name == "phases":
+        return table.rename(columns={"first_layer": "first_state", "last_layer": "last_state"})
+    if "layer" not in table:
+        return table
+    if "state" in COLUMNS.get(name, ()):
+        return table.rename(columns={"layer": "state"})
+    of_attention = table["measure"] == "norm attention" if name == "pairs" else True
+    return table.assign(layer=table["layer"].where(~np.broadcast_to(of_attention, len(table)), table["layer"] - 1))
 
 
 def _columns(path: Path, categories: Sequence[str]) -> pd.DataFrame:

@@ -65,7 +65,8 @@ class StudyRecord:
     def frame(self, measure: str | None = None) -> pd.DataFrame:
         """Every value: model, example, layer, measure, value.
 
-        Layers count from 0 (embeddings).
+        `layer` is the layer of the shares (0 to n_layers - 1), and the state of all else (0, the
+        embeddings, to n_layers). State l is what layer l reads.
 
         Measures:
             `cosine_inter`, `cosine_image`, `cosine_text`: mean cosine, -1 to 1.

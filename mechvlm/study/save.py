@@ -26,14 +26,16 @@ Parquet tables and an about.json. Names that end in .tmp belong to unfinished fi
 other files are written at the end, run.json last. Then shards/ is deleted: the files above hold all
 of its content.
 
-The tables. `example` is the id in the data set. Layers count from 0 (embeddings) to the number of
-layers of the model; norm-based attention begins at layer 1.
+The tables. `example` is the id in the data set. A model has layers 0 to n_layers - 1; `layer` is
+what a layer does. `state` is what is read between layers, 0 (embeddings) to n_layers: state l is
+what layer l reads. (Folders of format 1, as run.json says, call states layers, and count the layers
+of attention from 1. `Study.open` reads both.)
 
-    contextualization    model, example, pair ("inter", "image", "text"), layer, value: the mean
+    contextualization    model, example, pair ("inter", "image", "text"), state, value: the mean
                          cosine between image and text tokens, among image tokens, among text
                          tokens
-    baseline             model, pair, layer, value: the same mean over tokens of different examples
-    lens                 model, example, tokens, captions, measure ("precision", "recall"), layer,
+    baseline             model, pair, state, value: the same mean over tokens of different examples
+    lens                 model, example, tokens, captions, measure ("precision", "recall"), state,
                          value: a share of words, 0 to 1, empty for 0/0. tokens: the words are
                          decoded from "image" or "text" tokens. captions: the words are compared
                          with the example's "own" captions or with the "other" ones of the data
@@ -49,7 +51,7 @@ layers of the model; norm-based attention begins at layer 1.
                          and the columns of `mechvlm.measures.phases.Phases.to_frame`
     answers              model, example, answer: the model's answer to the prompt, for the gallery's
                          examples
-    words                model, example, layer, word, positions: the words that most visual tokens
+    words                model, example, state, word, positions: the words that most visual tokens
                          decode to, and the number of these tokens, for the gallery's examples
 
 For Winoground also two tables of the pairs with both sides among the examples:
@@ -59,7 +61,8 @@ For Winoground also two tables of the pairs with both sides among the examples:
     pairs                model, pair, image (0, 1), measure ("precision", "recall",
                          "contextualization", "norm attention", "log-likelihood"), layer, condition
                          ("matched": with the image's own caption, "mismatched": with the other
-                         caption of the pair), value: as in `mechvlm.WinogroundResult.to_frame`
+                         caption of the pair), value: as in `mechvlm.WinogroundResult.to_frame`.
+                         `layer` is the layer of "norm attention", and the state of all else
 """
 
 import dataclasses

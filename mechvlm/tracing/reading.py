@@ -106,10 +106,10 @@ def _readings(vlm, wanted: set[str]) -> Iterator[tuple[str, Any]]:
         o_proj = vlm.projection("o_proj", layer)
         parts, w_o, b_o = vlm.attention[layer], o_proj.weight, o_proj.bias
         if "at_attention" in wanted:
-            yield "at_attention", Attended(layer + 1, parts, w_o)
+            yield "at_attention", Attended(layer, parts, w_o)
         if "at_writes" in wanted:
             writes = vlm.z[layer], vlm.attn_out[layer], vlm.mlp_out[layer]
-            yield "at_writes", Written(layer + 1, *writes, parts, w_o, b_o, norm, unembed)
+            yield "at_writes", Written(layer, *writes, parts, w_o, b_o, norm, unembed)
     yield "at_state", State(vlm.n_layers, vlm.resid_post[vlm.n_layers - 1], norm, unembed)
 
 
@@ -190,7 +190,11 @@ def _refuse_nonfinite(finite: Tensor, vlm: VLM) -> None:
     if not bad:
         return
     first = int((~finite[:, list(bad)]).any(1).nonzero()[0, 0])
-    where = "the embeddings that enter the decoder" if first == 0 else f"layer {first} of {vlm.n_layers}"
+    where = (
+        "the embeddings that enter the decoder"
+        if first == 0
+        else f"the output of layer {first - 1} (of layers 0 to {vlm.n_layers - 1})"
+    )
     if vlm.dtype == torch.float16:
         why = "In float16 large activations overflow: load with dtype='bfloat16' or 'float32'."
     elif first == 0:

@@ -60,7 +60,7 @@ def attention(
     Args:
         inputs: what the result was read from.
         norms: read with `NormAttention(dst="all pairs")`.
-        layers: one or several, 1 to n_layers.
+        layers: one or several, 0 to n_layers - 1.
         heads: which heads; default all. The map of all heads together is always shown, and `()`
             shows only that one.
         pool: cells of an image, (rows, cols), or n for n x n; for InstructBLIP's queries, the
@@ -86,7 +86,7 @@ def attention(
     _check_numbers("layers", layers, norms.layers)
     _check_numbers("heads", heads, range(norms.weight.shape[2]))
     if not layers:
-        raise ViewError("No layer was asked for: give one of 1 to n_layers, or several.")
+        raise ViewError("No layer was asked for: give one of 0 to n_layers - 1, or several.")
     pool_shape(token_map, pool)
     _check_cost(token_map, len(layers) * (1 + len(heads)), pool)
 
@@ -120,7 +120,7 @@ def tokens(inputs: Inputs, values, *, name: str = "value", example: int = 0) -> 
     Hover over a token to read its value.
 
         >>> norms = mechvlm.norm_attention(vlm, inputs, dst="last")
-        >>> mechvlm.view.tokens(inputs, norms.norm[15, 0, 0], name="norm read at layer 16")
+        >>> mechvlm.view.tokens(inputs, norms.norm[15, 0, 0], name="norm read at layer 15")
 
     Args:
         inputs: the tokens, and the model that they are for.
@@ -210,7 +210,7 @@ def attention_row(
 def topk(inputs: Inputs, lens: LogitLensResult, *, example: int = 0) -> View:
     """The likeliest tokens of the logit lens, in two tables.
 
-    The first holds many positions at one layer, the second one position at every layer. Patches are
+    The first holds many positions at one state, the second one position at every state. Patches are
     chosen by row and column of their grid, other positions in groups of eight.
 
         >>> mechvlm.view.topk(inputs, mechvlm.logit_lens(vlm, inputs, k=5))
@@ -249,11 +249,12 @@ def topk(inputs: Inputs, lens: LogitLensResult, *, example: int = 0) -> View:
     probs = by_row(np.array(rounded(lens.probs[last_first])), 0)
     none: list = [[[]] * len(layers)] * len(rows)
     one_layer = {
-        "tokens": [words] * len(rows), "sampleLabels": names, "firstDimensionLabels": layers, "thirdDimensionName": "Column",
+        "tokens": [words] * len(rows), "sampleLabels": names, "firstDimensionName": "State",
+        "firstDimensionLabels": layers, "thirdDimensionName": "Column",
         "topkIdxs": word_of.transpose(0, 1, 3, 2).tolist(), "topkVals": probs.transpose(0, 1, 3, 2).tolist(),
         "bottomkIdxs": none, "bottomkVals": none,
     }  # fmt: skip
-    # Each line starts with its layer's number, which has no probability.
+    # Each line starts with its state's number, which has no probability.
     lines = [
         [
             [[f"{layer}:", *(" " + words[t].strip() for t in word_of[row, at, col])] for at, layer in enumerate(layers)]
@@ -273,8 +274,8 @@ def topk(inputs: Inputs, lens: LogitLensResult, *, example: int = 0) -> View:
         "row and column of the image's patches" if names[0].endswith("row 0") else "row of positions, and column in it"
     )
     title = f"Logit lens, {lens.model}"
-    note = f"By {place}. First table: the likeliest tokens at one layer; second: one position's at every layer, last first. "
-    note += "Darker is likelier; hover to read the probability. Layer 0 is the embeddings."
+    note = f"By {place}. First table: the likeliest tokens at one state; second: one position's at every state, last first. "
+    note += "Darker is likelier; hover to read the probability. State 0 is the embeddings."
     return circuitsvis_view(
         title, note, [("TopkTokens", one_layer), ("TopkSamples", one_position)], previews.words(lens), height=640,
         instead="fewer positions, fewer layers or a smaller k when reading the lens",
@@ -291,7 +292,7 @@ def _measure(measure: str) -> tuple[str, str]:
 def _layer_maps(
     norms: NormAttentionResult, measure: str, layer: int, example: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """All heads together [dest, src], and each head [head, dest, src]; `layer` counts from 0."""
+    """All heads together [dest, src], and each head [head, dest, src]; `layer` is its place in `norms.layers`."""
     if measure == "norm":
         return norms.norm[layer, example], norms.weight[layer, example] * norms.value_norm[layer, example, :, None]
     return norms.weight[layer, example].mean(0), norms.weight[layer, example]

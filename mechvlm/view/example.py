@@ -90,7 +90,7 @@ class ShownExample:
     @property
     def first_layer(self) -> int:
         """The layer shown first: the middle one."""
-        return (len(self.norms.layers) + 1) // 2
+        return (len(self.norms.layers) - 1) // 2
 
     @cached_property
     def first_source(self) -> int:
@@ -101,7 +101,7 @@ class ShownExample:
         read = self.source_of[self.lens.position.numpy()]
         read = read[read < self.n_visual]
         norms = self.row_values(self.first_row)[1]
-        return int(read[norms[self.first_layer - 1, 0, read].argmax()])
+        return int(read[norms[self.first_layer, 0, read].argmax()])
 
     def row_values(self, row: int) -> tuple[np.ndarray, np.ndarray]:
         """A destination's weights and norms, each [layer, 1 + head, src].
@@ -119,7 +119,7 @@ class ShownExample:
 
     def heat(self, row: int, layer: int) -> list[np.ndarray]:
         """A destination's norm-based heat, heads summed: [row, col] of patches for each image."""
-        visual = self.row_values(row)[1][layer - 1, 0, : self.n_visual]
+        visual = self.row_values(row)[1][layer, 0, : self.n_visual]
         if self.maps is not None:
             return [np.einsum("q,qrc->rc", visual, self.maps)]
         split = np.split(visual, np.cumsum([g.rows * g.cols for g in self.tokens.grids])[:-1])
@@ -164,7 +164,7 @@ def match_example(inputs, lens, norms, reading, example) -> ShownExample:
     check_norms(norms, tokens, example, n_examples)
     if max(lens.layers) > len(norms.layers):
         raise ViewError(
-            f"lens goes to state {max(lens.layers)}, norms to layer {len(norms.layers)}: they are of different models. "
+            f"lens goes to state {max(lens.layers)}, norms to layer {len(norms.layers) - 1}: they are of different models. "
             "Read them together, mechvlm.read(vlm, inputs, ...)."
         )
     pictures = load_images(inputs.images[example] if example < len(inputs.images) else (), tokens, example)

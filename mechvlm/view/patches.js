@@ -63,9 +63,9 @@
     // Fills `out` with what the row reads from each source, and returns it. Measure 0 is raw, 1 is norm-based;
     // head 0 is all heads together.
     function values(row, measure, layer, head, out) {
-      const l = layer - 1, at = (measure * L + l) * (H + 1) + head;
+      const at = (measure * L + layer) * (H + 1) + head;
       const steps = head ? row.heads[measure] : row.all, share = head ? row.scale : fine;
-      const from = head ? (l * H + head - 1) * S : (measure * L + l) * S;
+      const from = head ? (layer * H + head - 1) * S : (measure * L + layer) * S;
       parts.forEach(([a, b], part) => {
         const top = row.top[at * 2 + part];
         for (let s = a; s < b; s++) out[s] = top * share[steps[from + s]];
@@ -73,7 +73,7 @@
       return out;
     }
     const shareOf = (row, measure, layer, head, group) =>
-      row.share[((measure * L + layer - 1) * (H + 1) + head) * G + group] / 65535;
+      row.share[((measure * L + layer) * (H + 1) + head) * G + group] / 65535;
     const onImages = (row, measure, layer, head) =>
       images.reduce((sum, _, i) => sum + shareOf(row, measure, layer, head, i), 0);
 
@@ -100,6 +100,7 @@
 
     // ---- state: pinned by a click, or previewed by the pointer ----------------------------------------------------------
     const pinned = { row: data.start.row, query: null, source: data.start.source };
+    // Layer l reads state l. L stands for the last state, which no layer reads: words, but no heat.
     const state = { layer: data.start.layer, head: 0, measure: 1 };
     let preview = {};
     const look = () => ({ ...pinned, ...preview });
@@ -345,7 +346,7 @@
         node.append(made);
       };
       const step = Math.ceil(L / Math.floor((L * size) / 22));
-      for (let l = L; l >= 1; l -= step) axis(String(l), { right: "calc(100% + 5px)", top: `${(L - l + 0.5) * size - 5}px` });
+      for (let l = L - 1; l >= 0; l -= step) axis(String(l), { right: "calc(100% + 5px)", top: `${(L - l - 0.5) * size - 5}px` });
       if (gap) {
         axis("all", { left: `${wide / 2 - 6}px`, top: "calc(100% + 5px)" });
         const every = Math.ceil(24 / wide);
@@ -353,7 +354,7 @@
       }
       const at = event => {
         const area = node.getBoundingClientRect(), x = event.clientX - area.left;
-        const layer = clamp(L - Math.floor((event.clientY - area.top) / size), 1, L);
+        const layer = clamp(L - 1 - Math.floor((event.clientY - area.top) / size), 0, L - 1);
         return { layer, head: !gap || x < wide + space / 2 ? 0 : clamp(Math.floor((x - wide - space) / wide) + 1, 1, H) };
       };
       node.addEventListener("click", event => set(at(event)));
@@ -362,7 +363,7 @@
         if (row) node.title = `layer ${layer}, ${headName(head)}: ${percent(onImages(row, state.measure, layer, head))} on the image`;
       });
       node.addEventListener("keydown", event => {
-        const go = { ArrowUp: { layer: Math.min(L, state.layer + 1) }, ArrowDown: { layer: Math.max(1, state.layer - 1) },
+        const go = { ArrowUp: { layer: Math.min(L - 1, state.layer + 1) }, ArrowDown: { layer: Math.max(0, state.layer - 1) },
           ArrowLeft: { head: Math.max(0, state.head - 1) }, ArrowRight: { head: Math.min(gap ? H : 0, state.head + 1) } }[event.key];
         if (!go || event.shiftKey || event.altKey || event.ctrlKey || event.metaKey) return;
         event.preventDefault();
@@ -375,23 +376,23 @@
         draw(row, measure) {
           if (drawn.row !== row || drawn.measure !== measure) {
             const shares = [];
-            for (let l = 1; l <= L; l++) for (let h = 0; h <= H; h++) shares.push(row ? onImages(row, measure, l, h) : 0);
+            for (let l = 0; l < L; l++) for (let h = 0; h <= H; h++) shares.push(row ? onImages(row, measure, l, h) : 0);
             [low, top] = [Math.min(...shares), Math.max(...shares)];
             for (const [to, from, n] of [[canvas, gap, canvas.width], [together, 0, 1]]) {
               const context = to.getContext("2d"), pixels = context.createImageData(n, L);
-              for (let l = 1; l <= L; l++) {
+              for (let l = 0; l < L; l++) {
                 for (let h = 0; h < n; h++) {
-                  const share = shares[(l - 1) * (H + 1) + from + h];
-                  pixels.data.set([...solid[top > low ? Math.round(((share - low) / (top - low)) * 63) : 0], row ? 255 : 40], 4 * ((L - l) * n + h));
+                  const share = shares[l * (H + 1) + from + h];
+                  pixels.data.set([...solid[top > low ? Math.round(((share - low) / (top - low)) * 63) : 0], row ? 255 : 40], 4 * ((L - 1 - l) * n + h));
                 }
               }
               context.putImageData(pixels, 0, 0);
             }
             drawn = { row, measure };
           }
-          mark.hidden = !row || state.layer === 0;
+          mark.hidden = !row || state.layer === L;
           const x = state.head ? gap * (wide + space) + (state.head - gap) * wide : 0;
-          Object.assign(mark.style, { left: `${x}px`, top: `${(L - state.layer) * size}px`, width: `${wide}px`, height: `${size}px` });
+          Object.assign(mark.style, { left: `${x}px`, top: `${(L - 1 - state.layer) * size}px`, width: `${wide}px`, height: `${size}px` });
           return [low, top];
         },
       };
@@ -418,12 +419,12 @@
 
     // Fills `heat` and returns its unit, or null when there is no heat.
     function heatOf(row, query) {
-      if (row && state.layer > 0) values(row, state.measure, state.layer, state.head, read_);
+      if (row && state.layer < L) values(row, state.measure, state.layer, state.head, read_);
       if (query != null) {
         heat.set(maps.subarray(query * count, (query + 1) * count));
         return `Q-Former attention weight of query ${query}, mean of layers and heads`;
       }
-      if (!row || state.layer === 0) return null;
+      if (!row || state.layer === L) return null;
       if (!maps) heat.set(read_.subarray(0, count));
       else {
         heat.fill(0);
@@ -445,7 +446,7 @@
     function draw() {
       const { row: r, query, source, patch } = look(), row = r == null ? undefined : ready[r];
       if (r != null && !row) decoded[r].then(draw);
-      const reads = row && state.layer > 0;
+      const reads = row && state.layer < L;
       const key = [row?.source, query, state.layer, state.measure, state.head, pinned.row, pinned.query].join();
       if (now.key !== key) {
         const unit = heatOf(row, query);
@@ -470,8 +471,8 @@
     function drawControls() {
       const { layer } = state;
       slider.value = layer;
-      slider.setAttribute("aria-valuetext", `layer ${layer} of ${L}`);
-      layerOut.replaceChildren(el("b", {}, String(layer)), ` of ${L}`);
+      slider.setAttribute("aria-valuetext", layer < L ? `layer ${layer}, of 0 to ${L - 1}` : `the output, state ${L}`);
+      layerOut.replaceChildren(el("b", {}, layer < L ? String(layer) : "output"), layer < L ? ` of 0 to ${L - 1}` : "");
       head.value = state.head;
       measures.forEach((button, i) => button.setAttribute("aria-pressed", i === state.measure));
     }
@@ -488,9 +489,9 @@
         one.canvas.hidden = unit === null;
         if (unit !== null) one.paint(heat, top);
       }
-      const when = query != null ? "in the Q-Former, before layer 1"
-        : layer ? `attention of layer ${layer}, from state ${layer - 1} to ${layer}`
-          : "no attention yet at state 0, the embeddings";
+      const when = query != null ? "in the Q-Former, before layer 0"
+        : layer < L ? `attention of layer ${layer}, which reads state ${layer}`
+          : `no layer reads state ${L}, the output`;
       heading.replaceChildren(`${query != null ? "Where" : "What"} ${rowName(row, query)} reads`, el("small", {}, `  ${when}`));
       legend.style.visibility = unit === null ? "hidden" : "visible";
       legend.title = query == null && state.measure ? "‖Σ α f(x)‖ of the vectors that the heads wrote, in residual-stream units" : "";

@@ -45,11 +45,13 @@ def patches(
         >>> lens, norms = mechvlm.read(vlm, inputs, mechvlm.LogitLens(), mechvlm.NormAttention())
         >>> mechvlm.view.patches(inputs, lens, norms).save("page.html")
 
-    The heat at layer l (1 to n_layers) is what attention reads from state l - 1 to l. Its color is
+    The heat at layer l (0 to n_layers - 1) is what its attention reads of state l. Its color is
     linear, from 0 to the map's own maximum:
         norm-based: ‖Σ_h α_h f_h(x)‖, or ‖α_h f_h(x)‖ of one head (residual-stream units);
         raw: the mean of the attention weights α_h over heads, or those of one head (0 to 1).
-    The words are those of state l (0, the embeddings, to n_layers), with probabilities in percent.
+    The words are those of state l, with probabilities in percent: what layer l reads there. The
+    last state, n_layers, is read by no layer and has words alone.
+
     The map of layers and heads shows which share of a row lies on the image: the sum over its
     visual tokens divided by the sum over all sources.
 

@@ -116,7 +116,7 @@ def test_a_causal_trace_equals_a_whole_forward_per_window(deep, three, at):
                         mv.patch(deep, clean.kept[layer], pos, layer, at=at)
 
                 close(result.p_restored[w, g, i], p_of(deep, example, token, change))
-    assert result.layers == (tuple(range(5)) if at == "resid_pre" else tuple(range(1, 6)))
+    assert result.layers == tuple(range(5))
     close(result.total_effect, result.p - result.p_corrupt)
 
 

@@ -70,7 +70,7 @@ def test_attribution_is_the_slope_of_the_logit(build, options, monkeypatch):
                     act[row, tokens.image, index] *= factor
                 return act
 
-            moved.append(with_hooks(vlm, batch, layer - 1, scale)[0])
+            moved.append(with_hooks(vlm, batch, layer, scale)[0])
         slope = (moved[0] - moved[1])[range(2), ANSWERS[:2]] / (2 * step)
         torch.testing.assert_close(got.attribution[:, n], slope.float(), rtol=1e-5, atol=1e-8)
     assert (got.attribution.abs() > 1e-6).any()
@@ -82,7 +82,7 @@ def test_they_are_the_strongest_that_read_as_words(vlm, batch, neurons):
     assert mean.tolist() == sorted(mean.tolist(), reverse=True)
     tokens = torch.tensor(ANSWERS)
     attribution, activity = experiment.attribute_to_neurons(vlm, batch, tokens)
-    places = list(zip((neurons.layer - 1).tolist(), neurons.index.tolist(), strict=True))
+    places = list(zip(neurons.layer.tolist(), neurons.index.tolist(), strict=True))
     norm, w_u = part(vlm.hf, vlm.record.norm).weight, part(vlm.hf, vlm.record.unembed).weight
     expected, passed_over = set(), 0
     for number in attribution.mean(0).flatten().argsort(descending=True).tolist():
@@ -108,7 +108,7 @@ def test_they_are_the_strongest_that_read_as_words(vlm, batch, neurons):
 
 def test_activations_are_the_inputs_of_the_output_matrix(vlm, batch, neurons):
     for n, (layer, index) in enumerate(zip(neurons.layer.tolist(), neurons.index.tolist(), strict=True)):
-        _, acts = with_hooks(vlm, batch, layer - 1)
+        _, acts = with_hooks(vlm, batch, layer)
         for row, tokens in enumerate(batch.token_maps):
             torch.testing.assert_close(neurons.activation[row, n], acts[row, tokens.image, index], rtol=1e-4, atol=1e-6)
     mean = neurons.activation.mean((0, 2))
@@ -224,7 +224,9 @@ def test_bad_requests_are_named(llava_vlm):
 def test_nan_is_named(llava_vlm):
     inputs = llava_vlm.inputs([noise_image(i) for i in range(2)], "what is this")
     inputs.encoding["pixel_values"][1] = torch.nan
-    with pytest.raises(mv.NonFiniteError, match=r"NaN or infinite up to layer 3 of 3, in example\(s\) \[1\]") as error:
+    with pytest.raises(
+        mv.NonFiniteError, match=r"NaN or infinite up to layer 2 \(of 0 to 2\), in example\(s\) \[1\]"
+    ) as error:
         mv.multimodal_neurons(llava_vlm, inputs, 7)
     assert error.value.examples == (1,)
 

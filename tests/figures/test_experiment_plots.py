@@ -46,7 +46,7 @@ def trace(n: int = 12, n_layers: int = 4, groups=("image", "question", "last"), 
         "p_restored": p_corrupt + 0.5 * torch.rand(n_layers, len(groups), n, generator=g),
     } | kw
     return mv.CausalTraceResult(
-        p=0.8 + 0.1 * torch.rand(n, generator=g), p_corrupt=p_corrupt, groups=groups, layers=tuple(range(1, n_layers + 1)),
+        p=0.8 + 0.1 * torch.rand(n, generator=g), p_corrupt=p_corrupt, groups=groups, layers=tuple(range(n_layers)),
         windows=windows(n_layers, 1), answers=("▁red",) * n, model="llava", **kw,
     )  # fmt: skip
 

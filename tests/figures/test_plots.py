@@ -30,7 +30,9 @@ def test_every_result_is_drawn(which, request, tmp_path):
         ax = result.plot()
         figure = ax.figure
         if type(result).__name__ != "QueryReadingResult":
-            assert "layer" in ax.get_xlabel() + ax.get_ylabel()
+            by_layer = type(result).__name__ == "NormAttentionResult"
+            name = "layer (0 = first)" if by_layer else "state (0 = embeddings)"
+            assert name in ax.get_xlabel() + ax.get_ylabel()
         # An unescaped $ or a missing glyph raises only when the figure is drawn.
         figure.savefig(tmp_path / "x.png")
         assert (tmp_path / "x.png").stat().st_size > 5000
@@ -43,7 +45,7 @@ def test_curves_are_the_means_with_their_bands():
     values = np.array([[0.0, 1, np.nan], [2, 3, np.nan], [4, np.nan, np.nan]])
     curve(ax, range(3), values, LINES["inter"])
     (line,) = ax.lines
-    assert line.get_xydata().tolist() == [[0, 2], [1, 2]], "NaN is left out, and so is a layer of NaN alone"
+    assert line.get_xydata().tolist() == [[0, 2], [1, 2]], "NaN is left out, and so is a state of NaN alone"
     (band,) = ax.collections
     spread = np.std([0, 2, 4])
     assert band.get_datalim(ax.transData).intervaly == pytest.approx([2 - spread, 2 + spread])

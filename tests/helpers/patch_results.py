@@ -45,7 +45,7 @@ def synthetic(
     norms = mv.NormAttentionResult(
         norm=torch.from_numpy(np.sqrt(np.square(weight * size).sum(2))), weight=torch.from_numpy(weight),
         value_norm=torch.from_numpy(size[..., 0, :]),
-        layers=tuple(range(1, layers + 1)), dest=torch.tensor([dest]), names=tuple(map(str, dest)), model=inputs.model,
+        layers=tuple(range(layers)), dest=torch.tensor([dest]), names=tuple(map(str, dest)), model=inputs.model,
     )  # fmt: skip
     shape = (layers + 1, len(tokens.image), k)
     frequency = 1 / np.arange(1, WORDS + 1)

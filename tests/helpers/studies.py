@@ -30,20 +30,20 @@ def made_study(models: dict[str, int], n: int = 12, seed: int = 0, n_image: int 
             for name in ids:
                 values = turns + level + rng.normal(0, 0.04) + rng.normal(0, 0.01, n_layers + 1)
                 tables["contextualization"].append(
-                    pd.DataFrame({"model": model, "example": name, "pair": pair, "layer": layers, "value": values})
+                    pd.DataFrame({"model": model, "example": name, "pair": pair, "state": layers, "value": values})
                 )
             base = 0.3 * (turns + level)
-            tables["baseline"].append(pd.DataFrame({"model": model, "pair": pair, "layer": layers, "value": base}))
+            tables["baseline"].append(pd.DataFrame({"model": model, "pair": pair, "state": layers, "value": base}))
         for tokens, captions, height in (("image", "own", 0.7), ("image", "other", 0.2), ("text", "own", 0.3)):
             for measure in ("precision", "recall"):
                 for name in ids:
                     values = np.clip(height * np.sqrt(depth) + rng.normal(0, 0.1, n_layers + 1), 0, 1)
                     keys = {"model": model, "example": name, "tokens": tokens, "captions": captions, "measure": measure}
-                    tables["lens"].append(pd.DataFrame({**keys, "layer": layers, "value": values}))
+                    tables["lens"].append(pd.DataFrame({**keys, "state": layers, "value": values}))
         pieces = ["<s>", *["<image>"] * n_image, "▁Desc", "ribe", "▁the", "▁scene", "."]
         modality = ["special", *["image"] * n_image, *["text"] * 5]
         for dest, position in (("last_text", len(pieces) - 1), ("last_image", n_image)):
-            for layer in range(1, n_layers + 1):
+            for layer in range(n_layers):
                 weight = rng.random(position + 1)
                 norm = {"norm": 3 * rng.random(position + 1), "weight": weight / weight.sum()}
                 source = {"src": range(position + 1), "piece": pieces[: position + 1]}
@@ -54,9 +54,7 @@ def made_study(models: dict[str, int], n: int = 12, seed: int = 0, n_image: int 
                 for name in ids:
                     values = np.clip(0.5 + rng.normal(0, 0.1, n_layers), 0, 1)
                     keys = {"model": model, "example": name, "dest": dest, "measure": measure}
-                    tables["attention_share"].append(
-                        pd.DataFrame({**keys, "layer": range(1, n_layers + 1), "value": values})
-                    )
+                    tables["attention_share"].append(pd.DataFrame({**keys, "layer": range(n_layers), "value": values}))
     whole = {name: pd.concat(parts, ignore_index=True) for name, parts in tables.items()}
     return Study(
         tables=whole,

@@ -207,10 +207,10 @@ def test_the_frame():
     assert frame["phase"].tolist() == ["I", "II", "III", "IV"]
     assert frame["name"].tolist() == [label.split(" ", 1)[1] for label in FOUR]
     assert frame["direction"].tolist() == ["rise", "fall", "rise", "fall"]
-    assert frame["first_layer"].tolist() == [0, 3, 8, 14]
-    assert frame["last_layer"].tolist() == [3, 8, 14, 16]
-    assert (frame["low"] <= frame["last_layer"])[:3].all()
-    assert (frame["high"] >= frame["last_layer"])[:3].all()
+    assert frame["first_state"].tolist() == [0, 3, 8, 14]
+    assert frame["last_state"].tolist() == [3, 8, 14, 16]
+    assert (frame["low"] <= frame["last_state"])[:3].all()
+    assert (frame["high"] >= frame["last_state"])[:3].all()
     assert frame[["low", "high"]].iloc[3].isna().all()
     assert (np.sign(frame["change"]) == [1, -1, 1, -1]).all()
     assert {"image_change", "image_change_low", "image_change_high"} <= set(frame)

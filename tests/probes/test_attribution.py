@@ -190,11 +190,12 @@ def test_table_and_file(vlm, batch, tmp_path):
     frame = got.to_frame()
     sums = frame.groupby("example")["value"].sum()
     np.testing.assert_allclose(sums, got.total, rtol=1e-4, atol=1e-5)
-    row = frame[(frame.part == "head") & (frame.layer == 3) & (frame["head"] == 2) & (frame.example == 1)].iloc[0]
+    row = frame[(frame.part == "head") & (frame.layer == 2) & (frame["head"] == 2) & (frame.example == 1)].iloc[0]
     assert row.value == pytest.approx(float(got.heads[2, 1, 2]))
     assert row.from_image == pytest.approx(float(got.from_image[2, 1, 2]))
     assert frame[frame.part == "mlp"].from_image.isna().all()
-    assert set(frame[frame.part == "embed"].layer) == {0}
+    assert set(frame[frame.part == "embed"].layer) == {-1}
+    assert set(frame[frame.part == "mlp"].layer) == {0, 1, 2}
     got.save(tmp_path / "x.safetensors")
     loaded = LogitAttributionResult.load(tmp_path / "x.safetensors")
     assert torch.equal(loaded.heads, got.heads)
@@ -236,6 +237,8 @@ def test_the_picture_shows_the_parts_with_their_intervals(vlm, batch, tmp_path):
     mean, low, high = mean_interval(got.mlps.T)
     line, _, (bars,) = lines["MLP"].lines
     np.testing.assert_allclose(line.get_ydata(), mean)
+    assert np.rint(line.get_xdata()).tolist() == list(range(len(mean)))
+    assert lines["embedding"].lines[0].get_xdata().tolist() == [-1]
     ends = np.array([segment[:, 1] for segment in bars.get_segments()])
     np.testing.assert_allclose(ends, np.stack([low, high], 1), rtol=1e-5, atol=1e-7)
     assert "logits" in left.get_ylabel()
@@ -245,6 +248,7 @@ def test_the_picture_shows_the_parts_with_their_intervals(vlm, batch, tmp_path):
     ]
     # [head layer]
     np.testing.assert_allclose(mesh.get_array(), got.heads.mean(1).T, rtol=1e-5, atol=1e-8)
+    assert mesh.get_coordinates()[0, :, 0].tolist() == [-0.5, 0.5, 1.5, 2.5], "layer 0 lies over 0"
     assert not right.containers
     assert left.get_position().x1 < right.get_position().x0, "drawn within the room of the given axes"
     figure.savefig(tmp_path / "x.png")

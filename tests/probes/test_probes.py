@@ -243,7 +243,7 @@ def test_nan_is_named_with_its_layer_and_example():
     assert error.value.examples == (1,)
     with torch.no_grad():
         part(hf, vlm.record.layers)[1].mlp.down_proj.weight[0, 0] = float("inf")
-    with pytest.raises(mv.NonFiniteError, match="from layer 2 of 3"):
+    with pytest.raises(mv.NonFiniteError, match=r"from the output of layer 1 \(of layers 0 to 2\) on"):
         mv.read(vlm, vlm.inputs(noise_image(0), "a"), mv.LogitLens())
 
 
@@ -282,5 +282,5 @@ def test_tables_hold_the_tensors(vlm, batch):
     assert frame["text", 2, 1] == pytest.approx(float(context.text[2, 1]))
     frame = norms.to_frame().set_index(["measure", "layer", "example", "dest", "src"]).value
     src = batch.token_maps[0].last_image
-    assert frame["norm", 3, 0, "last_image", src] == pytest.approx(float(norms.norm[2, 0, 1, src]))
-    assert frame["weight", 1, 2, "last_text", src] == pytest.approx(float(norms.weight[0, 2, :, 0, src].mean()))
+    assert frame["norm", 2, 0, "last_image", src] == pytest.approx(float(norms.norm[2, 0, 1, src]))
+    assert frame["weight", 0, 2, "last_text", src] == pytest.approx(float(norms.weight[0, 2, :, 0, src].mean()))

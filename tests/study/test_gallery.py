@@ -76,7 +76,7 @@ def test_the_small_picture_shows_the_heat_where_it_is(llava_vlm):
     inputs = llava_vlm.inputs(Image.new("RGB", (300, 100), (128, 128, 128)), "what is this")
     view = gallery.read_view(llava_vlm, inputs.images[0][0], "what is this")
     assert view.heat.size == (256, 85)
-    assert (view.token, view.layer) == (inputs.tokens.strings[-1], 2)
+    assert (view.token, view.layer) == (inputs.tokens.strings[-1], 1)
     norms = mv.norm_attention(llava_vlm, inputs, dst="last").norm[1, 0, 0, inputs.tokens.image]
     pixels = np.asarray(view.heat.convert("L")).astype(int)
     grid = inputs.tokens.grids[0]

@@ -76,7 +76,7 @@ def test_words_equal_a_direct_call(study, examples, llava_vlm, blip_vlm, name):
             for layer, pieces in enumerate(lens.at(getattr(inputs.tokens, tokens)).pieces()):
                 direct = precision_recall(pieces, of.captions)
                 for measure in ("precision", "recall"):
-                    (value,) = scores.query("layer == @layer and measure == @measure")["value"]
+                    (value,) = scores.query("state == @layer and measure == @measure")["value"]
                     np.testing.assert_allclose(value, getattr(direct, measure), err_msg=f"{tokens} {captions} {layer}")
                     some_between |= tokens == "image" and captions == "own" and 0 < value < 1
     assert some_between, "every score is 0, 1 or NaN: the test shows nothing"
@@ -97,7 +97,7 @@ def test_contextualization_and_norms_equal_single_reads(study, examples, llava_v
         context, norm = mv.read(vlm, inputs, mv.Contextualization(), mv.NormAttention())
         rows = study.tables["contextualization"].query("model == @name and example == @example.id")
         for pair in ("inter", "image", "text"):
-            curve = rows.query("pair == @pair").sort_values("layer")["value"]
+            curve = rows.query("pair == @pair").sort_values("state")["value"]
             np.testing.assert_allclose(curve, getattr(context, pair)[:, 0], atol=1e-5)
         image = inputs.tokens.image
         for dest, at in (("last_text", 0), ("last_image", 1)):
@@ -112,17 +112,17 @@ def test_contextualization_and_norms_equal_single_reads(study, examples, llava_v
         at = getattr(inputs.tokens, dest)
         for column, values in (("norm", norms), ("weight", weights)):
             means = table[table["dest"] == dest].pivot(index="layer", columns="src", values=column)
-            assert list(means.index) == list(range(1, vlm.n_layers + 1))
+            assert list(means.index) == list(range(vlm.n_layers))
             mean = torch.stack(values).mean(0)[:, i]
             assert not mean[:, at + 1 :].any(), "something after the destination was attended"
             np.testing.assert_allclose(means, mean[:, : at + 1], atol=1e-6)
-    (first,) = table.query("dest == 'last_text' and layer == 1 and src == 0")["piece"]
+    (first,) = table.query("dest == 'last_text' and layer == 0 and src == 0")["piece"]
     assert first == inputs.tokens.strings[0]
 
 
 def test_baseline_is_of_all_examples_together(study, examples, llava_vlm):
     together = mv.contextualization(llava_vlm, llava_vlm.inputs([e.image for e in examples], "what is this"))
-    baseline = study.tables["baseline"].query("model == @LLAVA and pair == 'inter'").sort_values("layer")["value"]
+    baseline = study.tables["baseline"].query("model == @LLAVA and pair == 'inter'").sort_values("state")["value"]
     np.testing.assert_allclose(baseline, together.baseline[0], atol=1e-5)
 
 
@@ -134,7 +134,7 @@ def test_batches_change_nothing(study, llava_vlm, blip_vlm, examples, size):
 
 def test_phases_are_those_of_the_curves(study):
     curves = study.tables["contextualization"].query("model == @LLAVA and pair == 'inter'")
-    curves = curves.pivot(index="example", columns="layer", values="value").to_numpy()
+    curves = curves.pivot(index="example", columns="state", values="value").to_numpy()
     direct = mv.fit_phases(curves)
     assert study.phases[LLAVA].directions == direct.directions
     assert study.phases[LLAVA].boundaries == direct.boundaries
@@ -304,9 +304,9 @@ def test_figures_can_be_drawn_from_the_files_alone(study):
     assert "template included" in caption
     mean = study.tables["lens"].query(
         "model == @LLAVA and tokens == 'image' and captions == 'own' and measure == 'recall'"
-    ).groupby("layer")["value"].mean()  # fmt: skip
+    ).groupby("state")["value"].mean()  # fmt: skip
     np.testing.assert_allclose(lens.axes[1].lines[0].get_ydata(), mean)
-    assert list(lens.axes[1].lines[0].get_xdata()) == [0, 1, 2, 3], "layers count from 0 to n_layers"
+    assert list(lens.axes[1].lines[0].get_xdata()) == [0, 1, 2, 3], "states count from 0 to n_layers"
 
 
 def requests_of(page: str) -> list[str]:
@@ -355,7 +355,7 @@ def test_the_report_says_whether_the_phases_show(study):
 def test_summary_has_a_row_per_model(study):
     rows = summary(study).set_index("model")
     curves = study.tables["contextualization"].query("model == @BLIP and pair == 'inter'")
-    means = curves.groupby("layer")["value"].mean()
+    means = curves.groupby("state")["value"].mean()
     assert rows.loc[BLIP, "highest"] == pytest.approx(means.max())
-    assert rows.loc[BLIP, "lowest_layer"] == means.argmin()
+    assert rows.loc[BLIP, "lowest_state"] == means.argmin()
     assert rows.loc[LLAVA, "layers"] == 3

@@ -113,7 +113,9 @@ def test_every_caption_has_its_seeds_and_counts(opened, name):
     assert "pale bands their standard deviation" in caption
     assert "95% bootstrap interval of the mean (2,000 resamples of the examples, seed 3)" in caption
     if name == "phases":
-        assert "95% bootstrap intervals of the turning layers (1,000 resamples of the examples, seed 3)" in caption
+        assert (
+            "95% bootstrap intervals of the states where it turns (1,000 resamples of the examples, seed 3)" in caption
+        )
 
 
 def scores(study, measure: str, tokens: str, captions: str) -> pd.DataFrame:
@@ -129,7 +131,7 @@ def lines(ax) -> dict[str, np.ndarray]:
 def test_every_figure_has_its_controls():
     study = made_study({"a": 6, "b": 4}, n=5)
     figures = {name: captioned.figure for name, captioned in study.figures().items()}
-    baseline = study.tables["baseline"].query("model == 'a'").pivot(index="pair", columns="layer", values="value")
+    baseline = study.tables["baseline"].query("model == 'a'").pivot(index="pair", columns="state", values="value")
     for name, axes in (("phases", (0, 1)), ("contextualization", (0,))):
         points = [line.get_ydata() for i in axes for line in figures[name].axes[i].lines]
         for pair in ("inter", "image", "text"):
@@ -141,7 +143,7 @@ def test_every_figure_has_its_controls():
         ("text tokens, own captions", "text", "own"),
     ]:
         rows = scores(study, "precision", tokens, captions).query("model == 'a'")
-        np.testing.assert_allclose(lens[label][:, 1], rows.groupby("layer")["value"].mean())
+        np.testing.assert_allclose(lens[label][:, 1], rows.groupby("state")["value"].mean())
     shares = [ax for ax in figures["norm_attention"].axes if ax.get_title(loc="left") == "image tokens' share"]
     assert len(shares) == 4
     np.testing.assert_allclose(lines(shares[0])["under uniform attention"][:, 0], 16 / 22)
@@ -210,7 +212,7 @@ def test_text_of_large_tables_is_held_once(opened):
         tidy(opened.tables),
     ):
         for column, kind in table.dtypes.items():
-            assert kind == "category" if column not in ("layer", "value") else kind.kind in "if", column
+            assert kind == "category" if column not in ("layer", "state", "value") else kind.kind in "if", column
         assert (table.memory_usage(deep=False) <= 8 * len(table) + 8000).all()
         for column in table.select_dtypes("category"):
             assert list(table[column].cat.categories) == sorted(table[column].unique())
@@ -237,7 +239,7 @@ def test_the_frame_is_tidy_and_holds_every_value(opened):
 def test_curves_equal_numpy_and_scipy():
     study = made_study({"a": 4, "b": 3}, n=40, seed=5)
     lens = study.tables["lens"]
-    lens.loc[lens.query("model == 'a' and layer == 1 and measure == 'precision'").index[::3], "value"] = np.nan
+    lens.loc[lens.query("model == 'a' and state == 1 and measure == 'precision'").index[::3], "value"] = np.nan
     for measure in ("cosine_image", "precision", "recall_other"):
         curve = study.curves(measure).set_index(["model", "layer"])
         for (model, layer), part in study.frame(measure).groupby(["model", "layer"]):
@@ -284,9 +286,9 @@ def test_one_example_has_no_interval_and_is_still_drawn():
 def test_the_summary_s_intervals_are_the_curves(opened):
     for row in opened.summary().to_dict("records"):
         for name, measure, layer in [
-            ("precision", "precision", "best_layer"), ("precision_other", "precision_other", "best_layer"),
-            ("recall", "recall", "recall_layer"), ("highest", "cosine_inter", "highest_layer"),
-            ("lowest", "cosine_inter", "lowest_layer"),
+            ("precision", "precision", "best_state"), ("precision_other", "precision_other", "best_state"),
+            ("recall", "recall", "recall_state"), ("highest", "cosine_inter", "highest_state"),
+            ("lowest", "cosine_inter", "lowest_state"),
         ]:  # fmt: skip
             curve = opened.curves(measure).set_index(["model", "layer"]).loc[(row["model"], row[layer])]
             in_summary = [row[name], row[f"{name}_low"], row[f"{name}_high"]]

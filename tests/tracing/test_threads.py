@@ -47,7 +47,7 @@ def test_a_part_of_a_forward_is_no_result(llava_vlm, monkeypatch, lost):
 
     def without_layer_2(vlm, wanted):
         for method, reading in whole(vlm, wanted):
-            if method != ("at_state" if lost == "state" else "at_attention") or reading.layer != 2:
+            if method != ("at_state" if lost == "state" else "at_attention") or reading[0] != 2:
                 yield method, reading
 
     monkeypatch.setattr(module, "_readings", without_layer_2)

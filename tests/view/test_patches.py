@@ -211,7 +211,7 @@ BAD = {
     "lens of text alone": (
         lambda i, w, n: (i, change(w, position=i.tokens.text[:1].expand(len(w.position))), n), "read no visual token",
     ),
-    "more states than layers": (lambda i, w, n: (i, change(w, layers=(0, 1, 2, 9)), n), "goes to state 9, norms to layer 3"),
+    "more states than layers": (lambda i, w, n: (i, change(w, layers=(0, 1, 2, 9)), n), "goes to state 9, norms to layer 2"),
     "no image": (lambda i, w, n: (change(i, images=((),)), w, n), "image of example 0 is gone.*0 of 1"),
     "no images at all": (lambda i, w, n: (change(i, images=()), w, n), "gone.*vlm.inputs"),
     "another image": (lambda i, w, n: (change(i, images=((photo(50, 50),),)), w, n), "50 x 50; the patches.*80 x 60"),

@@ -62,7 +62,9 @@ def words(page) -> dict[int, list[str]]:
 
 
 def layer(page) -> int:
-    return int(page.locator(".layer output b").inner_text())
+    number = int(page.locator(".layer input").input_value())
+    assert page.locator(".layer output b").inner_text() == (str(number) if number < 8 else "output")
+    return number
 
 
 def center(page, row: int, col: int, grid, stage: int = 0, at: float = 0.5) -> tuple[float, float]:
@@ -83,7 +85,7 @@ def plain(pieces: list[str]) -> list[str]:
 def test_it_draws_what_the_results_say(page, tiny):
     inputs, lens, norms = tiny
     tokens, grid = inputs.tokens, inputs.tokens.grids[0]
-    assert layer(page) == 4
+    assert layer(page) == 3
     row = norms.norm[3, 0, -1, tokens.image].reshape(grid.rows, grid.cols)
     assert hottest(heat(page)) == divmod(int(row.argmax()), grid.cols)
     share = norms.norm[3, 0, -1, tokens.image].sum() / norms.norm[3, 0, -1].sum()
@@ -148,30 +150,30 @@ def test_raw_weights_heads_and_the_map(page, tiny):
     area = page.locator(".map").bounding_box()
     n_layers, n_heads = len(norms.layers), norms.weight.shape[2]
     page.mouse.click(area["x"] + area["width"] - 3, area["y"] + area["height"] * (n_layers - 6.5) / n_layers)
-    assert (layer(page), page.locator("select").input_value()) == (7, str(n_heads)), (
+    assert (layer(page), page.locator("select").input_value()) == (6, str(n_heads)), (
         "the last head, the seventh layer up"
     )
     assert hottest(heat(page)) == flat(norms.norm_head[6, 0, -1, -1, tokens.image])
     page.keyboard.press("ArrowUp")
     page.keyboard.press("ArrowLeft")
-    assert (layer(page), page.locator("select").input_value()) == (8, str(n_heads - 1))
+    assert (layer(page), page.locator("select").input_value()) == (7, str(n_heads - 1))
     share = norms.norm_head[7, 0, n_heads - 2, -1]
     assert f"{100 * share[tokens.image].sum() / share.sum():.1f} %" in page.locator("dl").inner_text()
 
 
 def test_keys_and_slider(page):
     page.keyboard.press("ArrowRight")
-    assert layer(page) == 5
-    assert page.locator("tr[aria-current] th").inner_text() == "5"
+    assert layer(page) == 4
+    assert page.locator("tr[aria-current] th").inner_text() == "4", "layer 4 reads state 4"
     page.locator(".stage").focus()
     start = page.locator(".read").inner_text()
     row, col = map(int, re.match(r"row (\d+), column (\d+)", start).groups())
     for key in ("ArrowRight", "ArrowRight", "ArrowDown", "ArrowLeft"):
         page.keyboard.press(key)
     assert page.locator(".read").inner_text().startswith(f"row {row + 1}, column {col + 1}:")
-    assert layer(page) == 5, "on the image, arrows move the patch"
+    assert layer(page) == 4, "on the image, arrows move the patch"
     page.keyboard.press("Shift+ArrowLeft")
-    assert layer(page) == 4
+    assert layer(page) == 3
     for _ in range(20):
         page.keyboard.press("ArrowUp")
     assert page.locator(".read").inner_text().startswith("row 0,"), "and stop at the edge"
@@ -179,10 +181,12 @@ def test_keys_and_slider(page):
     slider.focus()
     page.keyboard.press("Home")
     assert layer(page) == 0
-    assert "no attention yet" in page.locator(".panel-image h2").inner_text()
-    assert not page.locator(".stage canvas").is_visible()
+    assert "attention of layer 0, which reads state 0" in page.locator(".panel-image h2").inner_text()
+    assert page.locator(".stage canvas").is_visible()
     page.keyboard.press("End")
     assert layer(page) == 8
+    assert "no layer reads state 8, the output" in page.locator(".panel-image h2").inner_text()
+    assert not page.locator(".stage canvas").is_visible()
     page.locator("tbody tr", has=page.get_by_role("button", name="state 3")).get_by_role("button").click()
     assert layer(page) == 3
 
@@ -261,7 +265,7 @@ def test_queries_are_drawn_where_they_read(open_page):
     chip.click()
     page.mouse.move(5, 5)
     assert "Where query 5 reads" in page.locator(".panel-image h2").inner_text()
-    page.locator(".layer input").fill("0")
+    page.locator(".layer input").fill("8")
     assert page.locator(".stage canvas").is_visible(), "the Q-Former reads before the first layer"
     page.get_by_role("button", name="at position 17", exact=False).click()
     assert "What “What” reads" in page.locator(".panel-image h2").inner_text()

@@ -298,7 +298,7 @@ def test_too_many_maps_say_which_pooling_fits(llava_vlm, read):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda v, i, lens, n: v.attention(i, n, 9), r"layers \[9\] were asked for; there are 1 to 3"),
+        (lambda v, i, lens, n: v.attention(i, n, 3), r"layers \[3\] were asked for; there are 0 to 2"),
         (lambda v, i, lens, n: v.attention(i, n, []), "No layer"),
         (lambda v, i, lens, n: v.attention(i, n, 1, heads=[4]), r"heads \[4\] were asked for; there are 0 to 3"),
         (lambda v, i, lens, n: v.attention(i, n, 1, pool=5), "pool=5 was asked for; the image has 4 x 4 patches"),

@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
 from mechvlm.errors import InputError
-from mechvlm.figures.style import LINES, layer_axis, style
+from mechvlm.figures.style import LINES, state_axis, style
 from mechvlm.measures.phase_fit import N_BOOTSTRAP
 from mechvlm.measures.phases import shade
 from mechvlm.probes.contextualization import MODALITY_PAIRS
@@ -78,7 +78,7 @@ def phase_figure(study: StudyRecord) -> CaptionedFigure:
             _write_note(top, "too few layers for phases")
         for pair in ("image", "text"):
             _draw_similarity(bottom, rows, pair, thin=True)
-        layer_axis(bottom, n_layers)
+        state_axis(bottom, n_layers)
         top.set_title(panel_title(study, model))
         top.set_ylabel("image – text similarity\n(mean cosine)")
         bottom.set_ylabel("similarity within\n(mean cosine)")
@@ -86,12 +86,12 @@ def phase_figure(study: StudyRecord) -> CaptionedFigure:
     legend(figure, *blocks[with_fit], extra=[BASELINE])
     level = next((f"{phases.confidence:.0%}" for phases in study.phases.values() if phases is not None), "95%")
     return CaptionedFigure(figure, (
-        "The four-phase diagram: the mean cosine between image and text tokens by layer, eq. (1) of Wei et al. 2024. The "
+        "The four-phase diagram: the mean cosine between image and text tokens by state, eq. (1) of Wei et al. 2024. The "
         "dashed line has the fewest rising and falling segments that predict held-out examples well. The segments are named "
         f"I to IV where their order fits that of the paper's phases. The bars at the bottom are {level} bootstrap intervals "
-        f"of the turning layers ({N_BOOTSTRAP:,} resamples of the examples, seed {study.settings['seed']}). The lower panels "
-        "show the similarity within each modality. The dotted lines are anisotropy baselines: the same mean over tokens of "
-        f"different examples. {_describe(study)}"
+        f"of the states where it turns ({N_BOOTSTRAP:,} resamples of the examples, seed {study.settings['seed']}). The lower "
+        "panels show the similarity within each modality. The dotted lines are anisotropy baselines: the same mean over "
+        f"tokens of different examples. {_describe(study)}"
     ))  # fmt: skip
 
 
@@ -108,12 +108,12 @@ def lens_figure(study: StudyRecord) -> CaptionedFigure:
                     draw_curve(ax, rows, LINES[line])
             ax.set_ylim(-0.03, 1.03)
             ax.set_ylabel(f"{measure} of decoded words")
-        layer_axis(block[1], study.models[model]["n_layers"])
+        state_axis(block[1], study.models[model]["n_layers"])
         block[0].set_title(panel_title(study, model))
     legend(figure, blocks[models[0]][0])
     return CaptionedFigure(figure, (
         "Words decoded from visual tokens (logit lens, the likeliest token at each position), compared with the captions, by "
-        "layer. Precision is the share of the decoded words that the captions contain; recall is the share of the captions' "
+        "state. Precision is the share of the decoded words that the captions contain; recall is the share of the captions' "
         "words that are decoded. Words are unique and lemmatised, without stop words. An example has no precision where no "
         "word is decoded. The captions of an image count together; where it has several, the mean over each caption alone is "
         "drawn too. Controls: the same words against another image's captions, together and each alone, and the words "
@@ -128,12 +128,12 @@ def context_figure(study: StudyRecord) -> CaptionedFigure:
     for model, (ax,) in blocks.items():
         for pair in MODALITY_PAIRS:
             _draw_similarity(ax, curves[curves["model"] == model], pair)
-        layer_axis(ax, study.models[model]["n_layers"])
+        state_axis(ax, study.models[model]["n_layers"])
         ax.set_title(panel_title(study, model))
         ax.set_ylabel("mean cosine")
     legend(figure, blocks[models[0]][0], extra=[BASELINE])
     return CaptionedFigure(figure, (
-        "Contextualization by layer: the mean pairwise cosine between image and text tokens, within image tokens, and within "
+        "Contextualization by state: the mean pairwise cosine between image and text tokens, within image tokens, and within "
         "text tokens. The cosine of each vector with itself is included, as in the paper. The dotted lines are anisotropy "
         f"baselines: the same mean over tokens of different examples, computed from all examples together. {_describe(study)}"
     ))  # fmt: skip

@@ -123,14 +123,14 @@ def _gallery(study: StudyRecord, views: dict[tuple[str, str], str]) -> list[dict
             if answer.empty:
                 continue
             words = study.tables["words"].query("model == @model and example == @example.id")
-            by_layer = {layer: part["word"].tolist() for layer, part in words.groupby("layer")}
+            by_state = {state: part["word"].tolist() for state, part in words.groupby("state")}
             n_layers = study.models[model]["n_layers"]
-            layers = sorted({0, n_layers // 2, n_layers})
+            states = sorted({0, n_layers // 2, n_layers})
             view = study.views[model, example.id]
             models.append(
                 {
                     "model": model, "answer": answer.iloc[0],
-                    "words": [(layer, by_layer.get(layer, [])) for layer in layers],
+                    "words": [(state, by_state.get(state, [])) for state in states],
                     "view": views[model, example.id], "heat": data_url(view.heat), "layer": view.layer, "token": view.token,
                 }
             )  # fmt: skip

@@ -1,6 +1,7 @@
 """The figure of Winoground's pairs: each measure with the true caption minus with the other one."""
 
 from mechvlm.experiments.winoground_result import LABELS, draw_difference
+from mechvlm.figures.style import LAYER, STATE
 from mechvlm.intervals import N_RESAMPLES
 from mechvlm.study.record import StudyRecord
 from mechvlm.study.report.captioned import CaptionedFigure, panels, short_name
@@ -8,7 +9,7 @@ from mechvlm.study.report.pairs import pair_counts, pair_results
 
 
 def pair_figure(study: StudyRecord) -> CaptionedFigure:
-    """Matched minus mismatched by layer: a block for each model with a panel for each measure."""
+    """Matched minus mismatched by state: a block for each model with a panel for each measure."""
     results, seed = pair_results(study), study.settings["seed"]
     figure, blocks = panels(list(results), (1.5,) * len(LABELS))
     for model, block in blocks.items():
@@ -17,8 +18,8 @@ def pair_figure(study: StudyRecord) -> CaptionedFigure:
         for ax, measure in zip(block, LABELS, strict=True):
             row = result.measures.index(measure)
             draw_difference(ax, measure, *(values[row].numpy() for values in interval))
-            if ax is not block[-1]:
-                ax.set_xlabel("")
+            ax.set_xlabel("")
+        block[-1].set_xlabel(f"{STATE}; of the reading {LAYER}")
         name = f"{short_name(model, list(study.models))}  (n = {len(result.pairs)} pairs)"
         block[0].set_title(f"{name}\n{block[0].get_title(loc='left')}", fontsize=9)
     return CaptionedFigure(figure, (

@@ -14,20 +14,20 @@ def summary(study: StudyRecord) -> pd.DataFrame:
         `layers`: the number of layers.
         `n`: the number of examples read.
         `skipped`: the number of examples that this model set aside.
-        `best_layer`: the layer with the highest mean precision of the words on visual tokens.
+        `best_state`: the state with the highest mean precision of the words on visual tokens.
         `precision`, `precision_other`: the mean there, and there against another image's captions.
-        `precision_0`: the mean precision at layer 0.
-        `recall_layer`, `recall`, `recall_other`, `recall_0`: the same for recall, at the layer with
+        `precision_0`: the mean precision at state 0, the embeddings.
+        `recall_state`, `recall`, `recall_other`, `recall_0`: the same for recall, at the state with
             the highest mean recall.
-        `lowest`, `lowest_layer`, `highest`, `highest_layer`: the extremes of the mean inter-modal
-            cosine, and their layers.
+        `lowest`, `lowest_state`, `highest`, `highest_state`: the extremes of the mean inter-modal
+            cosine, and their states.
         `phases`: the course of the curve, as in `phases_in_words`.
         `shows_pattern`: whether the curve shows the paper's four phases.
         `seconds`: the time that the model took.
 
-    A mean over no example is NaN. Each mean except those of layer 0 has its 95 % bootstrap interval
+    A mean over no example is NaN. Each mean except those of state 0 has its 95 % bootstrap interval
     over examples in `precision_low`, `precision_high` and so on, as in `Study.curves`. The interval
-    is that of the named layer; it does not account for the layer's choice on the same examples.
+    is that of the named state; it does not account for the state's choice on the same examples.
     """
     curves = study.curves()
     return pd.DataFrame([_row(study, model, curves[curves["model"] == model]) for model in study.models])
@@ -35,19 +35,19 @@ def summary(study: StudyRecord) -> pd.DataFrame:
 
 def _row(study: StudyRecord, model: str, curves: pd.DataFrame) -> dict:
     about, phases = study.models[model], study.phases[model]
-    inter = _by_layer(curves, "cosine_inter")
+    inter = _by_state(curves, "cosine_inter")
     lowest, highest = int(inter["mean"].idxmin()), int(inter["mean"].idxmax())
     return {
         "model": model,
         "layers": about["n_layers"],
         "n": about["n_examples"],
         "skipped": int((study.skipped["model"] == model).sum()),
-        **_best(curves, "precision", "best_layer"),
-        **_best(curves, "recall", "recall_layer"),
+        **_best(curves, "precision", "best_state"),
+        **_best(curves, "recall", "recall_state"),
         **_mean_and_interval("lowest", inter, lowest),
-        "lowest_layer": lowest,
+        "lowest_state": lowest,
         **_mean_and_interval("highest", inter, highest),
-        "highest_layer": highest,
+        "highest_state": highest,
         "phases": phases_in_words(phases),
         "shows_pattern": phases is not None and phases.shows_pattern,
         "seconds": about["seconds"],
@@ -69,23 +69,23 @@ def phases_in_words(phases: Phases | None) -> str:
     return ", ".join(phases.directions)
 
 
-def _best(curves: pd.DataFrame, measure: str, layer_column: str) -> dict:
-    """The columns of "precision" or "recall"; the best layer goes into `layer_column`."""
-    own, other = _by_layer(curves, measure), _by_layer(curves, f"{measure}_other")
+def _best(curves: pd.DataFrame, measure: str, state_column: str) -> dict:
+    """The columns of "precision" or "recall"; the best state goes into `state_column`."""
+    own, other = _by_state(curves, measure), _by_state(curves, f"{measure}_other")
     best = None if own["mean"].isna().all() else int(own["mean"].idxmax())
     return {
-        layer_column: best,
+        state_column: best,
         **_mean_and_interval(measure, own, best),
         f"{measure}_0": float("nan") if best is None else float(own["mean"][0]),
         **_mean_and_interval(f"{measure}_other", other, best),
     }
 
 
-def _by_layer(curves: pd.DataFrame, measure: str) -> pd.DataFrame:
+def _by_state(curves: pd.DataFrame, measure: str) -> pd.DataFrame:
     return curves[curves["measure"] == measure].set_index("layer").sort_index()
 
 
-def _mean_and_interval(name: str, curve: pd.DataFrame, layer: int | None) -> dict[str, float]:
-    """The mean at a layer and the ends of its interval; NaN when the curve has no such layer."""
-    values = curve.loc[layer, ["mean", "low", "high"]] if layer in curve.index else [float("nan")] * 3
+def _mean_and_interval(name: str, curve: pd.DataFrame, state: int | None) -> dict[str, float]:
+    """The mean at a state and the ends of its interval; NaN when the curve has no such state."""
+    values = curve.loc[state, ["mean", "low", "high"]] if state in curve.index else [float("nan")] * 3
     return dict(zip((name, f"{name}_low", f"{name}_high"), map(float, values), strict=True))

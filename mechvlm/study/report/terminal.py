@@ -22,24 +22,24 @@ def print_summary(study: StudyRecord) -> None:
     for name in ("model", "layers", "n"):
         table.add_column(name, justify="left" if name == "model" else "right", overflow="fold")
     for name in (
-        "precision\nbest (layer)",
+        "precision\nbest (state)",
         "at 0",
         "other\ncaptions",
-        "recall\nbest (layer)",
+        "recall\nbest (state)",
         "at 0",
         "other\ncaptions",
     ):
         table.add_column(name, justify="right")
-    for name in ("cosine\nlow (layer)", "\nhigh (layer)", "phases", "s"):
+    for name in ("cosine\nlow (state)", "\nhigh (state)", "phases", "s"):
         table.add_column(name, justify="left" if name == "phases" else "right")
     for row in summary(study).to_dict("records"):
         cells = [row["model"], row["layers"], row["n"]]
-        for measure, layer in (("precision", "best_layer"), ("recall", "recall_layer")):
-            best = f"{format_number(row[measure])} ({format_number(row[layer], 0)})"
+        for measure, state in (("precision", "best_state"), ("recall", "recall_state")):
+            best = f"{format_number(row[measure])} ({format_number(row[state], 0)})"
             cells += [f"{best}\n{format_interval(row, measure)}"]
             cells += [format_number(row[f"{measure}_0"]), format_number(row[f"{measure}_other"])]
         for name in ("lowest", "highest"):
-            cells += [f"{row[name]:.2f} ({row[f'{name}_layer']})\n{format_interval(row, name)}"]
+            cells += [f"{row[name]:.2f} ({row[f'{name}_state']})\n{format_interval(row, name)}"]
         cells += [row["phases"], f"{row['seconds']:.0f}"]
         table.add_row(*(escape(str(cell)) for cell in cells))
     # Without a terminal rich assumes 80 columns, which would cut the table.

@@ -87,7 +87,7 @@ def _words(plan: Plan, model: int) -> pd.DataFrame:
 
 
 def _baseline(plan: Plan, model: int) -> pd.DataFrame:
-    """The anisotropy baseline of all examples together: model, pair, layer, value."""
+    """The anisotropy baseline of all examples together: model, pair, state, value."""
     n = 0
     sums = {name: torch.zeros(()).double() for name in ("sum_image", "sum_text", "same")}
     for number in range(len(plan)):
@@ -98,11 +98,11 @@ def _baseline(plan: Plan, model: int) -> pd.DataFrame:
         for name in sums:
             # In float64, since there may be a hundred thousand examples to add.
             sums[name] = sums[name] + torch.tensor(table[name], dtype=torch.float64)
-    # [pair layer]
+    # [pair state]
     value = anisotropy_baseline(sums["sum_image"], sums["sum_text"], sums["same"].T, n).float().numpy()
-    n_layers = value.shape[1]
-    pairs, layers = np.repeat(MODALITY_PAIRS, n_layers), np.tile(np.arange(n_layers), len(MODALITY_PAIRS))
-    return pd.DataFrame({"model": plan.names[model], "pair": pairs, "layer": layers, "value": value.reshape(-1)})
+    n_states = value.shape[1]
+    pairs, states = np.repeat(MODALITY_PAIRS, n_states), np.tile(np.arange(n_states), len(MODALITY_PAIRS))
+    return pd.DataFrame({"model": plan.names[model], "pair": pairs, "state": states, "value": value.reshape(-1)})
 
 
 def _norm_means(plan: Plan, model: int) -> pd.DataFrame:

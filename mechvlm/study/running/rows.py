@@ -19,20 +19,20 @@ from mechvlm.probes.norm_attention import NormAttentionResult
 from mechvlm.results import long_frame
 
 GALLERY_WORDS = 6
-"""Words per layer that the gallery shows of an example."""
+"""Words per state that the gallery shows of an example."""
 
 STRING, INT64, FLOAT32, FLOAT64 = pa.string(), pa.int64(), pa.float32(), pa.float64()
 KEYS = [("model", STRING), ("example", STRING)]
 SHARD_SCHEMAS = {
-    "contextualization": pa.schema([*KEYS, ("pair", STRING), ("layer", INT64), ("value", FLOAT32)]),
+    "contextualization": pa.schema([*KEYS, ("pair", STRING), ("state", INT64), ("value", FLOAT32)]),
     "lens": pa.schema(
-        [*KEYS, ("tokens", STRING), ("captions", STRING), ("measure", STRING), ("layer", INT64), ("value", FLOAT64)]
+        [*KEYS, ("tokens", STRING), ("captions", STRING), ("measure", STRING), ("state", INT64), ("value", FLOAT64)]
     ),
     "attention_share": pa.schema([*KEYS, ("dest", STRING), ("measure", STRING), ("layer", INT64), ("value", FLOAT32)]),
-    "words": pa.schema([*KEYS, ("layer", INT64), ("word", STRING), ("positions", INT64)]),
+    "words": pa.schema([*KEYS, ("state", INT64), ("word", STRING), ("positions", INT64)]),
     "skipped": pa.schema([*KEYS, ("reason", STRING)]),
     "context_sums": pa.schema(
-        [("n", INT64), ("layer", INT64), *((name, pa.list_(FLOAT32)) for name in ("sum_image", "sum_text", "same"))]
+        [("n", INT64), ("state", INT64), *((name, pa.list_(FLOAT32)) for name in ("sum_image", "sum_text", "same"))]
     ),
     "norm_sums": pa.schema(
         {
@@ -51,7 +51,7 @@ SHARD_SCHEMAS = {
 """The tables of a shard.
 
 The first three are rows of the final tables. `words` holds the first examples that could be read,
-for the gallery. `context_sums` has one row per layer. `norm_sums` has one row per layout of tokens,
+for the gallery. `context_sums` has one row per state. `norm_sums` has one row per layout of tokens,
 with `norm` and `weight` flat, from [layer dest src].
 """
 
@@ -90,7 +90,7 @@ class LensRows:
             self._append(example, "image", "other", lens_precision_recall(image, other.captions, single=single))
 
     def frame(self) -> pd.DataFrame:
-        """Columns: model, example, tokens, captions, measure, layer, value."""
+        """Columns: model, example, tokens, captions, measure, state, value."""
         return pd.concat(self.frames, ignore_index=True) if self.frames else pd.DataFrame()
 
     def _append(self, example: Example, tokens: str, captions: str, scores: pd.DataFrame) -> None:
@@ -100,7 +100,7 @@ class LensRows:
         keys = {
             "model": self.model, "example": example.id, "tokens": tokens, "captions": scores["control"].map(names)
         }  # fmt: skip
-        scores = scores[["measure", "layer", "value"]]
+        scores = scores.rename(columns={"layer": "state"})[["measure", "state", "value"]]
         self.frames.append(scores.assign(**keys)[[*keys, *scores.columns]])
 
 
@@ -119,18 +119,18 @@ class ContextRows:
     def frames(self) -> tuple[pd.DataFrame, pd.DataFrame]:
         """Two tables: the values, example by example, and the sums over examples.
 
-        Their columns: (model, example, pair, layer, value) and (n, layer, sum_image, sum_text,
+        Their columns: (model, example, pair, state, value) and (n, state, sum_image, sum_text,
         same).
         """
         if self.merged is None:
             return pd.DataFrame(), pd.DataFrame()
-        # [example pair layer]
+        # [example pair state]
         curves = torch.stack([getattr(self.merged, pair) for pair in MODALITY_PAIRS]).permute(2, 0, 1)
-        rows = long_frame(curves, example=self.ids, pair=MODALITY_PAIRS, layer=range(curves.shape[2]))
+        rows = long_frame(curves, example=self.ids, pair=MODALITY_PAIRS, state=range(curves.shape[2]))
         rows.insert(0, "model", self.model)
         sums = pd.DataFrame(
             {
-                "n": len(self.ids), "layer": range(curves.shape[2]), "sum_image": list(self.merged.sum_image.numpy()),
+                "n": len(self.ids), "state": range(curves.shape[2]), "sum_image": list(self.merged.sum_image.numpy()),
                 "sum_text": list(self.merged.sum_text.numpy()), "same": list(self.merged.same.numpy().T),
             }
         )  # fmt: skip
@@ -192,17 +192,17 @@ class NormRows:
 
 
 def frequent_words(model: str, example: Example, tokens: TokenMap, lens: LogitLensResult) -> list[dict]:
-    """The words that most visual tokens of one example decode to, by layer.
+    """The words that most visual tokens of one example decode to, by state.
 
     Returns:
-        Rows with the keys model, example, layer, word, positions: the `GALLERY_WORDS` most frequent
-        words of each layer, with the number of positions that decode to them.
+        Rows with the keys model, example, state, word, positions: the `GALLERY_WORDS` most frequent
+        words of each state, with the number of positions that decode to them.
     """
     rows = []
-    for layer, points in zip(lens.layers, lens.at(tokens.image).pieces(), strict=True):
+    for state, points in zip(lens.layers, lens.at(tokens.image).pieces(), strict=True):
         counts = Counter(word for point in points for word in {word_of(piece) for piece in point} if word)
         ranked = sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:GALLERY_WORDS]
-        keys = {"model": model, "example": example.id, "layer": layer}
+        keys = {"model": model, "example": example.id, "state": state}
         rows += [{**keys, "word": word, "positions": n} for word, n in ranked]
     return rows
 

@@ -21,7 +21,7 @@ from mechvlm.vlm.loading import class_of
 from mechvlm.vlm.vlm import VLM
 
 SETTINGS_FILE = "settings.json"
-SHARD_FORMAT = 1
+SHARD_FORMAT = 2
 """Counted up when shards are cut or written in another way."""
 EXAMPLES_PER_SHARD = 32
 """Most examples in a shard, unless one batch is larger: about as many are lost by a kill."""

@@ -79,12 +79,21 @@ def _is_finished(folder: Path, settings: dict[str, Any]) -> bool:
             f"The folder {folder} is not empty and holds no study to go on with; a study needs a new or an empty folder. "
             "Give another --out."
         )
+    finished = "run.json" in names
+    if earlier is not None and finished:
+        # A finished study of an earlier format is read as it is.
+        earlier = earlier | {"format": settings["format"]}
+    if earlier is not None and earlier.get("format") != settings["format"]:
+        raise InputError(
+            f"{folder} holds a study that another version of mechvlm began (format {earlier.get('format')} of its parts, here "
+            f"{settings['format']}), which numbers layers otherwise. Finish it with that version, or give another --out."
+        )
     if earlier is not None and (differ := differences(earlier, settings)):
         raise InputError(
             f"{folder} holds a study that was made with other settings: {'; '.join(differ)}. Give the settings that it was made "
             "with, or another --out."
         )
-    return "run.json" in names
+    return finished
 
 
 def _remove_unfinished_files(folder: Path) -> None:
