@@ -134,14 +134,14 @@ def test_causal_trace_draws_the_mean_effect_beside_the_total():
     assert mesh.get_clim() == pytest.approx((-total, total), rel=1e-4)
     assert np.array(mesh.cmap(mesh.norm(0.0))[:3]).min() > 0.95, "no effect is white"
     assert [t.get_text() for t in ax.get_xticklabels()] == ["image", "question", "last", "total effect"]
-    assert [t.get_text() for t in ax.get_yticklabels()] == ["1", "2", "3", "4"]
+    assert [t.get_text() for t in ax.get_yticklabels()] == ["0", "1", "2", "3"]
     cells = {t.get_position(): t.get_text() for t in ax.texts}
     for row, group in np.ndindex(4, 3):
         assert cells[group, row] == f"{effect[row, group]:.2f}"
     low, high = ends((result.p - result.p_corrupt).numpy())
     (shown,) = (t for t in cells.values() if t.startswith(f"{total:.2f}\n["))
     assert [float(x) for x in shown.split("\n")[1].strip("[]").split(",")] == pytest.approx([low, high], abs=0.02)
-    assert "layer" in ax.get_ylabel()
+    assert ax.get_ylabel() == "layer (0 = first)"
     assert "mlp_out" in ax.get_xlabel()
     assert ax.get_title(loc="left") == "Causal trace, llava: noise on the image"
     assert note(ax).startswith("mlp_out restored at one layer\nn = 12 examples")

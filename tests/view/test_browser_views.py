@@ -130,12 +130,12 @@ def test_a_page_cannot_ask_even_with_a_network(open_page):
 
 def test_attention_draws_and_answers_to_clicks(open_page, read):
     inputs, _, norms = read
-    page = open_page(mv.view.attention(inputs, norms, [1, 3], pool=2, heads=[0, 1]))
+    page = open_page(mv.view.attention(inputs, norms, [0, 2], pool=2, heads=[0, 1]))
     page.wait_for_selector("canvas")
     page.wait_for_timeout(300)
     maps = page.locator("canvas")
     assert maps.count() == 6 + 1
-    assert page.locator("h4").all_inner_texts() == ["1 all", "1.0", "1.1", "3 all", "3.0", "3.1"]
+    assert page.locator("h4").all_inner_texts() == ["0 all", "0.0", "0.1", "2 all", "2.0", "2.1"]
     before = pixels(maps.last)
     assert (np.ptp(before, axis=2) > 60).any(), "there is blue in it"
     for head in (4, 2):

@@ -116,9 +116,9 @@ def test_too_large_says_what_to_choose(read, monkeypatch):
 @pytest.mark.parametrize("measure", ["norm", "weight"])
 def test_attention_holds_the_pooled_maps(measure, read):
     inputs, _, norms = read
-    view = mv.view.attention(inputs, norms, [1, 3], heads=[2], pool=2, measure=measure, example=1)
+    view = mv.view.attention(inputs, norms, [0, 2], heads=[2], pool=2, measure=measure, example=1)
     (data,) = data_of(view)
-    assert data["attentionHeadNames"] == ["1 all", "1.2", "3 all", "3.2"]
+    assert data["attentionHeadNames"] == ["0 all", "0.2", "2 all", "2.2"]
     tokens = inputs.token_maps[1]
     whole = norms.norm[:, 1] if measure == "norm" else norms.weight[:, 1].mean(1)
     single = norms.norm_head[:, 1, 2] if measure == "norm" else norms.weight[:, 1, 2]
@@ -279,11 +279,11 @@ def test_an_image_that_is_gone(llava_vlm):
 def test_too_many_maps_say_which_pooling_fits(llava_vlm, read):
     inputs, _, norms = read
     with pytest.raises(mv.ViewError, match=r"is [\d,]+, at most 20,000 is usable\. Choose pool=(\d)") as error:
-        mv.view.attention(inputs, norms, [1, 2, 3], example=1)
+        mv.view.attention(inputs, norms, [0, 1, 2], example=1)
     pool = int(re.search(r"pool=(\d)", str(error.value))[1])
-    mv.view.attention(inputs, norms, [1, 2, 3], pool=pool, example=1)
+    mv.view.attention(inputs, norms, [0, 1, 2], pool=pool, example=1)
     with pytest.raises(mv.ViewError):
-        mv.view.attention(inputs, norms, [1, 2, 3], pool=pool + 1, example=1)
+        mv.view.attention(inputs, norms, [0, 1, 2], pool=pool + 1, example=1)
     text = llava_vlm.inputs(noise_image(0), "a question of many words " * 12)
     full = mv.norm_attention(llava_vlm, text, dst="all pairs")
     with pytest.raises(mv.ViewError, match=r"Choose pool=4 and at most (\d) maps") as error:
