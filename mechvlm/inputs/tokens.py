@@ -38,7 +38,10 @@ class TokenMap:
 
     Attributes:
         ids: token ids, padding included.
-        strings: the tokenizer's pieces, with the `▁` that marks the start of a word.
+        strings: each token's text, with the space that it begins with; "\\ufffd" stands for a
+            part of a character (`mechvlm.inputs.pieces`).
+        spelled: the same, with characters whole that are split over several tokens: the first of
+            these holds their text, the others "".
         modality: one `Modality` a position.
         grids: the vision encoder's patch grid, one per image.
         patches: True if each visual token is one patch of its grid, False if it is a query that
@@ -47,6 +50,7 @@ class TokenMap:
 
     ids: Int[Tensor, " pos"]
     strings: tuple[str, ...]
+    spelled: tuple[str, ...]
     modality: Int[Tensor, " pos"]
     grids: tuple[PatchGrid, ...]
     patches: bool
@@ -199,9 +203,12 @@ class TokenMap:
         """
         # Positions without text become a NUL, which no word or phrase contains.
         is_text = (self.modality == Modality.TEXT).tolist()
-        pieces = [_spelled(s) if t else "\0" for s, t in zip(self.strings, is_text, strict=True)]
-        ends = list(accumulate(len(piece) for piece in pieces))
-        text = "".join(pieces)
+        texts = [s if t else "\0" for s, t in zip(self.spelled, is_text, strict=True)]
+        text = "".join(texts)
+        # Tokens that share a character are found together: one span, from their text's first letter.
+        stretches: list[tuple[int, int]] = []
+        for piece, end in zip(texts, accumulate(map(len, texts)), strict=True):
+            stretches.append((end - len(piece.lstrip()), end) if piece else stretches[-1])
         spans = (
             [m.span() for m in re.finditer(rf"(?<!\w){re.escape(word.strip())}(?!\w)", text)] if word.strip() else []
         )
@@ -209,8 +216,8 @@ class TokenMap:
             raise ValueError(f"The text holds no {word!r}. It reads: {text.replace(chr(0), '').strip()!r}.")
         positions = [
             i
-            for i, (piece, end) in enumerate(zip(pieces, ends, strict=True))
-            if is_text[i] and any(first < end and end - len(piece.lstrip()) < stop for first, stop in spans)
+            for i, (start, end) in enumerate(stretches)
+            if is_text[i] and any(first < end and start < stop for first, stop in spans)
         ]
         return torch.tensor(positions)
 
@@ -224,8 +231,3 @@ class TokenMap:
         if not 0 <= image < len(self.grids):
             raise IndexError(f"Image {image} was asked for; the prompt holds {len(self.grids)}.")
         return self.grids[image]
-
-
-def _spelled(piece: str) -> str:
-    """A tokenizer's piece as text, with spaces and line breaks in place of the marks for them."""
-    return piece.replace("▁", " ").replace("Ġ", " ").replace("Ċ", "\n").replace("<0x0A>", "\n")

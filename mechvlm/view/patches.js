@@ -33,11 +33,9 @@
   const number = x => (x === 0 ? "0" : Math.abs(x) < 1e-4 ? x.toExponential(1) : String(Number(x.toPrecision(2))));
   const clamp = (x, low, high) => Math.min(high, Math.max(low, x));
 
-  // A token as it is shown: without the mark that starts a word, and with signs for invisible characters.
+  // A token as it is shown: without the space that starts a word, and with signs for invisible characters.
   function shown(piece) {
-    const byte = { "<0x0A>": "⏎", "\n": "⏎", "<0x09>": "⇥", "\t": "⇥" }[piece];
-    if (byte) return byte;
-    const plain = piece.replace(/^▁(?=.)/u, "").replaceAll("▁", "␣").replace(/\n/g, "⏎");
+    const plain = piece.replace(/^ (?=.)/u, "").replaceAll(" ", "␣").replaceAll("\n", "⏎").replaceAll("\t", "⇥");
     return plain.replace(/[\p{Cc}\p{Cf}\p{Zl}\p{Zp}]/gu, c => (c === "\u200d" ? c : "·")) || "·";
   }
 
