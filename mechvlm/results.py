@@ -24,10 +24,13 @@ class Result:
     Attributes:
         units: of the tensors.
         renamed: {name in files of earlier versions: present name} of the fields that were renamed.
+        texts: the fields that hold tokens' texts. Files of the first format hold the tokenizer's
+            pieces there, with marks such as `▁`; `load` turns them into text.
     """
 
     units: ClassVar[str] = ""
     renamed: ClassVar[dict[str, str]] = {}
+    texts: ClassVar[tuple[str, ...]] = ()
 
     def __repr__(self) -> str:
         """The shapes of the tensors and the short settings, without any values of the tensors."""
@@ -75,7 +78,7 @@ class Result:
                 settings[f.name] = value
         if not Path(path).parent.is_dir():
             raise FileNotFoundError(f"Nothing can be saved as {path}: the folder {Path(path).parent} is not there.")
-        header = {"mechvlm": type(self).__name__, "fields": json.dumps(settings)}
+        header = {"mechvlm": type(self).__name__, "format": str(FILE_FORMAT), "fields": json.dumps(settings)}
         save_file(tensors, path, metadata=header)
 
     @classmethod
@@ -92,7 +95,41 @@ class Result:
                 raise ValueError(f"{path} holds {kind}, not {cls.__name__}: load it with the class that saved it.")
             values = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         values |= {key: _tuples(value) for key, value in json.loads(header["fields"]).items()}
-        return cls(**{cls.renamed.get(key, key): value for key, value in values.items()})
+        values = {cls.renamed.get(key, key): value for key, value in values.items()}
+        if int(header.get("format", 1)) < 2:
+            values |= {name: as_text(values[name]) for name in cls.texts if name in values}
+        return cls(**values)
+
+
+FILE_FORMAT = 2
+"""Version of the files that `Result.save` writes. Until 1 they held pieces for tokens' texts."""
+
+
+def as_text(pieces):
+    """Tokens as text out of a tokenizer's pieces, in tuples of any depth; numbers stay as they are.
+
+    For files that hold no tokenizer. `Ġ` and `Ċ` tell byte-level pieces from SentencePiece's.
+    """
+    from tokenizers import decoders
+
+    marks = set("".join(_strings(pieces)))
+    if marks & set("ĠĊ") and "▁" not in marks:
+        decoder = decoders.ByteLevel()
+    else:
+        decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+
+    def decoded(value):
+        if isinstance(value, tuple):
+            return tuple(map(decoded, value))
+        return decoder.decode([value]) if isinstance(value, str) else value
+
+    return decoded(pieces)
+
+
+def _strings(value) -> list[str]:
+    if isinstance(value, tuple):
+        return [text for part in value for text in _strings(part)]
+    return [value] if isinstance(value, str) else []
 
 
 def _tuples(value):

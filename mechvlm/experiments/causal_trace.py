@@ -59,11 +59,12 @@ class CausalTraceResult(Result):
             l (0: the embeddings), else 1 to n_layers is the layer that wrote.
         windows: (first, last + 1) of each window, as indices of the decoder's layers.
         at, corrupt: the site that is restored, and what was corrupted.
-        answers: the tokens whose probability is measured, as the tokenizer's pieces.
+        answers: the tokens whose probability is measured, as text.
         model: the model's name.
     """
 
     units: ClassVar[str] = "probability of the answer brought back"
+    texts: ClassVar[tuple[str, ...]] = ("answers",)
 
     p: Float[Tensor, " example"]
     p_corrupt: Float[Tensor, " example"]

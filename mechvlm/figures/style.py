@@ -27,6 +27,7 @@ class Line(NamedTuple):
 
 
 LAYER = "layer (0 = embeddings)"
+STATE = "state (0 = embeddings)"
 HEAT = "magma_r"
 SIGNED = "RdBu_r"
 """Colors for values of either sign, white at 0; the color-blind can tell the ends apart."""
@@ -137,6 +138,12 @@ def banded(
         x, mean, color=line.color, linestyle=line.dash, marker=line.marker, label=line.label,
         linewidth=1.1 if thin else None, markersize=(2.5 if thin else 4.5) if len(x) < 20 else 0,
     )  # fmt: skip
+
+
+def state_axis(ax: Axes, n_layers: int) -> None:
+    """Label the x axis with states 0 (embeddings) to n_layers."""
+    layer_axis(ax, n_layers)
+    ax.set_xlabel(STATE)
 
 
 def layer_axis(ax: Axes, n_layers: int) -> None:

@@ -26,7 +26,7 @@ from jaxtyping import Float
 from matplotlib.axes import Axes
 from torch import Tensor
 
-from mechvlm.figures.style import LINES, axes, layer_axis, style
+from mechvlm.figures.style import LINES, axes, state_axis, style
 from mechvlm.results import Result
 
 PAPER_PHASES = {
@@ -169,7 +169,7 @@ class Phases(Result):
             ax.plot(
                 range(last + 1), self.fit.numpy(), color="#222222", linestyle="--", linewidth=1, label="fitted segments"
             )
-            layer_axis(ax, last)
+            state_axis(ax, last)
             ax.set_ylabel("image – text similarity (mean cosine)")
             ax.legend(loc="lower right")
         return ax

@@ -210,14 +210,14 @@ def attention_row(
 def topk(inputs: Inputs, lens: LogitLensResult, *, example: int = 0) -> View:
     """The likeliest tokens of the logit lens, in two tables.
 
-    The first holds many positions at one layer, the second one position at every layer. Patches are
+    The first holds many positions at one state, the second one position at every state. Patches are
     chosen by row and column of their grid, other positions in groups of eight.
 
         >>> mechvlm.view.topk(inputs, mechvlm.logit_lens(vlm, inputs, k=5))
 
     Args:
         inputs: what the result was read from.
-        lens: the logit lens, at any positions and layers.
+        lens: the logit lens, at any positions and states.
         example: which of the batch.
 
     Raises:
@@ -230,39 +230,39 @@ def topk(inputs: Inputs, lens: LogitLensResult, *, example: int = 0) -> View:
         examples = sorted(set(lens.example.tolist()))
         raise ViewError(f"The lens holds no position of example {example}, only of {examples}. Choose one of these.")
     lens = lens.of(example)
-    last_first = list(range(len(lens.layers)))[::-1]
-    layers = [str(lens.layers[at]) for at in last_first]
+    last_first = list(range(len(lens.states)))[::-1]
+    states = [str(lens.states[at]) for at in last_first]
     names, rows = position_rows(token_map, lens.position.tolist())
     vocabulary = dict(lens.vocabulary)
     ids = sorted(vocabulary)
     words = [html_safe(readable(vocabulary[i])) for i in ids] + [""]  # the last fills shorter rows
     width = max(5, *map(len, rows))  # CircuitsVis first shows five columns, even of fewer
 
-    def by_row(values: np.ndarray, fill: int) -> np.ndarray:  # [row, layer, col, k]
-        n_layers, _, k = values.shape
-        out = np.full((len(rows), n_layers, width, k), fill, values.dtype)
+    def by_row(values: np.ndarray, fill: int) -> np.ndarray:  # [row, state, col, k]
+        n_states, _, k = values.shape
+        out = np.full((len(rows), n_states, width, k), fill, values.dtype)
         for i, row in enumerate(rows):
             out[i, :, : len(row)] = values[:, row]
         return out
 
     word_of = by_row(np.searchsorted(ids, lens.ids[last_first].numpy()), len(ids))
     probs = by_row(np.array(rounded(lens.probs[last_first])), 0)
-    none: list = [[[]] * len(layers)] * len(rows)
-    one_layer = {
-        "tokens": [words] * len(rows), "sampleLabels": names, "firstDimensionLabels": layers, "thirdDimensionName": "Column",
+    none: list = [[[]] * len(states)] * len(rows)
+    one_state = {
+        "tokens": [words] * len(rows), "sampleLabels": names, "firstDimensionLabels": states, "thirdDimensionName": "Column",
         "topkIdxs": word_of.transpose(0, 1, 3, 2).tolist(), "topkVals": probs.transpose(0, 1, 3, 2).tolist(),
         "bottomkIdxs": none, "bottomkVals": none,
     }  # fmt: skip
-    # Each line starts with its layer's number, which has no probability.
+    # Each line starts with its state's number, which has no probability.
     lines = [
         [
-            [[f"{layer}:", *(" " + words[t].strip() for t in word_of[row, at, col])] for at, layer in enumerate(layers)]
+            [[f"{state}:", *(" " + words[t].strip() for t in word_of[row, at, col])] for at, state in enumerate(states)]
             for col in range(width)
         ]
         for row in range(len(rows))
     ]
     line_values = [
-        [[[0.0, *probs[row, at, col].tolist()] for at in range(len(layers))] for col in range(width)]
+        [[[0.0, *probs[row, at, col].tolist()] for at in range(len(states))] for col in range(width)]
         for row in range(len(rows))
     ]
     one_position = {
@@ -273,11 +273,11 @@ def topk(inputs: Inputs, lens: LogitLensResult, *, example: int = 0) -> View:
         "row and column of the image's patches" if names[0].endswith("row 0") else "row of positions, and column in it"
     )
     title = f"Logit lens, {lens.model}"
-    note = f"By {place}. First table: the likeliest tokens at one layer; second: one position's at every layer, last first. "
-    note += "Darker is likelier; hover to read the probability. Layer 0 is the embeddings."
+    note = f"By {place}. First table: the likeliest tokens at one state; second: one position's at every state, last first. "
+    note += "Darker is likelier; hover to read the probability. State 0 is the embeddings."
     return circuitsvis_view(
-        title, note, [("TopkTokens", one_layer), ("TopkSamples", one_position)], previews.words(lens), height=640,
-        instead="fewer positions, fewer layers or a smaller k when reading the lens",
+        title, note, [("TopkTokens", one_state), ("TopkSamples", one_position)], previews.words(lens), height=640,
+        instead="fewer positions, fewer states or a smaller k when reading the lens",
     )  # fmt: skip
 
 

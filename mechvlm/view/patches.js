@@ -84,7 +84,7 @@
     const [, words, maps] = await Promise.all([
       decoded[data.start.row],
       unpack(lens.data).then(buffer => {
-        const take = reader(buffer), n = lens.layers.length * lens.k * lens.sources.length;
+        const take = reader(buffer), n = lens.states.length * lens.k * lens.sources.length;
         const [low, mid, high, chances] = [1, 2, 3, 4].map(() => take(Uint8Array, n));
         const list = JSON.parse(new TextDecoder().decode(take(Uint8Array, buffer.byteLength - 4 * n)));
         return { low, mid, high, chances, list, label: list.map(shown) };
@@ -146,7 +146,7 @@
       el("p", { class: "keys" }, el("kbd", {}, "←"), " ", el("kbd", {}, "→"), " layer. On the image, arrows move the patch and ",
         el("kbd", {}, "Shift"), " with them the layer. Hover to preview, click or ", el("kbd", {}, "Enter"), " to pin, ",
         el("kbd", {}, "Esc"), " to unpin."));
-    root.classList.toggle("tall", lens.layers.length > 16);
+    root.classList.toggle("tall", lens.states.length > 16);
 
     // ---- chips -------------------------------------------------------------------------------------------------------
     function chipList() {
@@ -278,8 +278,8 @@
     function wordTable() {
       const shades = Array.from({ length: 256 }, (_, q) => `rgb(11 98 173 / ${(0.03 + 0.85 * fine[q]).toFixed(3)})`);
       const body = el("tbody", { role: "rowgroup" }), cells = [], lines = new Map();
-      for (let i = lens.layers.length - 1; i >= 0; i--) {
-        const layer = lens.layers[i], button = el("button", { type: "button", tabindex: -1 }, String(layer));
+      for (let i = lens.states.length - 1; i >= 0; i--) {
+        const layer = lens.states[i], button = el("button", { type: "button", tabindex: -1 }, String(layer));
         button.addEventListener("click", () => set({ layer }));
         button.setAttribute("aria-label", `state ${layer}`);
         const line = el("tr", { role: "row" }, el("th", { role: "rowheader" }, button));

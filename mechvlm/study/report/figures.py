@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
 from mechvlm.errors import InputError
-from mechvlm.figures.style import LINES, layer_axis, style
+from mechvlm.figures.style import LINES, state_axis, style
 from mechvlm.measures.phase_fit import N_BOOTSTRAP
 from mechvlm.measures.phases import shade
 from mechvlm.probes.contextualization import MODALITY_PAIRS
@@ -78,7 +78,7 @@ def phase_figure(study: StudyRecord) -> CaptionedFigure:
             _write_note(top, "too few layers for phases")
         for pair in ("image", "text"):
             _draw_similarity(bottom, rows, pair, thin=True)
-        layer_axis(bottom, n_layers)
+        state_axis(bottom, n_layers)
         top.set_title(panel_title(study, model))
         top.set_ylabel("image – text similarity\n(mean cosine)")
         bottom.set_ylabel("similarity within\n(mean cosine)")
@@ -108,7 +108,7 @@ def lens_figure(study: StudyRecord) -> CaptionedFigure:
                     draw_curve(ax, rows, LINES[line])
             ax.set_ylim(-0.03, 1.03)
             ax.set_ylabel(f"{measure} of decoded words")
-        layer_axis(block[1], study.models[model]["n_layers"])
+        state_axis(block[1], study.models[model]["n_layers"])
         block[0].set_title(panel_title(study, model))
     legend(figure, blocks[models[0]][0])
     return CaptionedFigure(figure, (
@@ -128,7 +128,7 @@ def context_figure(study: StudyRecord) -> CaptionedFigure:
     for model, (ax,) in blocks.items():
         for pair in MODALITY_PAIRS:
             _draw_similarity(ax, curves[curves["model"] == model], pair)
-        layer_axis(ax, study.models[model]["n_layers"])
+        state_axis(ax, study.models[model]["n_layers"])
         ax.set_title(panel_title(study, model))
         ax.set_ylabel("mean cosine")
     legend(figure, blocks[models[0]][0], extra=[BASELINE])

@@ -100,7 +100,7 @@ class LensRows:
         keys = {
             "model": self.model, "example": example.id, "tokens": tokens, "captions": scores["control"].map(names)
         }  # fmt: skip
-        scores = scores[["measure", "layer", "value"]]
+        scores = scores.rename(columns={"state": "layer"})[["measure", "layer", "value"]]
         self.frames.append(scores.assign(**keys)[[*keys, *scores.columns]])
 
 
@@ -199,8 +199,8 @@ def frequent_words(model: str, example: Example, tokens: TokenMap, lens: LogitLe
         words of each layer, with the number of positions that decode to them.
     """
     rows = []
-    for layer, points in zip(lens.layers, lens.at(tokens.image).pieces(), strict=True):
-        counts = Counter(word for point in points for word in {word_of(piece) for piece in point} if word)
+    for layer, points in lens.at(tokens.image).pieces().items():
+        counts = Counter(word for point in points.values() for word in {word_of(piece) for piece in point} if word)
         ranked = sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:GALLERY_WORDS]
         keys = {"model": model, "example": example.id, "layer": layer}
         rows += [{**keys, "word": word, "positions": n} for word, n in ranked]
