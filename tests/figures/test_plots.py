@@ -30,7 +30,9 @@ def test_every_result_is_drawn(which, request, tmp_path):
         ax = result.plot()
         figure = ax.figure
         if type(result).__name__ != "QueryReadingResult":
-            assert "layer" in ax.get_xlabel() + ax.get_ylabel()
+            labels = ax.get_xlabel() + ax.get_ylabel()
+            by_layer = type(result).__name__ == "NormAttentionResult"
+            assert ("layer" if by_layer else "state (0 = embeddings)") in labels
         # An unescaped $ or a missing glyph raises only when the figure is drawn.
         figure.savefig(tmp_path / "x.png")
         assert (tmp_path / "x.png").stat().st_size > 5000
@@ -82,7 +84,15 @@ def test_lines_differ_without_color():
 
 @pytest.mark.parametrize(
     ("piece", "shown"),
-    [("▁dog", "dog"), ("▁", "·"), ("$x$", r"\$x\$"), ("\n", "·"), ("a\x00b", "a·b"), ("abcdefghij", "abcdefg…")],
+    [
+        (" dog", "dog"),
+        ("▁dog", "dog"),
+        (" ", "·"),
+        ("$x$", r"\$x\$"),
+        ("\n", "·"),
+        ("a\x00b", "a·b"),
+        ("abcdefghij", "abcdefg…"),
+    ],
 )
 def test_tokens_as_labels(piece, shown):
     assert text(piece, 8) == shown

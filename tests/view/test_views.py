@@ -186,7 +186,7 @@ def test_topk_holds_the_lens(read):
 
     for row, col, layer in [(0, 0, 0), (2, 3, 1), (3, 1, 3)]:
         point, at = row * 4 + col, 3 - layer
-        expected = [readable(p).strip() for p in pieces[layer][point]]
+        expected = [readable(p).strip() for p in pieces[layer][inputs.token_maps[1].position(row, col)]]
         chosen = [table["topkIdxs"][row][at][rank][col] for rank in range(3)]
         assert [plain(table["tokens"][row][i]) for i in chosen] == expected
         shown = [table["topkVals"][row][at][rank][col] for rank in range(3)]
