@@ -217,7 +217,8 @@ class LogitLensResult(Result):
         Args:
             state: its number, 0 (embeddings) to n_layers.
             position: in the sequence, as a `TokenMap` gives it; negative from the end.
-            row, col: of a patch, instead of a position.
+            row: of a patch, instead of a position.
+            col: of the same patch.
             image: which of the prompt's images `row` and `col` are of.
             example: which of the batch.
 

@@ -92,7 +92,8 @@ def test_every_kind_reads_the_same_words(tokenizer):
     texts = token_texts(tokenizer(sentence, add_special_tokens=False).input_ids, tokenizer)
     assert "".join(texts).strip() == sentence
     words = {word for text in texts if (word := word_of(text))}
-    assert words and all(word in sentence for word in words)
+    assert words
+    assert all(word in sentence for word in words)
     assert word_of(token_texts([tokenizer.eos_token_id], tokenizer)[0]) is None
 
 

@@ -61,7 +61,7 @@ SINGLE_CAPTION_NAMES = {"own": "single", "other": "other_single"}
 
 
 class LensRows:
-    """Precision and recall of one model's examples, with the two controls.
+    """Precision, recall and share of words of one model's examples, with the two controls.
 
     Each example is compared with its own captions and with those of the data set's next example
     (the last with the first's), whether or not the next one's image can be read. So both conditions
@@ -97,6 +97,8 @@ class LensRows:
         # The union of several captions holds more words than one caption does. So beside the score
         # against the union stands the mean over single captions.
         names = {"captions": captions, "single captions": SINGLE_CAPTION_NAMES[captions]}
+        if captions == "other":  # the share of words is the same whatever they are compared with
+            scores = scores[scores["measure"] != "word_share"]
         keys = {
             "model": self.model, "example": example.id, "tokens": tokens, "captions": scores["control"].map(names)
         }  # fmt: skip
