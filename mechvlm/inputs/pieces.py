@@ -1,8 +1,8 @@
 """Tokens as text, by the tokenizer's own decoder.
 
-Each kind of vocabulary has its own way to write a token: byte-level BPE writes bytes as letters (`Ġ`
-is a space, `Ã©` an é), SentencePiece `▁` for a space and `<0xC3>` for a byte, WordPiece `##` where
-no space stands. Only the tokenizer's decoder reads them all, and only here is it asked.
+Each kind of vocabulary has its own way to write a token: byte-level BPE writes bytes as letters
+(`Ġ` is a space, `Ã©` an é), SentencePiece `▁` for a space and `<0xC3>` for a byte, WordPiece `##`
+where no space stands. Only the tokenizer's decoder reads them all, and only here is it asked.
 
 1. `token_texts` decodes each token behind another one, so that its leading space stays.
 2. `spell` puts characters together that are split over several tokens.

@@ -71,6 +71,7 @@ def parts_of(selection: Any, inputs: Inputs, what: str) -> list[list[tuple[str, 
 
 
 def _example_parts(selection: Any, inputs: Inputs, example: int, what: str) -> list[tuple[str, Tensor]]:
+    entries: list[Any]
     if isinstance(selection, str | Integral):
         entries = [selection]
     elif isinstance(selection, Sequence) and any(isinstance(entry, str) for entry in selection):

@@ -215,7 +215,7 @@ class TokenMap:
         is_text = (self.modality == Modality.TEXT).tolist()
         texts = [s if t else "\0" for s, t in zip(self.spelled, is_text, strict=True)]
         text = "".join(texts)
-        # Tokens that share a character are found together: one span, from their text's first letter.
+        # Tokens that share a character have one span, which begins at their first letter.
         stretches: list[tuple[int, int]] = []
         for piece, end in zip(texts, accumulate(map(len, texts)), strict=True):
             stretches.append((end - len(piece.lstrip()), end) if piece else stretches[-1])

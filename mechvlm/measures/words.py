@@ -42,8 +42,8 @@ class PrecisionRecall(NamedTuple):
         n_correct: decoded words that are in the captions, or by token the positions with one.
         n_caption: words in the captions, by token with repeats.
         n_found: words in the captions that were decoded, by token with repeats.
-        word_share: share of the positions with a word in their top k, whatever `by` is; NaN for 0/0.
-            Precision is of these alone.
+        word_share: share of the positions with a word in their top k, whatever `by` is; NaN for
+            0/0. Precision is of these alone.
         n_positions: all positions, those without a word too.
     """
 
@@ -61,8 +61,8 @@ def word_of(piece: str) -> str | None:
     """The case-folded word in a token's text, or None if it is no word.
 
     One leading space (or the `▁` that stands for it) is stripped. The rest must be at least two
-    letters and nothing else. " Cat" and "cat" are "cat"; "\\n", "</s>", "42", " a" and the part of a
-    character "\\ufffd" are None.
+    letters and nothing else. " Cat" and "cat" are "cat"; "\\n", "</s>", "42", " a" and the part of
+    a character "\\ufffd" are None.
 
     >>> word_of(" Cat"), word_of("\\n")
     ('cat', None)
@@ -237,7 +237,7 @@ def lens_precision_recall(
 
 @lru_cache(maxsize=1 << 18)  # the same pieces come at every layer of every example
 def _letters(piece: str) -> str | None:
-    """The lower-case word in a token's text. Not case-folded: simplemma knows "straße", not "strasse"."""
+    """The lower-case word in a text. Not case-folded: simplemma knows "straße", not "strasse"."""
     text = unicodedata.normalize("NFC", piece)
     text = text[1:] if text.startswith(WORD_STARTS) else text
     if not all(map(_is_letter, text)) or sum(map(str.isalpha, text)) < 2:

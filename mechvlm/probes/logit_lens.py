@@ -113,7 +113,7 @@ class LogitLens:
         return {"tokens": tokens, "probs": probs}
 
     def result(self, plan: LensPlan, rows: list[Row], vlm: Model, inputs: Inputs) -> "LogitLensResult":
-        """The tokens with their texts, and the places of the points in the sequence and the image."""
+        """The tokens with their texts, and the points' places in the sequence and the image."""
         ids = stack([row["tokens"] for row in rows])
         distinct = ids.unique()
         vocabulary = tuple(zip(distinct.tolist(), vlm.to_str_tokens(distinct), strict=True))
@@ -139,7 +139,8 @@ def _cells(plan: LensPlan, inputs: Inputs) -> Int[Tensor, "point 3"]:
 class LogitLensResult(Result):
     """Top-k tokens of chosen states at chosen positions.
 
-    >>> lens.words(state=8, row=3, col=4)   # of a patch; or words(state=8, position=-1), of the last token
+    >>> lens.words(state=8, row=3, col=4)   # of a patch
+    >>> lens.words(state=8, position=-1)    # of the last token
 
     The axis `point` holds the positions of all examples of the batch, one example after the other;
     `of(example)` takes those of one.
@@ -274,7 +275,8 @@ class LogitLensResult(Result):
                 f"words() takes a position, or the row and col of a patch, not position={position}, row={row}, col={col}."
             )
         places = self.position[:, None]
-        place, named = (position,), f"Position {position}"
+        place: tuple = (position,)
+        named = f"Position {position}"
         if row is not None:
             places, place, named = (
                 self._patches(),
@@ -309,7 +311,7 @@ class LogitLensResult(Result):
         return self.cells
 
     def to_frame(self) -> pd.DataFrame:
-        """One row per state, point and rank: example, position, token, piece (text), probability."""
+        """One row per state, point and rank: example, position, token, its text, probability."""
         n_states, n_points, k = self.ids.shape
         name = dict(self.vocabulary)
         ids = self.ids.reshape(-1).tolist()

@@ -1,4 +1,4 @@
-"""Tokens as text: tokenizers of each kind, trained on a few sentences, against their own decoders."""
+"""Tokens as text: tokenizers of each kind, trained here, against their own decoders."""
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers

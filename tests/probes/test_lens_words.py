@@ -72,7 +72,8 @@ def test_words_of_the_second_image(llava_vlm):
         ({"state": 2, "position": 7}, IndexError, r"State 2 was not read; the lens holds the states \[1, 3\]"),
         ({"state": -1, "position": 7}, IndexError, "State -1 was not read"),
         ({"state": 3, "position": 99}, IndexError, r"Position 99 was not read; of example 0 the lens holds positions \[0, 1"),
-        ({"state": 3, "position": 0, "example": 1}, IndexError, "Position 0 was not read; of example 1"),  # padding
+        # Position 0 is padding.
+        ({"state": 3, "position": 0, "example": 1}, IndexError, "Position 0 was not read; of example 1"),
         ({"state": 3, "position": 7, "example": 2}, IndexError, r"Example 2 was asked for; this result holds \[0, 1\]"),
         ({"state": 3, "row": 4, "col": 0}, IndexError, r"row 4, col 0 of image 0 was not read.*\(image, row, col\)"),
         ({"state": 3, "row": -1, "col": 0}, IndexError, "row -1, col 0 of image 0 was not read"),

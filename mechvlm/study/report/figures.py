@@ -96,7 +96,7 @@ def phase_figure(study: StudyRecord) -> CaptionedFigure:
 
 
 def lens_figure(study: StudyRecord) -> CaptionedFigure:
-    """Figure 2: precision and recall of the words on visual tokens, with two controls; their share."""
+    """Figure 2: precision, recall and share of the words on visual tokens, with two controls."""
     curves, models = study.curves(), list(study.models)
     has_share = bool((curves["measure"] == "word_share").any())
     measures = ("precision", "recall", "word_share") if has_share else ("precision", "recall")
