@@ -1,12 +1,14 @@
 """Views that CircuitsVis draws: attention patterns, values on tokens, tables of the logit lens."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
 
 from mechvlm.errors import ViewError
 from mechvlm.inputs.batch import Inputs
+from mechvlm.inputs.numbers import whole_numbers
 from mechvlm.inputs.tokens import TokenMap
 from mechvlm.probes.logit_lens import LogitLensResult
 from mechvlm.probes.norm_attention import NormAttentionResult
@@ -40,9 +42,9 @@ vectors, or the mean of their weights."""
 def attention(
     inputs: Inputs,
     norms: NormAttentionResult,
-    layers: int | Sequence[int],
+    layers: Any,
     *,
-    heads: Sequence[int] | None = None,
+    heads: Any = None,
     pool: Pool = None,
     measure: str = "norm",
     example: int = 0,
@@ -60,9 +62,9 @@ def attention(
     Args:
         inputs: what the result was read from.
         norms: read with `NormAttention(dst="all pairs")`.
-        layers: one or several, 1 to n_layers.
-        heads: which heads; default all. The map of all heads together is always shown, and `()`
-            shows only that one.
+        layers: one or several, 1 to n_layers; negative ones count from the end.
+        heads: which heads, one or several; default all. The map of all heads together is always
+            shown, and `()` shows only that one.
         pool: cells of an image, (rows, cols), or n for n x n; for InstructBLIP's queries, the
             number of groups. Default: every patch or query by itself.
         measure: "norm", ‖α f‖ and for all heads ‖Σ_h α_h f_h‖; or "weight", α and its mean over
@@ -81,10 +83,9 @@ def attention(
             f"Patterns need every destination; these norms hold {list(norms.names)}. Read them with "
             'NormAttention(dst="all pairs"), or look at one destination with view.attention_row.'
         )
-    layers = [layers] if isinstance(layers, int) else list(layers)
-    heads = list(range(norms.weight.shape[2])) if heads is None else list(heads)
-    _check_numbers("layers", layers, norms.layers)
-    _check_numbers("heads", heads, range(norms.weight.shape[2]))
+    layers = _numbers("layers", layers, norms.layers)
+    all_numbers = range(norms.weight.shape[2])
+    heads = list(all_numbers) if heads is None else _numbers("heads", heads, all_numbers)
     if not layers:
         raise ViewError("No layer was asked for: give one of 1 to n_layers, or several.")
     pool_shape(token_map, pool)
@@ -297,10 +298,13 @@ def _layer_maps(
     return norms.weight[layer, example].mean(0), norms.weight[layer, example]
 
 
-def _check_numbers(name: str, chosen: Sequence[int], available: Sequence[int]) -> None:
-    wrong = [n for n in chosen if n not in available]
+def _numbers(name: str, chosen: Any, available: Sequence[int]) -> list[int]:
+    """The chosen layers or heads as numbers; negative ones count from the end."""
+    numbers = whole_numbers(chosen, name)
+    wrong = [n for n in numbers if n not in available and not -len(available) <= n < 0]
     if wrong:
         raise ViewError(f"{name} {wrong} were asked for; there are {available[0]} to {available[-1]}.")
+    return [available[n] if n < 0 else n for n in numbers]
 
 
 def _check_cost(token_map: TokenMap, n_maps: int, pool: Pool) -> None:
