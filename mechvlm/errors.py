@@ -3,6 +3,10 @@
 Each message says what was asked, what is there, and what to do.
 """
 
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
 
 class ModelError(ValueError):
     """The model cannot be loaded, or does not match its architecture record."""
@@ -46,3 +50,29 @@ class RemoteError(RuntimeError):
     def __init__(self, message: str, *, retryable: bool = False):
         super().__init__(message)
         self.retryable = retryable
+
+
+def refuse_renamed(**names: str) -> Callable[[Any], Any]:
+    """Decorator of a function or a class: an option's earlier name is refused with the present one.
+
+    >>> @refuse_renamed(layers="states")
+    ... def logit_lens(states=None): ...
+    >>> logit_lens(layers=5)
+    TypeError: logit_lens takes states=, not layers=.
+    """
+
+    def decorate(target: Any) -> Any:
+        call = target.__init__ if isinstance(target, type) else target
+
+        @wraps(call)
+        def checked(*args, **kwargs):
+            for old in names.keys() & kwargs.keys():
+                raise TypeError(f"{target.__name__} takes {names[old]}=, not {old}=.")
+            return call(*args, **kwargs)
+
+        if not isinstance(target, type):
+            return checked
+        target.__init__ = checked
+        return target
+
+    return decorate

@@ -4,7 +4,9 @@
 """
 
 from collections.abc import Sequence
+from typing import Any
 
+from mechvlm.errors import refuse_renamed
 from mechvlm.inputs.batch import Answers, Inputs, as_batches, by_batch
 from mechvlm.probes import logit_attribution as attribution
 from mechvlm.probes.contextualization import Contextualization, ContextualizationResult
@@ -17,12 +19,13 @@ from mechvlm.tracing.reading import read
 from mechvlm.vlm.vlm import VLM
 
 
+@refuse_renamed(layers="states")
 def logit_lens(
     vlm: VLM,
     inputs: Inputs,
     k: int = 5,
-    positions: str | Sequence[int] = "image",
-    layers: int | Sequence[int] | None = None,
+    positions: Any = "image",
+    states: Any = None,
     final_norm: bool = True,
 ) -> LogitLensResult:
     """The k likeliest tokens of states, decoded by the unembedding: the logit lens.
@@ -31,7 +34,7 @@ def logit_lens(
 
     >>> lens = mv.logit_lens(vlm, inputs, k=3, positions="image")
     """
-    return read(vlm, inputs, LogitLens(k, positions, layers, final_norm))[0]
+    return read(vlm, inputs, LogitLens(k, positions, states, final_norm))[0]
 
 
 def contextualization(
@@ -47,9 +50,7 @@ def contextualization(
     return read(vlm, inputs, Contextualization(self_pairs, special, subtract_baseline))[0]
 
 
-def norm_attention(
-    vlm: VLM, inputs: Inputs, dst: str | int | Sequence[str | int] = ("last_text", "last_image")
-) -> NormAttentionResult:
+def norm_attention(vlm: VLM, inputs: Inputs, dst: Any = ("last_text", "last_image")) -> NormAttentionResult:
     """Norm-based attention of chosen destinations.
 
     Runs the probe `NormAttention` in a forward of its own; see there for the options and the

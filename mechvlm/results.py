@@ -15,7 +15,7 @@ from torch import Tensor
 
 RESULT_FORMAT = 2
 """Version of a saved result. Version 1, which names none, counts the layers of attention, heads and
-neurons from 1."""
+neurons from 1, and holds a tokenizer's pieces for the tokens' texts."""
 
 
 @dataclass(frozen=True)
@@ -28,10 +28,13 @@ class Result:
     Attributes:
         units: of the tensors.
         renamed: {name in files of earlier versions: present name} of the fields that were renamed.
+        texts: the fields that hold tokens' texts. Files of the first format hold the tokenizer's
+            pieces there, with marks such as `▁`; `load` turns them into text.
     """
 
     units: ClassVar[str] = ""
     renamed: ClassVar[dict[str, str]] = {}
+    texts: ClassVar[tuple[str, ...]] = ()
 
     def __repr__(self) -> str:
         """The shapes of the tensors and the short settings, without any values of the tensors."""
@@ -103,12 +106,42 @@ class Result:
             )
         values |= {key: _tuples(value) for key, value in json.loads(header["fields"]).items()}
         values = {cls.renamed.get(key, key): value for key, value in values.items()}
-        return cls(**(cls.counted_from_0(values) if file_format == 1 else values))
+        if file_format == 1:
+            values |= {name: as_text(values[name]) for name in cls.texts if name in values}
+            values = cls.counted_from_0(values)
+        return cls(**values)
 
     @classmethod
     def counted_from_0(cls, values: dict[str, Any]) -> dict[str, Any]:
         """The fields of a file of format 1, with their layers counted from 0."""
         return values
+
+
+def as_text(pieces):
+    """Tokens as text out of a tokenizer's pieces, in tuples of any depth; numbers stay as they are.
+
+    For files that hold no tokenizer. `Ġ` and `Ċ` tell byte-level pieces from SentencePiece's.
+    """
+    from tokenizers import decoders
+
+    marks = set("".join(_strings(pieces)))
+    if marks & set("ĠĊ") and "▁" not in marks:
+        decoder = decoders.ByteLevel()
+    else:
+        decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+
+    def decoded(value):
+        if isinstance(value, tuple):
+            return tuple(map(decoded, value))
+        return decoder.decode([value]) if isinstance(value, str) else value
+
+    return decoded(pieces)
+
+
+def _strings(value) -> list[str]:
+    if isinstance(value, tuple):
+        return [text for part in value for text in _strings(part)]
+    return [value] if isinstance(value, str) else []
 
 
 def _tuples(value):

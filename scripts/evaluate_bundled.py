@@ -155,12 +155,13 @@ def lens(vlm, scenes, images) -> dict:
         result = mv.logit_lens(vlm, inputs, k=1)
         for j, scene in enumerate(scenes[i : i + 25]):
             own, elsewhere = scene.captions(), scenes[(i + j + 1) % len(scenes)].captions()
-            for layer, pieces in enumerate(result.of(j).pieces()):
+            for layer, points in result.pieces(j).items():
+                pieces = [*points.values()]
                 for by, measures in out.items():
                     scores = mv.precision_recall(pieces, own, by=by)
                     for m in measures:
                         measures[m][layer].append(getattr(scores, m))
-                without_grounds = [p for p in pieces if p[0].strip("▁") not in GROUNDS]
+                without_grounds = [p for p in pieces if p[0].strip() not in GROUNDS]
                 objects[layer].append(mv.precision_recall(without_grounds, own).precision)
                 other[layer].append(mv.precision_recall(pieces, elsewhere).precision)
     for measures in out.values():
@@ -195,7 +196,7 @@ def attention(vlm, scenes, images, answering: bool) -> dict:
             text = f"What color is the {named_object.shape}?" if answering else prompt("tiny-llava", CAPTION) + " a"
             inputs = vlm.inputs(image, text)
             norms, top = mv.read(vlm, inputs, mv.NormAttention(dst="last"), mv.LogitLens(k=1, positions="last"))
-            color = top.pieces()[-1][0][0].strip("▁")
+            color = top.words(state=vlm.n_layers, position=-1).index[0]
             target = next((o for o in scene.objects if o.color == color), None)
             if target is None or (answering and target is not named_object):
                 continue

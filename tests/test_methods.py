@@ -28,10 +28,10 @@ def test_a_method_has_the_options_of_its_probe(method):
 
 
 def test_a_method_hands_each_option_on(llava_vlm, one_batch):
-    lens = mv.logit_lens(llava_vlm, one_batch, k=2, positions="text", layers=[1, 3], final_norm=False)
-    (probed,) = mv.read(llava_vlm, one_batch, mv.LogitLens(k=2, positions="text", layers=[1, 3], final_norm=False))
+    lens = mv.logit_lens(llava_vlm, one_batch, k=2, positions="text", states=[1, 3], final_norm=False)
+    (probed,) = mv.read(llava_vlm, one_batch, mv.LogitLens(k=2, positions="text", states=[1, 3], final_norm=False))
     assert torch.equal(lens.ids, probed.ids)
-    assert (lens.layers, lens.final_norm, lens.ids.shape[2]) == ((1, 3), False, 2)
+    assert (lens.states, lens.final_norm, lens.ids.shape[2]) == ((1, 3), False, 2)
     cosines = mv.contextualization(llava_vlm, one_batch, self_pairs=False, special=True, subtract_baseline=True)
     assert (cosines.self_pairs, cosines.special, cosines.adjusted) == (False, True, True)
     assert mv.norm_attention(llava_vlm, one_batch, dst="last").names == ("last",)

@@ -59,11 +59,12 @@ class CausalTraceResult(Result):
             is the state of that number, which the layer reads; else what the layer wrote.
         windows: (first, last + 1) of each window of layers.
         at, corrupt: the site that is restored, and what was corrupted.
-        answers: the tokens whose probability is measured, as the tokenizer's pieces.
+        answers: the tokens whose probability is measured, as text.
         model: the model's name.
     """
 
     units: ClassVar[str] = "probability of the answer brought back"
+    texts: ClassVar[tuple[str, ...]] = ("answers",)
 
     p: Float[Tensor, " example"]
     p_corrupt: Float[Tensor, " example"]

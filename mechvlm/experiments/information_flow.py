@@ -44,11 +44,12 @@ class InformationFlowResult(Result):
         p_knocked: with the flow knocked out in the window around each layer.
         flows: "source -> destination", by the names of a `TokenMap`.
         windows: (first, last + 1) of each window, in layers 0 to n_layers - 1.
-        answers: the tokens whose probability is measured, as the tokenizer's pieces.
+        answers: the tokens whose probability is measured, as text.
         model: the model's name.
     """
 
     units: ClassVar[str] = "change of the answer's probability (%)"
+    texts: ClassVar[tuple[str, ...]] = ("answers",)
 
     p: Float[Tensor, " example"]
     p_knocked: Float[Tensor, "flow layer example"]

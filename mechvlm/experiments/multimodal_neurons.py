@@ -75,15 +75,16 @@ class MultimodalNeuronsResult(Result):
             past an example's last.
         sign: of the neuron's mean activation on the image, 1 or -1. Gated neurons fire either way,
             and one that fires negatively writes the reverse of its column.
-        words: the pieces whose logits the neuron's column times `sign` raises most, for each
+        words: the tokens whose logits the neuron's column times `sign` raises most, for each
             neuron.
-        answers: the tokenizer's pieces of the tokens whose logits were measured.
+        answers: the texts of the tokens whose logits were measured.
         grid: (rows, cols) of the patches; empty where visual tokens are queries, or an example has
             several images.
         model: the model's name.
     """
 
     units: ClassVar[str] = "logit"
+    texts: ClassVar[tuple[str, ...]] = ("words", "answers")
 
     layer: Int[Tensor, " neuron"]
     index: Int[Tensor, " neuron"]
@@ -134,7 +135,7 @@ class MultimodalNeuronsResult(Result):
                 "rank": [r + 1 for r in range(n_neurons) for _ in range(n_examples)],
                 "layer": self.layer.repeat_interleave(n_examples).numpy(),
                 "index": self.index.repeat_interleave(n_examples).numpy(),
-                "words": [" ".join(words) for words in self.words for _ in range(n_examples)],
+                "words": [" ".join(word.strip() for word in words) for words in self.words for _ in range(n_examples)],
                 "sign": self.sign.repeat_interleave(n_examples).numpy(),
                 "example": list(range(n_examples)) * n_neurons,
                 "answer": list(self.answers) * n_neurons,

@@ -54,11 +54,12 @@ class ObjectAblationResult(Result):
         n_tokens: how many tokens were ablated.
         conditions: "own" (the object's), "random" and "highest norm" (others, as many).
         margins: patches around the object that were ablated with it.
-        answers: the tokens that count as right, as the tokenizer's pieces.
+        answers: the tokens that count as right, as text.
         model: the model's name.
     """
 
     units: ClassVar[str] = "drop in naming accuracy (percentage points)"
+    texts: ClassVar[tuple[str, ...]] = ("answers",)
 
     correct: Bool[Tensor, " example"]
     correct_ablated: Float[Tensor, "condition margin example"]

@@ -18,6 +18,7 @@ from mechvlm.errors import InputError
 from mechvlm.families.record import Architecture, part
 from mechvlm.inputs.grids import check_resize, patch_grid
 from mechvlm.inputs.images import ImageLike, open_image
+from mechvlm.inputs.pieces import spell, token_texts
 from mechvlm.inputs.tokens import Modality, TokenMap
 
 
@@ -66,8 +67,11 @@ class Inputs:
                 mask = "qformer_attention_mask" if key.startswith("qformer") else "attention_mask"
                 encoding[key] = value[row : row + 1, self.encoding[mask][row].bool()]
         padded, keep = self.token_maps[row], self.encoding["attention_mask"][row].bool()
-        strings = tuple(s for s, kept in zip(padded.strings, keep.tolist(), strict=True) if kept)
-        tokens = TokenMap(padded.ids[keep], strings, padded.modality[keep], padded.grids, padded.patches)
+        strings, spelled = (
+            tuple(text for text, kept in zip(texts, keep.tolist(), strict=True) if kept)
+            for texts in (padded.strings, padded.spelled)
+        )
+        tokens = TokenMap(padded.ids[keep], strings, spelled, padded.modality[keep], padded.grids, padded.patches)
         return Inputs(
             encoding,
             (tokens,),
@@ -254,9 +258,9 @@ def _token_map(batch, row, pixels, images, record, config, processor) -> TokenMa
     modality[batch["attention_mask"][row] == 0] = Modality.PADDING
     size = (int(pixels.shape[-2]), int(pixels.shape[-1]))
     grids = tuple(patch_grid(i.size, processor.image_processor, size, part(config, record.patch_size)) for i in images)
-    tokens = TokenMap(
-        ids, tuple(tokenizer.convert_ids_to_tokens(ids.tolist())), modality, grids, record.visual_tokens == "patches"
-    )
+    strings = token_texts(ids.tolist(), tokenizer)
+    spelled = spell(ids.tolist(), strings, tokenizer)
+    tokens = TokenMap(ids, strings, spelled, modality, grids, record.visual_tokens == "patches")
     expected = sum(g.rows * g.cols for g in grids)
     if tokens.patches and len(tokens.image) != expected:
         raise InputError(

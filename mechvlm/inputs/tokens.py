@@ -1,7 +1,7 @@
 """The map of a sequence: what each position holds, and which patch of the image."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import cached_property
@@ -12,6 +12,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from mechvlm.inputs.grids import PatchGrid
+from mechvlm.inputs.numbers import whole_numbers
 
 
 class Modality(IntEnum):
@@ -26,6 +27,13 @@ class Modality(IntEnum):
     IMAGE = 3
 
 
+POSITION_NAMES = {
+    **{group: group for group in ("image", "text", "question", "special", "all")},
+    "last": "all", "last_text": "text", "last_image": "image",
+}  # fmt: skip
+"""Names of positions, and the group that each is of: a "last" one is the last of its group."""
+
+
 @dataclass(frozen=True, repr=False)
 class TokenMap:
     """What each position of one example's sequence holds.
@@ -38,7 +46,10 @@ class TokenMap:
 
     Attributes:
         ids: token ids, padding included.
-        strings: the tokenizer's pieces, with the `▁` that marks the start of a word.
+        strings: each token's text, with the space that it begins with; "\\ufffd" stands for a
+            part of a character (`mechvlm.inputs.pieces`).
+        spelled: the same, with characters whole that are split over several tokens: the first of
+            these holds their text, the others "".
         modality: one `Modality` a position.
         grids: the vision encoder's patch grid, one per image.
         patches: True if each visual token is one patch of its grid, False if it is a query that
@@ -47,6 +58,7 @@ class TokenMap:
 
     ids: Int[Tensor, " pos"]
     strings: tuple[str, ...]
+    spelled: tuple[str, ...]
     modality: Int[Tensor, " pos"]
     grids: tuple[PatchGrid, ...]
     patches: bool
@@ -110,42 +122,44 @@ class TokenMap:
         """Positions of the visual tokens, one tensor per image."""
         return self.image.chunk(len(self.grids))
 
-    def select(self, where: str | int | Sequence[int] | Tensor) -> Int[Tensor, " n"]:
-        """Positions by name or by number.
+    def select(self, where: str | int | Iterable[int] | Tensor) -> Int[Tensor, " n"]:
+        """Positions by name, by a word or by number.
 
         Args:
-            where: "image", "text", "question", "special", "all", "last", "last_text", "last_image",
-                or one or several numbers.
+            where: one of `POSITION_NAMES`, a word or a phrase of the text (`pos_of`), or one or
+                several numbers: an int, a list, a range, an array, a tensor. Negative ones count
+                from the end.
 
         Raises:
-            ValueError: for an unknown name, a number outside the sequence or on padding, or an
-                empty selection.
+            ValueError: for a string that is neither a name nor in the text, a number outside the
+                sequence or on padding, or an empty selection.
         """
-        groups = ("image", "text", "question", "special", "all")
-        lasts = {"last": "all", "last_text": "text", "last_image": "image"}
         if isinstance(where, str):
-            if where not in groups and where not in lasts:
-                names = ", ".join((*groups, *lasts))
-                raise ValueError(f"There are no positions called {where!r}. Names: {names}; or give numbers.")
-            positions = getattr(self, lasts[where])[-1:] if where in lasts else getattr(self, where)
+            group = POSITION_NAMES.get(where)
+            if group is None:
+                return self._pos_of_word(where)
+            positions = getattr(self, group)[-1:] if group != where else getattr(self, group)
         else:
-            positions = torch.as_tensor(where)
-            if positions.dtype == torch.bool or (positions.is_floating_point() and positions.numel()):
-                raise ValueError(
-                    f"Positions are whole numbers, not {positions.dtype}. For a mask, give mask.nonzero()[:, 0]."
-                )
-            positions = positions.reshape(-1).long()
-            bad = [
-                int(p) for p in positions if not 0 <= int(p) < len(self) or self.modality[int(p)] == Modality.PADDING
-            ]
+            numbers = whole_numbers(where, "A selection of positions")
+            n, padding = len(self), (self.modality == Modality.PADDING).tolist()
+            bad = [p for p in numbers if not -n <= p < n or padding[p]]
             if bad:
-                first = int(self.all[0])
                 raise ValueError(
-                    f"Positions {bad} are not tokens of this example, which has {first} to {len(self) - 1}."
+                    f"Positions {bad} are not tokens of this example, which has {int(self.all[0])} to {n - 1}."
                 )
+            positions = torch.tensor([p % n for p in numbers], dtype=torch.long)
         if not len(positions):
             raise ValueError(f"The selection {where!r} is empty: this example has no such position.")
         return positions.clone()  # a caller may change it, but not the map's cached tensors
+
+    def _pos_of_word(self, word: str) -> Int[Tensor, " n"]:
+        try:
+            return self.pos_of(word)
+        except ValueError as error:
+            names = ", ".join(POSITION_NAMES)
+            raise ValueError(
+                f"There are no positions called {word!r} (names: {names}), and no such word. {error}"
+            ) from None
 
     def position(self, row: int, col: int, image: int = 0) -> int:
         """The position of one patch's visual token.
@@ -199,9 +213,12 @@ class TokenMap:
         """
         # Positions without text become a NUL, which no word or phrase contains.
         is_text = (self.modality == Modality.TEXT).tolist()
-        pieces = [_spelled(s) if t else "\0" for s, t in zip(self.strings, is_text, strict=True)]
-        ends = list(accumulate(len(piece) for piece in pieces))
-        text = "".join(pieces)
+        texts = [s if t else "\0" for s, t in zip(self.spelled, is_text, strict=True)]
+        text = "".join(texts)
+        # Tokens that share a character have one span, which begins at their first letter.
+        stretches: list[tuple[int, int]] = []
+        for piece, end in zip(texts, accumulate(map(len, texts)), strict=True):
+            stretches.append((end - len(piece.lstrip()), end) if piece else stretches[-1])
         spans = (
             [m.span() for m in re.finditer(rf"(?<!\w){re.escape(word.strip())}(?!\w)", text)] if word.strip() else []
         )
@@ -209,8 +226,8 @@ class TokenMap:
             raise ValueError(f"The text holds no {word!r}. It reads: {text.replace(chr(0), '').strip()!r}.")
         positions = [
             i
-            for i, (piece, end) in enumerate(zip(pieces, ends, strict=True))
-            if is_text[i] and any(first < end and end - len(piece.lstrip()) < stop for first, stop in spans)
+            for i, (start, end) in enumerate(stretches)
+            if is_text[i] and any(first < end and start < stop for first, stop in spans)
         ]
         return torch.tensor(positions)
 
@@ -224,8 +241,3 @@ class TokenMap:
         if not 0 <= image < len(self.grids):
             raise IndexError(f"Image {image} was asked for; the prompt holds {len(self.grids)}.")
         return self.grids[image]
-
-
-def _spelled(piece: str) -> str:
-    """A tokenizer's piece as text, with spaces and line breaks in place of the marks for them."""
-    return piece.replace("▁", " ").replace("Ġ", " ").replace("Ċ", "\n").replace("<0x0A>", "\n")

@@ -1,9 +1,11 @@
 """Precision and recall of the words that a logit lens decodes, against captions.
 
-A word is a run of at least two letters, of any script. Everything else separates words or is a
-non-word: digits, punctuation, hyphens, apostrophes, byte pieces (`<0x0A>`), special tokens (`<s>`).
-Vocabularies split at hyphens and apostrophes too, so a caption's "t-shirt" is looked for as
-"shirt", and its "dog's" as "dog".
+Tokens come as text, with the space that they begin with: what `lens.pieces()` and
+`vlm.to_str_tokens(ids)` give, whatever the tokenizer. A word is a run of at least two letters, of
+any script. Everything else separates words or is a non-word: digits, punctuation, hyphens,
+apostrophes, line breaks, parts of characters ("\ufffd"), special tokens (`<s>`). Vocabularies split
+at hyphens and apostrophes too, so a caption's "t-shirt" is looked for as "shirt", and its "dog's"
+as "dog".
 
 The definition is formal, and therefore errs in two ways. A fragment (`ffe`, the end of "giraffe")
 counts as a decoded word, a wrong one. A caption word that is not one piece of the vocabulary is
@@ -16,52 +18,18 @@ from __future__ import annotations
 import math
 import unicodedata
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pandas as pd
 
-# The marks of a word's start in a piece: SentencePiece's, and byte-level BPE's.
-WORD_STARTS = ("▁", "Ġ")
-# Byte-level BPE writes space and newline as these letters. Within a piece they are no letters of a
-# word.
-WRITTEN_SPACES = {"Ġ", "Ċ"}
+from mechvlm.measures.stop_words import STOP_WORDS
 
-# English words of grammar alone. Ready-made lists also contain words for things seen in images:
-# scikit-learn's "two", "fire" and "front", stop-words' "man", "room" and "large".
-STOP_WORDS = frozenset(
-    {
-        # articles, determiners, quantifiers
-        "a", "an", "the", "this", "that", "these", "those", "some", "any", "no", "every", "each", "either",
-        "neither", "both", "all", "such", "another", "other", "others", "same", "own", "much", "many", "more",
-        "most", "few", "less", "least", "several", "enough",
-        # pronouns
-        "i", "me", "my", "mine", "myself", "we", "us", "our", "ours", "ourselves", "you", "your", "yours",
-        "yourself", "yourselves", "he", "him", "his", "himself", "she", "her", "hers", "herself", "it", "its",
-        "itself", "they", "them", "their", "theirs", "themselves", "who", "whom", "whose", "which", "what",
-        "someone", "something", "anyone", "anything", "everyone", "everything", "nobody", "nothing", "none",
-        # prepositions
-        "of", "to", "in", "on", "at", "by", "for", "with", "from", "into", "onto", "upon", "about", "above",
-        "across", "after", "against", "along", "among", "around", "as", "before", "behind", "below", "beneath",
-        "beside", "besides", "between", "beyond", "down", "during", "except", "inside", "like", "near", "off",
-        "out", "outside", "over", "past", "per", "since", "than", "through", "throughout", "toward", "towards",
-        "under", "until", "up", "via", "while", "within", "without",
-        # conjunctions
-        "and", "or", "but", "nor", "so", "yet", "if", "because", "although", "though", "unless", "whether",
-        # auxiliaries, and verbs with little meaning of their own
-        "am", "is", "are", "was", "were", "be", "been", "being", "have", "has", "had", "having", "do", "does",
-        "did", "doing", "done", "can", "could", "may", "might", "must", "shall", "should", "will", "would",
-        "cannot", "go", "get",
-        # adverbs
-        "not", "there", "here", "then", "when", "where", "why", "how", "again", "also", "almost", "already",
-        "always", "just", "even", "ever", "never", "now", "often", "only", "quite", "rather", "still", "together",
-        "too", "very", "well", "away",
-        # parts of contractions, split at the apostrophe
-        "aren", "couldn", "didn", "doesn", "don", "hadn", "hasn", "haven", "isn", "ll", "shouldn", "ve", "wasn",
-        "weren", "wouldn",
-    }
-)  # fmt: skip
+# The space before a word: as text, and as SentencePiece writes it.
+WORD_STARTS = (" ", "▁")
+# Byte-level BPE writes space and line break as these letters, in pieces that were not decoded.
+BYTE_LEVEL_MARKS = ("Ġ", "Ċ")
 
 
 class PrecisionRecall(NamedTuple):
@@ -74,6 +42,9 @@ class PrecisionRecall(NamedTuple):
         n_correct: decoded words that are in the captions, or by token the positions with one.
         n_caption: words in the captions, by token with repeats.
         n_found: words in the captions that were decoded, by token with repeats.
+        word_share: share of the positions with a word in their top k, whatever `by` is; NaN for
+            0/0. Precision is of these alone.
+        n_positions: all positions, those without a word too.
     """
 
     precision: float
@@ -82,20 +53,22 @@ class PrecisionRecall(NamedTuple):
     n_correct: int
     n_caption: int
     n_found: int
+    word_share: float
+    n_positions: int
 
 
 def word_of(piece: str) -> str | None:
-    """The case-folded word in a vocabulary piece, or None if the piece is no word.
+    """The case-folded word in a token's text, or None if it is no word.
 
-    One word-start mark (`▁`, or `Ġ` of byte-level vocabularies) is stripped. The rest must be at
-    least two letters and nothing else. `▁cat`, `cat` and `ĠCat` are "cat"; `##ing`, `<0x0A>`,
-    `</s>`, `42` and `▁a` are None. Non-ASCII pieces of byte-level vocabularies are not decoded.
+    One leading space (or the `▁` that stands for it) is stripped. The rest must be at least two
+    letters and nothing else. " Cat" and "cat" are "cat"; "\\n", "</s>", "42", " a" and the part of
+    a character "\\ufffd" are None.
 
-    >>> word_of("▁Cat"), word_of("<0x0A>")
+    >>> word_of(" Cat"), word_of("\\n")
     ('cat', None)
 
     Args:
-        piece: the piece, as `convert_ids_to_tokens` returns it.
+        piece: the text, as `vlm.to_str_tokens` returns it.
     """
     word = _letters(piece)
     return None if word is None else word.casefold()
@@ -130,7 +103,7 @@ def caption_words(
 
 
 def precision_recall(
-    decoded: Sequence[Sequence[str]],
+    decoded: Sequence[Sequence[str]] | Mapping[Any, Sequence[str]],
     captions: str | Sequence[str],
     *,
     by: str = "word",
@@ -154,9 +127,13 @@ def precision_recall(
     So by token a position counts once whatever its k, and the words in the captions count with
     their repeats: a word in five captions weighs five times.
 
+    Positions that decode to no word are in neither. Beside precision stands their complement:
+
+        word_share = positions with any word in their top k / positions
+
     0/0 is NaN, never 0: precision if no word was decoded, recall if the captions have no word.
 
-    >>> precision_recall([["▁dogs"], ["▁cat"]], "A dog runs.")[:2]
+    >>> precision_recall([[" dogs"], [" cat"], ["\\n"]], "A dog runs.")[:2]
     (0.5, 0.5)
 
     Source: the logit-lens verbalization of Wei et al. 2024 (arXiv 2411.00646). Which words count is
@@ -164,7 +141,8 @@ def precision_recall(
     Tested: equals the sums written out over positions and words.
 
     Args:
-        decoded: the top-k vocabulary pieces of each position, [position][k]. Top-1 is k = 1.
+        decoded: the texts of the top-k tokens of each position, [position][k] or {position: [k]},
+            such as `lens.pieces()[state]`. Top-1 is k = 1.
         captions: the image's caption or captions.
         by: "word" or "token", as above.
         lemmas: compare lemmas, as in `caption_words`.
@@ -175,7 +153,7 @@ def precision_recall(
 
     Raises:
         ValueError: for another `by`, for captions without text, and for `decoded` that is not
-            nested.
+            nested, or holds the pieces of a byte-level vocabulary instead of text.
     """
     pieces, left_out = _check_nested(decoded, by), _left_out(stop_words, lang)
     counts = _caption_counts(captions, lemmas, left_out, lang)
@@ -183,7 +161,7 @@ def precision_recall(
 
 
 def lens_precision_recall(
-    tokens: Sequence[Sequence[Sequence[str]]],
+    tokens: Mapping[int, Sequence[Sequence[str]] | Mapping[Any, Sequence[str]]] | Sequence[Sequence[Sequence[str]]],
     captions: str | Sequence[str],
     other_captions: Sequence[str | Sequence[str]] = (),
     *,
@@ -194,7 +172,7 @@ def lens_precision_recall(
     lang: str = "en",
     single: bool = False,
 ) -> pd.DataFrame:
-    """`precision_recall` at each layer of one example, with controls.
+    """`precision_recall` at each state of one example, with controls.
 
     The column `control` tells the captions that the words are compared with:
 
@@ -207,7 +185,8 @@ def lens_precision_recall(
     The other control, text positions, is the same call on the tokens of those positions.
 
     Args:
-        tokens: the top-k vocabulary pieces at each layer, [layer][position][k].
+        tokens: the texts of the top-k tokens at each state, {state: {position: [k]}} as
+            `lens.pieces()` gives them, or [state][position][k] from state 0.
         captions: the image's caption or captions.
         other_captions: the caption or captions of each of some other images. Give as many for each
             as `captions` has, since more captions find more words.
@@ -219,7 +198,9 @@ def lens_precision_recall(
         single: also compare with single captions.
 
     Returns:
-        A table of layer, measure ("precision" or "recall"), control and value (0 to 1).
+        A table of state, measure ("precision" or "recall"), control and value (0 to 1). The share
+        of the positions that decode to a word, "word_share", depends on no captions: it stands once
+        at each state, with the control "captions".
 
     Raises:
         ValueError: as `precision_recall` does.
@@ -236,7 +217,7 @@ def lens_precision_recall(
             # A caption without a word is left out: precision would be 0 whatever is decoded.
             controls[control] = [words for words in by_caption if words] or by_caption[:1]
     rows = []
-    for layer, decoded in enumerate(tokens):
+    for state, decoded in tokens.items() if isinstance(tokens, Mapping) else enumerate(tokens):
         pieces = _check_nested(decoded, by)
         readings = _read_pieces(pieces, lemmas, left_out, lang)
         for control, counts_by_image in controls.items():
@@ -245,8 +226,10 @@ def lens_precision_recall(
             scores = [_score(pieces, readings, words, by, non_words) for words in counts_by_image]
             for measure in ("precision", "recall"):
                 values = [value for score in scores if not math.isnan(value := getattr(score, measure))]
-                rows.append((layer, measure, control, sum(values) / len(values) if values else math.nan))
-    return pd.DataFrame(rows, columns=["layer", "measure", "control", "value"])
+                rows.append((state, measure, control, sum(values) / len(values) if values else math.nan))
+            if control == "captions":
+                rows.append((state, "word_share", control, scores[0].word_share))
+    return pd.DataFrame(rows, columns=["state", "measure", "control", "value"])
 
 
 # --- pieces and captions to words ---
@@ -254,10 +237,10 @@ def lens_precision_recall(
 
 @lru_cache(maxsize=1 << 18)  # the same pieces come at every layer of every example
 def _letters(piece: str) -> str | None:
-    """The lower-case word in a piece. Not case-folded: simplemma knows "straße", not "strasse"."""
+    """The lower-case word in a text. Not case-folded: simplemma knows "straße", not "strasse"."""
     text = unicodedata.normalize("NFC", piece)
     text = text[1:] if text.startswith(WORD_STARTS) else text
-    if not all(map(_is_letter, text)) or sum(map(str.isalpha, text)) < 2 or WRITTEN_SPACES & set(text):
+    if not all(map(_is_letter, text)) or sum(map(str.isalpha, text)) < 2:
         return None
     return text.lower()
 
@@ -322,13 +305,20 @@ def _one_by_one(captions: str | Sequence[str]) -> list[str]:
     return [captions] if isinstance(captions, str) else [caption for caption in captions if caption.strip()]
 
 
-def _check_nested(decoded: Sequence[Sequence[str]], by: str) -> Sequence[Sequence[str]]:
+def _check_nested(decoded: Sequence[Sequence[str]] | Mapping[Any, Sequence[str]], by: str) -> Sequence[Sequence[str]]:
     if by not in ("word", "token"):
         raise ValueError(f"by is 'word' or 'token', not {by!r}.")
     # A string is a sequence of strings too: a flat list would be read letter by letter.
+    decoded = list(decoded.values()) if isinstance(decoded, Mapping) else decoded
     if isinstance(decoded, str) or any(isinstance(position, str) for position in decoded):
         raise ValueError("decoded is [position][k], a sequence of pieces for each position, but a position is a plain "
                          "string: for top-1 write [[piece] for piece in decoded].")  # fmt: skip
+    pieces = set().union(*decoded)
+    raw = [piece for piece in pieces if piece.startswith(BYTE_LEVEL_MARKS)]
+    # A Maltese word may begin with Ġ; half of a vocabulary's pieces do where Ġ stands for a space.
+    if raw and 2 * len(raw) >= len(pieces):
+        raise ValueError(f"decoded holds pieces of a byte-level vocabulary, such as {min(raw)!r}, where text belongs: give "
+                         "what lens.pieces() or vlm.to_str_tokens(ids) return.")  # fmt: skip
     return decoded
 
 
@@ -370,8 +360,10 @@ def _score(
         n_correct = sum(not correct.isdisjoint(position) for position in decoded)
         n_caption = captions.total()
         n_found = sum(captions[word] for word in unique & captions.keys())
+    n_with_word = sum(not words.keys().isdisjoint(position) for position in decoded)
     return PrecisionRecall(
         n_correct / n_decoded if n_decoded else math.nan,
         n_found / n_caption if n_caption else math.nan,
         n_decoded, n_correct, n_caption, n_found,
+        n_with_word / len(decoded) if len(decoded) else math.nan, len(decoded),
     )  # fmt: skip

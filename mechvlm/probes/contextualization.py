@@ -1,4 +1,4 @@
-"""Contextualization: how alike the states of two groups of tokens are, at every layer.
+"""Contextualization: how alike two groups of tokens are, at every state of the decoder.
 
 The measure is the mean pairwise cosine between image and text tokens, and within each of the two
 (Wei et al. 2024, eq. 1). States of any two tokens have some cosine in common; Ethayarajh's
@@ -53,7 +53,7 @@ def without_self(mean: Float[Tensor, "*axes"], n: Float[Tensor, "*#axes"]) -> Fl
     return torch.where(n > 1, (n * mean - 1) / (n - 1).clamp(min=1), torch.nan)
 
 
-def anisotropy_baseline(sum_image: Tensor, sum_text: Tensor, same: Tensor, n: int) -> Float[Tensor, "3 layer"]:
+def anisotropy_baseline(sum_image: Tensor, sum_text: Tensor, same: Tensor, n: int) -> Float[Tensor, "3 state"]:
     """Mean cosine over all ordered pairs of different examples, in the order of `MODALITY_PAIRS`.
 
     With ā the mean unit vector of example a: (|Σ_a ā|² - Σ_a |ā|²) / (n² - n) within a modality,
@@ -61,9 +61,9 @@ def anisotropy_baseline(sum_image: Tensor, sum_text: Tensor, same: Tensor, n: in
     the expectation of Ethayarajh's random tokens, exactly.
 
     Args:
-        sum_image: Σ_a of the images' mean unit vectors, [layer d_model].
+        sum_image: Σ_a of the images' mean unit vectors, [state d_model].
         sum_text: the same of the texts'.
-        same: Σ_a of the dot products within one example, [3 layer].
+        same: Σ_a of the dot products within one example, [3 state].
         n: how many examples the sums are over. With fewer than two the baseline is NaN.
     """
     total = torch.stack([(sum_image * sum_text).sum(-1), (sum_image**2).sum(-1), (sum_text**2).sum(-1)])
@@ -79,12 +79,12 @@ class ContextualizationPlan(NamedTuple):
 
 @dataclass(frozen=True)
 class Contextualization:
-    """Probe: the mean pairwise cosine of image and text tokens at every layer, between and within.
+    """Probe: the mean pairwise cosine of image and text tokens at every state, between and within.
 
     Eq. (1) of Wei et al. 2024.
 
     >>> (cosines,) = mv.read(vlm, inputs, mv.Contextualization())
-    >>> cosines.inter  # between image and text tokens, [layer example]
+    >>> cosines.inter  # between image and text tokens, [state example]
 
     Args:
         self_pairs: count a vector's cosine to itself within one modality (eq. (1) as printed).
@@ -93,7 +93,7 @@ class Contextualization:
         subtract_baseline: subtract Ethayarajh's anisotropy baseline, estimated from the examples of
             the batch.
 
-    Layer n_layers is the state before the final norm. (Hugging Face's last hidden state is after
+    State n_layers is the one before the final norm. (Hugging Face's last hidden state is after
     it.)
 
     Raises:
@@ -144,13 +144,13 @@ class Contextualization:
 
 @dataclass(frozen=True, repr=False)
 class ContextualizationResult(Result):
-    """Mean pairwise cosines by layer, -1 to 1.
+    """Mean pairwise cosines by state, -1 to 1.
 
     Attributes:
         inter: between image and text tokens, s(l) of eq. (1).
         image, text: within the image tokens, within the text tokens.
         baseline: Ethayarajh's anisotropy baseline for the three, in the order of `MODALITY_PAIRS`:
-            the mean cosine of tokens from DIFFERENT examples, at the same layer. NaN with fewer
+            the mean cosine of tokens from DIFFERENT examples, at the same state. NaN with fewer
             than two examples.
         self_pairs: whether `image` and `text` count a vector's cosine to itself, as eq. (1) as
             printed does.
@@ -165,26 +165,26 @@ class ContextualizationResult(Result):
 
     units: ClassVar[str] = "cosine"
 
-    inter: Float[Tensor, "layer example"]
-    image: Float[Tensor, "layer example"]
-    text: Float[Tensor, "layer example"]
-    baseline: Float[Tensor, "3 layer"]
+    inter: Float[Tensor, "state example"]
+    image: Float[Tensor, "state example"]
+    text: Float[Tensor, "state example"]
+    baseline: Float[Tensor, "3 state"]
     self_pairs: bool
     special: bool
     adjusted: bool
     model: str
-    sum_image: Float[Tensor, "layer d_model"]
-    sum_text: Float[Tensor, "layer d_model"]
-    same: Float[Tensor, "3 layer"]
+    sum_image: Float[Tensor, "state d_model"]
+    sum_text: Float[Tensor, "state d_model"]
+    same: Float[Tensor, "3 state"]
 
     def to_frame(self) -> pd.DataFrame:
-        """One row per pair ("inter", "image", "text"), layer and example."""
-        n_layers, n_examples = self.inter.shape
+        """One row per pair ("inter", "image", "text"), state and example."""
+        n_states, n_examples = self.inter.shape
         frames = [
-            long_frame(getattr(self, pair), layer=range(n_layers), example=range(n_examples)).assign(pair=pair)
+            long_frame(getattr(self, pair), state=range(n_states), example=range(n_examples)).assign(pair=pair)
             for pair in MODALITY_PAIRS
         ]
-        return pd.concat(frames, ignore_index=True)[["pair", "layer", "example", "value"]]
+        return pd.concat(frames, ignore_index=True)[["pair", "state", "example", "value"]]
 
     def minus_baseline(self) -> "ContextualizationResult":
         """The same result with the anisotropy baseline subtracted from every curve.

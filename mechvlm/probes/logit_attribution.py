@@ -71,7 +71,7 @@ class AttributionPlan(NamedTuple):
 
     toward: token ids of the answers, [example].
     away: token ids of the answers that are subtracted, [example], or None.
-    answers, versus: their pieces.
+    answers, versus: their texts.
     last: each example's last position, [example].
     image: which positions hold the image, [example pos].
     n_layers: the number of the last state.
@@ -134,7 +134,7 @@ class LogitAttribution:
         toward = vlm.answer_tokens(inputs, self.answers)
         away = None if self.versus is None else vlm.answer_tokens(inputs, self.versus)
         answers, versus = vlm.to_str_tokens(toward), () if away is None else vlm.to_str_tokens(away)
-        if same := [(i, a) for i, (a, b) in enumerate(zip(answers, versus, strict=False)) if a == b]:
+        if same := [] if away is None else [(int(i), answers[i]) for i in (toward == away).nonzero()[:, 0]]:
             raise ValueError(
                 f"`answers` and `versus` begin with the same token in these examples, {same}: there is no difference to "
                 "attribute. Give answers whose first tokens differ."
@@ -207,12 +207,13 @@ class LogitAttributionResult(Result):
         mlps: the parts of the MLPs' outputs.
         bias: the part of the unembedding's bias (0 where there is none).
         logit: the model's own logit (difference), in its own dtype's precision.
-        answers, versus: the tokenizer's pieces of the measured tokens; `versus` is empty where
+        answers, versus: the texts of the measured tokens; `versus` is empty where
             nothing was subtracted.
         model: the model's name.
     """
 
     units: ClassVar[str] = "logit"
+    texts: ClassVar[tuple[str, ...]] = ("answers", "versus")
 
     embed: Float[Tensor, " example"]
     heads: Float[Tensor, "layer example head"]

@@ -4,9 +4,8 @@ Every state goes through the model's final norm and unembedding, as only the las
 model (nostalgebraist 2020; on visual tokens, Wei et al. 2024).
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -15,8 +14,11 @@ from jaxtyping import Float, Int
 from matplotlib.axes import Axes
 from torch import Tensor
 
+from mechvlm.errors import refuse_renamed
 from mechvlm.figures.style import STATE, axes, position_ticks, style, text
 from mechvlm.inputs.batch import Inputs
+from mechvlm.inputs.numbers import shortened, state_numbers
+from mechvlm.inputs.selections import positions_of
 from mechvlm.probes.probe import Model, Row, State
 from mechvlm.results import Result, stack
 
@@ -55,37 +57,39 @@ def top_tokens(
 class LensPlan(NamedTuple):
     """The states that are read, and the points in each: an example and one of its positions."""
 
-    layers: tuple[int, ...]
+    states: tuple[int, ...]
     example: Int[Tensor, " point"]
     position: Int[Tensor, " point"]
 
 
+@refuse_renamed(layers="states")
 @dataclass(frozen=True)
 class LogitLens:
-    """Probe: the k likeliest tokens at chosen positions and layers.
+    """Probe: the k likeliest tokens of chosen states at chosen positions.
 
     >>> (lens,) = mv.read(vlm, inputs, mv.LogitLens(k=5, positions="image"))
-    >>> lens.of(0).pieces()[-1]  # the first example's tokens at the last layer, [point][k]
+    >>> lens.words(state=8, row=3, col=4)  # what that patch reads as, with probabilities
 
     Args:
         k: how many tokens per position.
-        positions: by name ("image", "text", "all", "last", ...) or by number, the same for every
-            example.
-        layers: one state or several, 0 to n_layers; default all.
+        positions: by name ("image", "text", "all", "last", ...), by a word of the text, or by
+            number; or a list with one of these per example (`mechvlm.inputs.selections`).
+        states: one or several, 0 (embeddings) to n_layers, negative from the end; default all.
         final_norm: put states through the model's final norm first, as the model does before it
             unembeds. False unembeds them raw.
 
-    The last layer's tokens and probabilities are the model's own: n_layers is the state before the
+    The last state's tokens and probabilities are the model's own: n_layers is the state before the
     final norm, normed once. (Hugging Face's last hidden state is normed already; norming it again
     is the usual mistake.)
 
     Raises:
-        ValueError: from `read`, for a k, a layer or a position that is not there.
+        TypeError: for the option's earlier name, `layers`.
+        ValueError: from `read`, for a k, a state or a position that is not there.
     """
 
     k: int = 5
-    positions: str | Sequence[int] = "image"
-    layers: int | Sequence[int] | None = None
+    positions: Any = "image"
+    states: Any = None
     final_norm: bool = True
 
     def prepare(self, vlm: Model, inputs: Inputs) -> LensPlan:
@@ -94,35 +98,49 @@ class LogitLens:
             raise ValueError(
                 f"k={self.k} tokens were asked for; choose 1 to {vlm.d_vocab}, the size of the vocabulary."
             )
-        given = range(vlm.n_layers + 1) if self.layers is None else self.layers
-        layers = (given,) if isinstance(given, int) else tuple(given)
-        bad = [layer for layer in layers if not 0 <= layer <= vlm.n_layers]
-        if bad or not layers:
-            raise ValueError(f"Layers {bad or '(none)'} were asked for; there are 0 (embeddings) to {vlm.n_layers}.")
-        by_example = [tokens.select(self.positions) for tokens in inputs.token_maps]
+        given = range(vlm.n_layers + 1) if self.states is None else self.states
+        states = tuple(state_numbers(given, vlm.n_layers, "LogitLens"))
+        by_example = positions_of(self.positions, inputs, "positions")
         example = torch.cat([torch.full_like(positions, i) for i, positions in enumerate(by_example)])
-        return LensPlan(tuple(sorted(set(layers))), example, torch.cat(by_example))
+        return LensPlan(states, example, torch.cat(by_example))
 
     def at_state(self, plan: LensPlan, state: State) -> Row | None:
         """The likeliest tokens of the points, [point k]."""
-        if state.number not in plan.layers:
+        if state.number not in plan.states:
             return None
         points = state.resid[plan.example.to(state.resid.device), plan.position.to(state.resid.device)]
         tokens, probs = top_tokens(state.final_norm(points) if self.final_norm else points, state.unembed, self.k)
         return {"tokens": tokens, "probs": probs}
 
     def result(self, plan: LensPlan, rows: list[Row], vlm: Model, inputs: Inputs) -> "LogitLensResult":
-        """The tokens with the tokenizer's pieces for them."""
+        """The tokens with their texts, and the points' places in the sequence and the image."""
         ids = stack([row["tokens"] for row in rows])
         distinct = ids.unique()
         vocabulary = tuple(zip(distinct.tolist(), vlm.to_str_tokens(distinct), strict=True))
         probs = stack([row["probs"] for row in rows])
-        return LogitLensResult(ids, probs, *plan, vocabulary, self.final_norm, vlm.name)
+        from_end = plan.position - len(inputs.token_maps[0])
+        patches = all(tokens.patches for tokens in inputs.token_maps)
+        return LogitLensResult(
+            ids, probs, *plan, vocabulary, self.final_norm, vlm.name, from_end, _cells(plan, inputs), patches
+        )
+
+
+def _cells(plan: LensPlan, inputs: Inputs) -> Int[Tensor, "point 3"]:
+    """(image, row, col) of each point; -1 where it is no patch."""
+    cells = torch.full((len(plan.position), 3), -1)
+    for i, tokens in enumerate(inputs.token_maps):
+        of_image = (plan.example == i) & torch.isin(plan.position, tokens.image)
+        for point in of_image.nonzero()[:, 0].tolist() if tokens.patches else ():
+            cells[point] = torch.tensor(tokens.cell(int(plan.position[point])))
+    return cells
 
 
 @dataclass(frozen=True, repr=False)
 class LogitLensResult(Result):
-    """Top-k tokens of chosen positions at chosen layers.
+    """Top-k tokens of chosen states at chosen positions.
+
+    >>> lens.words(state=8, row=3, col=4)   # of a patch
+    >>> lens.words(state=8, position=-1)    # of the last token
 
     The axis `point` holds the positions of all examples of the batch, one example after the other;
     `of(example)` takes those of one.
@@ -130,25 +148,33 @@ class LogitLensResult(Result):
     Attributes:
         ids: token ids, likeliest first.
         probs: their probabilities (0 to 1).
-        layers: the states that were read: 0 the embeddings, n_layers the state that the model
-            itself unembeds.
-        example, position: the example of each point, and its position there.
-        vocabulary: the tokenizer's piece for every id in `ids`, as (id, piece) pairs.
+        states: those that were read: 0 the embeddings, n_layers the one that the model itself
+            unembeds.
+        example, position: the example of each point, and its position in the (padded) sequence.
+        vocabulary: the text of every id in `ids`, as (id, text) pairs.
         final_norm: whether states went through the model's final norm.
         model: the model's name.
+        from_end: the same positions counted from the end, -1 the last. None in files of earlier
+            versions, like `cells`.
+        cells: (image, row, col) of each point's patch; -1 where it is none.
+        patches: False where visual tokens are queries, which have no place on the image.
     """
 
     units: ClassVar[str] = "probability"
-    renamed: ClassVar[dict[str, str]] = {"tokens": "ids"}
+    renamed: ClassVar[dict[str, str]] = {"tokens": "ids", "layers": "states"}
+    texts: ClassVar[tuple[str, ...]] = ("vocabulary",)
 
-    ids: Int[Tensor, "layer point k"]
-    probs: Float[Tensor, "layer point k"]
-    layers: tuple[int, ...]
+    ids: Int[Tensor, "state point k"]
+    probs: Float[Tensor, "state point k"]
+    states: tuple[int, ...]
     example: Int[Tensor, " point"]
     position: Int[Tensor, " point"]
     vocabulary: tuple[tuple[int, str], ...]
     final_norm: bool
     model: str
+    from_end: Int[Tensor, " point"] | None = None
+    cells: Int[Tensor, "point 3"] | None = None
+    patches: bool = True
 
     def of(self, example: int) -> "LogitLensResult":
         """One example's points, in the order of its positions.
@@ -168,30 +194,133 @@ class LogitLensResult(Result):
         return self._subset(torch.isin(self.position, positions))
 
     def _subset(self, chosen: Tensor) -> "LogitLensResult":
-        return LogitLensResult(
-            self.ids[:, chosen], self.probs[:, chosen], self.layers, self.example[chosen], self.position[chosen],
-            self.vocabulary, self.final_norm, self.model,
-        )  # fmt: skip
+        by_point = {"example", "position", "from_end", "cells"}
+        values = {name: getattr(self, name) for name in by_point}
+        values = {name: None if value is None else value[chosen] for name, value in values.items()}
+        return replace(self, ids=self.ids[:, chosen], probs=self.probs[:, chosen], **values)
 
-    def pieces(self) -> list[list[list[str]]]:
-        """The tokens as the tokenizer's pieces, the `▁` of a word's start included.
+    def words(
+        self,
+        state: int,
+        position: int | None = None,
+        *,
+        row: int | None = None,
+        col: int | None = None,
+        image: int = 0,
+        example: int = 0,
+    ) -> pd.Series:
+        """The k words that a state reads as, likeliest first, with their probabilities (0 to 1).
 
-        Nested lists, [layer][point][k].
+        >>> lens.words(state=8, row=3, col=4)
+        red       0.91
+        circle    0.04
+
+        Args:
+            state: its number, 0 (embeddings) to n_layers.
+            position: in the sequence, as a `TokenMap` gives it; negative from the end.
+            row: of a patch, instead of a position.
+            col: of the same patch.
+            image: which of the prompt's images `row` and `col` are of.
+            example: which of the batch.
+
+        Returns:
+            Probabilities by word, without the space before it.
+
+        Raises:
+            IndexError: for a state, position, patch or example that was not read; it says which
+                were.
+            ValueError: without a place, for two places at once, and for rows and columns where
+                visual tokens are queries.
         """
+        at, point = self._state(state), self._point(position, row, col, image, example)
         name = dict(self.vocabulary)
-        return [[[name[t] for t in point] for point in layer] for layer in self.ids.tolist()]
+        shown = [name[i].strip(" ") or name[i] for i in self.ids[at, point].tolist()]
+        return pd.Series(self.probs[at, point].tolist(), index=pd.Index(shown, name="word"), name="probability")
+
+    def pieces(self, example: int | None = None) -> dict[int, dict[int, list[str]]]:
+        """The texts of one example's tokens: {state: {position: [the k texts]}}.
+
+        Keys are the states' own numbers and the positions in the sequence. A text keeps the space
+        that it begins with.
+
+        >>> lens.pieces(example=0)[8][5]
+        [' red', ' circle']
+
+        Args:
+            example: which of the batch; by default the only one that this result holds.
+
+        Raises:
+            ValueError: for several examples and none chosen.
+            IndexError: for an example that was not read.
+        """
+        examples = sorted(set(self.example.tolist()))
+        if example is None and len(examples) > 1:
+            raise ValueError(f"This result holds the examples {shortened(examples)}: choose one, pieces(example=...).")
+        own = self if example is None else self.of(example)
+        name, positions = dict(self.vocabulary), own.position.tolist()
+        return {
+            state: {p: [name[i] for i in ids] for p, ids in zip(positions, points, strict=True)}
+            for state, points in zip(own.states, own.ids.tolist(), strict=True)
+        }
+
+    def _state(self, state: int) -> int:
+        if state not in self.states:
+            raise IndexError(f"State {state} was not read; the lens holds the states {shortened(list(self.states))}.")
+        return self.states.index(state)
+
+    def _point(self, position: int | None, row: int | None, col: int | None, image: int, example: int) -> int:
+        """The number of the point at a place, along the axis `point`."""
+        if (position is None) == (row is None) or (row is None) != (col is None):
+            raise ValueError(
+                f"words() takes a position, or the row and col of a patch, not position={position}, row={row}, col={col}."
+            )
+        places = self.position[:, None]
+        place: tuple = (position,)
+        named = f"Position {position}"
+        if row is not None:
+            places, place, named = (
+                self._patches(),
+                (image, row, col),
+                f"The patch at row {row}, col {col} of image {image}",
+            )
+        elif position is not None and position < 0:
+            if self.from_end is None:
+                raise ValueError(f"This lens was saved by an earlier version: say which position {position} is.")
+            places = self.from_end[:, None]
+        self.of(example)  # refuses an example that was not read
+        own = self.example == example
+        match = (own & (places == torch.tensor(place)).all(-1)).nonzero()[:, 0].tolist()
+        if not match:
+            read = [tuple(p) if len(p) > 1 else p[0] for p in places[own].tolist() if p[-1] >= 0 or row is None]
+            kind = (
+                "no patches"
+                if not read
+                else f"{'(image, row, col)' if row is not None else 'positions'} {shortened(read)}"
+            )
+            raise IndexError(f"{named} was not read; of example {example} the lens holds {kind}.")
+        return match[0]
+
+    def _patches(self) -> Int[Tensor, "point 3"]:
+        if not self.patches:
+            raise ValueError(
+                "This model's visual tokens are queries: each reads the whole image, so no word has a row and a column. "
+                "Give a position, and see mechvlm.query_reading for where a query reads."
+            )
+        if self.cells is None:
+            raise ValueError("This lens was saved by an earlier version, without rows and columns: give a position.")
+        return self.cells
 
     def to_frame(self) -> pd.DataFrame:
-        """One row per layer, point and rank: example, position, token, piece, probability."""
-        n_layers, n_points, k = self.ids.shape
+        """One row per state, point and rank: example, position, token, its text, probability."""
+        n_states, n_points, k = self.ids.shape
         name = dict(self.vocabulary)
         ids = self.ids.reshape(-1).tolist()
         return pd.DataFrame(
             {
-                "layer": [layer for layer in self.layers for _ in range(n_points * k)],
-                "example": self.example.repeat_interleave(k).repeat(n_layers).numpy(),
-                "position": self.position.repeat_interleave(k).repeat(n_layers).numpy(),
-                "rank": list(range(1, k + 1)) * (n_layers * n_points),
+                "state": [state for state in self.states for _ in range(n_points * k)],
+                "example": self.example.repeat_interleave(k).repeat(n_states).numpy(),
+                "position": self.position.repeat_interleave(k).repeat(n_states).numpy(),
+                "rank": list(range(1, k + 1)) * (n_states * n_points),
                 "token": ids,
                 "piece": [name[i] for i in ids],
                 "probability": self.probs.reshape(-1).numpy(),
@@ -199,18 +328,18 @@ class LogitLensResult(Result):
         )
 
     def plot(self, ax: Axes | None = None) -> Axes:
-        """Each position's likeliest token at each layer, on the color of its probability.
+        """Each position's likeliest token at each state, on the color of its probability.
 
         Of more than 80 positions the colors alone.
         """
-        n_layers, n_points, _ = self.ids.shape
+        n_states, n_points, _ = self.ids.shape
         with style():
-            ax = axes(ax, width=min(2 + 0.5 * n_points, 24), height=1.6 + 0.28 * n_layers)
-            top = self.probs[:, :, 0].numpy()  # [layer point]
+            ax = axes(ax, width=min(2 + 0.5 * n_points, 24), height=1.6 + 0.28 * n_states)
+            top = self.probs[:, :, 0].numpy()  # [state point]
             mesh = ax.imshow(top, origin="lower", aspect="auto", cmap="Blues", vmin=0, vmax=1)
             if n_points <= WORDS_UP_TO:
                 self._write_words(ax, top)
-            ax.set_yticks(range(n_layers), [str(layer) for layer in self.layers])
+            ax.set_yticks(range(n_states), [str(state) for state in self.states])
             position_ticks(ax, self.position.tolist())
             ax.set_ylabel(STATE)
             ax.set_xlabel("position")
@@ -222,8 +351,8 @@ class LogitLensResult(Result):
 
     def _write_words(self, ax: Axes, top: np.ndarray) -> None:
         """Write the likeliest token of each cell into it; `top` holds the probabilities."""
-        longest = 8 if self.ids.shape[1] <= 48 else 6
-        for row, points in enumerate(self.pieces()):
-            for col, pieces in enumerate(points):
+        longest, name = 8 if self.ids.shape[1] <= 48 else 6, dict(self.vocabulary)
+        for row, points in enumerate(self.ids[:, :, 0].tolist()):
+            for col, best in enumerate(points):
                 color = "white" if top[row, col] > 0.6 else "#222222"
-                ax.text(col, row, text(pieces[0], longest), ha="center", va="center", fontsize=6, color=color)
+                ax.text(col, row, text(name[best], longest), ha="center", va="center", fontsize=6, color=color)

@@ -9,9 +9,7 @@ A source with a large weight may still write next to nothing (Kobayashi et al. 2
 So the vectors themselves, [dest src d_model], are never formed.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from numbers import Integral
 from typing import Any, ClassVar, NamedTuple
 
 import pandas as pd
@@ -24,6 +22,7 @@ from torch import Tensor
 from mechvlm.decoder.attention import attention_rows
 from mechvlm.figures.style import axes, heatmap, position_ticks, style
 from mechvlm.inputs.batch import Inputs
+from mechvlm.inputs.selections import parts_of
 from mechvlm.inputs.tokens import Modality
 from mechvlm.probes.probe import Attended, Model, Row
 from mechvlm.results import Result, long_frame, stack
@@ -107,9 +106,10 @@ class NormAttention:
     >>> norms.norm[:, 0, 0]  # what each source wrote to the last position, [layer src]
 
     Args:
-        dst: a destination by name ("last_text", "last_image", "last", ...), several of them,
-            numbers (the same for every example), or "all pairs". A name must mean the same number
-            of positions in every example.
+        dst: destinations: a name ("last_text", "last_image", "last", ...), a word of the text, a
+            number, several of them, or a list with one of these lists per example
+            (`mechvlm.inputs.selections`); or "all pairs". They must be as many positions in every
+            example.
 
     The model keeps its own attention implementation: the weights of these rows are recomputed from
     its q and k.
@@ -119,7 +119,7 @@ class NormAttention:
             different numbers of positions.
     """
 
-    dst: str | int | Sequence[str | int] = ("last_text", "last_image")
+    dst: Any = ("last_text", "last_image")
 
     def prepare(self, vlm: Model, inputs: Inputs) -> NormPlan:
         """Find the destinations of each example, and name them."""
@@ -127,23 +127,20 @@ class NormAttention:
         if isinstance(self.dst, str) and self.dst == "all pairs":
             padding = torch.stack([tokens.modality == Modality.PADDING for tokens in inputs.token_maps])
             return NormPlan(torch.arange(length).expand(len(inputs), -1), tuple(map(str, range(length))), padding)
-        dst: Any = self.dst
-        destinations: list[Any] = [dst] if isinstance(dst, str | Integral) else list(dst)
-        if not destinations:
-            raise ValueError("dst is empty: name at least one destination, such as 'last'.")
-        destinations = [d if isinstance(d, str) else int(d) for d in destinations]
-        by_example = [
-            [tokens.select(d if isinstance(d, str) else [d]) for d in destinations] for tokens in inputs.token_maps
-        ]
-        sizes = {tuple(len(positions) for positions in groups) for groups in by_example}
+        by_example = parts_of(self.dst, inputs, "dst")
+        sizes = {tuple(len(positions) for _, positions in parts) for parts in by_example}
         if len(sizes) != 1:
             raise ValueError(
                 f"dst={self.dst!r} means different numbers of positions in these examples: {sorted(sizes)}. Give names "
                 "that mean as many positions in each, such as 'last'."
             )
-        counts = sizes.pop()
-        names = [str(d) if n == 1 else f"{d} {i}" for d, n in zip(destinations, counts, strict=True) for i in range(n)]
-        return NormPlan(torch.stack([torch.cat(groups) for groups in by_example]), tuple(names), None)
+        names: list[str] = []
+        for number, parts in enumerate(zip(*by_example, strict=True)):
+            own = {name for name, _ in parts}  # one name, or several where each example has its own
+            name, n = own.pop() if len(own) == 1 else f"destination {number}", len(parts[0][1])
+            names += [name] if n == 1 else [f"{name} {i}" for i in range(n)]
+        dest = torch.stack([torch.cat([positions for _, positions in parts]) for parts in by_example])
+        return NormPlan(dest, tuple(names), None)
 
     def at_attention(self, plan: NormPlan, attended: Attended) -> Row:
         """The destinations' norms [example dest src] and weights [example head dest src].

@@ -34,6 +34,7 @@ MODEL_MARKERS = ("o", "s", "^", "D", "v")
 MEASURE_TITLES = {
     "cosine_inter": "image – text similarity", "cosine_image": "similarity within image",
     "cosine_text": "similarity within text", "precision": "precision of decoded words", "recall": "recall of decoded words",
+    "word_share": "share of image tokens that decode to a word",
 }  # fmt: skip
 CONTROLS = {
     "_baseline": ("baseline (different examples)", DOTTED),

@@ -30,6 +30,8 @@ def tidy(tables: dict[str, pd.DataFrame]) -> pd.DataFrame:
             shares, 0 to 1, NaN for 0/0.
         `precision_other`, `recall_other`: a control, against another image's captions.
         `precision_text`, `recall_text`: a control, of the words on text tokens.
+        `word_share`, `word_share_text`: the share of the image tokens, and of the text tokens, that
+            decode to a word, of which alone precision is. Studies of earlier versions lack it.
         `norm_share_last_text`, `norm_share_last_image`: the image tokens' share (0 to 1) of the
             norms written to that destination.
         `weight_share_last_text`, `weight_share_last_image`: their share of the raw weights.

@@ -74,6 +74,9 @@ class StudyRecord:
                 own captions; shares, 0 to 1, NaN for 0/0.
             `precision_other`, `recall_other`: a control, against another image's captions.
             `precision_text`, `recall_text`: a control, of the words on text tokens.
+            `word_share`, `word_share_text`: the share of the image tokens, and of the text tokens,
+                that decode to a word, of which alone precision is. Studies of earlier versions lack
+                it.
             `precision_single`, `recall_single`, `precision_other_single`, `recall_other_single`:
                 the mean over each caption alone, where images have several captions.
             `norm_share_last_text`, `norm_share_last_image`: the image tokens' share (0 to 1) of the

@@ -35,15 +35,17 @@ of attention from 1. `Study.open` reads both.)
                          cosine between image and text tokens, among image tokens, among text
                          tokens
     baseline             model, pair, state, value: the same mean over tokens of different examples
-    lens                 model, example, tokens, captions, measure ("precision", "recall"), state,
-                         value: a share of words, 0 to 1, empty for 0/0. tokens: the words are
-                         decoded from "image" or "text" tokens. captions: the words are compared
-                         with the example's "own" captions or with the "other" ones of the data
-                         set's next example; where there are several captions, "single" and
-                         "other_single" are the mean over each caption alone. Text tokens are
-                         compared with the "own" captions only
+    lens                 model, example, tokens, captions, measure ("precision", "recall",
+                         "word_share"), state, value: a share of words, 0 to 1, empty for 0/0;
+                         "word_share" is the share of the tokens that decode to a word, of which
+                         alone precision is (studies of earlier versions lack it). tokens: the words
+                         are decoded from "image" or "text" tokens. captions: they are compared with
+                         the example's "own" captions or with the "other" ones of the data set's
+                         next example; where there are several captions, "single" and "other_single"
+                         are the mean over each caption alone. Text tokens are compared with the
+                         "own" captions only; "word_share" stands with these too
     norm_attention       model, dest ("last_text", "last_image"), dest_position, layer, src (the
-                         position of the source), piece (its token), modality, norm (residual-stream
+                         position of the source), piece (its text), modality, norm (residual-stream
                          units), weight (mean over heads), n: means over n examples
     attention_share      model, example, dest, measure ("norm", "weight"), layer, value: the image
                          tokens' share of the sum over all sources, 0 to 1

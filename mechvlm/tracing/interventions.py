@@ -26,7 +26,8 @@ import torch
 from torch import Tensor
 
 from mechvlm.decoder.attention import read_attention, replace_mask
-from mechvlm.tracing.selections import Layers, Selection, heads_of, layer_numbers, rows_of, shortened, site
+from mechvlm.inputs.numbers import shortened
+from mechvlm.tracing.selections import Layers, Selection, heads_of, layer_numbers, rows_of, site
 from mechvlm.vlm.vlm import VLM
 
 

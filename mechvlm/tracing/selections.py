@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mechvlm.inputs.numbers import shortened, whole_numbers
 from mechvlm.vlm.vlm import VLM
 
 SITES = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "z")
@@ -33,7 +34,7 @@ def site(vlm: VLM, at: str):
 
 def layer_numbers(vlm: VLM, layers: Layers, what: str) -> list[int]:
     """Layers as numbers 0 to n_layers - 1, each once, in the order of the forward."""
-    numbers = _whole_numbers(layers, f"{what}: layers")
+    numbers = whole_numbers(layers, f"{what}: layers")
     if not numbers:
         raise ValueError(f"{what}: no layer was given; the decoder has 0 to {vlm.n_layers - 1}.")
     bad = [layer for layer in numbers if not -vlm.n_layers <= layer < vlm.n_layers]
@@ -73,26 +74,11 @@ def _numbers(selection, n: int, what: str) -> list[int]:
     """One example's selection as numbers 0 to n - 1, each once, in its order."""
     if isinstance(selection, str):
         raise ValueError(f"{what}={selection!r}: give numbers, such as inputs.tokens.select({selection!r}).")
-    numbers = _whole_numbers(selection, what)
+    numbers = whole_numbers(selection, what)
     bad = [i for i in numbers if not -n <= i < n]
     if bad:
         raise IndexError(f"{what}: {shortened(bad)} was asked for; there are 0 to {n - 1}.")
     return list(dict.fromkeys(i % n for i in numbers))
-
-
-def _whole_numbers(value, what: str) -> list[int]:
-    """A whole number, or several, as a list."""
-    is_iterable = isinstance(value, Iterable) and not isinstance(value, Tensor | str)
-    try:
-        numbers = torch.as_tensor(list(value) if is_iterable else value)
-    except (RuntimeError, TypeError, ValueError):
-        raise ValueError(f"{what} takes whole numbers, not {value!r}.") from None
-    if numbers.numel() and (numbers.dtype == torch.bool or numbers.is_floating_point() or numbers.ndim > 1):
-        raise ValueError(
-            f"{what} takes whole numbers, not {numbers.dtype} {list(numbers.shape)}; for a mask, give "
-            "mask.nonzero()[:, 0]."
-        )
-    return [int(i) for i in numbers.reshape(-1)]
 
 
 def heads_of(heads, at: str, old: Tensor, rows: list[list[int]], what: str) -> list[Tensor]:
@@ -108,10 +94,3 @@ def heads_of(heads, at: str, old: Tensor, rows: list[list[int]], what: str) -> l
     for row, numbers in enumerate(chosen):
         masks[row, numbers] = True
     return list(masks)
-
-
-def shortened(items: list) -> str:
-    """A list for a message; of nine items or more the first four, the last and the count."""
-    if len(items) < 9:
-        return str(items)
-    return f"[{', '.join(repr(i) for i in items[:4])}, ... {items[-1]!r}] ({len(items)})"

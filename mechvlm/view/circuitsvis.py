@@ -1,12 +1,14 @@
 """Views that CircuitsVis draws: attention patterns, values on tokens, tables of the logit lens."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
 
 from mechvlm.errors import ViewError
 from mechvlm.inputs.batch import Inputs
+from mechvlm.inputs.numbers import whole_numbers
 from mechvlm.inputs.tokens import TokenMap
 from mechvlm.probes.logit_lens import LogitLensResult
 from mechvlm.probes.norm_attention import NormAttentionResult
@@ -40,9 +42,9 @@ vectors, or the mean of their weights."""
 def attention(
     inputs: Inputs,
     norms: NormAttentionResult,
-    layers: int | Sequence[int],
+    layers: Any,
     *,
-    heads: Sequence[int] | None = None,
+    heads: Any = None,
     pool: Pool = None,
     measure: str = "norm",
     example: int = 0,
@@ -60,9 +62,9 @@ def attention(
     Args:
         inputs: what the result was read from.
         norms: read with `NormAttention(dst="all pairs")`.
-        layers: one or several, 0 to n_layers - 1.
-        heads: which heads; default all. The map of all heads together is always shown, and `()`
-            shows only that one.
+        layers: one or several, 0 to n_layers - 1; negative ones count from the end.
+        heads: which heads, one or several; default all. The map of all heads together is always
+            shown, and `()` shows only that one.
         pool: cells of an image, (rows, cols), or n for n x n; for InstructBLIP's queries, the
             number of groups. Default: every patch or query by itself.
         measure: "norm", ‖α f‖ and for all heads ‖Σ_h α_h f_h‖; or "weight", α and its mean over
@@ -81,10 +83,9 @@ def attention(
             f"Patterns need every destination; these norms hold {list(norms.names)}. Read them with "
             'NormAttention(dst="all pairs"), or look at one destination with view.attention_row.'
         )
-    layers = [layers] if isinstance(layers, int) else list(layers)
-    heads = list(range(norms.weight.shape[2])) if heads is None else list(heads)
-    _check_numbers("layers", layers, norms.layers)
-    _check_numbers("heads", heads, range(norms.weight.shape[2]))
+    layers = _numbers("layers", layers, norms.layers)
+    all_numbers = range(norms.weight.shape[2])
+    heads = list(all_numbers) if heads is None else _numbers("heads", heads, all_numbers)
     if not layers:
         raise ViewError("No layer was asked for: give one of 0 to n_layers - 1, or several.")
     pool_shape(token_map, pool)
@@ -217,7 +218,7 @@ def topk(inputs: Inputs, lens: LogitLensResult, *, example: int = 0) -> View:
 
     Args:
         inputs: what the result was read from.
-        lens: the logit lens, at any positions and layers.
+        lens: the logit lens, at any positions and states.
         example: which of the batch.
 
     Raises:
@@ -230,40 +231,40 @@ def topk(inputs: Inputs, lens: LogitLensResult, *, example: int = 0) -> View:
         examples = sorted(set(lens.example.tolist()))
         raise ViewError(f"The lens holds no position of example {example}, only of {examples}. Choose one of these.")
     lens = lens.of(example)
-    last_first = list(range(len(lens.layers)))[::-1]
-    layers = [str(lens.layers[at]) for at in last_first]
+    last_first = list(range(len(lens.states)))[::-1]
+    states = [str(lens.states[at]) for at in last_first]
     names, rows = position_rows(token_map, lens.position.tolist())
     vocabulary = dict(lens.vocabulary)
     ids = sorted(vocabulary)
     words = [html_safe(readable(vocabulary[i])) for i in ids] + [""]  # the last fills shorter rows
     width = max(5, *map(len, rows))  # CircuitsVis first shows five columns, even of fewer
 
-    def by_row(values: np.ndarray, fill: int) -> np.ndarray:  # [row, layer, col, k]
-        n_layers, _, k = values.shape
-        out = np.full((len(rows), n_layers, width, k), fill, values.dtype)
+    def by_row(values: np.ndarray, fill: int) -> np.ndarray:  # [row, state, col, k]
+        n_states, _, k = values.shape
+        out = np.full((len(rows), n_states, width, k), fill, values.dtype)
         for i, row in enumerate(rows):
             out[i, :, : len(row)] = values[:, row]
         return out
 
     word_of = by_row(np.searchsorted(ids, lens.ids[last_first].numpy()), len(ids))
     probs = by_row(np.array(rounded(lens.probs[last_first])), 0)
-    none: list = [[[]] * len(layers)] * len(rows)
-    one_layer = {
+    none: list = [[[]] * len(states)] * len(rows)
+    one_state = {
         "tokens": [words] * len(rows), "sampleLabels": names, "firstDimensionName": "State",
-        "firstDimensionLabels": layers, "thirdDimensionName": "Column",
+        "firstDimensionLabels": states, "thirdDimensionName": "Column",
         "topkIdxs": word_of.transpose(0, 1, 3, 2).tolist(), "topkVals": probs.transpose(0, 1, 3, 2).tolist(),
         "bottomkIdxs": none, "bottomkVals": none,
     }  # fmt: skip
     # Each line starts with its state's number, which has no probability.
     lines = [
         [
-            [[f"{layer}:", *(" " + words[t].strip() for t in word_of[row, at, col])] for at, layer in enumerate(layers)]
+            [[f"{state}:", *(" " + words[t].strip() for t in word_of[row, at, col])] for at, state in enumerate(states)]
             for col in range(width)
         ]
         for row in range(len(rows))
     ]
     line_values = [
-        [[[0.0, *probs[row, at, col].tolist()] for at in range(len(layers))] for col in range(width)]
+        [[[0.0, *probs[row, at, col].tolist()] for at in range(len(states))] for col in range(width)]
         for row in range(len(rows))
     ]
     one_position = {
@@ -277,8 +278,8 @@ def topk(inputs: Inputs, lens: LogitLensResult, *, example: int = 0) -> View:
     note = f"By {place}. First table: the likeliest tokens at one state; second: one position's at every state, last first. "
     note += "Darker is likelier; hover to read the probability. State 0 is the embeddings."
     return circuitsvis_view(
-        title, note, [("TopkTokens", one_layer), ("TopkSamples", one_position)], previews.words(lens), height=640,
-        instead="fewer positions, fewer layers or a smaller k when reading the lens",
+        title, note, [("TopkTokens", one_state), ("TopkSamples", one_position)], previews.words(lens), height=640,
+        instead="fewer positions, fewer states or a smaller k when reading the lens",
     )  # fmt: skip
 
 
@@ -298,10 +299,13 @@ def _layer_maps(
     return norms.weight[layer, example].mean(0), norms.weight[layer, example]
 
 
-def _check_numbers(name: str, chosen: Sequence[int], available: Sequence[int]) -> None:
-    wrong = [n for n in chosen if n not in available]
+def _numbers(name: str, chosen: Any, available: Sequence[int]) -> list[int]:
+    """The chosen layers or heads as numbers; negative ones count from the end."""
+    numbers = whole_numbers(chosen, name)
+    wrong = [n for n in numbers if n not in available and not -len(available) <= n < 0]
     if wrong:
         raise ViewError(f"{name} {wrong} were asked for; there are {available[0]} to {available[-1]}.")
+    return [available[n] if n < 0 else n for n in numbers]
 
 
 def _check_cost(token_map: TokenMap, n_maps: int, pool: Pool) -> None:

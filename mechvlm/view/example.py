@@ -162,9 +162,9 @@ def match_example(inputs, lens, norms, reading, example) -> ShownExample:
     check_models(inputs, lens, norms, reading)
     check_lens(lens, tokens, example, n_examples)
     check_norms(norms, tokens, example, n_examples)
-    if max(lens.layers) > len(norms.layers):
+    if max(lens.states) > len(norms.layers):
         raise ViewError(
-            f"lens goes to state {max(lens.layers)}, norms to layer {len(norms.layers) - 1}: they are of different models. "
+            f"lens goes to state {max(lens.states)}, norms to layer {len(norms.layers) - 1}: they are of different models. "
             "Read them together, mechvlm.read(vlm, inputs, ...)."
         )
     pictures = load_images(inputs.images[example] if example < len(inputs.images) else (), tokens, example)

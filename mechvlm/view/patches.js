@@ -33,11 +33,9 @@
   const number = x => (x === 0 ? "0" : Math.abs(x) < 1e-4 ? x.toExponential(1) : String(Number(x.toPrecision(2))));
   const clamp = (x, low, high) => Math.min(high, Math.max(low, x));
 
-  // A token as it is shown: without the mark that starts a word, and with signs for invisible characters.
+  // A token as it is shown: without the space that starts a word, and with signs for invisible characters.
   function shown(piece) {
-    const byte = { "<0x0A>": "⏎", "\n": "⏎", "<0x09>": "⇥", "\t": "⇥" }[piece];
-    if (byte) return byte;
-    const plain = piece.replace(/^▁(?=.)/u, "").replaceAll("▁", "␣").replace(/\n/g, "⏎");
+    const plain = piece.replace(/^ (?=.)/u, "").replaceAll(" ", "␣").replaceAll("\n", "⏎").replaceAll("\t", "⇥");
     return plain.replace(/[\p{Cc}\p{Cf}\p{Zl}\p{Zp}]/gu, c => (c === "\u200d" ? c : "·")) || "·";
   }
 
@@ -86,7 +84,7 @@
     const [, words, maps] = await Promise.all([
       decoded[data.start.row],
       unpack(lens.data).then(buffer => {
-        const take = reader(buffer), n = lens.layers.length * lens.k * lens.sources.length;
+        const take = reader(buffer), n = lens.states.length * lens.k * lens.sources.length;
         const [low, mid, high, chances] = [1, 2, 3, 4].map(() => take(Uint8Array, n));
         const list = JSON.parse(new TextDecoder().decode(take(Uint8Array, buffer.byteLength - 4 * n)));
         return { low, mid, high, chances, list, label: list.map(shown) };
@@ -149,7 +147,7 @@
       el("p", { class: "keys" }, el("kbd", {}, "←"), " ", el("kbd", {}, "→"), " layer. On the image, arrows move the patch and ",
         el("kbd", {}, "Shift"), " with them the layer. Hover to preview, click or ", el("kbd", {}, "Enter"), " to pin, ",
         el("kbd", {}, "Esc"), " to unpin."));
-    root.classList.toggle("tall", lens.layers.length > 16);
+    root.classList.toggle("tall", lens.states.length > 16);
 
     // ---- chips -------------------------------------------------------------------------------------------------------
     function chipList() {
@@ -281,8 +279,8 @@
     function wordTable() {
       const shades = Array.from({ length: 256 }, (_, q) => `rgb(11 98 173 / ${(0.03 + 0.85 * fine[q]).toFixed(3)})`);
       const body = el("tbody", { role: "rowgroup" }), cells = [], lines = new Map();
-      for (let i = lens.layers.length - 1; i >= 0; i--) {
-        const layer = lens.layers[i], button = el("button", { type: "button", tabindex: -1 }, String(layer));
+      for (let i = lens.states.length - 1; i >= 0; i--) {
+        const layer = lens.states[i], button = el("button", { type: "button", tabindex: -1 }, String(layer));
         button.addEventListener("click", () => set({ layer }));
         button.setAttribute("aria-label", `state ${layer}`);
         const line = el("tr", { role: "row" }, el("th", { role: "rowheader" }, button));

@@ -65,7 +65,7 @@ def patches(
 
     Args:
         inputs: the inputs of the results.
-        lens: their logit lens, at any positions and layers.
+        lens: their logit lens, at any positions and states.
         norms: their norm-based attention, of one destination or more.
         reading: where each query reads; required where visual tokens are queries, and only there.
         example: which of several examples.
@@ -101,7 +101,7 @@ def patches(
             "source": shown.first_source,
         },
         "lens": {
-            "layers": list(lens.layers),
+            "states": list(lens.states),
             "k": lens.ids.shape[2],
             "sources": shown.source_of[shown.lens.position.numpy()].tolist(),
             "data": words,
@@ -132,7 +132,7 @@ def _height(shown: ShownExample) -> int:
     """The page's height in pixels at a notebook's width of about 900, estimated."""
     strings = [shown.tokens.strings[p] for p in shown.sources[0 if shown.maps is not None else shown.n_visual :]]
     chips = sum(18 + 7 * min(len(s), 20) for s in strings) + 190 * len(shown.pictures)
-    n, (width, height) = len(shown.lens.layers), shown.pictures[0].size
+    n, (width, height) = len(shown.lens.states), shown.pictures[0].size
     image = min(480, 410 * height // width) + 80 if len(shown.pictures) == 1 else 380 * len(shown.pictures)
     tall = n > 16  # patches.js then puts the map of heads under the image
     columns = max(image + 270, 50 + 18 * n) if tall else max(image, 300 + 21 * n)
@@ -157,7 +157,7 @@ def _preview(shown: ShownExample) -> bytes:
     top = max(float(h.max()) for h in heats) or 1.0
     with style():
         n = len(heats)
-        figure = Figure((4.2 * n + 4.6, max(4.6, 0.21 * len(shown.lens.layers))), dpi=100, layout="constrained")
+        figure = Figure((4.2 * n + 4.6, max(4.6, 0.21 * len(shown.lens.states))), dpi=100, layout="constrained")
         *left, right = figure.subplots(1, n + 1, width_ratios=[4.2] * n + [4.6])
         for ax, image, grid, heat in zip(left, shown.pictures, shown.tokens.grids, heats, strict=True):
             x0, y0, x1, y1 = grid.crop_box
@@ -190,7 +190,8 @@ def _preview(shown: ShownExample) -> bytes:
 def _draw_words(ax: Axes, shown: ShownExample) -> None:
     """The lens words of the visual token shown first, by layer, colored by probability."""
     point = int((shown.source_of[shown.lens.position.numpy()] == shown.first_source).nonzero()[0][0])
-    probs, pieces = shown.lens.probs[:, point].numpy(), [layer[point] for layer in shown.lens.pieces()]
+    probs, name = shown.lens.probs[:, point].numpy(), dict(shown.lens.vocabulary)
+    pieces = [[name[i] for i in ids] for ids in shown.lens.ids[:, point].tolist()]
     ax.imshow(probs, origin="lower", aspect="auto", cmap="Blues", vmin=0, vmax=1.3)
     small = 7 if len(pieces) <= 16 else 6
     for row, words in enumerate(pieces):
@@ -204,7 +205,7 @@ def _draw_words(ax: Axes, shown: ShownExample) -> None:
         )
     else:
         ax.set_title(f"Logit lens: query {shown.first_source}", fontsize=9.5)
-    ax.set_yticks(range(len(pieces)), [str(layer) for layer in shown.lens.layers], fontsize=small)
+    ax.set_yticks(range(len(pieces)), [str(layer) for layer in shown.lens.states], fontsize=small)
     ax.set_xticks(range(shown.lens.ids.shape[2]), [f"top {k + 1}" for k in range(shown.lens.ids.shape[2])])
     ax.set_ylabel("state (0 = embeddings)")
     ax.grid(False)

@@ -6,7 +6,6 @@ place on the image, are pooled into groups of neighbours instead.
 
 import base64
 import io
-import re
 from html import escape
 
 import torch
@@ -27,17 +26,14 @@ for every patch or query by itself."""
 
 
 def readable(piece: str) -> str:
-    """A tokenizer's piece as people read it.
+    """A token's text as people see it: signs for line breaks, tabs and bare spaces.
 
-    `▁` and `Ġ` become the space they mean, byte pieces their character, and control characters a
-    sign or their number.
+    Other control characters become their numbers.
 
-    >>> readable("▁dog"), readable("<0x0A>"), readable("▁"), readable("<s>"), readable("a\\u2028b")
+    >>> readable(" dog"), readable("\\n"), readable(" "), readable("<s>"), readable("a\\u2028b")
     (' dog', '⏎', '␣', '<s>', 'aU+2028b')
     """
-    byte = re.fullmatch(r"<0x([0-7][0-9A-F])>", piece)  # from 0x80 on, one byte is not a character
-    text = chr(int(byte[1], 16)) if byte else piece
-    text = text.translate({ord("▁"): " ", ord("Ġ"): " ", ord("Ċ"): "⏎", ord("\n"): "⏎", ord("\t"): "⇥"})
+    text = piece.translate({ord("\n"): "⏎", ord("\t"): "⇥"})
     if not text.strip(" "):
         return "␣" * len(text)
     # Joiners belong to their script or emoji. Other invisible characters could hide or reverse the

@@ -98,12 +98,12 @@ def by_layer(values: Float[Tensor, "layer pos"], layers: Sequence[int], title: s
 
 
 def words(lens: LogitLensResult) -> bytes:
-    """The likeliest tokens at every layer, of up to 16 positions, evenly spaced."""
+    """The likeliest tokens at every state, of up to 16 positions, evenly spaced."""
     n = len(lens.position)
     step = -(-n // 16)
     spaced = lens.at(lens.position[::step])
     with look.style():
-        ax = spaced.plot(preview_axes(2 + 0.5 * len(spaced.position), 1.6 + 0.28 * len(spaced.layers)))
+        ax = spaced.plot(preview_axes(2 + 0.5 * len(spaced.position), 1.6 + 0.28 * len(spaced.states)))
         if step > 1:
             ax.set_title(f"{ax.get_title(loc='left')} ({len(range(0, n, step))} of {n} positions)")
         return to_png(ax)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mechvlm.errors import InputError
 from mechvlm.inputs.batch import Inputs
+from mechvlm.inputs.pieces import spell, token_texts
 from mechvlm.inputs.tokens import Modality, TokenMap
 
 
@@ -87,5 +88,7 @@ def _map_with_answer(ids: Tensor, prompt: TokenMap, n: int, tokenizer) -> TokenM
     padding = torch.full((len(ids) - n - len(prompt),), int(Modality.PADDING))
     answer = torch.full((n,), int(Modality.TEXT))
     answer[torch.isin(ids[-n:], torch.tensor(tokenizer.all_special_ids))] = Modality.SPECIAL
-    strings = tuple(tokenizer.convert_ids_to_tokens(ids.tolist()))
-    return TokenMap(ids, strings, torch.cat([padding, prompt.modality, answer]), prompt.grids, prompt.patches)
+    strings = token_texts(ids.tolist(), tokenizer)
+    spelled = spell(ids.tolist(), strings, tokenizer)
+    modality = torch.cat([padding, prompt.modality, answer])
+    return TokenMap(ids, strings, spelled, modality, prompt.grids, prompt.patches)

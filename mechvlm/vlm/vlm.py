@@ -21,6 +21,7 @@ from mechvlm.families.known import architecture_of
 from mechvlm.families.record import part
 from mechvlm.inputs.batch import Answers, Inputs, build_inputs
 from mechvlm.inputs.images import ImageLike
+from mechvlm.inputs.pieces import token_texts
 from mechvlm.ndif.jobs import Job
 from mechvlm.ndif.requests import ONE_AT_A_TIME, backend_for
 from mechvlm.vlm.answers import first_tokens, write_answers
@@ -175,13 +176,12 @@ class VLM(Decoder):
         return ids.cpu()
 
     def to_str_tokens(self, ids: Int[Tensor, " n"]) -> tuple[str, ...]:
-        """The ids as the tokenizer's pieces, `▁` included.
+        """The text of each token, with the space that it begins with (`mechvlm.inputs.pieces`).
 
-        Vocabularies are padded: an id past the tokenizer's last reads `<id>`.
+        A part of a character reads "\\ufffd". Vocabularies are padded: an id past the tokenizer's
+        last reads `<id>`.
         """
-        numbers = ids.tolist()
-        pieces = self.tokenizer.convert_ids_to_tokens(numbers)
-        return tuple(f"<{i}>" if piece is None else piece for i, piece in zip(numbers, pieces, strict=True))
+        return token_texts(ids.tolist(), self.tokenizer)
 
     def answer_tokens(self, inputs: Inputs, answers: Answers = None) -> Int[Tensor, " example"]:
         """Token ids of the answers' FIRST tokens, as the tokenizer writes them after the prompts.

@@ -186,7 +186,7 @@ def test_a_column_worked_by_hand():
 
 @pytest.mark.parametrize(
     ("pieces", "expected"),
-    [(("▁red", "▁blue"), True), (("▁red", "<0x0A>"), True), (("▁red", "<0x0A>", "?"), False), (("▁", "."), False)],
+    [((" red", " blue"), True), ((" red", "\n"), True), ((" red", "\n", "?"), False), ((" ", "."), False)],
 )
 def test_what_reads_as_words(pieces, expected):
     assert reads_as_words(pieces) is expected

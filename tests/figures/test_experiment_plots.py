@@ -33,7 +33,7 @@ def flow(n: int = 12, n_layers: int = 5, flows=("image -> last", "question -> la
     g = torch.Generator().manual_seed(n)
     return mv.InformationFlowResult(
         p=0.5 + 0.4 * torch.rand(n, generator=g), p_knocked=torch.rand(len(flows), n_layers, n, generator=g), flows=flows,
-        windows=windows(n_layers, 3), answers=("▁red",) * n, model="some/llava-7b",
+        windows=windows(n_layers, 3), answers=(" red",) * n, model="some/llava-7b",
     )  # fmt: skip
 
 
@@ -47,7 +47,7 @@ def trace(n: int = 12, n_layers: int = 4, groups=("image", "question", "last"), 
     } | kw
     return mv.CausalTraceResult(
         p=0.8 + 0.1 * torch.rand(n, generator=g), p_corrupt=p_corrupt, groups=groups, layers=tuple(range(n_layers)),
-        windows=windows(n_layers, 1), answers=("▁red",) * n, model="llava", **kw,
+        windows=windows(n_layers, 1), answers=(" red",) * n, model="llava", **kw,
     )  # fmt: skip
 
 
@@ -59,7 +59,7 @@ def ablation(n: int = 10, lost: int = 0) -> mv.ObjectAblationResult:
     return mv.ObjectAblationResult(
         correct=torch.arange(n) != 1, correct_ablated=after, p=torch.rand(n, generator=g),
         p_ablated=torch.rand(3, 2, n, generator=g), n_tokens=torch.stack([torch.arange(n), 10 + torch.arange(n)]),
-        conditions=ABLATION_CONDITIONS, margins=(0, 2), answers=("▁red",) * n, model="llava",
+        conditions=ABLATION_CONDITIONS, margins=(0, 2), answers=(" red",) * n, model="llava",
     )  # fmt: skip
 
 

@@ -84,7 +84,15 @@ def test_lines_differ_without_color():
 
 @pytest.mark.parametrize(
     ("piece", "shown"),
-    [("▁dog", "dog"), ("▁", "·"), ("$x$", r"\$x\$"), ("\n", "·"), ("a\x00b", "a·b"), ("abcdefghij", "abcdefg…")],
+    [
+        (" dog", "dog"),
+        ("▁dog", "dog"),
+        (" ", "·"),
+        ("$x$", r"\$x\$"),
+        ("\n", "·"),
+        ("a\x00b", "a·b"),
+        ("abcdefghij", "abcdefg…"),
+    ],
 )
 def test_tokens_as_labels(piece, shown):
     assert text(piece, 8) == shown

@@ -52,9 +52,9 @@ def synthetic(
     sampled = rng.choice(WORDS, shape, p=frequency / frequency.sum())
     probs = -np.sort(-rng.dirichlet(np.full(30, 0.3), shape[:2]), -1)[..., :k]
     lens = mv.LogitLensResult(
-        ids=torch.from_numpy(sampled + 40000), probs=torch.from_numpy(probs).float(), layers=tuple(range(layers + 1)),
+        ids=torch.from_numpy(sampled + 40000), probs=torch.from_numpy(probs).float(), states=tuple(range(layers + 1)),
         example=torch.zeros(shape[1], dtype=torch.long), position=tokens.image, final_norm=True, model=inputs.model,
-        vocabulary=tuple((i + 40000, f"▁word{i}") for i in range(WORDS)),
+        vocabulary=tuple((i + 40000, f" word{i}") for i in range(WORDS)),
     )  # fmt: skip
     return lens, norms
 

@@ -40,7 +40,12 @@ def made_study(models: dict[str, int], n: int = 12, seed: int = 0, n_image: int 
                     values = np.clip(height * np.sqrt(depth) + rng.normal(0, 0.1, n_layers + 1), 0, 1)
                     keys = {"model": model, "example": name, "tokens": tokens, "captions": captions, "measure": measure}
                     tables["lens"].append(pd.DataFrame({**keys, "state": layers, "value": values}))
-        pieces = ["<s>", *["<image>"] * n_image, "▁Desc", "ribe", "▁the", "▁scene", "."]
+        for tokens, height in (("image", 0.6), ("text", 0.9)):
+            for name in ids:
+                values = np.clip(height + rng.normal(0, 0.05, n_layers + 1), 0, 1)
+                keys = {"model": model, "example": name, "tokens": tokens, "captions": "own", "measure": "word_share"}
+                tables["lens"].append(pd.DataFrame({**keys, "state": layers, "value": values}))
+        pieces = ["<s>", *["<image>"] * n_image, " Desc", "ribe", " the", " scene", "."]
         modality = ["special", *["image"] * n_image, *["text"] * 5]
         for dest, position in (("last_text", len(pieces) - 1), ("last_image", n_image)):
             for layer in range(n_layers):

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.ndif
 
 PROBES = {
     "logit lens": lambda: mv.LogitLens(),
-    "raw logit lens": lambda: mv.LogitLens(k=2, positions="all", layers=[0, 3], final_norm=False),
+    "raw logit lens": lambda: mv.LogitLens(k=2, positions="all", states=[0, 3], final_norm=False),
     "contextualization": lambda: mv.Contextualization(subtract_baseline=True),
     "norm attention": lambda: mv.NormAttention(),
     "norm attention, all pairs": lambda: mv.NormAttention(dst="all pairs"),

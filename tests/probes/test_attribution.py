@@ -64,7 +64,7 @@ def test_the_sum_is_hugging_faces_logit(vlm, batch, versus):
     torch.testing.assert_close(got.total, expected, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(got.logit, expected, rtol=1e-4, atol=1e-5)
     assert (got.embed + got.heads.sum((0, 2)) + got.attn_bias.sum(0) + got.mlps.sum(0)).allclose(got.total)
-    assert got.answers == (vlm.tokenizer.convert_ids_to_tokens(A),) * 3
+    assert got.answers == vlm.to_str_tokens(torch.tensor([A] * 3))
     assert got.versus == (() if versus is None else (vlm.tokenizer.convert_ids_to_tokens(versus),) * 3)
 
 
@@ -165,7 +165,7 @@ def test_batches_and_other_probes_in_one_forward_change_nothing(vlm, batch):
     forwards = []
     handle = part(vlm.hf, vlm.record.norm).register_forward_hook(lambda *_: forwards.append(1))
     _, norms, shared = mv.read(
-        vlm, batch, mv.LogitLens(k=1, layers=[0]), mv.NormAttention(), mv.LogitAttribution([A, B, 9], B + 1)
+        vlm, batch, mv.LogitLens(k=1, states=[0]), mv.NormAttention(), mv.LogitAttribution([A, B, 9], B + 1)
     )
     handle.remove()
     # The forward's own norm, the lens at layer 0, and the attribution's last logits.
@@ -181,7 +181,7 @@ def test_the_default_answer_is_the_models_own(vlm, batch):
     logits = hf_logits(vlm, batch)
     got = mv.logit_attribution(vlm, batch)
     best = logits.max(-1)
-    assert got.answers == tuple(vlm.tokenizer.convert_ids_to_tokens(best.indices.tolist()))
+    assert got.answers == vlm.to_str_tokens(best.indices)
     torch.testing.assert_close(got.logit, best.values, rtol=1e-4, atol=1e-5)
 
 

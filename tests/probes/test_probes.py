@@ -48,7 +48,7 @@ def test_the_last_layer_is_the_models_own_output(vlm, single):
     """The same states, norm and matrix product, and not normed twice."""
     with torch.no_grad():
         logits = vlm.hf(**vlm.encoding(single)).logits[0]
-    lens = mv.logit_lens(vlm, single, k=3, positions="all", layers=[vlm.n_layers])
+    lens = mv.logit_lens(vlm, single, k=3, positions="all", states=[vlm.n_layers])
     best = logits.topk(3)
     assert torch.equal(lens.ids[0], best.indices)
     torch.testing.assert_close(lens.probs[0], logits.softmax(-1).topk(3).values, rtol=2e-6, atol=0)
@@ -78,20 +78,20 @@ def test_logits_of_all_layers_never_exist_at_once(llava_vlm, monkeypatch):
 
 def test_lens_pieces_and_table(llava_vlm):
     inputs = llava_vlm.inputs(noise_image(0), "what is this")
-    lens = mv.logit_lens(llava_vlm, inputs, k=2, positions=[5, 6], layers=[0, 3])
+    lens = mv.logit_lens(llava_vlm, inputs, k=2, positions=[5, 6], states=[0, 3])
     frame = lens.to_frame()
     assert len(frame) == 2 * 2 * 2
-    row = frame[(frame.layer == 3) & (frame.position == 6) & (frame["rank"] == 2)].iloc[0]
+    row = frame[(frame.state == 3) & (frame.position == 6) & (frame["rank"] == 2)].iloc[0]
     assert row.token == int(lens.ids[1, 1, 1])
-    assert row.piece == llava_vlm.tokenizer.convert_ids_to_tokens(int(row.token)) or row.piece == f"<{row.token}>"
+    assert row.piece == llava_vlm.to_str_tokens(torch.tensor([row.token]))[0]
     assert row.probability == pytest.approx(float(lens.probs[1, 1, 1]))
-    assert lens.pieces()[1][1][1] == row.piece
+    assert lens.pieces()[3][6][1] == row.piece
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"k": 0}, "k=0"), ({"layers": [4]}, r"\[4\].*0 \(embeddings\) to 3"), ({"positions": "patch"}, "'patch'"),
-     ({"layers": []}, "none")],
+    [({"k": 0}, "k=0"), ({"states": [4]}, r"\[4\].*0 \(embeddings\) to 3"), ({"positions": "patch"}, "'patch'"),
+     ({"states": []}, "no state was given")],
 )  # fmt: skip
 def test_bad_lens_options(llava_vlm, options, message):
     with pytest.raises(ValueError, match=message):
@@ -278,7 +278,7 @@ def test_saving_nowhere_names_the_folder(vlm, single, tmp_path):
 
 def test_tables_hold_the_tensors(vlm, batch):
     _, context, norms = mv.read(vlm, batch, mv.LogitLens(k=1), mv.Contextualization(), mv.NormAttention())
-    frame = context.to_frame().set_index(["pair", "layer", "example"]).value
+    frame = context.to_frame().set_index(["pair", "state", "example"]).value
     assert frame["text", 2, 1] == pytest.approx(float(context.text[2, 1]))
     frame = norms.to_frame().set_index(["measure", "layer", "example", "dest", "src"]).value
     src = batch.token_maps[0].last_image

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import fields, replace
 from itertools import combinations
+from pathlib import Path
 
 import matplotlib as mpl
 import numpy as np
@@ -24,6 +25,7 @@ from mechvlm.figures.style import style
 from mechvlm.study import run
 from mechvlm.study.curves import tidy
 from mechvlm.study.report.figures import FIGURES
+from mechvlm.study.report.terminal import print_summary
 
 FOUR = ("phases", "lens", "contextualization", "norm_attention")
 
@@ -153,6 +155,30 @@ def test_every_figure_has_its_controls():
         np.testing.assert_allclose(lines(shares[0])[label][:, 0], means[measure])
     titles = {ax.get_title(loc="left") for ax in figures["norm_attention"].axes}
     assert {f"raw weight, mean over heads (uniform: {1 / n:.2g})" for n in (22, 17)} <= titles
+
+
+def test_the_share_of_words_stands_beside_precision(capsys):
+    """In the figure, the summary, the report and the terminal; said to be absent where it is."""
+    study = replace(made_study({"a": 6}, n=5), out=Path("there"))
+    mean = scores(study, "word_share", "image", "own").groupby("layer")["value"].mean()
+    captioned = study.plot("lens")
+    share = captioned.figure.axes[2]
+    np.testing.assert_allclose(share.lines[0].get_ydata(), mean)
+    assert share.get_ylabel() == "share that decode\nto a word"
+    row = study.summary().iloc[0]
+    assert row["word_share"] == pytest.approx(mean[row["best_layer"]])
+    assert row["word_share_low"] < row["word_share"] < row["word_share_high"]
+    assert row["word_share_0"] == pytest.approx(mean[0])
+    print_summary(study)
+    assert f"{row['word_share']:.2f}" in capsys.readouterr().out
+    lens = study.tables["lens"]
+    older = replace(study, tables={**study.tables, "lens": lens[lens["measure"] != "word_share"]})
+    assert np.isnan(older.summary().iloc[0][["word_share", "word_share_low", "word_share_0"]].astype(float)).all()
+    captioned = older.plot("lens")
+    assert len(captioned.figure.axes) == 2
+    assert "by an earlier version, which did not keep the share" in captioned.caption
+    with pytest.raises(InputError, match="no measure 'word_share' here"):
+        older.frame("word_share")
 
 
 def test_bands_are_the_deviation_and_the_interval():

@@ -53,13 +53,13 @@ def test_what_is_no_probe(llava_vlm, probes, message):
         mv.read(llava_vlm, llava_vlm.inputs(noise_image(0), "what is this"), *probes)
 
 
-def test_one_layer_by_its_number(llava_vlm):
+def test_one_state_by_its_number(llava_vlm):
     inputs = llava_vlm.inputs(noise_image(0), "what is this")
-    one, several = mv.logit_lens(llava_vlm, inputs, layers=2), mv.logit_lens(llava_vlm, inputs, layers=[2])
-    assert one.layers == several.layers == (2,)
+    one, several = mv.logit_lens(llava_vlm, inputs, states=2), mv.logit_lens(llava_vlm, inputs, states=[2])
+    assert one.states == several.states == (2,)
     assert torch.equal(one.ids, several.ids)
-    with pytest.raises(ValueError, match=r"Layers \[9\] were asked for"):
-        mv.logit_lens(llava_vlm, inputs, layers=9)
+    with pytest.raises(ValueError, match=r"states \[9\] were asked for"):
+        mv.logit_lens(llava_vlm, inputs, states=9)
 
 
 def test_neurons_need_gradients(llava_vlm):

@@ -221,7 +221,7 @@ def test_topk_shows_the_words_of_a_patch(open_page, read):
         page.wait_for_timeout(100)
         cells = [shown(t) for t in table.locator("td > span").all_text_contents()]
         expected = [
-            readable(pieces[layer][row * 4 + col][rank]).strip() if col < 4 else ""
+            readable(pieces[layer][inputs.tokens.position(row, col)][rank]).strip() if col < 4 else ""
             for rank in range(3)
             for col in range(5)
         ]

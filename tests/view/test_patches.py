@@ -89,7 +89,9 @@ def test_rows_words_and_positions_come_back(vlm):
         n = n_layers * n_points * k
         low, mid, high, chance = np.frombuffer(raw[: 4 * n], "u1").reshape(4, n_layers, k, n_points).astype(int)
         words, codes = json.loads(raw[4 * n :]), low | mid << 8 | high << 16
-        assert [[[words[c] for c in point] for point in layer.T] for layer in codes] == own.pieces()
+        assert [[[words[c] for c in point] for point in layer.T] for layer in codes] == [
+            list(points.values()) for points in own.pieces().values()
+        ]
         assert (chance / 255) ** 2 == pytest.approx(own.probs.transpose(1, 2).numpy(), abs=0.004)
         assert [data["positions"][s] for s in data["lens"]["sources"]] == own.position.tolist()
 
@@ -297,7 +299,7 @@ def test_all_pairs_of_7b_are_refused_before_they_are_packed(monkeypatch):
     packed = []
     pack_rows = packing.pack_rows
     monkeypatch.setattr(packing, "pack_rows", lambda *a: packed.append(1) or pack_rows(*a))
-    lens = change(lens, ids=lens.ids[:9], probs=lens.probs[:9], layers=lens.layers[:9])
+    lens = change(lens, ids=lens.ids[:9], probs=lens.probs[:9], states=lens.states[:9])
     with pytest.raises(ViewError, match=r"The page would have 1?\d\d MB, over the 50 MB .* 600 destinations"):
         mv.view.patches(inputs, lens, norms)
     assert len(packed) < 3

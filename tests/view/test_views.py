@@ -186,7 +186,7 @@ def test_topk_holds_the_lens(read):
 
     for row, col, layer in [(0, 0, 0), (2, 3, 1), (3, 1, 3)]:
         point, at = row * 4 + col, 3 - layer
-        expected = [readable(p).strip() for p in pieces[layer][point]]
+        expected = [readable(p).strip() for p in pieces[layer][inputs.token_maps[1].position(row, col)]]
         chosen = [table["topkIdxs"][row][at][rank][col] for rank in range(3)]
         assert [plain(table["tokens"][row][i]) for i in chosen] == expected
         shown = [table["topkVals"][row][at][rank][col] for rank in range(3)]
@@ -339,3 +339,16 @@ def test_a_view_opens_no_figure_of_its_own(read):
     ):
         assert shown.picture.startswith(b"\x89PNG")
     assert plt.get_fignums() == []
+
+
+def test_every_form_of_layers_and_heads_means_the_same(read):
+    inputs, _, norms = read
+    want = data_of(mv.view.attention(inputs, norms, [1, 3], heads=[0, 3], pool=2))
+    for layers, heads in (
+        (range(1, 4, 2), (0, -1)),
+        (torch.tensor([1, -1]), np.array([0, 3])),
+        ([1, 3], torch.tensor([0, 3])),
+    ):
+        assert data_of(mv.view.attention(inputs, norms, layers, heads=heads, pool=2)) == want
+    one = data_of(mv.view.attention(inputs, norms, np.int64(3), heads=-1, pool=2))
+    assert one == data_of(mv.view.attention(inputs, norms, [3], heads=[3], pool=2))

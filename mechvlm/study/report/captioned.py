@@ -98,7 +98,7 @@ def draw_curve(
     NaN is left out.
     """
     rows = rows[rows["mean"].notna()].sort_values(x)
-    limits = (0.0, 1.0) if rows["measure"].str.match("precision|recall").all() else (-1.0, 1.0)
+    limits = (0.0, 1.0) if rows["measure"].str.match("precision|recall|word_share").all() else (-1.0, 1.0)
     spread, ends = None, None
     if bands and rows["low"].notna().any():
         spread, ends = rows["sd"].to_numpy(), (rows["low"].to_numpy(), rows["high"].to_numpy())

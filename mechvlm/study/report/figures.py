@@ -96,28 +96,35 @@ def phase_figure(study: StudyRecord) -> CaptionedFigure:
 
 
 def lens_figure(study: StudyRecord) -> CaptionedFigure:
-    """Figure 2: precision and recall of the words on visual tokens, with two controls."""
+    """Figure 2: precision, recall and share of the words on visual tokens, with two controls."""
     curves, models = study.curves(), list(study.models)
-    figure, blocks = panels(models, (2.4, 2.4))
+    has_share = bool((curves["measure"] == "word_share").any())
+    measures = ("precision", "recall", "word_share") if has_share else ("precision", "recall")
+    figure, blocks = panels(models, (2.4, 2.4, 1.2) if has_share else (2.4, 2.4))
     for model, block in blocks.items():
         model_curves = curves[curves["model"] == model]
-        for ax, measure in zip(block, ("precision", "recall"), strict=True):
+        for ax, measure in zip(block, measures, strict=True):
             for line, ending in LENS_MEASURES.items():
                 rows = model_curves[model_curves["measure"] == measure + ending]
                 if len(rows):
                     draw_curve(ax, rows, LINES[line])
             ax.set_ylim(-0.03, 1.03)
-            ax.set_ylabel(f"{measure} of decoded words")
-        state_axis(block[1], study.models[model]["n_layers"])
+            ax.set_ylabel("share that decode\nto a word" if measure == "word_share" else f"{measure} of decoded words")
+        state_axis(block[-1], study.models[model]["n_layers"])
         block[0].set_title(panel_title(study, model))
     legend(figure, blocks[models[0]][0])
+    share = (
+        "Lowest panels: the share of the positions that decode to a word at all; precision is of these alone."
+        if has_share
+        else "This study was made by an earlier version, which did not keep the share of positions that decode to a word."
+    )
     return CaptionedFigure(figure, (
         "Words decoded from visual tokens (logit lens, the likeliest token at each position), compared with the captions, by "
         "state. Precision is the share of the decoded words that the captions contain; recall is the share of the captions' "
         "words that are decoded. Words are unique and lemmatised, without stop words. An example has no precision where no "
         "word is decoded. The captions of an image count together; where it has several, the mean over each caption alone is "
         "drawn too. Controls: the same words against another image's captions, together and each alone, and the words "
-        f"decoded from the text positions of the prompt, template included. {_describe(study)}"
+        f"decoded from the text positions of the prompt, template included. {share} {_describe(study)}"
     ))  # fmt: skip
 
 

@@ -51,6 +51,7 @@ def render(
         study=study,
         record=record,
         rows=rows,
+        has_word_share=any(pd.notna(row["word_share"]) for row in rows),
         figures=[
             {"name": name, "title": title, "caption": captions[name], "source": _svg(figures / f"{name}.svg")}
             for name, title in FIGURE_TITLES.items()

@@ -17,6 +17,9 @@ def summary(study: StudyRecord) -> pd.DataFrame:
         `best_state`: the state with the highest mean precision of the words on visual tokens.
         `precision`, `precision_other`: the mean there, and there against another image's captions.
         `precision_0`: the mean precision at state 0, the embeddings.
+        `word_share`, `word_share_0`: the mean share of the image tokens that decode to a word, of
+            which alone precision is, at `best_state` and at state 0; NaN for studies of earlier
+            versions, which did not keep it.
         `recall_state`, `recall`, `recall_other`, `recall_0`: the same for recall, at the state with
             the highest mean recall.
         `lowest`, `lowest_state`, `highest`, `highest_state`: the extremes of the mean inter-modal
@@ -35,14 +38,17 @@ def summary(study: StudyRecord) -> pd.DataFrame:
 
 def _row(study: StudyRecord, model: str, curves: pd.DataFrame) -> dict:
     about, phases = study.models[model], study.phases[model]
-    inter = _by_state(curves, "cosine_inter")
+    inter, share = _by_state(curves, "cosine_inter"), _by_state(curves, "word_share")
+    precision = _best(curves, "precision", "best_state")
     lowest, highest = int(inter["mean"].idxmin()), int(inter["mean"].idxmax())
     return {
         "model": model,
         "layers": about["n_layers"],
         "n": about["n_examples"],
         "skipped": int((study.skipped["model"] == model).sum()),
-        **_best(curves, "precision", "best_state"),
+        **precision,
+        **_mean_and_interval("word_share", share, precision["best_state"]),
+        "word_share_0": float(share["mean"].get(0, float("nan"))),
         **_best(curves, "recall", "recall_state"),
         **_mean_and_interval("lowest", inter, lowest),
         "lowest_state": lowest,

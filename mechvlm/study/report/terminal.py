@@ -25,6 +25,7 @@ def print_summary(study: StudyRecord) -> None:
         "precision\nbest (state)",
         "at 0",
         "other\ncaptions",
+        "decode to\na word",
         "recall\nbest (state)",
         "at 0",
         "other\ncaptions",
@@ -38,6 +39,8 @@ def print_summary(study: StudyRecord) -> None:
             best = f"{format_number(row[measure])} ({format_number(row[state], 0)})"
             cells += [f"{best}\n{format_interval(row, measure)}"]
             cells += [format_number(row[f"{measure}_0"]), format_number(row[f"{measure}_other"])]
+            if measure == "precision":
+                cells += [f"{format_number(row['word_share'])}\n{format_interval(row, 'word_share')}"]
         for name in ("lowest", "highest"):
             cells += [f"{row[name]:.2f} ({row[f'{name}_state']})\n{format_interval(row, name)}"]
         cells += [row["phases"], f"{row['seconds']:.0f}"]

@@ -61,7 +61,7 @@ SINGLE_CAPTION_NAMES = {"own": "single", "other": "other_single"}
 
 
 class LensRows:
-    """Precision and recall of one model's examples, with the two controls.
+    """Precision, recall and share of words of one model's examples, with the two controls.
 
     Each example is compared with its own captions and with those of the data set's next example
     (the last with the first's), whether or not the next one's image can be read. So both conditions
@@ -97,10 +97,12 @@ class LensRows:
         # The union of several captions holds more words than one caption does. So beside the score
         # against the union stands the mean over single captions.
         names = {"captions": captions, "single captions": SINGLE_CAPTION_NAMES[captions]}
+        if captions == "other":  # the share of words is the same whatever they are compared with
+            scores = scores[scores["measure"] != "word_share"]
         keys = {
             "model": self.model, "example": example.id, "tokens": tokens, "captions": scores["control"].map(names)
         }  # fmt: skip
-        scores = scores.rename(columns={"layer": "state"})[["measure", "state", "value"]]
+        scores = scores[["measure", "state", "value"]]
         self.frames.append(scores.assign(**keys)[[*keys, *scores.columns]])
 
 
@@ -199,8 +201,8 @@ def frequent_words(model: str, example: Example, tokens: TokenMap, lens: LogitLe
         words of each state, with the number of positions that decode to them.
     """
     rows = []
-    for state, points in zip(lens.layers, lens.at(tokens.image).pieces(), strict=True):
-        counts = Counter(word for point in points for word in {word_of(piece) for piece in point} if word)
+    for state, points in lens.at(tokens.image).pieces().items():
+        counts = Counter(word for point in points.values() for word in {word_of(piece) for piece in point} if word)
         ranked = sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:GALLERY_WORDS]
         keys = {"model": model, "example": example.id, "state": state}
         rows += [{**keys, "word": word, "positions": n} for word, n in ranked]
