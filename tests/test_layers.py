@@ -52,7 +52,7 @@ def test_the_head_that_norm_attention_ranks_first_is_that_of_the_pattern(vlm, in
 
 
 def test_the_head_that_attribution_ranks_first_is_the_one_that_ablation_removes(vlm, inputs):
-    """Without the head, its write is gone from the last state. What it wrote was its attribution."""
+    """Ablated, its z is 0. What it wrote without the ablation is its attribution."""
     token = int(last_logits(vlm, inputs).argmax())
     parts = mv.logit_attribution(vlm, inputs, token)
     frame = parts.to_frame().query("part == 'head'")

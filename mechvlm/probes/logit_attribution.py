@@ -196,7 +196,7 @@ class LogitAttributionResult(Result):
     """What was written toward an answer's logit, or a difference of two, at the last position.
 
     Everything is in logits. The parts `embed`, `heads`, `attn_bias`, `mlps` and `bias` sum to the
-    model's logit. Entry l of an axis `layer` is layer l, from 0, which turns state l into state l + 1.
+    model's logit. Entry l of an axis `layer` is layer l, which turns state l into state l + 1.
 
     Attributes:
         embed: the part of what entered the decoder at the last position.

@@ -65,8 +65,8 @@ class Comparison:
     def plot(self, measures: Sequence[str] = DEFAULT_MEASURES) -> CaptionedFigure:
         """Draw the curves with their bands: a panel for each measure, and its controls beneath it.
 
-        Each point is a state of a model (for shares a layer), at its own depth. Lines join the points; nothing is
-        interpolated.
+        Each point is a state of a model (for shares a layer), at its own depth. Lines join the
+        points; nothing is interpolated.
 
         Args:
             measures: of the column "measure" of `frame`.

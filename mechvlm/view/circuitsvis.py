@@ -293,7 +293,10 @@ def _measure(measure: str) -> tuple[str, str]:
 def _layer_maps(
     norms: NormAttentionResult, measure: str, layer: int, example: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """All heads together [dest, src], and each head [head, dest, src]; `layer` is its place in `norms.layers`."""
+    """All heads together [dest, src], and each head [head, dest, src].
+
+    `layer` is its place in `norms.layers`.
+    """
     if measure == "norm":
         return norms.norm[layer, example], norms.weight[layer, example] * norms.value_norm[layer, example, :, None]
     return norms.weight[layer, example].mean(0), norms.weight[layer, example]
