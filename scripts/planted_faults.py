@@ -35,8 +35,9 @@ import tempfile
 import time
 import tomllib
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.metadata import entry_points
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -242,7 +243,10 @@ def counts(done: Sequence[Trial]) -> list[str]:
     return lines
 
 
-def main(arguments: Sequence[str] | None = None, say: Callable[[str], None] = print) -> int:
+say = partial(print, flush=True)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
     """Plant the faults, run the tests, and print which survive; gives the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rooms", nargs="+", default=[], help="only the faults of these lists")

@@ -51,11 +51,7 @@ def test_any_captions_words_are_themselves_captions(text, lemmas, stop_words):
     forms = caption_words(text, lemmas=False, stop_words=True)
     assert all(word == word.casefold() for word in words)
     assert caption_words([text, text], lemmas=lemmas, stop_words=stop_words) == words
-    if not lemmas:
-        assert words <= forms
-    if forms:
-        again = caption_words(" ".join(forms), lemmas=False, stop_words=True)
-        assert {unicodedata.normalize("NFC", form) for form in forms} >= again or len(again) >= len(forms)
+    assert lemmas or words <= forms
 
 
 @given(st.lists(st.lists(st.text(), max_size=3), max_size=5), st.text().filter(lambda text: text.strip()))
