@@ -1,11 +1,10 @@
 """Norm-based attention of a study whose examples have several layouts of tokens."""
 
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 import torch
 
+from helpers.images import noise_image
 from helpers.uneven import token_map, uneven
 from mechvlm.datasets import Example
 from mechvlm.probes.norm_attention import NormAttentionResult
@@ -43,7 +42,7 @@ def shards():
         rows = NormRows("m")
         maps, result = result_of([KINDS[name] for name in batch], seed=10 * number)
         ids = [f"{number}-{i}" for i in range(len(batch))]
-        rows.add([Example(id, None, ("a",)) for id in ids], maps, result)
+        rows.add([Example(id, noise_image(0), ("a",)) for id in ids], maps, result)
         tables.append(as_tables({"norm_sums": rows.frame(), "attention_share": rows.share()}))
         read += [(name, i, maps[i], result, id) for i, (name, id) in enumerate(zip(batch, ids, strict=True))]
     return tables, read
@@ -106,6 +105,6 @@ def test_maps_of_the_same_tokens_share_a_layout():
     rows = NormRows("m")
     for seed in (0, 5):
         maps, result = result_of([KINDS["short"], KINDS["short"]], seed)
-        rows.add([SimpleNamespace(id=str(seed + i)) for i in range(2)], maps, result)
+        rows.add([Example(str(seed + i), noise_image(0), ("a",)) for i in range(2)], maps, result)
     (layout,) = rows.sums.values()
     assert layout["n"] == 4
