@@ -1,14 +1,17 @@
 """Norm-based attention of a study whose examples have several layouts of tokens."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
 from helpers.images import noise_image
 from helpers.uneven import token_map, uneven
-from mechvlm.datasets import Example
+from mechvlm.datasets import Dataset, Example
 from mechvlm.probes.norm_attention import NormAttentionResult
 from mechvlm.study.running import merge
+from mechvlm.study.running.plan import Plan
 from mechvlm.study.running.rows import NormRows, as_tables
 
 LAYERS, HEADS = 2, 3
@@ -50,16 +53,11 @@ def shards():
 
 def test_the_means_are_over_the_most_frequent_layout(shards, monkeypatch):
     tables, read = shards
-    monkeypatch.setattr(merge, "read_table", lambda folder, name: tables[folder][name])
-
-    class Plan:
-        names = ("m",)
-        shard_folder = staticmethod(lambda model, number: number)
-
-        def __len__(self):
-            return len(tables)
-
-    got = merge._norm_means(Plan(), 0)
+    examples = tuple(Example(str(number), noise_image(0), ("a",)) for number in range(len(tables)))
+    plan = Plan(Path("none"), ("m",), Dataset("made", examples, (), ""), "a", batch_size=1, shard_size=1, views=False)
+    by_folder = {plan.shard_folder(0, number): tables[number] for number in range(len(plan))}
+    monkeypatch.setattr(merge, "read_table", lambda folder, name: by_folder[folder][name])
+    got = merge._norm_means(plan, 0)
     chosen = [(row, tokens, result) for name, row, tokens, result, _ in read if name == "long"]
     assert set(got["n"]) == {3}
     tokens = chosen[0][1]
