@@ -1,5 +1,6 @@
 """Norm-based attention of a study whose examples have several layouts of tokens."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -106,3 +107,12 @@ def test_maps_of_the_same_tokens_share_a_layout():
         rows.add([Example(str(seed + i), noise_image(0), ("a",)) for i in range(2)], maps, result)
     (layout,) = rows.sums.values()
     assert layout["n"] == 4
+
+
+def test_layouts_of_one_length_stay_apart():
+    """As many tokens, but other ones: the image in another place."""
+    rows, examples = NormRows("m"), [Example(str(i), noise_image(0), ("a",)) for i in range(2)]
+    maps, result = result_of(["siitts", "siitts"], seed=0)
+    other = replace(maps[1], ids=maps[1].ids + 100)
+    rows.add(examples, (maps[0], other), result)
+    assert [layout["n"] for layout in rows.sums.values()] == [1, 1]

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -18,7 +19,7 @@ from mechvlm.datasets import load_dataset
 from mechvlm.intervals import mean_interval
 from mechvlm.measures.phase_fit import fit_phases
 from mechvlm.study.curves import curves, phases_of
-from mechvlm.study.report.summary import summary
+from mechvlm.study.report.summary import phases_in_words, summary
 from mechvlm.study.running.settings import _sha256, differences, settings_of, weights_identity
 
 SEED = 7
@@ -147,7 +148,55 @@ def test_each_column_of_the_summary(study):
         assert row["layers"] == n_layers
 
 
+def test_three_states_are_enough_for_phases(study):
+    rows = study.tables["contextualization"].query("layer < 3")
+    assert len(phases_of(rows, "deep", SEED).mean) == 3
+
+
+def test_extremes_are_those_of_the_mean():
+    """One layer varies widely: its interval reaches furthest both ways, its mean does not."""
+    study = made_study({"m": 4}, n=8, seed=SEED)
+    rows = study.tables["contextualization"]
+    inter = (rows["pair"] == "inter") & (rows["model"] == "m")
+    for layer, values in ((0, [0.1] * 8), (1, [0.2] * 8), (2, [-0.9, 0.9] * 4), (3, [0.4] * 8), (4, [-0.2] * 8)):
+        rows.loc[inter & (rows["layer"] == layer), "value"] = values
+    row = summary(study).iloc[0]
+    assert (row["lowest_layer"], row["highest_layer"]) == (4, 3)
+    curve = study.curves("cosine_inter").set_index("layer")
+    assert curve["low"].idxmin() == curve["high"].idxmax() == 2
+    assert row["highest_low"] == pytest.approx(0.4)
+
+
+FOUR = ("I alignment", "II intra-modal encoding", "III inter-modal encoding", "IV output preparation")
+
+
+@pytest.mark.parametrize(("labels", "words"), [
+    (FOUR, "I-IV"), (FOUR[:3], "I-III only"), (FOUR[1:], "II-IV only"), ((None,) * 2, "rise, fall"),
+    ((None,) * 5, "rise, fall, rise, fall, rise"), ((), "flat"),
+])  # fmt: skip
+def test_phases_in_words(study, labels, words):
+    n = len(labels)
+    phases = replace(
+        study.phases["deep"], n_segments=n, labels=labels, directions=(("rise", "fall") * 3)[:n], shows_pattern=n == 4
+    )
+    assert phases_in_words(phases) == words
+    assert phases_in_words(None) == "too few layers"
+
+
 # -- settings --
+
+
+def test_a_setting_that_is_new_is_a_difference():
+    assert differences({"seed": 0}, {"seed": 0, "k": 5}) == ["k was not given, is 5"]
+    assert differences({"seed": 0, "k": [1, 2]}, {"seed": 0}) == ["k was 1, 2, is not given"]
+    assert differences({"a": {"b": 1, "c": 2}}, {"a": {"b": 1, "c": 3}}) == ["a c was 2, is 3"]
+    assert differences({"dataset": {"name": "x"}}, {"dataset": {"name": "y"}}) == [], "the same data elsewhere"
+
+
+def test_other_weights_of_the_same_model_are_a_difference():
+    before, now = ({"models": ["m"], "weights": {"m": {"sha256": digest}}} for digest in "ab")
+    assert differences(before, now) == ["weights m sha256 was a, is b"]
+    assert differences(before, {"models": ["k"], "weights": {"k": {"sha256": "c"}}}) == ["models was m, is k"]
 
 
 def test_a_model_is_known_by_every_number_of_its_weights():
