@@ -1,4 +1,4 @@
-"""The lists of planted faults are true, and the runner tells a caught fault from one that survives."""
+"""The lists of planted faults are true; the runner tells a caught fault from a survivor."""
 
 import subprocess
 import sys

@@ -79,7 +79,8 @@ def test_masks_of_four_axes(heads):
     bias = randn(BATCH, heads, 5, SRC, seed=3)
     want = naive(q, k, torch.ones(BATCH, HEADS, 5, SRC, dtype=torch.bool), bias.expand(-1, HEADS, -1, -1))
     torch.testing.assert_close(attention_rows(q, k, bias, SCALE), want, rtol=1e-4, atol=1e-6)
-    longer = torch.cat([bias, bias], dim=-1)  # a static cache's mask is longer than its keys
+    # A static cache's mask is longer than its keys.
+    longer = torch.cat([bias, bias + 1 + bias.flip(-1)], dim=-1)
     torch.testing.assert_close(attention_rows(q, k, longer, SCALE), want, rtol=1e-4, atol=1e-6)
 
 

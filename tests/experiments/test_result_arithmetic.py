@@ -182,7 +182,7 @@ def test_matched_and_mismatched_by_hand(pairs):
 def test_a_pair_is_one_value_of_the_bootstrap_and_the_seed_decides(pairs):
     noisy = replace(pairs, values=pairs.values * uneven(5, 4, 6, 2, 2, seed=9).flip(2))
     v = noisy.values
-    by_pair = ((v[..., 0, 0] - v[..., 1, 0]) + (v[..., 1, 1] - v[..., 0, 1])) / 2  # measure layer pair
+    by_pair = ((v[..., 0, 0] - v[..., 1, 0]) + (v[..., 1, 1] - v[..., 0, 1])) / 2
     for seed in (0, 4):
         for got, want in zip(
             noisy.difference_by(seed), mean_interval(by_pair.permute(2, 0, 1), seed=seed), strict=True
@@ -214,7 +214,8 @@ def test_scores_stay_when_both_captions_and_both_images_are_swapped(values):
     scores, both = pair_scores(s), pair_scores(s.flip(1, 2))
     for a, b in zip(scores, both, strict=True):
         assert torch.equal(a, b)
-    turned = pair_scores(s.transpose(1, 2))  # captions for images: text and image scores change places
+    # Captions for images: text and image scores change places.
+    turned = pair_scores(s.transpose(1, 2))
     assert torch.equal(turned.text, scores.image)
     assert torch.equal(turned.image, scores.text)
     wrong = pair_scores(s.flip(1))  # captions swapped alone: no pair can be right both times

@@ -55,7 +55,7 @@ def image_groups(size: tuple[int, int] = (80, 60)) -> list[list]:
 
 
 def uneven(*shape: int, seed: int = 0) -> torch.Tensor:
-    """Different numbers from 0 to 1, rising on the whole: reversed or transposed they are others."""
+    """Different numbers from 0 to 1: reversed or transposed they are others."""
     n = torch.Size(shape).numel()
     noise = torch.rand(n, generator=torch.Generator().manual_seed(seed))
     return ((torch.arange(n) + noise) / n).reshape(shape)

@@ -1,4 +1,4 @@
-"""A study's statistics against direct calls: curves, phases, summary, and what its settings hold."""
+"""A study's statistics against direct calls: curves, phases, summary, settings."""
 
 import hashlib
 import json

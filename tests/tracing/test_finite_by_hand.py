@@ -1,4 +1,4 @@
-"""States that are not finite: which examples are named, from which layer on, and not for padding."""
+"""States that are not finite: the examples and the first layer are named; padding is not."""
 
 import pytest
 import torch
