@@ -6,6 +6,7 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import hypothesis
 import pytest
 import torch
 
@@ -16,6 +17,9 @@ from helpers.models import DEEP, FAMILIES, instructblip, llava
 from helpers.ndif import pair, sandboxed, server, traffic, user  # noqa: F401
 
 torch.set_num_threads(1)
+# The same examples at every run, and no limit on one example's time: machines are busy at times.
+hypothesis.settings.register_profile("same", derandomize=True, deadline=None, max_examples=60, database=None)
+hypothesis.settings.load_profile("same")
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"  # of the commands that tests start
 

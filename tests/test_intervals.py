@@ -5,6 +5,8 @@ import time
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from scipy.stats import bootstrap
 
 from mechvlm import intervals
@@ -48,6 +50,28 @@ def test_the_same_at_every_call_and_in_chunks(monkeypatch):
     monkeypatch.setattr(intervals, "NUMBERS_PER_CHUNK", 2 * intervals.N_RESAMPLES)
     for a, b in zip(first, mean_interval(values), strict=True):
         torch.testing.assert_close(a, b)
+
+
+def test_the_seed_decides_the_draws():
+    values = normal(10, 7)
+    by_seed = [mean_interval(values, seed=seed) for seed in (0, 1)]
+    assert torch.equal(by_seed[0].low, mean_interval(values).low), "0 by default"
+    assert torch.equal(by_seed[0].mean, by_seed[1].mean)
+    assert not torch.equal(by_seed[0].low, by_seed[1].low)
+
+
+@given(st.integers(2, 12), st.floats(-3, 3), st.floats(-5, 5), st.integers(0, 5))
+@settings(max_examples=15)
+def test_an_interval_moves_and_scales_with_its_values(n, scale, shift, seed):
+    """The draws are of examples, whatever their values: a factor below 0 exchanges the ends."""
+    values = normal(n, 3, seed=seed).double()
+    plain, moved = mean_interval(values, seed=seed), mean_interval(scale * values + shift, seed=seed)
+    low, high = (plain.low, plain.high) if scale >= 0 else (plain.high, plain.low)
+    for got, want in zip(moved, (plain.mean, low, high), strict=True):
+        torch.testing.assert_close(got, scale * want + shift)
+    # Units are whole examples: columns of the same examples share their draws.
+    both = mean_interval(values[:, :1].repeat(1, 2), seed=seed)
+    assert torch.equal(both.low[0], both.low[1])
 
 
 def test_nan_examples_are_left_out():
