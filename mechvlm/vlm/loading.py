@@ -32,7 +32,7 @@ def load(
     check: bool = True,
     remote: bool | str = False,
 ) -> VLM:
-    """A vision-language model, ready to be read.
+    """A vision-language model, ready to be read, in evaluation mode.
 
     >>> vlm = mv.load("llava-hf/llava-1.5-7b-hf", dtype="bfloat16", device="cuda")
 
@@ -119,7 +119,8 @@ def load(
             reason = str(error).splitlines()[0]
             raise ModelError(f"{vlm.name} cannot be put on the device {str(device)!r}: {reason}") from error
     if check:
-        check_model(vlm)
+        with torch.device("cpu"):  # the model may have been loaded under another default device
+            check_model(vlm)
     return vlm
 
 

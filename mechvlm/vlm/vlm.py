@@ -159,6 +159,7 @@ class VLM(Decoder):
             InputError: for an unreadable image, numbers of images and prompts that do not match, or
                 a prompt with no room for the image.
         """
+        _require_cpu_default()
         return build_inputs(
             images, prompts, record=self.record, config=self.config, processor=self.processor, model=self.name
         )
@@ -243,9 +244,11 @@ class VLM(Decoder):
         """The arguments of the Hugging Face model's forward, on its device.
 
         Raises:
-            InputError: for inputs that a model of another family made.
+            InputError: for inputs that a model of another family made, or where torch's default
+                device is not the CPU.
             ModelError: for a model in training mode.
         """
+        _require_cpu_default()
         training = [path for path, module in self.hf.named_modules() if module.training] if self.has_weights else []
         if training:
             raise ModelError(
@@ -359,3 +362,13 @@ class VLM(Decoder):
                 out = self.hf.generate(**self.encoding(inputs), **options)
         new = out[:, inputs.encoding["input_ids"].shape[1] :]
         return [text.strip() for text in self.tokenizer.batch_decode(new, skip_special_tokens=True)]
+
+
+def _require_cpu_default() -> None:
+    """Refuse another default device: half of the new tensors would be there, half on the CPU."""
+    device = torch.get_default_device()
+    if device.type != "cpu":
+        raise InputError(
+            f"torch's default device is {str(device)!r} (torch.set_default_device, or `with torch.device`); inputs and results are "
+            "kept on the CPU. Call torch.set_default_device('cpu'): the model stays where mechvlm.load(device=...) put it."
+        )

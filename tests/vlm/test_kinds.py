@@ -141,3 +141,15 @@ def test_an_image_that_is_more_than_patches_is_refused(pair):
     processor.vision_feature_select_strategy = "full"
     with pytest.raises(mv.ModelError, match=r"17 image tokens where the grid has 16 patches.*CLS token, with 'full'"):
         mv.load(hf, processor)
+
+
+def test_another_default_device_is_refused(pair):
+    """ "meta" stands for cuda: new tensors would be there, and those of the processor here."""
+    with torch.device("meta"):
+        vlm = mv.load(*pair)
+        with pytest.raises(mv.InputError, match=r"default device is 'meta'.*torch.set_default_device\('cpu'\)"):
+            vlm.inputs(noise_image(0), "what is this")
+    inputs = vlm.inputs(noise_image(0), "what is this")
+    with torch.device("meta"), pytest.raises(mv.InputError, match="default device is 'meta'"):
+        mv.logit_lens(vlm, inputs)
+    assert mv.logit_lens(vlm, inputs).probs.device.type == "cpu"
