@@ -369,6 +369,6 @@ def _require_cpu_default() -> None:
     device = torch.get_default_device()
     if device.type != "cpu":
         raise InputError(
-            f"torch's default device is {str(device)!r} (torch.set_default_device, or `with torch.device`); inputs and results are "
-            "kept on the CPU. Call torch.set_default_device('cpu'): the model stays where mechvlm.load(device=...) put it."
+            f"torch's default device is {str(device)!r} (torch.set_default_device, or `with torch.device`); inputs and results "
+            "are kept on the CPU. Call torch.set_default_device('cpu'): the model stays where mechvlm.load(device=...) put it."
         )
