@@ -338,13 +338,14 @@ class VLM(Decoder):
         """
         from transformer_lens import FactoredMatrix
 
+        factors = self.W_Q[layer], self.W_K[layer].transpose(-2, -1)
         norms = [child for child, _ in self.attention_module(layer)._module.named_children() if "norm" in child]
         if norms:
             raise ModelError(
                 f"The attention of {self.name} norms its queries and keys ({', '.join(norms)}) after W_Q and W_K: its scores are "
                 "no product with W_Q W_K^T. Read vlm.pattern[layer], or W_Q and W_K by themselves."
             )
-        return FactoredMatrix(self.W_Q[layer], self.W_K[layer].transpose(-2, -1))
+        return FactoredMatrix(*factors)
 
     @torch.no_grad()
     def generate(self, inputs: Inputs, max_new_tokens: int = 40) -> list[str]:
