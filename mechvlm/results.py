@@ -168,6 +168,11 @@ def to_cpu(x: Tensor) -> Tensor:
     return x.float() if x.is_floating_point() else x
 
 
+def float32(numbers: Any) -> Tensor:
+    """Numbers as a float32 tensor on the CPU, whatever torch's default dtype is."""
+    return torch.tensor(numbers, dtype=torch.float32)
+
+
 def stack(rows: list[Tensor]) -> Tensor:
     """The rows as one tensor on the CPU, along a new first axis; see `to_cpu`."""
     return torch.stack([to_cpu(row) for row in rows])

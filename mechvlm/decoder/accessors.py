@@ -21,6 +21,7 @@ from einops import rearrange
 from torch import Tensor
 
 from mechvlm.decoder.attention import Attention, attention_call, attention_rows, read_attention
+from mechvlm.decoder.projections import child
 from mechvlm.families.record import Architecture
 
 T = TypeVar("T")
@@ -99,7 +100,7 @@ def build_accessors(layers, record: Architecture, d_head: int, has_weights: bool
         # `pattern` may be read later in this trace. nnsight must rewrite the attention's source
         # before the attention runs, so ask for it now.
         attention_call(attn(layer), record)
-        return getattr(attn(layer), getattr(record, f"{name}_proj"))
+        return child(attn(layer), getattr(record, f"{name}_proj"))
 
     def heads(x):
         return rearrange(x, "batch pos (head d_head) -> batch pos head d_head", d_head=d_head)

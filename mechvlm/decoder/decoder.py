@@ -13,7 +13,7 @@ from torch import Tensor
 from mechvlm.decoder.accessors import Accessor, PatternAccessor, build_accessors
 from mechvlm.decoder.attention import Attention
 from mechvlm.decoder.norms import Norm
-from mechvlm.decoder.projections import Projection, in_heads, out_heads
+from mechvlm.decoder.projections import Projection, child, in_heads, out_heads
 from mechvlm.decoder.weights import Weights, has_weights
 from mechvlm.families.record import Architecture, part
 
@@ -141,7 +141,7 @@ class Decoder:
             name: "q_proj", "k_proj", "v_proj" or "o_proj".
             layer: the layer.
         """
-        envoy = getattr(self.attention_module(layer), getattr(self.record, name))
+        envoy = child(self.attention_module(layer), getattr(self.record, name))
         width = self.n_heads * self.d_head if name == "o_proj" else self.d_model
         return Projection(envoy, part(self.model, self.record.embed), width)
 

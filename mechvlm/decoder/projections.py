@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mechvlm.decoder.weights import has_weights
+from mechvlm.errors import ModelError
 
 ROWS_CAST_AT_ONCE = 4096
 """Rows of a weight that are held in float32 at once: 64 MB at a width of 4096."""
@@ -61,6 +62,21 @@ class Projection:
     def _probed(self) -> Tensor:
         outputs = [output_for(self.envoy, self._embed, make, self._width) for make in (torch.eye, torch.zeros)]
         return (outputs[0] - outputs[1]).T
+
+
+def child(module: Any, name: str) -> Any:
+    """A module's child by name.
+
+    Raises:
+        ModelError: for an attention that has no such projection of its own.
+    """
+    try:
+        return getattr(module, name)
+    except AttributeError as error:
+        raise ModelError(
+            f"There is no {name} in this model's attention: queries, keys and values may come out of one matrix there. "
+            "vlm.attention[layer] gives them after the rotary embedding, and vlm.pattern[layer] the attention weights."
+        ) from error
 
 
 def output_for(envoy: Any, embed: Any, make: Callable[..., Tensor], width: int) -> Tensor:

@@ -28,7 +28,7 @@ from mechvlm.figures.style import SIGNED, axes, heatmap, style, text
 from mechvlm.inputs.batch import Answers, Inputs, as_batches
 from mechvlm.inputs.tokens import Modality
 from mechvlm.intervals import Interval, mean_interval
-from mechvlm.results import Result, long_frame
+from mechvlm.results import Result, float32, long_frame
 from mechvlm.tracing.interventions import patch
 from mechvlm.vlm.vlm import VLM
 
@@ -220,7 +220,7 @@ def causal_trace(
     )
     tokens, p, p_corrupt, p_restored = zip(*by_example, strict=True)
     return CausalTraceResult(
-        p=torch.tensor(p), p_corrupt=torch.tensor(p_corrupt), p_restored=torch.tensor(p_restored).permute(1, 2, 0),
+        p=float32(p), p_corrupt=float32(p_corrupt), p_restored=float32(p_restored).permute(1, 2, 0),
         groups=tuple(groups_of[0]), layers=tuple(range(vlm.n_layers)),
         windows=tuple((span.start, span.stop) for span in spans), at=at, corrupt=corrupt,
         answers=vlm.to_str_tokens(torch.tensor(tokens)), model=vlm.name,
@@ -281,7 +281,8 @@ def _noisy_embeddings(example: Example, old: Tensor, corrupt: str, seed: int) ->
         raise InputError(f"Example {example.number} has no words before its last position to corrupt.")
     embeddings = old.clone()
     at = old[:, pos].float()
-    noise = torch.randn(at.shape, generator=torch.Generator().manual_seed(seed + example.number)).to(at.device)
+    generator = torch.Generator().manual_seed(seed + example.number)
+    noise = torch.randn(at.shape, generator=generator, dtype=torch.float32).to(at.device)
     embeddings[:, pos] = (at + NOISE * at.std() * noise).to(embeddings)
     return embeddings
 

@@ -24,7 +24,7 @@ from mechvlm.figures.headings import ALONE, INTERVAL, heading, n_examples, short
 from mechvlm.figures.style import LAYER, axes, style, text
 from mechvlm.inputs.batch import Answers, Inputs
 from mechvlm.intervals import Interval, mean_interval
-from mechvlm.results import Result, long_frame
+from mechvlm.results import Result, float32, long_frame
 from mechvlm.tracing.interventions import knock_out
 from mechvlm.vlm.vlm import VLM
 
@@ -154,7 +154,7 @@ def information_flow(
     )
     tokens, p, p_knocked = zip(*by_example, strict=True)
     return InformationFlowResult(
-        p=torch.tensor(p), p_knocked=torch.tensor(p_knocked).permute(1, 2, 0), flows=tuple(flows),
+        p=float32(p), p_knocked=float32(p_knocked).permute(1, 2, 0), flows=tuple(flows),
         windows=tuple((span.start, span.stop) for span in spans),
         answers=vlm.to_str_tokens(torch.tensor(tokens)), model=vlm.name,
     )  # fmt: skip

@@ -306,7 +306,7 @@ def attribute_to_neurons(vlm: VLM, inputs: Inputs, tokens: Tensor) -> tuple[Tens
         logits = nnsight.save(vlm.logits[:, -1])
 
     shape = len(inputs), vlm.n_layers, acts[0].shape[-1]
-    attribution, activity = torch.empty(shape), torch.empty(shape)
+    attribution, activity = torch.empty(2, *shape, dtype=torch.float32)
 
     def add_up(layer: int, act: Tensor, grad: Tensor) -> None:
         on_image = image.to(act.device)[..., None]
@@ -372,7 +372,7 @@ def _activations(vlm: VLM, inputs: Inputs, chosen: Neurons) -> Float[Tensor, "ex
             act = _down_proj(vlm, layers[layer]).input
             acts[layer] = act[..., chosen.index[rows].to(act.device)]
     longest = max(len(m.image) for m in inputs.token_maps)
-    activation = torch.full((len(inputs), len(chosen.index), longest), torch.nan)
+    activation = torch.full((len(inputs), len(chosen.index), longest), torch.nan, dtype=torch.float32)
     for layer, rows in in_layer.items():
         for example, m in enumerate(inputs.token_maps):
             on_image = acts[layer][example, m.image.to(acts[layer].device)]

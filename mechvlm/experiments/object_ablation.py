@@ -26,7 +26,7 @@ from mechvlm.inputs.batch import Answers, Inputs, as_batches
 from mechvlm.intervals import Interval, mean_interval
 from mechvlm.probes.probe import Model, Row, State
 from mechvlm.probes.query_reading import QueryReading
-from mechvlm.results import Result, long_frame
+from mechvlm.results import Result, float32, long_frame
 from mechvlm.tracing.interventions import ablate
 from mechvlm.tracing.reading import read
 from mechvlm.vlm.vlm import VLM
@@ -213,7 +213,7 @@ def object_ablation(
     tokens, correct, p, n_tokens, by_condition = zip(*by_example, strict=True)
     correct_ablated, p_ablated = torch.stack(by_condition, -1)
     return ObjectAblationResult(
-        correct=torch.tensor(correct), correct_ablated=correct_ablated, p=torch.tensor(p), p_ablated=p_ablated,
+        correct=torch.tensor(correct), correct_ablated=correct_ablated, p=float32(p), p_ablated=p_ablated,
         n_tokens=torch.tensor(n_tokens).T, conditions=ABLATION_CONDITIONS, margins=tuple(int(m) for m in margins),
         answers=vlm.to_str_tokens(torch.tensor(tokens)), model=vlm.name,
     )  # fmt: skip
@@ -250,7 +250,7 @@ def _ablate_object(
             ablate(vlm, [[i - first for i in chosen[edit.key]] for edit in rows], 0, how="mean", source=mean)
 
     logits = sweep(vlm, clean, [Edit(key, range(1), int(image[0])) for key in chosen], change)
-    measured = torch.full((2, len(ABLATION_CONDITIONS), len(objects)), torch.nan)
+    measured = torch.full((2, len(ABLATION_CONDITIONS), len(objects)), torch.nan, dtype=torch.float32)
     for condition, m in {key[:2] for key in chosen}:
         by_draw = torch.stack([row for key, row in logits.items() if key[:2] == (condition, m)])
         measured[0, condition, m] = (by_draw.argmax(-1) == token).float().mean()

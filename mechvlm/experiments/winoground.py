@@ -148,7 +148,7 @@ def read_pairs(vlm: VLM, pairs: Sequence[Pair], prompt: str) -> Float[Tensor, "m
     inputs, n_tokens = vlm.answered(inputs, captions)
     probes = Likelihood(n_tokens), LogitLens(k=1), _CaptionCosine(n_tokens), NormAttention(dst="last")
     likelihood, lens, cosine, norms = read(vlm, inputs, *probes)
-    values = torch.full((len(PAIR_MEASURES), vlm.n_layers + 1, len(combinations)), torch.nan)
+    values = torch.full((len(PAIR_MEASURES), vlm.n_layers + 1, len(combinations)), torch.nan, dtype=torch.float32)
     for i, (caption, tokens) in enumerate(zip(captions, inputs.token_maps, strict=True)):
         words = lens_precision_recall(lens.of(i).pieces(), caption)
         for measure in ("precision", "recall"):

@@ -15,7 +15,10 @@ ARCHITECTURES: dict[str, Architecture] = {
             unembed="lm_head",
             visual_tokens="patches",
             template="USER: {images}\n{prompt} ASSISTANT:",
-            processor_settings=(("patch_size", "vision_config.patch_size"),),
+            processor_settings=(
+                ("patch_size", "vision_config.patch_size"),
+                ("vision_feature_select_strategy", "vision_feature_select_strategy"),
+            ),
         ),
         Architecture(
             hf_class="InstructBlipForConditionalGeneration",

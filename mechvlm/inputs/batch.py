@@ -132,10 +132,11 @@ def build_inputs(
         # One example at a time: in a batch, InstructBLIP's processor pads between image and text.
         encoding = processor(images=list(pictures), text=[text], return_tensors="pt", **_bos(text, processor))
         _check_room(encoding, prompt, record, config, example)
+        _check_end(encoding, text, processor.tokenizer)
         encodings.append(encoding)
         texts.append(text)
         opened.append(pictures)
-    batch = _collate(encodings, record, processor)
+    batch = _collate(encodings, record, processor, part(config, record.image_token_id))
     maps = tuple(
         _token_map(batch, row, encodings[row]["pixel_values"], opened[row], record, config, processor)
         for row in range(len(pairs))
@@ -225,7 +226,24 @@ def _check_room(encoding, prompt: str, record: Architecture, config, example: in
         raise InputError(f"The prompt of example {example} holds no image token ({image_token}).")
 
 
-def _collate(encodings: list, record: Architecture, processor) -> dict[str, Tensor]:
+def _check_end(encoding, text: str, tokenizer) -> None:
+    """Refuse a tokenizer that ends the prompt with EOS: no answer follows its last position."""
+    eos = tokenizer.eos_token
+    if eos and int(encoding["input_ids"][0, -1]) == tokenizer.eos_token_id and not text.endswith(eos):
+        raise InputError(
+            f"The tokenizer adds {eos} after the prompt, where the model would answer (add_eos_token is for training). Load the "
+            "processor with add_eos_token=False."
+        )
+
+
+def padding_id(tokenizer, image_token: int) -> int:
+    """The id that fills padding. Padding is masked, so any id will do but the image's: features
+    would go there."""
+    ids = (tokenizer.pad_token_id or 0, 0, 1)
+    return next(id for id in ids if id != image_token)
+
+
+def _collate(encodings: list, record: Architecture, processor, image_token: int) -> dict[str, Tensor]:
     """The encodings of all examples as one batch.
 
     Sequences are padded to the longest: on the right if the record lists them in `right_padded`,
@@ -241,7 +259,7 @@ def _collate(encodings: list, record: Architecture, processor) -> dict[str, Tens
         value = 0
         if key.endswith("input_ids"):
             tokenizer = processor.qformer_tokenizer if right else processor.tokenizer
-            value = tokenizer.pad_token_id or 0  # padding is masked: any id will do
+            value = padding_id(tokenizer, image_token)
         longest = max(r.shape[-1] for r in rows)
         pad = [(0, longest - r.shape[-1]) if right else (longest - r.shape[-1], 0) for r in rows]
         batch[key] = torch.cat([torch.nn.functional.pad(r, p, value=value) for r, p in zip(rows, pad, strict=True)])
@@ -264,8 +282,9 @@ def _token_map(batch, row, pixels, images, record, config, processor) -> TokenMa
     expected = sum(g.rows * g.cols for g in grids)
     if tokens.patches and len(tokens.image) != expected:
         raise InputError(
-            f"The processor made {len(tokens.image)} image tokens where the grid has {expected} patches: its patch_size, "
-            "num_additional_image_tokens and vision_feature_select_strategy do not fit the model."
+            f"The processor made {len(tokens.image)} image tokens where the grid has {expected} patches. Either its patch_size, "
+            "num_additional_image_tokens or vision_feature_select_strategy does not fit the model, or the decoder sees more than "
+            "patches (the CLS token, with 'full'): that has no place on the image, and mechvlm cannot read it."
         )
     return tokens
 

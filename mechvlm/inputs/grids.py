@@ -63,7 +63,8 @@ class PatchGrid:
 
     def boxes(self) -> Float[Tensor, "row col 4"]:
         """All patches' boxes, (left, top, right, bottom) in original pixels."""
-        return torch.tensor([[self.box(r, c) for c in range(self.cols)] for r in range(self.rows)])
+        boxes = [[self.box(r, c) for c in range(self.cols)] for r in range(self.rows)]
+        return torch.tensor(boxes, dtype=torch.float32)
 
     def covered(self, box: Sequence[float | int]) -> Float[Tensor, "row col"]:
         """Share of each patch's area, 0 to 1, that lies inside a box given in original pixels."""

@@ -89,7 +89,7 @@ def token_groups(tokens: TokenMap, pool: Pool) -> tuple[list[str], Float[Tensor,
     groups: dict[int | str, list[int]] = {}  # by cell name, or by position for a token of its own
     for position in tokens.all.tolist():
         groups.setdefault(names.get(position, position), []).append(position)
-    member = torch.zeros(len(groups), len(tokens))
+    member = torch.zeros(len(groups), len(tokens), dtype=torch.float32)
     for row, positions in enumerate(groups.values()):
         member[row, positions] = 1
     return [key if isinstance(key, str) else readable(tokens.strings[key]) for key in groups], member

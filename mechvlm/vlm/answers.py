@@ -9,7 +9,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from mechvlm.errors import InputError
-from mechvlm.inputs.batch import Inputs
+from mechvlm.inputs.batch import Inputs, padding_id
 from mechvlm.inputs.pieces import spell, token_texts
 from mechvlm.inputs.tokens import Modality, TokenMap
 
@@ -61,7 +61,7 @@ def write_answers(
     if len(answers) != len(inputs):
         raise InputError(f"{len(answers)} answers were given for {len(inputs)} examples: give one each.")
     by_example = [_tokens_after(text, answer, tokenizer) for text, answer in zip(inputs.texts, answers, strict=True)]
-    longest, pad = max(map(len, by_example)), tokenizer.pad_token_id or 0
+    longest, pad = max(map(len, by_example)), padding_id(tokenizer, image_token)
     rows, masks, maps = [], [], []
     for row, (tokens, prompt) in enumerate(zip(by_example, inputs.token_maps, strict=True)):
         if image_token in tokens:

@@ -32,7 +32,7 @@ def load(
     check: bool = True,
     remote: bool | str = False,
 ) -> VLM:
-    """A vision-language model, ready to be read.
+    """A vision-language model, ready to be read, in evaluation mode.
 
     >>> vlm = mv.load("llava-hf/llava-1.5-7b-hf", dtype="bfloat16", device="cuda")
 
@@ -119,7 +119,8 @@ def load(
             reason = str(error).splitlines()[0]
             raise ModelError(f"{vlm.name} cannot be put on the device {str(device)!r}: {reason}") from error
     if check:
-        check_model(vlm)
+        with torch.device("cpu"):  # the model may have been loaded under another default device
+            check_model(vlm)
     return vlm
 
 
@@ -207,6 +208,22 @@ def _require_parts(processor) -> None:
 
 def _require_settings(processor, config, record: Architecture) -> None:
     """Old checkpoints lack settings of the processor, and a processor may be another model's."""
+    if part(config, record.image_token_id) is None:
+        raise ModelError(
+            f"The model's {record.image_token_id} is not set: its checkpoint is older than image tokens in prompts. Set "
+            f"config.{record.image_token_id} = processor.tokenizer.convert_tokens_to_ids('<image>'), and resize its embeddings "
+            "where they have no such row (model.resize_token_embeddings)."
+        )
+    token, image_token = str(getattr(processor, "image_token", "<image>")), part(config, record.image_token_id)
+    if (id := processor.tokenizer.convert_tokens_to_ids(token)) != image_token:
+        raise ModelError(
+            f"The processor marks an image by {token!r}, token {id}; the model by token {image_token} ({record.image_token_id}). "
+            "Give the processor of this model."
+        )
+    if getattr(config, "return_dict", True) is False:
+        raise ModelError(
+            "The model's config says return_dict=False: set config.return_dict = True, its outputs have names then."
+        )
     for name, path in record.processor_settings:
         given, needed = getattr(processor, name, None), part(config, path)
         if given != needed:

@@ -34,8 +34,8 @@ def check_model(vlm: VLM) -> None:
         acts = _forward(vlm, inputs)
     except Exception as error:  # a wrong path can raise anything, deep inside a trace
         raise ModelError(
-            f"{vlm.name} loads as {vlm.record.hf_class}, but cannot be traced by its record in "
-            f"mechvlm/families/known.py: {error}"
+            f"{vlm.name} loads as {vlm.record.hf_class} (language model: {vlm.text_config.model_type}), but cannot be traced by "
+            f"its record in mechvlm/families/known.py: {error}"
         ) from error
     with torch.no_grad():
         out = vlm.hf(**vlm.encoding(inputs), output_hidden_states=True)
@@ -60,6 +60,7 @@ def check_model(vlm: VLM) -> None:
         "z[0] = pattern[0] v[0]": (acts["z"], acts["pattern_v"].transpose(1, 2)),
         "attn_out[0] = z[0] W_O[0]": (acts["attn_out"], z_out),
         "logits = final norm(resid_post[-1]) W_U": (acts["logits"], acts["final"] @ vlm.W_U.detach()),
+        "final norm(x) = x / rms(x) * its weight": (acts["final"], acts["rms_normed"]),
     }
     if vlm.n_layers == 1:  # Hugging Face's last hidden state comes after the final norm
         claims.pop("resid_post[0] is Hugging Face's hidden_states[1]")
@@ -79,7 +80,8 @@ def check_model(vlm: VLM) -> None:
         )
     if off:
         raise ModelError(
-            f"{vlm.name} loads as {vlm.record.hf_class}, but is not what its record in mechvlm/families/known.py says:"
+            f"{vlm.name} loads as {vlm.record.hf_class} (language model: {vlm.text_config.model_type}), but is not what its "
+            "record in mechvlm/families/known.py says:"
             + "".join(f"\n- {line}" for line in off)
             + "\nAnalyses would be wrong. Correct the record, or pass check=False to look at the model all the same."
         )
@@ -99,6 +101,7 @@ def _forward(vlm: VLM, inputs) -> dict[str, torch.Tensor]:
         acts["resid_mid"] = vlm.resid_mid[0].clone()
         acts["mlp_out"] = vlm.mlp_out[0]
         acts["resid_post"] = vlm.resid_post[0]
-        acts["final"] = vlm.final_norm(vlm.resid_post[-1])
+        final_norm, _ = vlm.readout()
+        acts["final"], acts["rms_normed"] = final_norm(vlm.resid_post[-1]), final_norm.in_float32(vlm.resid_post[-1])
         acts["logits"] = vlm.logits
     return acts

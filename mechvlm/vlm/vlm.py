@@ -27,6 +27,18 @@ from mechvlm.ndif.requests import ONE_AT_A_TIME, backend_for
 from mechvlm.vlm.answers import first_tokens, write_answers
 from mechvlm.vlm.hook_cache import Cache, run_with_cache
 
+GREEDY = {
+    "do_sample": False, "num_beams": 1, "num_return_sequences": 1, "return_dict_in_generate": False,
+    "repetition_penalty": 1.0, "encoder_repetition_penalty": 1.0, "no_repeat_ngram_size": 0,
+    "encoder_no_repeat_ngram_size": 0, "min_length": 0, "min_new_tokens": None, "bad_words_ids": None,
+    "suppress_tokens": None, "begin_suppress_tokens": None, "sequence_bias": None, "forced_bos_token_id": None,
+    "forced_eos_token_id": None, "exponential_decay_length_penalty": None, "guidance_scale": None,
+    "watermarking_config": None, "prompt_lookup_num_tokens": None, "token_healing": False, "stop_strings": None,
+    "max_time": None,
+}  # fmt: skip
+"""Options of `generate` under which each token is the one of the largest logit. A checkpoint's
+generation_config.json may say otherwise, and would win over any option that is not given."""
+
 
 class VLM(Decoder):
     """A loaded model. `mechvlm.load` makes one.
@@ -76,9 +88,15 @@ class VLM(Decoder):
             model = TransformersModel(hf, task="image-text-to-text", processor=processor, revision=revision)
         hf = model._module
         record = architecture_of(type(hf).__name__)
-        super().__init__(model, record, name, hf.config, part(hf, record.unembed).weight.shape[0])
-        for module in [*map(self.attention_module, range(self.n_layers)), *self.cross_attentions]:
-            attention_call(module, record)  # nnsight must rewrite the forward before any runs
+        try:
+            super().__init__(model, record, name, hf.config, part(hf, record.unembed).weight.shape[0])
+            for module in [*map(self.attention_module, range(self.n_layers)), *self.cross_attentions]:
+                attention_call(module, record)  # nnsight must rewrite the forward before any runs
+        except AttributeError as error:  # the class takes decoders of every kind
+            raise ModelError(
+                f"{name} is a {record.hf_class} with a language model ({part(hf.config, record.text_config).model_type}) that is "
+                f"not built as a Llama decoder ({error}), so mechvlm cannot read it."
+            ) from error
 
     def __repr__(self) -> str:
         where = f"{str(self.dtype).removeprefix('torch.')}, {self.device}" if self.has_weights else "on NDIF"
@@ -142,6 +160,7 @@ class VLM(Decoder):
             InputError: for an unreadable image, numbers of images and prompts that do not match, or
                 a prompt with no room for the image.
         """
+        _require_cpu_default()
         return build_inputs(
             images, prompts, record=self.record, config=self.config, processor=self.processor, model=self.name
         )
@@ -225,8 +244,17 @@ class VLM(Decoder):
         """The arguments of the Hugging Face model's forward, on its device.
 
         Raises:
-            InputError: for inputs that a model of another family made.
+            InputError: for inputs that a model of another family made, or where torch's default
+                device is not the CPU.
+            ModelError: for a model in training mode.
         """
+        _require_cpu_default()
+        training = [path for path, module in self.hf.named_modules() if module.training] if self.has_weights else []
+        if training:
+            raise ModelError(
+                f"{self.name} is in training mode ({len(training)} modules, {training[-1]!r} among them): dropout would change "
+                "its activations at random. Call vlm.hf.eval() first, and vlm.hf.train() when you go on training."
+            )
         text = {"input_ids", "attention_mask", *self.record.right_padded}
         if {key for key in inputs.encoding if key.endswith(("input_ids", "attention_mask"))} != text:
             raise InputError(
@@ -303,17 +331,30 @@ class VLM(Decoder):
 
         Before the rotary embedding: the score of two normed states at the same position, without
         scale and biases.
+
+        Raises:
+            ModelError: for an attention that norms its queries and keys: its scores are no product
+                of the two states with a matrix.
         """
         from transformer_lens import FactoredMatrix
 
-        return FactoredMatrix(self.W_Q[layer], self.W_K[layer].transpose(-2, -1))
+        factors = self.W_Q[layer], self.W_K[layer].transpose(-2, -1)
+        norms = [child for child, _ in self.attention_module(layer)._module.named_children() if "norm" in child]
+        if norms:
+            raise ModelError(
+                f"The attention of {self.name} norms its queries and keys ({', '.join(norms)}) after W_Q and W_K: its scores are "
+                "no product with W_Q W_K^T. Read vlm.pattern[layer], or W_Q and W_K by themselves."
+            )
+        return FactoredMatrix(*factors)
 
     @torch.no_grad()
     def generate(self, inputs: Inputs, max_new_tokens: int = 40) -> list[str]:
-        """The model's greedy answers, one per example, without prompt and special tokens."""
-        options = {
-            "max_new_tokens": max_new_tokens, "do_sample": False, "num_beams": 1, "pad_token_id": self.tokenizer.pad_token_id,
-        }  # fmt: skip
+        """The model's greedy answers, one per example, without prompt and special tokens.
+
+        Each token is the one of the largest logit, whatever the model's `generation_config` says of
+        penalties, forbidden tokens and limits; of it only the tokens that end an answer are used.
+        """
+        options = {**GREEDY, "max_new_tokens": max_new_tokens, "pad_token_id": self.tokenizer.pad_token_id}
         if self.remote:
             with self.model.generate(**self.encoding(inputs), **options, backend=backend_for(self)) as tracer:
                 out = nnsight.save(tracer.result)
@@ -322,3 +363,13 @@ class VLM(Decoder):
                 out = self.hf.generate(**self.encoding(inputs), **options)
         new = out[:, inputs.encoding["input_ids"].shape[1] :]
         return [text.strip() for text in self.tokenizer.batch_decode(new, skip_special_tokens=True)]
+
+
+def _require_cpu_default() -> None:
+    """Refuse another default device: half of the new tensors would be there, half on the CPU."""
+    device = torch.get_default_device()
+    if device.type != "cpu":
+        raise InputError(
+            f"torch's default device is {str(device)!r} (torch.set_default_device, or `with torch.device`); inputs and results "
+            "are kept on the CPU. Call torch.set_default_device('cpu'): the model stays where mechvlm.load(device=...) put it."
+        )

@@ -93,3 +93,63 @@ def test_a_device_map_without_its_device(device_map):
         pytest.skip("this machine has the device")
     with pytest.raises(mv.ModelError, match=r"cannot be put where device_map=.*Leave it out to load on the CPU"):
         mv.load("tiny-llava", device_map=device_map)
+
+
+def test_training_mode_is_refused(pair):
+    """The Q-Former's dropout would give other numbers each time."""
+    hf, processor = pair
+    vlm = mv.load(hf.train(), processor)  # load puts it into evaluation mode
+    inputs = vlm.inputs(noise_image(0), "what is this")
+    before = mv.logit_lens(vlm, inputs)
+    hf.get_submodule(next(path for path, _ in hf.named_modules() if path.endswith("layers.1.mlp"))).train()
+    with pytest.raises(mv.ModelError, match=r"in training mode \(\d+ modules, .*layers\.1\.mlp.*vlm\.hf\.eval\(\)"):
+        mv.logit_lens(vlm, inputs)
+    with pytest.raises(mv.ModelError, match="in training mode"):
+        vlm.generate(inputs)
+    hf.eval()
+    assert torch.equal(mv.logit_lens(vlm, inputs).probs, before.probs)
+
+
+def test_outputs_without_names_are_refused(pair):
+    hf, processor = pair
+    hf.config.return_dict = False
+    with pytest.raises(mv.ModelError, match=r"return_dict=False: set config\.return_dict = True"):
+        mv.load(hf, processor)
+
+
+def test_another_image_token_is_refused(pair):
+    hf, processor = pair
+    id = processor.tokenizer.convert_tokens_to_ids("<image>")
+    hf.config.image_token_index = 31999
+    with pytest.raises(mv.ModelError, match=rf"marks an image by '<image>', token {id}; the model by token 31999"):
+        mv.load(hf, processor)
+    if "Llava" in type(hf).__name__:
+        return
+    hf.config.image_token_index = None  # an InstructBLIP checkpoint from before image tokens
+    with pytest.raises(mv.ModelError, match=r"image_token_index is not set.*convert_tokens_to_ids"):
+        mv.load(hf, processor)
+
+
+def test_an_image_that_is_more_than_patches_is_refused(pair):
+    """With the CLS token before the patches, each patch would be read one position too early."""
+    hf, processor = pair[0], copy.deepcopy(pair[1])
+    if "Llava" not in type(hf).__name__:
+        pytest.skip("queries stand for no patches")
+    hf.config.vision_feature_select_strategy = "full"
+    with pytest.raises(mv.ModelError, match=r"strategy is default, .* is full"):
+        mv.load(hf, processor)
+    processor.vision_feature_select_strategy = "full"
+    with pytest.raises(mv.ModelError, match=r"17 image tokens where the grid has 16 patches.*CLS token, with 'full'"):
+        mv.load(hf, processor)
+
+
+def test_another_default_device_is_refused(pair):
+    """ "meta" stands for cuda: new tensors would be there, and those of the processor here."""
+    with torch.device("meta"):
+        vlm = mv.load(*pair)
+        with pytest.raises(mv.InputError, match=r"default device is 'meta'.*torch.set_default_device\('cpu'\)"):
+            vlm.inputs(noise_image(0), "what is this")
+    inputs = vlm.inputs(noise_image(0), "what is this")
+    with torch.device("meta"), pytest.raises(mv.InputError, match="default device is 'meta'"):
+        mv.logit_lens(vlm, inputs)
+    assert mv.logit_lens(vlm, inputs).probs.device.type == "cpu"

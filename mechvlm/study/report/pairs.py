@@ -27,7 +27,8 @@ def pair_results(study: StudyRecord) -> dict[str, WinogroundResult]:
             torch.where(torch.tensor((rows["condition"] == CAPTION_CONDITIONS[0]).to_numpy()), image, 1 - image),
             image,
         )
-        values = torch.full((len(PAIR_MEASURES), about["n_layers"] + 1, len(place), 2, 2), torch.nan)
+        shape = len(PAIR_MEASURES), about["n_layers"] + 1, len(place), 2, 2
+        values = torch.full(shape, torch.nan, dtype=torch.float32)
         values[index] = torch.tensor(rows["value"].to_numpy(dtype="float32"))
         aside = tuple((pair["pair"], pair["reason"]) for pair in about["pairs_set_aside"])
         results[model] = WinogroundResult(values, tuple(place), aside, study.settings["prompt"], model)

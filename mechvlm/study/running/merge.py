@@ -89,7 +89,7 @@ def _words(plan: Plan, model: int) -> pd.DataFrame:
 def _baseline(plan: Plan, model: int) -> pd.DataFrame:
     """The anisotropy baseline of all examples together: model, pair, state, value."""
     n = 0
-    sums = {name: torch.zeros(()).double() for name in ("sum_image", "sum_text", "same")}
+    sums = {name: torch.zeros((), dtype=torch.float64) for name in ("sum_image", "sum_text", "same")}
     for number in range(len(plan)):
         table = read_table(plan.shard_folder(model, number), "context_sums").to_pydict()
         if not table["n"]:
