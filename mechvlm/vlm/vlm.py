@@ -75,7 +75,7 @@ class VLM(Decoder):
             model = TransformersModel(hf, task="image-text-to-text", processor=processor, revision=revision)
         hf = model._module
         record = architecture_of(type(hf).__name__)
-        super().__init__(model, record, name, hf.config, part(hf, record.unembed).weight.shape[0])
+        super().__init__(model, record, name, hf.config, part(hf, record.unembed).out_features)
         for module in [*map(self.attention_module, range(self.n_layers)), *self.cross_attentions]:
             attention_call(module, record)  # nnsight must rewrite the forward before any runs
 
@@ -253,7 +253,7 @@ class VLM(Decoder):
         `hf` was moved or cast, make a new bridge.
 
         Raises:
-            ModelError: for a model on several devices, or one with quantized weights or adapters.
+            ModelError: for a model on several devices, or one with quantized weights.
         """
         return self._bridge()
 
