@@ -35,6 +35,7 @@ from mechvlm.measures.words import word_of
 from mechvlm.ndif.requests import in_one_request
 from mechvlm.progress import track
 from mechvlm.results import Result
+from mechvlm.vlm.kinds import require_gradients
 from mechvlm.vlm.vlm import VLM
 
 CANDIDATES = 256
@@ -232,6 +233,8 @@ def multimodal_neurons(
     """
     if torch.is_inference_mode_enabled():
         raise InputError("multimodal_neurons needs gradients: call it outside of torch.inference_mode().")
+    if vlm.has_weights:
+        require_gradients(vlm.hf, vlm.record)
     batches = as_batches(inputs)
     answers_of = by_batch(batches, answers)
     if not 1 <= k_words <= vlm.d_vocab or k < 1:

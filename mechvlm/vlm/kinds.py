@@ -182,6 +182,28 @@ def _outputs(module: Any, weight: Tensor, bias: Tensor | None, is_embedding: boo
     return (module(x), linear(x, weight, bias)) if weight.ndim == 2 else (weight, weight)
 
 
+def require_gradients(model: nn.Module, record: Architecture) -> None:
+    """Raises ModelError where the decoder holds quantized modules that pass no gradient on.
+
+    The residual stream passes by them, so that a gradient would arrive, without their share.
+    """
+    tried = set()
+    for path, module in part(model, record.decoder).named_modules():
+        if package_of(getattr(module, "weight", None)) not in DEQUANTIZED or package_of(module) == "peft":
+            continue
+        if (alike := _kind(module)) in tried:
+            continue
+        tried.add(alike)
+        embed = part(model, record.embed).weight
+        with torch.enable_grad():
+            x = torch.ones(1, module.in_features, dtype=embed.dtype, device=embed.device, requires_grad=True)
+            if not module(x).requires_grad:
+                raise ModelError(
+                    f"This needs gradients, and {record.decoder}.{path} passes none on: its inputs are quantized too. Quantize "
+                    "the weights alone, or load the model without quantization."
+                )
+
+
 def is_quantized(model: nn.Module) -> bool:
     """Whether any parameter of a module is kept in other numbers than it computes with."""
     return any(package_of(p) in DEQUANTIZED for p in model.parameters())
