@@ -63,6 +63,10 @@ def is_plain(module: Any) -> bool:
 def _dequantized(module: nn.Module) -> Tensor:
     if package_of(module.weight) == "torchao":
         return module.weight.dequantize()
+    if module.weight.dtype.is_floating_point and getattr(module.weight, "quant_state", None) is None:
+        raise ModelError(
+            "The weights of this bitsandbytes module are not quantized yet: move the model to its device first, model.to(...)."
+        )
     from transformers.integrations.bitsandbytes import dequantize_bnb_weight
 
     return dequantize_bnb_weight(module.weight, getattr(module, "state", None))

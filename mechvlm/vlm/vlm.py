@@ -242,6 +242,8 @@ class VLM(Decoder):
     def bridge(self):
         """A new TransformerLens `TransformerBridge` on these weights: the same memory, no copy.
 
+        Modules with an adapter are the exception: the bridge has a merged copy of their weights.
+
         It runs on what `encoding` holds:
 
             encoding = vlm.encoding(inputs)

@@ -26,7 +26,7 @@ def pair(request):
     yield kind, vlm, other, vlm.inputs(images, ["what is this", "a this"])
     after = hf.state_dict()
     assert state.keys() == after.keys()
-    assert all(torch.equal(value, after[name]) for name, value in state.items() if torch.is_tensor(value))
+    assert all(torch.equal(value, after[name]) for name, value in state.items() if type(value) is torch.Tensor)
 
 
 def weights(vlm, inputs):
@@ -47,7 +47,7 @@ def probes(vlm, inputs):
     read = {
         "lens": lens.probs, "tokens": lens.ids, "inter": context.inter, "image": context.image, "norm": norms.norm,
         "value norm": norms.value_norm, "heads": attribution.heads, "mlps": attribution.mlps,
-        "adds up": attribution.total - attribution.logit,
+        "total": attribution.total, "logit": attribution.logit,
         "likelihood": mv.read(vlm, answered, mv.Likelihood(n_tokens))[0].total,
     }  # fmt: skip
     return read | ({"queries": mv.query_reading(vlm, inputs).weight} if vlm.cross_attentions else {})
