@@ -60,7 +60,7 @@ def is_plain(module: Any) -> bool:
     return package_of(module) != "peft" and package_of(getattr(module, "weight", None)) not in DEQUANTIZED
 
 
-def _dequantized(module: nn.Module) -> Tensor:
+def _dequantized(module: Any) -> Tensor:
     if package_of(module.weight) == "torchao":
         return module.weight.dequantize()
     if module.weight.dtype.is_floating_point and getattr(module.weight, "quant_state", None) is None:
@@ -72,7 +72,7 @@ def _dequantized(module: nn.Module) -> Tensor:
     return dequantize_bnb_weight(module.weight, getattr(module, "state", None))
 
 
-def _dtype_of(module: nn.Module) -> torch.dtype:
+def _dtype_of(module: Any) -> torch.dtype:
     """The dtype in which a quantized module computes."""
     dtype = getattr(module, "compute_dtype", None) or module.weight.dtype
     return dtype if dtype.is_floating_point else torch.get_default_dtype()
@@ -96,12 +96,12 @@ def _adapted(module: Any) -> tuple[Tensor, Tensor | None]:
 
 def _trained(wrapper: Any) -> Any:
     """The module that peft's wrapper around a trained module runs."""
-    if wrapper.disable_adapters or not wrapper.active_adapters:
-        return wrapper.original_module
-    trained = getattr(wrapper, "modules_to_save", None)
-    if trained is None:
+    if hasattr(wrapper, "token_adapter"):
         return wrapper.token_adapter  # single rows of an embedding
-    return trained[wrapper.active_adapters[0]] if wrapper.active_adapters[0] in trained else wrapper.original_module
+    trained, active = wrapper.modules_to_save, wrapper.active_adapters
+    if wrapper.disable_adapters or not active or active[0] not in trained:
+        return wrapper.original_module
+    return trained[active[0]]
 
 
 def _merged(layer: Any, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -109,7 +109,9 @@ def _merged(layer: Any, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Te
     # Shallow copies, which share everything with the model but what the merge changes.
     bare, twin = copy.copy(layer.get_base_layer()), copy.copy(layer)
     own = {"weight": weight, "bias": bias}
-    own = {name: None if p is None else nn.Parameter(p.detach().clone(), requires_grad=False) for name, p in own.items()}
+    own = {
+        name: None if p is None else nn.Parameter(p.detach().clone(), requires_grad=False) for name, p in own.items()
+    }
     bare.__dict__["_parameters"] = own
     twin.__dict__["_modules"] = {**layer._modules, "base_layer": bare}
     twin.__dict__.update(merged_adapters=list(layer.merged_adapters), _caches={})

@@ -36,7 +36,7 @@ RUN_OTHERWISE = ("XLORA", "POLY", "ADAPTION_PROMPT")
 """peft's adapters that are no change of a weight, beside those that learn prompts."""
 
 
-def unwrapped(model: nn.Module) -> nn.Module:
+def unwrapped(model: Any) -> nn.Module:
     """The Hugging Face model inside the wrappers of torch.compile and peft, with the same weights.
 
     The model is not changed. A compiled model is traced uncompiled.

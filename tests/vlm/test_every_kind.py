@@ -145,4 +145,6 @@ def test_the_kinds_are_no_plain_models(pair):
     o_proj = vlm.attention_module(2).o_proj if kind != "ia3" else vlm.attention_module(2).v_proj
     shown = o_proj.weight.data
     computed = vlm.projection("o_proj" if kind != "ia3" else "v_proj", 2).weight
-    assert type(shown) is not torch.Tensor or shown.shape != computed.shape or not torch.allclose(shown.float(), computed)
+    assert (
+        type(shown) is not torch.Tensor or shown.shape != computed.shape or not torch.allclose(shown.float(), computed)
+    )

@@ -105,14 +105,18 @@ def test_adapters_that_change_no_weight_are_refused(config):
     hf, processor = model("llava")
     config.num_attention_heads, config.num_transformer_submodules = 4, 1
     tuned = get_peft_model(hf, config)
-    with pytest.raises(mv.ModelError, match=rf"type {config.peft_type.value}, which adds learned tokens, keys or a router"):
+    with pytest.raises(
+        mv.ModelError, match=rf"type {config.peft_type.value}, which adds learned tokens, keys or a router"
+    ):
         mv.load(tuned, processor)
 
 
 @pytest.mark.parametrize("settings", [{"peft_type": "ADAPTION_PROMPT"}, {"peft_type": "XLORA"}])
 def test_a_folder_of_such_an_adapter_is_refused(tmp_path, settings):
     (tmp_path / "adapter_config.json").write_text(json.dumps(settings | {"base_model_name_or_path": "tiny-llava"}))
-    with pytest.raises(mv.ModelError, match=f"is of the type {settings['peft_type']}, .* mechvlm reads adapters that can be"):
+    with pytest.raises(
+        mv.ModelError, match=f"is of the type {settings['peft_type']}, .* mechvlm reads adapters that can be"
+    ):
         mv.load(tmp_path)
 
 
@@ -210,7 +214,7 @@ def test_offloaded_weights_are_refused(pair):
 
 
 def test_a_device_map_of_one_device_loads(saved):
-    base, _, _, processor = saved
+    base, _, _, _ = saved
     vlm, twin = mv.load(base, device_map={"": "cpu"}), mv.load(base)
     inputs = vlm.inputs(noise_image(0), "what is this")
     assert torch.equal(mv.norm_attention(vlm, inputs).norm, mv.norm_attention(twin, inputs).norm)

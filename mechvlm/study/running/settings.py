@@ -133,7 +133,7 @@ def weights_identity(model: str | VLM, remote: bool = False) -> dict[str, Any]:
     return weights | {"sha256": _sha256(sorted(folder.glob("*.safetensors"))), "files": _sha256(small)}
 
 
-def _tensors(state: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
+def _tensors(state: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """The tensors of a state dict by name; a quantized one as the tensors that it consists of."""
     for name, value in state.items():
         if hasattr(value, "__tensor_flatten__"):
