@@ -1,7 +1,7 @@
 """Weights that modules compute with, by layer and head; and whether this process holds any.
 
-A module may compute with another weight than the one that it shows: an adapter adds to it (peft), or
-it is kept in 4 or 8 bits (bitsandbytes, torchao). `weight_and_bias` is the one home of the weight
+A module may compute with another weight than the one that it shows: an adapter adds to it (peft),
+or it is kept in 4 or 8 bits (bitsandbytes, torchao). `weight_and_bias` is the one home of the weight
 that counts. The libraries themselves compute it, when it is read; nothing of it is kept.
 """
 
@@ -79,7 +79,7 @@ def _dtype_of(module: Any) -> torch.dtype:
 
 
 def _adapted(module: Any) -> tuple[Tensor, Tensor | None]:
-    """Of peft's wrapper around a module: the weight and the bias with the active adapters in them."""
+    """Weight and bias of a module that peft wraps, with the active adapters in them."""
     if hasattr(module, "original_module"):  # a module that was trained whole
         return weight_and_bias(_trained(module))
     if hasattr(module, "ln_tuning_layers"):
@@ -105,7 +105,7 @@ def _trained(wrapper: Any) -> Any:
 
 
 def _merged(layer: Any, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """peft's own merge (or its undoing, where adapters are disabled), done to a copy of the weight."""
+    """peft's own merge, or its undoing where adapters are disabled, on a copy of the weight."""
     # Shallow copies, which share everything with the model but what the merge changes.
     bare, twin = copy.copy(layer.get_base_layer()), copy.copy(layer)
     own = {"weight": weight, "bias": bias}
@@ -126,7 +126,7 @@ def _merged(layer: Any, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Te
 
 
 def _beside_quantized(layer: Any, weight: Tensor, bias: Tensor | None, active: list[str]):
-    """A quantized weight and its adapters, which run beside it. peft's merge would quantize the sum."""
+    """A quantized weight plus its adapters; peft's own merge would quantize the sum."""
     present = [name for name in active if name in getattr(layer, "lora_A", ())]
     plain = hasattr(layer, "lora_A") and not any(name in layer.lora_variant for name in present)
     if not plain or layer.disable_adapters or any(layer.lora_B[name].bias is not None for name in present):

@@ -358,7 +358,7 @@ def _decode_neurons(vlm: VLM, neurons: list[tuple[int, int, int]], k_words: int)
             w_out = weight_and_bias(_down_proj(vlm, layers[layer]))[0]
             for column, (_, index, sign) in enumerate(neurons):
                 if neurons[column][0] == layer:
-                    columns[:, column] = sign * w_out[:, index]  # what the neuron writes at activation 1
+                    columns[:, column] = sign * w_out[:, index]  # its write at activation 1
         return decode_columns(columns, norm.to(w_u.device), w_u, k_words)[0].cpu()
 
 

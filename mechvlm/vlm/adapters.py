@@ -19,7 +19,7 @@ def base_of(folder: str) -> str:
     """The base model that an adapter's folder names: a folder, a hub id or a bundled name.
 
     Raises:
-        ModelError: when it names none, peft is not installed, or the adapter is no change of weights.
+        ModelError: when it names none, peft is not installed, or the adapter changes no weights.
     """
     config = _config(folder)
     refuse_adapter(config, Path(folder).name)

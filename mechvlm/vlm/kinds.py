@@ -147,7 +147,7 @@ def _weighted(model: nn.Module, record: Architecture) -> Iterator[str]:
 
 
 def _kind(module: Any) -> tuple:
-    """What two modules must share for one to stand for both: classes, adapters and their variants."""
+    """What two modules share when one can stand for both: classes, adapters, variants."""
     inner = [type(m).__name__ for m in module.modules()]
     variants = {name: type(variant).__name__ for name, variant in getattr(module, "lora_variant", {}).items()}
     state = getattr(module, "merged", None), getattr(module, "disable_adapters", None), len(module._forward_hooks)
@@ -155,7 +155,7 @@ def _kind(module: Any) -> tuple:
 
 
 def _require_own_weight(module: Any, path: str, is_embedding: bool) -> None:
-    """Raises ModelError where the module's output is not that of the weight that is read from it."""
+    """Raises ModelError where the module's output is not that of its weight as it is read."""
     try:
         weight, bias = weight_and_bias(module)
         with torch.no_grad():

@@ -129,7 +129,7 @@ def load(
             raise ModelError(f"Give device ({device}) or device_map ({device_map}), not both.")
         try:
             vlm.hf.to(device)
-        except (AssertionError, RuntimeError, ValueError) as error:  # ValueError: 8-bit models stay where they are
+        except (AssertionError, RuntimeError, ValueError) as error:  # ValueError: of 8-bit models
             reason = str(error).splitlines()[0]
             raise ModelError(f"{vlm.name} cannot be put on the device {str(device)!r}: {reason}") from error
     if check:

@@ -21,7 +21,7 @@ def model(family: str) -> tuple[nn.Module, object]:
 
 
 def adapted(hf: nn.Module, config) -> nn.Module:
-    """A `PeftModel` whose adapter changes what it can: none of its parameters are at their start."""
+    """A `PeftModel` whose adapter changes what it can: no parameter is at its start."""
     torch.manual_seed(0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -33,7 +33,7 @@ def saved(tmp_path_factory):
     return base, folder, tuned.merge_and_unload(), processor
 
 
-# -- adapters ----------------------------------------------------------------------------------------
+# -- adapters --------------------------------------------------------------------------------------
 
 
 def test_the_weight_is_base_plus_scaled_b_a():
@@ -144,7 +144,7 @@ def test_a_module_that_computes_something_else_is_refused():
             mv.load(tuned, processor, check=check)
 
 
-# -- quantized -----------------------------------------------------------------------------------------
+# -- quantized -------------------------------------------------------------------------------------
 
 
 def test_eight_bits_are_the_rows_scaled_integers():
@@ -202,7 +202,7 @@ def test_a_quantized_models_identity_is_its_numbers():
     assert len(identities) == 4
 
 
-# -- where the weights are, and how they run -----------------------------------------------------------
+# -- where the weights are, and how they run -------------------------------------------------------
 
 
 def test_offloaded_weights_are_refused(pair):
@@ -251,7 +251,7 @@ def test_flex_attention_is_read_and_not_knocked_out():
     torch.testing.assert_close(norms.norm, wanted_norms.norm)
 
 
-# -- what is no model of these families ----------------------------------------------------------------
+# -- what is no model of these families ------------------------------------------------------------
 
 
 def test_the_original_llava_points_to_its_conversion(tmp_path):
