@@ -1,8 +1,8 @@
 """Weights that modules compute with, by layer and head; and whether this process holds any.
 
 A module may compute with another weight than the one that it shows: an adapter adds to it (peft),
-or it is kept in 4 or 8 bits (bitsandbytes, torchao). `weight_and_bias` is the one home of the weight
-that counts. The libraries themselves compute it, when it is read; nothing of it is kept.
+or it is kept in 4 or 8 bits (bitsandbytes, torchao). `weight_and_bias` is the one home of the
+weight that counts. The libraries themselves compute it, when it is read; nothing of it is kept.
 """
 
 import copy
