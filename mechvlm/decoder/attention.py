@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from einops import rearrange
 from torch import Tensor
+from torch.nn.attention.flex_attention import create_mask
 
 from mechvlm.families.record import Architecture
 
@@ -45,6 +46,8 @@ def attention_call(module: Any, record: Architecture) -> Any:
 def read_attention(module: Any, record: Architecture) -> Attention:
     """Inside a trace: the tensors that the module's attention is computed from."""
     (_, q, k, v, mask, *_), options = attention_call(module, record).inputs
+    if hasattr(mask, "mask_mod"):  # flex attention's BlockMask: a function of the positions
+        mask = create_mask(mask.mask_mod, *mask.shape, device=q.device)
     return Attention(q, k, v, mask, options["scaling"])
 
 

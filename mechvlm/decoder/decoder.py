@@ -14,7 +14,7 @@ from mechvlm.decoder.accessors import Accessor, PatternAccessor, build_accessors
 from mechvlm.decoder.attention import Attention
 from mechvlm.decoder.norms import Norm
 from mechvlm.decoder.projections import Projection, child, in_heads, out_heads
-from mechvlm.decoder.weights import Weights, has_weights
+from mechvlm.decoder.weights import Weights, has_weights, weight_and_bias
 from mechvlm.families.record import Architecture, part
 
 
@@ -149,7 +149,7 @@ class Decoder:
     def W_E(self) -> Float[Tensor, "d_vocab d_model"]:
         """The token embedding."""
         embed = part(self.model, self.record.embed)
-        return embed.weight if has_weights(embed) else embed(torch.arange(self.d_vocab))
+        return weight_and_bias(embed)[0] if has_weights(embed) else embed(torch.arange(self.d_vocab))
 
     @property
     def W_U(self) -> Float[Tensor, "d_model d_vocab"]:

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from mechvlm.decoder.projections import output_for
-from mechvlm.decoder.weights import has_weights
+from mechvlm.decoder.weights import has_weights, weight_and_bias
 
 
 def rms(x: Float[Tensor, "*axes d_model"], eps: float) -> Float[Tensor, "*axes 1"]:
@@ -20,7 +20,7 @@ def rms(x: Float[Tensor, "*axes d_model"], eps: float) -> Float[Tensor, "*axes 1
 
 def gain(norm: Any) -> Float[Tensor, " d_model"]:
     """The gain g of an RMSNorm: its weight."""
-    return norm.weight
+    return weight_and_bias(norm)[0]
 
 
 class Norm:

@@ -12,7 +12,7 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
-from mechvlm.decoder.weights import has_weights
+from mechvlm.decoder.weights import has_weights, weight_and_bias
 from mechvlm.errors import ModelError
 
 ROWS_CAST_AT_ONCE = 4096
@@ -30,7 +30,7 @@ class Projection:
 
     def __init__(self, envoy: Any, embed: Any, width: int):
         self.envoy, self._embed, self._width = envoy, embed, width
-        self._weight: Tensor | None = None
+        self._parts: tuple[Tensor, Tensor | None] | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
         return self.envoy(x)
@@ -47,21 +47,25 @@ class Projection:
 
     @property
     def weight(self) -> Float[Tensor, "out in"]:
-        """The module's weight, or in a sandbox computed from its outputs for the unit vectors."""
-        if self._weight is None:
-            self._weight = self.envoy.weight if has_weights(self.envoy) else self._probed()
-        return self._weight
+        """The weight that the module computes with, adapters included and dequantized.
+
+        In a sandbox it is computed from the module's outputs for the unit vectors.
+        """
+        return self._read()[0]
 
     @property
     def bias(self) -> Float[Tensor, " out"] | None:
         """The module's bias, or None; in a sandbox its output for the zero vector."""
-        if has_weights(self.envoy):
-            return getattr(self.envoy, "bias", None)
-        return output_for(self.envoy, self._embed, torch.zeros, self._width)[0]
+        return self._read()[1]
 
-    def _probed(self) -> Tensor:
-        outputs = [output_for(self.envoy, self._embed, make, self._width) for make in (torch.eye, torch.zeros)]
-        return (outputs[0] - outputs[1]).T
+    def _read(self) -> tuple[Tensor, Tensor | None]:
+        if self._parts is None:
+            self._parts = weight_and_bias(self.envoy) if has_weights(self.envoy) else self._probed()
+        return self._parts
+
+    def _probed(self) -> tuple[Tensor, Tensor]:
+        units, zeros = (output_for(self.envoy, self._embed, make, self._width) for make in (torch.eye, torch.zeros))
+        return (units - zeros).T, zeros[0]
 
 
 def child(module: Any, name: str) -> Any:

@@ -22,6 +22,7 @@ from matplotlib.axes import Axes
 from torch import Tensor
 
 from mechvlm.decoder.norms import gain
+from mechvlm.decoder.weights import weight_and_bias
 from mechvlm.errors import InputError, ModelError, NonFiniteError
 from mechvlm.families.record import part
 from mechvlm.figures.headings import answer_label
@@ -34,6 +35,7 @@ from mechvlm.measures.words import word_of
 from mechvlm.ndif.requests import in_one_request
 from mechvlm.progress import track
 from mechvlm.results import Result
+from mechvlm.vlm.kinds import require_gradients
 from mechvlm.vlm.vlm import VLM
 
 CANDIDATES = 256
@@ -237,6 +239,8 @@ def multimodal_neurons(
     """
     if torch.is_inference_mode_enabled():
         raise InputError("multimodal_neurons needs gradients: call it outside of torch.inference_mode().")
+    if vlm.has_weights:
+        require_gradients(vlm.hf, vlm.record)
     batches = as_batches(inputs)
     answers_of = by_batch(batches, answers)
     if not 1 <= k_words <= vlm.d_vocab or k < 1:
@@ -352,15 +356,16 @@ def choose_neurons(
 
 def _decode_neurons(vlm: VLM, neurons: list[tuple[int, int, int]], k_words: int) -> Int[Tensor, "neuron k"]:
     """The tokens that each neuron (layer, index, sign) raises most."""
-    norm, w_u = gain(part(vlm.hf, vlm.record.norm)), part(vlm.hf, vlm.record.unembed).weight
+    norm, w_u = gain(part(vlm.hf, vlm.record.norm)), weight_and_bias(part(vlm.hf, vlm.record.unembed))[0]
+    layers = part(vlm.hf, vlm.record.layers)
+    columns = torch.empty(vlm.d_model, len(neurons), dtype=w_u.dtype, device=w_u.device)
     with torch.no_grad():
-        columns = torch.stack([sign * _column(vlm, layer, i).to(w_u.device) for layer, i, sign in neurons], dim=1)
+        for layer in {layer for layer, _, _ in neurons}:  # each layer's weight is read once
+            w_out = weight_and_bias(_down_proj(vlm, layers[layer]))[0]
+            for column, (_, index, sign) in enumerate(neurons):
+                if neurons[column][0] == layer:
+                    columns[:, column] = sign * w_out[:, index]  # its write at activation 1
         return decode_columns(columns, norm.to(w_u.device), w_u, k_words)[0].cpu()
-
-
-def _column(vlm: VLM, layer: int, index: int) -> Tensor:
-    """What the neuron writes at activation 1, [d_model]."""
-    return _down_proj(vlm, part(vlm.hf, vlm.record.layers)[layer]).weight[:, index]
 
 
 def _activations(vlm: VLM, inputs: Inputs, chosen: Neurons) -> Float[Tensor, "example neuron image"]:

@@ -20,8 +20,10 @@ from transformer_lens.model_bridge.sources import build_bridge_from_module, dete
 from transformer_lens.model_bridge.supported_architectures import LlamaArchitectureAdapter
 
 from mechvlm.decoder.norms import fold
+from mechvlm.decoder.weights import package_of, weight_and_bias
 from mechvlm.errors import ModelError
 from mechvlm.families.record import Architecture, part
+from mechvlm.vlm.kinds import is_quantized
 
 
 class InstructBlipArchitectureAdapter(LlamaArchitectureAdapter):
@@ -76,8 +78,19 @@ def build_bridge(
     return bridge
 
 
+def _refuse_quantized(hf: nn.Module, name: str) -> None:
+    if is_quantized(hf):
+        raise ModelError(
+            f"A TransformerLens bridge would need a copy of all weights of {name}, which are quantized. Load it without "
+            "quantization for the bridge; vlm.run_with_cache, vlm.OV and vlm.QK work as it is."
+        )
+
+
 def _twin(hf: nn.Module, record: Architecture, name: str) -> nn.Module:
-    """A second model of the same Hugging Face class and config, whose parameters share memory."""
+    """A second model of the same Hugging Face class and config, whose parameters share memory.
+
+    Modules with an adapter have a copy of their weight, with the adapter merged into it.
+    """
     devices = {str(tensor.device) for tensor in (*hf.parameters(), *hf.buffers())}
     if len(devices) > 1 or "meta" in devices:
         raise ModelError(
@@ -87,14 +100,23 @@ def _twin(hf: nn.Module, record: Architecture, name: str) -> nn.Module:
     with torch.device("meta"):
         twin = type(hf)(copy.deepcopy(hf.config))
     modules, twins = dict(hf.named_modules()), dict(twin.named_modules())
+    _refuse_quantized(hf, name)
+    adapted = {path for path, module in modules.items() if package_of(module) == "peft" and path in twins}
+    inside = tuple(f"{path}." for path in adapted)
+    modules = {path: module for path, module in modules.items() if not path.startswith(inside)}
     types, twin_types = ({path: type(m).__name__ for path, m in tree.items()} for tree in (modules, twins))
+    types |= {path: twin_types[path] for path in adapted}
     if types != twin_types:
         differ = sorted(path for path in types.keys() | twin_types.keys() if types.get(path) != twin_types.get(path))
         raise ModelError(
             f"{name} is not built as its class {record.hf_class} builds it ({len(differ)} modules differ, {differ[0]!r} "
-            f"is {types.get(differ[0])}), so TransformerLens cannot read it. Quantized weights and adapters have no "
-            "bridge: load the model without them."
+            f"is {types.get(differ[0])}), so TransformerLens cannot read it."
         )
+    for path in adapted:  # TransformerLens knows no adapters: these modules get a merged copy
+        weight, bias = weight_and_bias(modules.pop(path))
+        for key, value in (("weight", weight), ("bias", bias)):
+            if value is not None:
+                twins[path]._parameters[key] = nn.Parameter(value.detach(), requires_grad=False)
     shared: dict[int, nn.Parameter] = {}  # by id, so that tied parameters stay tied
     for path, module in modules.items():
         for key, p in module._parameters.items():

@@ -16,6 +16,8 @@ from mechvlm.errors import InputError, ModelError
 from mechvlm.families.known import architecture_of
 from mechvlm.families.record import Architecture, part
 from mechvlm.ndif.requests import register_folder
+from mechvlm.vlm.adapters import apply_adapter, base_of, has_processor, is_adapter
+from mechvlm.vlm.kinds import quantization_of, refuse_quantization, require_readable, unwrapped
 from mechvlm.vlm.verify import check_model
 from mechvlm.vlm.vlm import VLM
 
@@ -38,7 +40,9 @@ def load(
 
     Args:
         model: a bundled name (`mechvlm.bundled.NAMES`), a hub id, a folder, or a loaded Hugging
-            Face model.
+            Face model, plain, with adapters (`PeftModel` or in place), quantized by bitsandbytes or
+            torchao, or compiled by `torch.compile(model)`. A folder may hold an adapter: its base
+            model is loaded and the adapter merged into it.
         processor: the processor of a loaded model, required there; otherwise it is loaded from the
             same place as the model.
         dtype: "float32", "bfloat16", ... Default: the checkpoint's own; float32 for the bundled
@@ -55,7 +59,9 @@ def load(
 
     Raises:
         ModelError: for an unknown model, a class without a record, weights that are not
-            safetensors, or a model that is not what its record says.
+            safetensors, a model that is not what its record says, or one whose weights cannot be
+            read: offloaded, compiled in place, of another quantization, or with an adapter that is
+            no change of weights.
     """
     if isinstance(model, VLM):
         raise ModelError(f"{model.name} is loaded already, as a VLM.")
@@ -77,23 +83,27 @@ def load(
             raise ModelError(
                 f"A loaded model needs its processor: mechvlm.load(model, processor). Got {type(model).__name__}."
             )
-        _require_plain(model)
+        model = unwrapped(model)
         record = architecture_of(type(model).__name__)
         if used := _used({"dtype": dtype, "device_map": device_map, "revision": revision}):
             raise ModelError(f"The model is loaded already: give {used} to its `from_pretrained`, not to mechvlm.load.")
         _require_decoder_only(model.config, record)
         _require_parts(processor)
         _require_settings(processor, model.config, record)
+        require_readable(model, record)
         name = getattr(model, "name_or_path", "") or type(model).__name__
         vlm = VLM(model.eval(), processor, name=name, remote=remote)
     else:
         name = str(model)
-        source, is_bundled = (str(bundled.path(name)), True) if name in bundled.NAMES else (name, False)
+        adapter = name if is_adapter(name) else None
+        base = name if adapter is None else base_of(name)
+        source, is_bundled = (str(bundled.path(base)), True) if base in bundled.NAMES else (base, False)
         dtype = _dtype(dtype, "float32" if is_bundled else "auto")
         source_options = {"revision": revision, "trust_remote_code": trust_remote_code}
         hf_class = class_of(name, revision, trust_remote_code)
         try:
-            processor = processor or AutoProcessor.from_pretrained(source, **source_options)
+            beside = adapter if adapter is not None and has_processor(adapter) else source
+            processor = processor or AutoProcessor.from_pretrained(beside, **source_options)
         except (OSError, ValueError) as error:
             raise ModelError(
                 f"{name} comes without a usable processor ({str(error).splitlines()[0]}). Save one beside the weights with "
@@ -101,13 +111,17 @@ def load(
             ) from error
         _require_parts(processor)
         if remote is True:
+            if adapter is not None:
+                raise ModelError(f"{name} holds an adapter, and NDIF hosts none: load it here, without remote=True.")
             if Path(source).is_dir():
                 source = str(Path(source).resolve())
                 register_folder(source)
             return VLM(source, processor, name=name, revision=revision, remote=True)
-        _require_settings(processor, _load_config(source, name, revision, trust_remote_code), architecture_of(hf_class))
+        _require_settings(processor, _load_config(source, base, revision, trust_remote_code), architecture_of(hf_class))
         hf = _load_weights(source, name, hf_class, dtype=dtype, device_map=device_map, **source_options)
-        _require_plain(hf)
+        if adapter is not None:
+            hf = apply_adapter(hf, adapter)
+        require_readable(hf, architecture_of(hf_class))
         commit = getattr(hf.config, "_commit_hash", None) or revision
         vlm = VLM(hf.eval(), processor, name=name, revision=commit, remote=remote)
     if device is not None:
@@ -115,49 +129,13 @@ def load(
             raise ModelError(f"Give device ({device}) or device_map ({device_map}), not both.")
         try:
             vlm.hf.to(device)
-        except (AssertionError, RuntimeError) as error:
+        except (AssertionError, RuntimeError, ValueError) as error:  # ValueError: of 8-bit models
             reason = str(error).splitlines()[0]
             raise ModelError(f"{vlm.name} cannot be put on the device {str(device)!r}: {reason}") from error
     if check:
         with torch.device("cpu"):  # the model may have been loaded under another default device
             check_model(vlm)
     return vlm
-
-
-ADAPTERS = "peft"
-QUANTIZERS = ("bitsandbytes", "torchao", "awq", "auto_gptq", "gptqmodel", "hqq", "quanto", "optimum")
-
-
-def _require_plain(model: nn.Module) -> None:
-    """Refuse a model whose modules do not compute with the weights that they show.
-
-    Weights, directions and attributions would be wrong there, and activations right.
-    """
-    kind = type(model).__name__
-    if kind == "OptimizedModule":
-        raise ModelError("This model was compiled by torch.compile, which hides its modules: give model._orig_mod.")
-    if kind.startswith("Peft") or type(model).__module__.split(".")[0] == ADAPTERS:
-        raise ModelError(f"This {kind} is an adapter around a model. Give the merged model, model.merge_and_unload().")
-    packages = {path: type(module).__module__.split(".")[0] for path, module in model.named_modules()}
-    adapted = [path for path, package in packages.items() if package == ADAPTERS]
-    if adapted:
-        raise ModelError(
-            f"This {kind} carries an adapter in {len(adapted)} modules ({adapted[0]}, ...), whose weights are not those of the "
-            "model that runs. Merge it first: PeftModel.merge_and_unload() gives the model to load."
-        )
-    quantized = [path for path, package in packages.items() if package in QUANTIZERS]
-    quantized += [n for n, p in model.named_parameters() if type(p).__module__.split(".")[0] in QUANTIZERS]
-    if quantized or getattr(model, "is_quantized", False) or getattr(model, "quantization_method", None):
-        where = f" ({quantized[0]}, ...)" if quantized else ""
-        raise ModelError(
-            f"The weights of this {kind} are quantized{where}: what a module shows is not what it computes with, so weights, "
-            "norms and attributions would be wrong. Load it without quantization_config, in bfloat16 for instance."
-        )
-    if away := [name for name, p in model.named_parameters() if p.device.type == "meta"]:
-        raise ModelError(
-            f"{len(away)} tensors of this {kind} ({away[0]}, ...) are not in memory: device_map offloaded them. Load it where "
-            "it fits, in a smaller dtype, on more devices, or on NDIF with remote=True."
-        )
 
 
 def _used(options: dict[str, Any]) -> str:
@@ -239,8 +217,11 @@ def class_of(name: str, revision: str | None = None, trust_remote_code: bool = F
     Raises:
         ModelError: when there is no such model, or mechvlm cannot read its class.
     """
+    if is_adapter(name):
+        return class_of(base_of(name), revision, trust_remote_code)
     source = str(bundled.path(name)) if name in bundled.NAMES else name
     config = _load_config(source, name, revision, trust_remote_code)
+    refuse_quantization(quantization_of(config), name)
     hf_class = (getattr(config, "architectures", None) or ["(no class named in config.json)"])[0]
     _require_decoder_only(config, architecture_of(hf_class))
     return hf_class
@@ -257,11 +238,6 @@ def _dtype(dtype, default: str):
 
 
 def _load_config(source: str, name: str, revision: str | None, trust_remote_code: bool):
-    if (Path(source) / "adapter_config.json").is_file() and not (Path(source) / "config.json").is_file():
-        raise ModelError(
-            f"The folder {name} holds an adapter (adapter_config.json), not a model: load its base model with it by peft, and "
-            "give mechvlm.load the merged model, PeftModel.from_pretrained(base, folder).merge_and_unload(), and its processor."
-        )
     if Path(source).is_dir() and not (Path(source) / "config.json").is_file():
         raise ModelError(f"The folder {name} holds no config.json: it is no Hugging Face model folder.")
     if not Path(source).exists() and "/" not in name:

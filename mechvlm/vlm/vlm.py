@@ -89,7 +89,7 @@ class VLM(Decoder):
         hf = model._module
         record = architecture_of(type(hf).__name__)
         try:
-            super().__init__(model, record, name, hf.config, part(hf, record.unembed).weight.shape[0])
+            super().__init__(model, record, name, hf.config, part(hf, record.unembed).out_features)
             for module in [*map(self.attention_module, range(self.n_layers)), *self.cross_attentions]:
                 attention_call(module, record)  # nnsight must rewrite the forward before any runs
         except AttributeError as error:  # the class takes decoders of every kind
@@ -270,6 +270,8 @@ class VLM(Decoder):
     def bridge(self):
         """A new TransformerLens `TransformerBridge` on these weights: the same memory, no copy.
 
+        Modules with an adapter are the exception: the bridge has a merged copy of their weights.
+
         It runs on what `encoding` holds:
 
             encoding = vlm.encoding(inputs)
@@ -281,7 +283,7 @@ class VLM(Decoder):
         `hf` was moved or cast, make a new bridge.
 
         Raises:
-            ModelError: for a model on several devices, or one with quantized weights or adapters.
+            ModelError: for a model on several devices, or one with quantized weights.
         """
         return self._bridge()
 

@@ -6,17 +6,20 @@ the same ones.
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import AutoConfig
 
 from mechvlm import bundled
 from mechvlm.datasets import N_SCENES, Dataset
+from mechvlm.decoder.weights import package_of
 from mechvlm.errors import InputError
+from mechvlm.vlm.adapters import base_of, is_adapter
 from mechvlm.vlm.loading import class_of
 from mechvlm.vlm.vlm import VLM
 
@@ -99,6 +102,7 @@ def weights_identity(model: str | VLM, remote: bool = False) -> dict[str, Any]:
 
     - of a hub id, the revision (a commit);
     - of a folder, the sha256 of its weights and of the small files beside them;
+    - of an adapter's folder, that of its base model, and the sha256 of the adapter's files;
     - of a loaded model, the revision, and the sha256 of its parameters and its device's type.
 
     NDIF hosts a hub id at the head of a branch and does not say which commit: the revision is then
@@ -108,10 +112,17 @@ def weights_identity(model: str | VLM, remote: bool = False) -> dict[str, Any]:
         return weights_identity(model.name, remote=True) | {"revision": model.revision}
     if isinstance(model, VLM):
         digest = hashlib.sha256(str(model.device.type).encode())
-        for name, value in model.hf.state_dict().items():
+        for name, value in _tensors(model.hf.state_dict()):
             digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
             digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        for path, module in model.hf.named_modules():
+            if package_of(module) == "peft":  # which of its adapters run, and how strongly
+                state = [getattr(module, name, None) for name in ("active_adapters", "disable_adapters", "scaling")]
+                digest.update(f"{path} {state}".encode())
         return {"class": model.record.hf_class, "revision": model.revision, "parameters": digest.hexdigest()}
+    if is_adapter(model):
+        files = _sha256(sorted(p for p in Path(model).iterdir() if p.suffix in (".json", ".safetensors")))
+        return {**weights_identity(base_of(model)), "adapter": files}
     folder = bundled.path(model) if model in bundled.NAMES else Path(model)
     weights = {"class": class_of(model), "revision": None}
     if not folder.is_dir() and remote:
@@ -120,6 +131,16 @@ def weights_identity(model: str | VLM, remote: bool = False) -> dict[str, Any]:
         return weights | {"revision": getattr(AutoConfig.from_pretrained(model), "_commit_hash", None)}
     small = sorted(p for p in folder.iterdir() if p.suffix in (".json", ".jinja", ".model", ".txt") and p.is_file())
     return weights | {"sha256": _sha256(sorted(folder.glob("*.safetensors"))), "files": _sha256(small)}
+
+
+def _tensors(state: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """The tensors of a state dict by name; a quantized one as the tensors that it consists of."""
+    for name, value in state.items():
+        if hasattr(value, "__tensor_flatten__"):
+            parts, _ = value.__tensor_flatten__()
+            yield from _tensors({f"{name}.{part}": getattr(value, part) for part in parts})
+        elif isinstance(value, Tensor):
+            yield name, value
 
 
 def _sha256(files: list[Path]) -> str | None:
