@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from io import BufferedReader, BytesIO, TextIOBase
 from os import PathLike
 from pathlib import Path
-from typing import IO, Any, Protocol, cast, runtime_checkable
+from typing import Any, Protocol, cast, runtime_checkable
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -102,7 +102,7 @@ def open_image(image: ImageLike) -> Image.Image:
         raise InputError(f"The image {name} cannot be read ({reason}). Is it whole, and an image?") from error
 
 
-def _source(image: Any) -> Path | IO[bytes]:
+def _source(image: Any) -> Path | BinaryFile:
     """The file of an image that is not decoded yet, with content."""
     if isinstance(image, StoredImage):
         return image.open()
@@ -115,7 +115,7 @@ def _source(image: Any) -> Path | IO[bytes]:
             raise InputError("The image given is a file that was closed: open it again, or give its path.")
         if isinstance(image, TextIOBase):
             raise InputError("The image given is a file open as text: open it with open(path, 'rb').")
-        return cast(IO[bytes], image)
+        return image
     return _existing(_path(image))
 
 
@@ -127,10 +127,11 @@ HEIC_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"
 """What stands at bytes 8 to 12 of a HEIC file, after `ftyp`."""
 
 
-def _open(file: Path | IO[bytes], name: str) -> Image.Image:
+def _open(file: Path | BinaryFile, name: str) -> Image.Image:
     """The image, opened by Pillow; HEIC by the package pillow-heif, where it is installed."""
+    readable = cast(Any, file)  # Pillow's types ask for more of a file than Pillow does
     try:
-        return Image.open(file)
+        return Image.open(readable)
     except UnidentifiedImageError as error:
         if isinstance(file, Path):
             with file.open("rb") as opened:
@@ -147,7 +148,7 @@ def _open(file: Path | IO[bytes], name: str) -> Image.Image:
                 f"The image {name} is HEIC, which Pillow alone does not read: pip install pillow-heif, or save it as JPEG."
             ) from error
         pillow_heif.register_heif_opener()
-        return Image.open(file)
+        return Image.open(readable)
 
 
 def _existing(path: Path) -> Path:

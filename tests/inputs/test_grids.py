@@ -134,7 +134,7 @@ def test_patches_of_a_padded_image_hold_what_was_painted_in_their_boxes(padding_
 def test_views_show_the_padding_around_the_image(padding_vlm):
     inputs = padding_vlm.inputs(noise_image(0, (300, 100)), "Describe the scene.")
     lens, norms = mv.read(padding_vlm, inputs, mv.LogitLens(), mv.NormAttention(dst="last"))
-    page = mv.view.patches(inputs, lens, norms).html
+    page = mv.view.patches(inputs, lens, norms).body
     crop = json.loads(re.search(r'"crop": ?(\[.*?\])', page)[1])
     assert crop == [0, -100, 300, 200]
     cells = cell_map(inputs, 0, None)
@@ -148,10 +148,10 @@ def test_an_object_on_a_padded_image_is_ablated_where_it_lies(padding_vlm):
     """All of its patches, and no other, are replaced; a box in the padding is refused."""
     inputs = padding_vlm.inputs([noise_image(i, (300, 100)) for i in range(2)], "Describe the scene.")
     tokens = inputs.token_maps[0]
-    ablated = mv.object_ablation(padding_vlm, inputs, [(0, 0, 50, 100)] * 2, None, margins=(0,), draws=2)
+    ablated = mv.object_ablation(padding_vlm, inputs, [(0, 0, 50, 100)] * 2, "red", margins=(0,), draws=2)
     assert ablated.n_tokens.flatten().tolist() == [len(tokens.pos_in_box((0, 0, 50, 100)))] * 2
     with pytest.raises(mv.InputError, match=r"is not on the image as the model sees it, \(0, 0, 300, 100\)"):
-        mv.object_ablation(padding_vlm, inputs, [(10, -60, 50, -20)] * 2, None, margins=(0,), draws=2)
+        mv.object_ablation(padding_vlm, inputs, [(10, -60, 50, -20)] * 2, "red", margins=(0,), draws=2)
 
 
 def test_a_strip_that_would_be_padded_to_a_huge_square_is_refused():
