@@ -77,7 +77,7 @@ class PatchGrid:
     def visible_box(self) -> tuple[float, float, float, float]:
         """The part of the image that the model sees: `crop_box` without padding."""
         (left, top, right, bottom), (width, height) = self.crop_box, self.image_size
-        return max(left, 0), max(top, 0), min(right, width), min(bottom, height)
+        return max(left, 0.0), max(top, 0.0), min(right, float(width)), min(bottom, float(height))
 
     def box(self, row: int, col: int) -> tuple[float, float, float, float]:
         """One patch's (left, top, right, bottom) in original pixels.

@@ -56,7 +56,10 @@ def test_every_pixel_that_the_processor_makes_lies_in_its_box(kind, size, resize
         resample=NEAREST, image_mean=[0.5] * 3, image_std=[0.5] * 3,
     )  # fmt: skip
     width, height = size
-    (left, right), (top, bottom) = sorted(c % (width + 1) for c in corners[:2]), sorted(c % (height + 1) for c in corners[2:])
+    (left, right), (top, bottom) = (
+        sorted(c % (width + 1) for c in corners[:2]),
+        sorted(c % (height + 1) for c in corners[2:]),
+    )
     pixels = np.zeros((height, width, 3), np.uint8)
     try:
         check_resize(size, processor)
@@ -124,7 +127,8 @@ def test_patches_of_a_padded_image_hold_what_was_painted_in_their_boxes(padding_
         painted = np.zeros((size[1], size[0], 3), np.uint8)
         painted[(x > left) & (x < right) & (y > top) & (y < bottom)] = 255
         dark, light = (
-            padding_vlm.inputs(Image.fromarray(p), "a").encoding["pixel_values"][0].mean(0) for p in (0 * painted, painted)
+            padding_vlm.inputs(Image.fromarray(p), "a").encoding["pixel_values"][0].mean(0)
+            for p in (0 * painted, painted)
         )
         light = (light - dark).unflatten(0, (8, 12)).unflatten(2, (8, 12)).sum((1, 3))
         assert int(light.argmax()) == row * 8 + col

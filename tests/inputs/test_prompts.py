@@ -83,7 +83,11 @@ def test_a_string_is_a_conversation_of_one_question(chat_vlm):
 
 def test_content_as_a_string_is_not_lost(chat_vlm):
     """tiny-llava's own template would drop it."""
-    plain = [QUESTION[0], {"role": "assistant", "content": "a red circle"}, {"role": "user", "content": "and the scene ?"}]
+    plain = [
+        QUESTION[0],
+        {"role": "assistant", "content": "a red circle"},
+        {"role": "user", "content": "and the scene ?"},
+    ]
     assert chat_vlm.inputs(noise_image(0), plain).texts == chat_vlm.inputs(noise_image(0), TURNS).texts
 
 
