@@ -143,7 +143,7 @@ def patch_grid(image_size: tuple[int, int], processor, pixels: tuple[int, int], 
     cropped, crop = resized, (0, 0)
     if getattr(processor, "do_center_crop", False):
         cropped = (processor.crop_size["width"], processor.crop_size["height"])
-        crop = tuple(_margin(of, to, processor) for of, to in zip(resized, cropped, strict=True))
+        crop = (_margin(resized[0], cropped[0], processor), _margin(resized[1], cropped[1], processor))
     width, height = pixels[1], pixels[0]
     # Other processors pad last, at the right and at the bottom. Behind a crop, a box there would
     # name pixels of the image that were cut off.
@@ -158,7 +158,7 @@ def patch_grid(image_size: tuple[int, int], processor, pixels: tuple[int, int], 
 
 
 def check_resize(image_size: tuple[int, int], processor) -> None:
-    """Refuse an image that the processor would enlarge beyond `MAX_PIXELS` pixels, or shrink to none.
+    """Refuse an image that the processor would enlarge beyond `MAX_PIXELS`, or shrink to nothing.
 
     A strip of 1 x 20,000 has few pixels until its short side is resized to 336, or until it is
     padded to a square.
@@ -186,7 +186,7 @@ KNOWN_CODE = (
 
 
 def _check_known(processor) -> None:
-    """Refuse a processor with steps, or with code of its own for them, that the grid cannot know."""
+    """Refuse a processor with steps, or its own code for them, that the grid cannot know."""
     kind = type(processor).__name__
     steps = {name for name in dir(processor) if name.startswith("do_") and getattr(processor, name) is True}
     own = [

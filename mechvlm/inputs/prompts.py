@@ -159,7 +159,7 @@ def template_marks(token: str, record: Architecture, processor) -> tuple[str, ..
     """What the template writes before and after a prompt, such as "USER:" and "ASSISTANT:"."""
     before, _, after = _wrap("\0", 1, token, record, processor).partition("\0")
     ends = [part.split()[-1:] for part in (before.split(token)[0], after)]
-    # Words and punctuation alone stand in any prompt: a mark has both, or is no mark.
+    # Any prompt holds words and punctuation: a mark is both in one piece.
     return tuple(mark for end in ends for mark in end if re.search(r"\w", mark) and re.search(r"\W", mark))
 
 
@@ -217,7 +217,8 @@ def _write(messages: Conversation, n_images: int, token: str, record: Architectu
         )
     except Exception as error:  # a template can raise anything
         raise InputError(f"The processor's chat template cannot write the messages ({error}). {advice}") from error
-    expected = n_images if record.visual_tokens == "patches" else 0  # a processor adds the queries itself
+    # A processor of queries puts them before the text by itself.
+    expected = n_images if record.visual_tokens == "patches" else 0
     texts = [entry["text"] for message in messages for entry in message["content"] if entry["type"] == "text"]
     if (n_tokens := text.count(token)) != expected:
         in_texts = " Leave it out of the text." if any(token in part for part in texts) else f" {advice}"

@@ -144,8 +144,8 @@ class VLM(Decoder):
                 takes it, written by the processor's chat template; a last message of the assistant
                 is left open. `inputs.texts` shows what was tokenized.
 
-        >>> vlm.inputs(image, [{"role": "user", "content": [{"type": "image"},
-        ...                                                 {"type": "text", "text": "What is it?"}]}])
+        >>> question = [{"type": "image"}, {"type": "text", "text": "What is it?"}]
+        >>> inputs = vlm.inputs(image, [{"role": "user", "content": question}])
 
         Raises:
             InputError: for an unreadable image, numbers of images and prompts that do not match, a

@@ -208,9 +208,9 @@ def test_bad_images(tmp_path, llava_vlm, monkeypatch):
 
 def test_other_types_are_no_image_and_no_prompt(llava_vlm, tmp_path):
     # Called directly: under pytest, jaxtyping checks the types of public functions first.
-    with pytest.raises(mv.InputError, match="An image is .*not NoneType"):
+    with pytest.raises(mv.InputError, match=r"An image is .*not NoneType"):
         images_and_prompt((None,), "a")
-    with pytest.raises(mv.InputError, match="A prompt is a string, or a conversation .*not NoneType"):
+    with pytest.raises(mv.InputError, match=r"A prompt is a string, or a conversation .*not NoneType"):
         images_and_prompt((noise_image(0),), None)
     with pytest.raises(mv.InputError, match="fetch it first"):
         llava_vlm.inputs("https://example.org/a.jpg", "a")

@@ -246,13 +246,13 @@ def test_the_unusable_example_is_named(llava_vlm, tmp_path):
     groups = [[noise_image(0), noise_image(1)], [noise_image(2)], [noise_image(3)]]
     with pytest.raises(mv.InputError, match=r"Example 2: The prompt 'USER:.*leaves no room: \d+ tokens in input_ids"):
         llava_vlm.inputs(groups, ["a", "a", "what is this " * 1000])
-    with pytest.raises(mv.InputError, match="Example 1: The prompt .* holds 2 <image>, but the example has 1 images"):
+    with pytest.raises(mv.InputError, match=r"Example 1: The prompt .* holds 2 <image>, but the example has 1 images"):
         llava_vlm.inputs(groups, ["a", "<image> USER: <image>", "a"])
-    with pytest.raises(mv.InputError, match="Example 2: No image at .*none.png"):
+    with pytest.raises(mv.InputError, match=r"Example 2: No image at .*none.png"):
         llava_vlm.inputs([*groups[:2], [tmp_path / "none.png"]], "a")
     with pytest.raises(mv.InputError, match="Example 1: The example has no image"):
         llava_vlm.inputs([groups[0], []], "a")
-    with pytest.raises(mv.InputError, match="^No image at"):
+    with pytest.raises(mv.InputError, match=r"^No image at"):
         llava_vlm.inputs(tmp_path / "none.png", "a")
 
 
