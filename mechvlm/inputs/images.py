@@ -75,7 +75,7 @@ def open_image(image: ImageLike) -> Image.Image:
             return _to_rgb(image, "given")
         except InputError:
             raise
-        except Exception as error:  # Pillow reads the pixels only now: the file may be closed or cut
+        except Exception as error:  # Pillow reads only now: the file may be closed or cut
             raise InputError(
                 f"The image given cannot be read ({error}). Was it closed, or is its file not whole? Give its path."
             ) from error
