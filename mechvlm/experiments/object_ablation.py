@@ -302,10 +302,12 @@ def _object_positions(
         )
     grid = tokens.grids[0]
     covered = grid.covered(box)
-    if not covered.max() > 0:
-        crop_box = tuple(round(x) for x in grid.crop_box)
+    left, top, right, bottom = grid.visible_box
+    overlaps = box[0] < right and box[2] > left and box[1] < bottom and box[3] > top
+    if not (covered.max() > 0 and overlaps):
         raise InputError(
-            f"Box {tuple(box)} of example {example.number} is not on the image as the model sees it, {crop_box}. Boxes are "
+            f"Box {tuple(box)} of example {example.number} is not on the image as the model sees it, "
+            f"{tuple(map(round, grid.visible_box))}. Boxes are "
             "(left, top, right, bottom) in pixels of the original image."
         )
     least = min(0.5, float(covered.max()))

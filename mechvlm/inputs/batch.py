@@ -6,6 +6,7 @@
 4. Pad the sequences to one length, and map what each position holds.
 """
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,7 +19,9 @@ from mechvlm.errors import InputError
 from mechvlm.families.record import Architecture, part
 from mechvlm.inputs.grids import check_resize, patch_grid
 from mechvlm.inputs.images import ImageLike, open_image
+from mechvlm.inputs.pairs import images_and_prompt, pair_examples
 from mechvlm.inputs.pieces import spell, token_texts
+from mechvlm.inputs.prompts import Prompt, fill_template, is_bare
 from mechvlm.inputs.tokens import Modality, TokenMap
 
 
@@ -33,7 +36,7 @@ class Inputs:
         encoding: keyword arguments of the Hugging Face model; sequences are padded on the left.
         token_maps: one `TokenMap` per example.
         images: the original images in RGB, one tuple per example, in the prompt's order.
-        prompts: the prompts as they were given.
+        prompts: the prompts as they were given; of conversations, without their images.
         texts: the prompts in the family's template, as they were tokenized.
         model: name of the model that the batch was made for.
     """
@@ -41,7 +44,7 @@ class Inputs:
     encoding: dict[str, Tensor] = field(repr=False)
     token_maps: tuple[TokenMap, ...] = field(repr=False)
     images: tuple[tuple[Image.Image, ...], ...] = field(repr=False)
-    prompts: tuple[str, ...]
+    prompts: tuple[Prompt, ...]
     texts: tuple[str, ...] = field(repr=False)
     model: str = ""
 
@@ -94,8 +97,8 @@ class Inputs:
 
 
 def build_inputs(
-    images: ImageLike | Sequence[ImageLike | Sequence[ImageLike]],
-    prompts: str | Sequence[str],
+    images: ImageLike | Sequence[ImageLike | Sequence[ImageLike]] | None,
+    prompts: Prompt | Sequence[Prompt] | None,
     *,
     record: Architecture,
     config,
@@ -108,8 +111,9 @@ def build_inputs(
     already contains the image token is taken as it is: the template is not added.
 
     Args:
-        images: one image for all examples, one per example, or one list of images per example.
-        prompts: one prompt for all examples, or one per example.
+        images: one image for all examples, one per example, or one list of images per example; None
+            where conversations hold their images.
+        prompts: one prompt for all examples, or one per example: strings or conversations.
         record: record of the model's class.
         config: config of the model.
         processor: the Hugging Face processor.
@@ -118,30 +122,47 @@ def build_inputs(
     Raises:
         InputError: for an image that cannot be read, numbers of images and prompts that do not
             match, a prompt whose image tokens are more or fewer than its images, or a prompt that
-            leaves no room for the image.
+            leaves no room for the image. Of several examples it names the one.
     """
-    pairs = _pair(images, prompts)
+    pairs = pair_examples(images, prompts)
     token = processor.tokenizer.convert_ids_to_tokens(part(config, record.image_token_id))
-    encodings, texts = [], []
-    opened: list[tuple[Image.Image, ...]] = []
-    for example, (group, prompt) in enumerate(pairs):
-        pictures = tuple(open_image(image) for image in group)
-        for picture in pictures:
-            check_resize(picture.size, processor.image_processor)
-        text = _fill_template(prompt, len(pictures), token, record, processor, example)
-        # One example at a time: in a batch, InstructBLIP's processor pads between image and text.
-        encoding = processor(images=list(pictures), text=[text], return_tensors="pt", **_bos(text, processor))
-        _check_room(encoding, prompt, record, config, example)
-        _check_end(encoding, text, processor.tokenizer)
-        encodings.append(encoding)
-        texts.append(text)
-        opened.append(pictures)
-    batch = _collate(encodings, record, processor, part(config, record.image_token_id))
+    examples = []
+    for number, (group, prompt) in enumerate(pairs):
+        try:
+            examples.append(_encode(group, prompt, token, record, config, processor))
+        except InputError as error:
+            if len(pairs) == 1:
+                raise
+            raise InputError(f"Example {number}: {error}") from error
+    if any(is_bare(prompt, token, record, processor) for _, prompt, _, _ in examples):
+        warnings.warn(
+            f"The prompt holds {token} and nothing of the template, and is tokenized as it is (inputs.texts shows it). Leave "
+            f"{token} out to have the template put around it, or write the template as well.",
+            stacklevel=3,
+        )
+    opened, given, texts, encodings = zip(*examples, strict=True)
+    batch = _collate(list(encodings), record, processor, part(config, record.image_token_id))
     maps = tuple(
         _token_map(batch, row, encodings[row]["pixel_values"], opened[row], record, config, processor)
         for row in range(len(pairs))
     )
-    return Inputs(batch, maps, tuple(opened), tuple(p for _, p in pairs), tuple(texts), model)
+    return Inputs(batch, maps, opened, given, texts, model)
+
+
+def _encode(
+    group, prompt, token: str, record: Architecture, config, processor
+) -> tuple[tuple[Image.Image, ...], Prompt, str, Any]:
+    """One example: its images, its prompt, the text that is tokenized, and its encoding."""
+    group, prompt = images_and_prompt(group, prompt)
+    pictures = tuple(open_image(image) for image in group)
+    for picture in pictures:
+        check_resize(picture.size, processor.image_processor)
+    text = fill_template(prompt, len(pictures), token, record, processor)
+    # One example at a time: in a batch, InstructBLIP's processor pads between image and text.
+    encoding = processor(images=list(pictures), text=[text], return_tensors="pt", **_bos(text, processor))
+    _check_room(encoding, text, record, config)
+    _check_end(encoding, text, processor.tokenizer)
+    return pictures, prompt, text, encoding
 
 
 def _bos(text: str, processor) -> dict[str, bool]:
@@ -153,64 +174,7 @@ def _bos(text: str, processor) -> dict[str, bool]:
     return {"add_special_tokens": False} if bos and text.startswith(bos) else {}
 
 
-def _pair(images, prompts) -> list[tuple[tuple[ImageLike, ...], str]]:
-    """(images, prompt) of each example."""
-    _check_types(images, prompts)
-    one_image = isinstance(images, ImageLike)
-    groups = [images] if one_image else list(images)
-    groups = [(g,) if isinstance(g, ImageLike) else tuple(g) for g in groups]
-    texts = [prompts] if isinstance(prompts, str) else list(prompts)
-    if not groups or not texts:
-        raise InputError(f"There is nothing to run: {len(groups)} images and {len(texts)} prompts were given.")
-    if len(groups) == 1:
-        groups *= len(texts)
-    if isinstance(prompts, str):
-        texts *= len(groups)
-    if len(groups) != len(texts):
-        raise InputError(
-            f"{len(groups)} images and {len(texts)} prompts were given: give one prompt for all, or one per image. "
-            "Several images in one prompt are a list within the list: [[first, second]]."
-        )
-    return list(zip(groups, texts, strict=True))
-
-
-def _check_types(images, prompts) -> None:
-    for group in images if isinstance(images, list | tuple) else [images]:
-        for image in group if isinstance(group, list | tuple) else [group]:
-            if not isinstance(image, ImageLike):
-                raise InputError(
-                    f"An image is a PIL image or the path of one, not {type(image).__name__}. Turn an array of 0..255 "
-                    "into one with PIL.Image.fromarray(array)."
-                )
-    for prompt in prompts if isinstance(prompts, list | tuple) else [prompts]:
-        if not isinstance(prompt, str):
-            raise InputError(f"A prompt is a string, not {type(prompt).__name__}.")
-
-
-def _fill_template(prompt: str, n_images: int, token: str, record: Architecture, processor, example: int) -> str:
-    """The prompt in the chat template of the processor, or else in the record's template."""
-    if not n_images:
-        raise InputError(f"Example {example} has no image; a vision-language model is read with at least one.")
-    if record.images_per_prompt is not None and n_images > record.images_per_prompt:
-        raise InputError(
-            f"Example {example} has {n_images} images; {record.hf_class} takes {record.images_per_prompt}."
-        )
-    if token in prompt:
-        n_tokens = prompt.count(token)
-        if record.visual_tokens == "queries":
-            raise InputError(f"Leave {token} out of the prompt: {record.hf_class} puts its queries before the text.")
-        if n_tokens != n_images:
-            raise InputError(
-                f"The prompt {prompt!r} holds {n_tokens} {token}, but example {example} has {n_images} images."
-            )
-        return prompt
-    if getattr(processor, "chat_template", None):
-        content = [{"type": "image"}] * n_images + [{"type": "text", "text": prompt}]
-        return processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-    return record.template.format(images="\n".join([token] * n_images), prompt=prompt)
-
-
-def _check_room(encoding, prompt: str, record: Architecture, config, example: int) -> None:
+def _check_room(encoding, text: str, record: Architecture, config) -> None:
     """Refuse an encoding that is longer than the model takes, or that holds no image token."""
     image_token = part(config, record.image_token_id)
     for key, path in record.max_lengths:
@@ -218,12 +182,12 @@ def _check_room(encoding, prompt: str, record: Architecture, config, example: in
         if length > limit:
             visual = int((encoding["input_ids"] == image_token).sum())
             raise InputError(
-                f"The prompt of example {example} ({prompt[:40]!r}...) leaves no room: {length} tokens in {key}, "
+                f"The prompt {text[:60]!r}... leaves no room: {length} tokens in {key}, "
                 f"{visual if key == 'input_ids' else 0} of them for the image. The model takes {limit}. "
                 "Shorten the prompt."
             )
     if not (encoding["input_ids"] == image_token).any():
-        raise InputError(f"The prompt of example {example} holds no image token ({image_token}).")
+        raise InputError(f"The prompt {text[:60]!r} holds no image token ({image_token}).")
 
 
 def _check_end(encoding, text: str, tokenizer) -> None:

@@ -18,6 +18,7 @@ from matplotlib.patches import Rectangle
 from mechvlm.errors import ViewError
 from mechvlm.figures.style import HEAT, style, text
 from mechvlm.inputs.batch import Inputs
+from mechvlm.inputs.prompts import prompt_text
 from mechvlm.inputs.tokens import Modality
 from mechvlm.probes.logit_lens import LogitLensResult
 from mechvlm.probes.norm_attention import NormAttentionResult
@@ -113,7 +114,7 @@ def patches(
     _check_size(len(body), shown)
     folder = files("mechvlm.view")
     return View(
-        title=f"Patches, {norms.model}: {inputs.prompts[shown.number]}",
+        title=f"Patches, {norms.model}: {prompt_text(inputs.prompts[shown.number])}",
         body=body,
         scripts=((folder / "patches.js").read_text("utf-8"),),
         styles=((folder / "patches.css").read_text("utf-8"),),

@@ -7,6 +7,7 @@ place on the image, are pooled into groups of neighbours instead.
 import base64
 import io
 from html import escape
+from math import ceil, floor
 
 import torch
 from jaxtyping import Float
@@ -126,8 +127,13 @@ def cell_map(inputs: Inputs, example: int, pool: Pool) -> str:
         picture.convert("RGB").save(file, "JPEG", quality=80)
         source = f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
         width, height = grid.image_size
+        # The frame holds the image and the cells, which reach beyond it where the processor pads.
+        x0, y0, x1, y1 = grid.crop_box
+        x, y = min(0, floor(x0)), min(0, floor(y0))
+        frame_width, frame_height = max(width, ceil(x1)) - x, max(height, ceil(y1)) - y
         thick = max(width, height) / 240
-        shapes = [f'<image href="{source}" width="{width}" height="{height}" preserveAspectRatio="none"/>']
+        shapes = [f'<rect x="{x}" y="{y}" width="{frame_width}" height="{frame_height}" fill="#888"/>']
+        shapes += [f'<image href="{source}" width="{width}" height="{height}" preserveAspectRatio="none"/>']
         # Each cell's first row and column of patches, as `cell_names` divides them.
         edges_y = [-(-r * grid.rows // down) for r in range(down + 1)]
         edges_x = [-(-c * grid.cols // across) for c in range(across + 1)]
@@ -149,7 +155,7 @@ def cell_map(inputs: Inputs, example: int, pool: Pool) -> str:
         if len(tokens.grids) > 1:
             caption += f": {PATCH_SIGN}{number}:r0c0 is its top left cell"
         figures.append(
-            f'<figure class="cells"><svg viewBox="0 0 {width} {height}" role="img">{"".join(shapes)}</svg>'
+            f'<figure class="cells"><svg viewBox="{x} {y} {frame_width} {frame_height}" role="img">{"".join(shapes)}</svg>'
             f"<figcaption>{escape(caption)}</figcaption></figure>"
         )
     return "".join(figures)

@@ -11,6 +11,7 @@ from torch import Tensor
 from mechvlm.errors import InputError
 from mechvlm.inputs.batch import Inputs, padding_id
 from mechvlm.inputs.pieces import spell, token_texts
+from mechvlm.inputs.prompts import check_characters
 from mechvlm.inputs.tokens import Modality, TokenMap
 
 
@@ -40,6 +41,7 @@ def _tokens_after(text: str, answer: Any, tokenizer) -> list[int]:
     """The answer's tokens after the prompt `text`."""
     if not isinstance(answer, str) or not answer.strip():
         raise InputError(f"An answer is a word or a token id, not {answer!r}.")
+    check_characters(answer, "answer")
     if text.endswith(" "):
         raise InputError(
             f"The prompt {text[-30:]!r} ends in a space, and an answer's first token brings its own: remove the space."

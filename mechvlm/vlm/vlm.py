@@ -22,6 +22,7 @@ from mechvlm.families.record import part
 from mechvlm.inputs.batch import Answers, Inputs, build_inputs
 from mechvlm.inputs.images import ImageLike
 from mechvlm.inputs.pieces import token_texts
+from mechvlm.inputs.prompts import Prompt
 from mechvlm.ndif.jobs import Job
 from mechvlm.ndif.requests import ONE_AT_A_TIME, backend_for
 from mechvlm.vlm.answers import first_tokens, write_answers
@@ -144,21 +145,32 @@ class VLM(Decoder):
             )
 
     def inputs(
-        self, images: ImageLike | Sequence[ImageLike | Sequence[ImageLike]], prompts: str | Sequence[str]
+        self,
+        images: ImageLike | Sequence[ImageLike | Sequence[ImageLike]] | None = None,
+        prompts: Prompt | Sequence[Prompt] | None = None,
     ) -> Inputs:
         """Images and prompts as a batch, padded on the left, with a `TokenMap` per example.
 
         >>> inputs = vlm.inputs(["cat.jpg", "dog.jpg"], "What is it?")
 
         Args:
-            images: one image (PIL or a path), a list with one per example, or a list of lists for
-                several in one prompt.
-            prompts: one for all, or one per example. The family's template is put around it, unless
-                it already holds the image token.
+            images: one image, a list with one per example, or a list of lists for several in one
+                prompt. An image is a PIL image, a path, a file or its bytes, an array [height width
+                3], or a tensor [3 height width]; of uint8, or floats in 0..1. Left out where
+                conversations hold their images.
+            prompts: one for all, or one per example. A string gets the family's template, unless it
+                already holds the image token. A conversation is a list of messages as Hugging Face
+                takes it, written by the processor's chat template; a last message of the assistant
+                is left open. `inputs.texts` shows what was tokenized.
+
+        >>> question = [{"type": "image"}, {"type": "text", "text": "What is it?"}]
+        >>> inputs = vlm.inputs(image, [{"role": "user", "content": question}])
 
         Raises:
-            InputError: for an unreadable image, numbers of images and prompts that do not match, or
-                a prompt with no room for the image.
+            InputError: for an unreadable image, numbers of images and prompts that do not match, a
+                prompt that holds the template without the image token, one with no room for the
+                image, or a chat template that cannot write it. Of several examples it names the
+                one.
         """
         _require_cpu_default()
         return build_inputs(

@@ -1,6 +1,9 @@
 """Odd images are read as a viewer shows them, or refused with a clear error."""
 
 import io
+import sys
+import tempfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -179,3 +182,115 @@ def test_odd_images_of_a_data_set_do_not_affect_the_others(bundled, tmp_path):
     assert set(messages) == {"102", "103", "104"}
     assert "is empty (0 bytes)" in messages["103"]
     assert all("cannot be read" in messages[i] for i in ("102", "104"))
+
+
+# -- arrays, bytes and open files --
+
+
+@pytest.mark.parametrize("channels", [None, 1, 3, 4])
+@pytest.mark.parametrize("dtype", [np.uint8, np.float16, np.float32, np.float64])
+def test_arrays_are_the_image_that_pillow_makes_of_them(channels, dtype):
+    shape = (12, 20) if channels is None else (12, 20, channels)
+    array = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    expected = open_image(Image.fromarray(array[..., 0] if channels == 1 else array))
+    values = array if dtype == np.uint8 else (array / 255).astype(dtype)
+    assert open_image(values).tobytes() == expected.tobytes()
+    tensor = torch.from_numpy(values)
+    assert open_image(tensor).tobytes() == expected.tobytes()
+    if channels is not None:
+        assert open_image(tensor.permute(2, 0, 1)).tobytes() == expected.tobytes(), "channels first"
+
+
+def test_tensors_that_need_gradients_and_strided_arrays():
+    array = np.random.default_rng(0).random((12, 20, 3), dtype=np.float32)
+    expected = open_image(array).tobytes()
+    assert open_image(torch.from_numpy(array).requires_grad_()).tobytes() == expected
+    assert open_image(np.asfortranarray(array)).tobytes() == expected
+    turned = np.ascontiguousarray(array[:, ::-1])
+    assert open_image(array[:, ::-1]).tobytes() == open_image(turned).tobytes()
+    grey = torch.linspace(0, 1, 256).to(torch.bfloat16).expand(3, 4, 256)
+    assert np.abs(np.asarray(open_image(grey))[0, :, 0] - np.arange(256.0)).max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("array", "message"),
+    [
+        (np.zeros((3, 12, 20), np.uint8), r"array of shape \(3, 12, 20\) is no image.*channels come first.*transpose\(1, 2, 0\)"),
+        (np.zeros((2, 12, 20, 3), np.uint8), r"\(2, 12, 20, 3\) is no image.*as a list, list\(array\)"),
+        (np.zeros((12, 20, 5), np.uint8), r"\(12, 20, 5\) is no image"),
+        (np.zeros(12, np.uint8), r"\(12,\) is no image"),
+        (np.zeros((0, 20, 3), np.uint8), r"\(0, 20, 3\) holds no pixels"),
+        (np.zeros((12, 20, 3), np.int64), r"\(12, 20, 3\) has dtype int64: pixels are uint8 in 0..255, or floats"),
+        (np.zeros((12, 20), np.uint16), "dtype uint16"),
+        (np.zeros((12, 20), bool), "dtype bool"),
+        (np.full((12, 20, 3), 200.0), "holds floats from 200 to 200: pixels are floats in 0..1"),
+        (np.array([[-0.5, 1.0]]), "holds floats from -0.5 to 1"),
+        (np.array([[np.nan, 1.0]]), "holds floats from nan"),
+        (torch.zeros(3, 12, 3), r"tensor of shape \(3, 12, 3\) has channels first or last, and both could be meant"),
+        (torch.zeros(1, 3, 12, 20), r"\(1, 3, 12, 20\) is no image"),
+        (torch.zeros(3, 12, 20, dtype=torch.int32), "dtype int32"),
+    ],
+)  # fmt: skip
+def test_arrays_that_leave_a_doubt_are_refused(bundled, array, message):
+    with pytest.raises(mv.InputError, match=message):
+        open_image(array)
+    with pytest.raises(mv.InputError, match=f"^Example 1: The .*{message}"):
+        bundled.inputs([noise_image(0), array], "a")
+
+
+def test_bytes_open_files_and_home_paths(bundled, tmp_path, monkeypatch):
+    noise_image(0).save(tmp_path / "a.png")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    data = (tmp_path / "a.png").read_bytes()
+    half_read = io.BytesIO(data)
+    half_read.read(20)
+    with (tmp_path / "a.png").open("rb") as file, tempfile.SpooledTemporaryFile() as spooled:
+        spooled.write(data)
+        images = [data, io.BytesIO(data), half_read, file, spooled, "~/a.png", Path("~/a.png"), torch.from_numpy(
+            np.asarray(noise_image(0)).copy()
+        )]  # fmt: skip
+        pixels = bundled.inputs([noise_image(0), *images], "a").encoding["pixel_values"]
+        assert not file.closed
+        assert len(bundled.inputs(file, ["a", "what is this"])) == 2, "one file for several prompts"
+    assert all(torch.equal(row, pixels[0]) for row in pixels)
+
+
+def test_closed_and_broken_images_in_words(tmp_path):
+    noise_image(0, (200, 150)).save(tmp_path / "a.png")
+    data = (tmp_path / "a.png").read_bytes()
+    closed_file = io.BytesIO(data)
+    closed_file.close()
+    with Image.open(tmp_path / "a.png") as never_read:
+        pass
+    closed = noise_image(0)
+    closed.close()
+    with (
+        (tmp_path / "a.png").open(encoding="latin-1") as as_text,
+        pytest.raises(mv.InputError, match="open it with open"),
+    ):
+        open_image(as_text)
+    for image, message in [
+        (b"", r"is empty \(0 bytes\)"),
+        (data[:5000], "The image given cannot be read .*Is it whole"),
+        (b"no image", "The image given cannot be read .it is no image that Pillow knows"),
+        (closed_file, "a file that was closed: open it again"),
+        (never_read, "The image given cannot be read .*Was it closed"),
+        (closed, "The image given cannot be read .*Was it closed"),
+    ]:
+        with pytest.raises(mv.InputError, match=message):
+            open_image(image)
+
+
+def test_heic_by_the_package_that_reads_it(tmp_path, monkeypatch):
+    pillow_heif = pytest.importorskip("pillow_heif")
+    smooth = Image.linear_gradient("L").resize((96, 64)).convert("RGB")
+    pillow_heif.from_pillow(smooth).save(tmp_path / "a.heic", quality=95)
+    monkeypatch.setattr(Image, "ID", [kind for kind in Image.ID if kind != "HEIF"])
+    data = (tmp_path / "a.heic").read_bytes()
+    for image in (tmp_path / "a.heic", data, io.BytesIO(data)):
+        assert np.abs(np.asarray(open_image(image)).astype(int) - np.asarray(smooth)).mean() < 3
+    monkeypatch.setattr(Image, "ID", [kind for kind in Image.ID if kind != "HEIF"])
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)  # not installed
+    for image in (tmp_path / "a.heic", data, io.BytesIO(data)):
+        with pytest.raises(mv.InputError, match=r"is HEIC, .*pip install pillow-heif"):
+            open_image(image)

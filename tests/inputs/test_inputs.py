@@ -12,8 +12,8 @@ import mechvlm as mv
 from helpers.images import noise_image
 from helpers.models import LLAVA_TEMPLATE, instructblip, llava
 from mechvlm.inputs import images as images_module
-from mechvlm.inputs.batch import _check_types
 from mechvlm.inputs.images import open_image
+from mechvlm.inputs.pairs import images_and_prompt
 
 
 def test_llava_prompt_by_hand(llava_vlm):
@@ -74,8 +74,9 @@ def test_two_images_in_one_prompt_equal_the_processors_own(llava_vlm):
 
 
 def test_a_prompt_with_the_image_token_is_taken_as_it_is(llava_vlm):
-    assert llava_vlm.inputs(noise_image(0), "look: <image> what").texts == ("look: <image> what",)
-    with pytest.raises(mv.InputError, match="holds 2 <image>, but example 0 has 1 images"):
+    with pytest.warns(UserWarning, match="holds <image> and nothing of the template"):
+        assert llava_vlm.inputs(noise_image(0), "look: <image> what").texts == ("look: <image> what",)
+    with pytest.raises(mv.InputError, match="holds 2 <image>, but the example has 1 images"):
         llava_vlm.inputs(noise_image(0), "<image> <image> what")
 
 
@@ -206,16 +207,13 @@ def test_bad_images(tmp_path, llava_vlm, monkeypatch):
 
 
 def test_other_types_are_no_image_and_no_prompt(llava_vlm, tmp_path):
-    for image, message in [
-        (np.zeros((4, 4, 3), np.uint8), "not ndarray.*fromarray"), (None, "not NoneType"),
-    ]:  # fmt: skip
-        with pytest.raises(mv.InputError, match=message):
-            # Called directly: under pytest, jaxtyping checks the types of public functions first.
-            _check_types(image, "a")
+    # Called directly: under pytest, jaxtyping checks the types of public functions first.
+    with pytest.raises(mv.InputError, match=r"An image is .*not NoneType"):
+        images_and_prompt((None,), "a")
+    with pytest.raises(mv.InputError, match=r"A prompt is a string, or a conversation .*not NoneType"):
+        images_and_prompt((noise_image(0),), None)
     with pytest.raises(mv.InputError, match="fetch it first"):
         llava_vlm.inputs("https://example.org/a.jpg", "a")
-    with pytest.raises(mv.InputError, match="A prompt is a string, not NoneType"):
-        _check_types(noise_image(0), [None])
     noise_image(0, (300, 300)).save(tmp_path / "cut.png")
     (tmp_path / "cut.png").write_bytes((tmp_path / "cut.png").read_bytes()[:2000])
     with pytest.raises(mv.InputError, match="cannot be read"):
