@@ -7,8 +7,8 @@
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from itertools import accumulate
 
 import torch
 from PIL import Image
@@ -18,6 +18,7 @@ from mechvlm.errors import InputError
 from mechvlm.families.record import Architecture, part
 from mechvlm.inputs.grids import check_resize, patch_grid
 from mechvlm.inputs.images import ImageLike, open_image
+from mechvlm.inputs.rows import Rows, row_numbers
 from mechvlm.inputs.tokens import Modality, TokenMap
 
 
@@ -35,6 +36,7 @@ class Inputs:
         prompts: the prompts as they were given.
         texts: the prompts in the family's template, as they were tokenized.
         model: name of the model that the batch was made for.
+        ids: the examples' names, or None; results carry them.
     """
 
     encoding: dict[str, Tensor] = field(repr=False)
@@ -43,39 +45,42 @@ class Inputs:
     prompts: tuple[str, ...]
     texts: tuple[str, ...] = field(repr=False)
     model: str = ""
+    ids: tuple[str, ...] | None = None
 
     def __len__(self) -> int:
         return len(self.token_maps)
 
-    def __getitem__(self, example: int) -> "Inputs":
-        """One example alone, without its padding.
+    def __getitem__(self, examples: Rows) -> "Inputs":
+        """Some of the examples as a batch, padded no further than they need.
+
+        >>> inputs[3], inputs[:10], inputs[[1, 5]], inputs[[True, False, True]], inputs[-1]
 
         Raises:
-            IndexError: for an example that does not exist.
+            IndexError: for an example that does not exist, or a mask of another length.
+            InputError: for no example, or an index of another type.
         """
-        if not -len(self) <= example < len(self):
-            raise IndexError(f"Example {example} was asked for; these inputs hold 0 to {len(self) - 1}.")
-        row = example % len(self)
-        # pixel_values has one row per image: those of earlier examples come first.
-        first_image = sum(len(group) for group in self.images[:row])
+        return self.take(row_numbers(examples, len(self)))
+
+    def take(self, rows: Sequence[int], trim: bool = True) -> "Inputs":
+        """The examples of these numbers; with trim=False they keep the whole batch's padding.
+
+        Their positions are then those of the whole batch.
+        """
+        rows = list(rows)
+        masks = {key: self.encoding[key][rows].bool() for key in self.encoding if key.endswith("attention_mask")}
+        kept = {key: mask.any(0) if trim else torch.ones_like(mask[0]) for key, mask in masks.items()}
+        # pixel_values has one row per image: those of an example follow each other.
+        ends = list(accumulate(len(group) for group in self.images))
+        image_rows = [image for row in rows for image in range(ends[row] - len(self.images[row]), ends[row])]
         encoding = {}
         for key, value in self.encoding.items():
-            if key == "pixel_values":
-                encoding[key] = value[first_image : first_image + len(self.images[row])]
-            else:
-                mask = "qformer_attention_mask" if key.startswith("qformer") else "attention_mask"
-                encoding[key] = value[row : row + 1, self.encoding[mask][row].bool()]
-        padded, keep = self.token_maps[row], self.encoding["attention_mask"][row].bool()
-        strings = tuple(s for s, kept in zip(padded.strings, keep.tolist(), strict=True) if kept)
-        tokens = TokenMap(padded.ids[keep], strings, padded.modality[keep], padded.grids, padded.patches)
-        return Inputs(
-            encoding,
-            (tokens,),
-            self.images[row : row + 1],
-            self.prompts[row : row + 1],
-            self.texts[row : row + 1],
-            self.model,
-        )
+            mask = "qformer_attention_mask" if key.startswith("qformer") else "attention_mask"
+            encoding[key] = value[image_rows] if key == "pixel_values" else value[rows][:, kept[mask]]
+        maps = tuple(_at(self.token_maps[row], kept["attention_mask"]) for row in rows)
+        names = None if self.ids is None else tuple(self.ids[row] for row in rows)
+        images, prompts = tuple(self.images[row] for row in rows), tuple(self.prompts[row] for row in rows)
+        texts = tuple(self.texts[row] for row in rows)
+        return Inputs(encoding, maps, images, prompts, texts, self.model, names)
 
     @property
     def tokens(self) -> TokenMap:
@@ -89,6 +94,12 @@ class Inputs:
         return self.token_maps[0]
 
 
+def _at(tokens: TokenMap, kept: Tensor) -> TokenMap:
+    """The map of the positions that are kept [pos]."""
+    strings = tuple(piece for piece, keep in zip(tokens.strings, kept.tolist(), strict=True) if keep)
+    return replace(tokens, ids=tokens.ids[kept], strings=strings, modality=tokens.modality[kept])
+
+
 def build_inputs(
     images: ImageLike | Sequence[ImageLike | Sequence[ImageLike]],
     prompts: str | Sequence[str],
@@ -97,6 +108,8 @@ def build_inputs(
     config,
     processor,
     model: str = "",
+    ids: tuple[str, ...] | None = None,
+    first: int = 0,
 ) -> Inputs:
     """Images and their prompts as a batch.
 
@@ -110,17 +123,19 @@ def build_inputs(
         config: config of the model.
         processor: the Hugging Face processor.
         model: name of the model.
+        ids: the examples' names.
+        first: the number by which errors call the first example.
 
     Raises:
         InputError: for an image that cannot be read, numbers of images and prompts that do not
             match, a prompt whose image tokens are more or fewer than its images, or a prompt that
             leaves no room for the image.
     """
-    pairs = _pair(images, prompts)
+    pairs = pair_up(images, prompts)
     token = processor.tokenizer.convert_ids_to_tokens(part(config, record.image_token_id))
     encodings, texts = [], []
     opened: list[tuple[Image.Image, ...]] = []
-    for example, (group, prompt) in enumerate(pairs):
+    for example, (group, prompt) in enumerate(pairs, first):
         pictures = tuple(open_image(image) for image in group)
         for picture in pictures:
             check_resize(picture.size, processor.image_processor)
@@ -136,7 +151,7 @@ def build_inputs(
         _token_map(batch, row, encodings[row]["pixel_values"], opened[row], record, config, processor)
         for row in range(len(pairs))
     )
-    return Inputs(batch, maps, tuple(opened), tuple(p for _, p in pairs), tuple(texts), model)
+    return Inputs(batch, maps, tuple(opened), tuple(p for _, p in pairs), tuple(texts), model, ids)
 
 
 def _bos(text: str, processor) -> dict[str, bool]:
@@ -148,7 +163,7 @@ def _bos(text: str, processor) -> dict[str, bool]:
     return {"add_special_tokens": False} if bos and text.startswith(bos) else {}
 
 
-def _pair(images, prompts) -> list[tuple[tuple[ImageLike, ...], str]]:
+def pair_up(images, prompts) -> list[tuple[tuple[ImageLike, ...], str]]:
     """(images, prompt) of each example."""
     _check_types(images, prompts)
     one_image = isinstance(images, ImageLike)
@@ -167,6 +182,21 @@ def _pair(images, prompts) -> list[tuple[tuple[ImageLike, ...], str]]:
             "Several images in one prompt are a list within the list: [[first, second]]."
         )
     return list(zip(groups, texts, strict=True))
+
+
+def example_names(ids: Sequence[str | int] | None, n_examples: int) -> tuple[str, ...] | None:
+    """The examples' ids as strings, or None where none are given.
+
+    Raises:
+        InputError: for another number of ids than examples, or ids that are no names or numbers.
+    """
+    if ids is None:
+        return None
+    if isinstance(ids, str) or not all(isinstance(name, str | int) for name in ids):
+        raise InputError(f"ids is a list with one name per example, not {ids!r}.")
+    if len(ids) != n_examples:
+        raise InputError(f"{len(ids)} ids were given for {n_examples} examples: give one each.")
+    return tuple(map(str, ids))
 
 
 def _check_types(images, prompts) -> None:
@@ -264,49 +294,3 @@ def _token_map(batch, row, pixels, images, record, config, processor) -> TokenMa
             "num_additional_image_tokens and vision_feature_select_strategy do not fit the model."
         )
     return tokens
-
-
-# -- several batches, and their answers --
-
-Answers = str | int | Sequence[str | int] | Tensor | None
-"""A word or a token id for all examples, or one per example; None for the model's own answer."""
-
-
-def as_batches(inputs: Any) -> list[Inputs]:
-    """One batch or several, as a list.
-
-    Raises:
-        InputError: for anything else, or an empty list.
-    """
-    batches = [inputs] if isinstance(inputs, Inputs) else list(inputs)
-    wrong_types = sorted({type(batch).__name__ for batch in batches if not isinstance(batch, Inputs)})
-    if wrong_types or not batches:
-        raise InputError(
-            "Give a batch that vlm.inputs(images, prompts) returns, or a list of such batches, not "
-            f"{wrong_types or 'an empty list'}."
-        )
-    return batches
-
-
-def by_batch(batches: Sequence[Inputs], answers: Answers) -> list[Any]:
-    """The answers of each batch.
-
-    Args:
-        batches: the batches.
-        answers: one answer for all examples, None, or one answer for each example of all batches,
-            in order.
-
-    Raises:
-        InputError: when the number of answers is not that of the examples.
-    """
-    answers = answers.tolist() if isinstance(answers, Tensor) else answers
-    if answers is None or isinstance(answers, str | int):
-        return [answers] * len(batches)
-    per_example, sizes = list(answers), [len(batch) for batch in batches]
-    if len(per_example) != sum(sizes):
-        raise InputError(
-            f"{len(per_example)} answers were given for {sum(sizes)} examples: give one for all, or one each, over all batches "
-            "in order."
-        )
-    ends = torch.tensor(sizes).cumsum(0).tolist()
-    return [per_example[end - size : end] for size, end in zip(sizes, ends, strict=True)]

@@ -5,8 +5,9 @@ model (nostalgebraist 2020; on visual tokens, Wei et al. 2024).
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from dataclasses import dataclass, replace
+from itertools import accumulate
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -15,6 +16,7 @@ from jaxtyping import Float, Int
 from matplotlib.axes import Axes
 from torch import Tensor
 
+from mechvlm.errors import InputError
 from mechvlm.figures.style import LAYER, axes, position_ticks, style, text
 from mechvlm.inputs.batch import Inputs
 from mechvlm.probes.probe import Model, Row, State
@@ -117,7 +119,8 @@ class LogitLens:
         distinct = ids.unique()
         vocabulary = tuple(zip(distinct.tolist(), vlm.to_str_tokens(distinct), strict=True))
         probs = stack([row["probs"] for row in rows])
-        return LogitLensResult(ids, probs, *plan, vocabulary, self.final_norm, vlm.name)
+        length = len(inputs.token_maps[0])
+        return LogitLensResult(ids, probs, *plan, vocabulary, self.final_norm, vlm.name, length)
 
 
 @dataclass(frozen=True, repr=False)
@@ -136,6 +139,8 @@ class LogitLensResult(Result):
         vocabulary: the tokenizer's piece for every id in `ids`, as (id, piece) pairs.
         final_norm: whether states went through the model's final norm.
         model: the model's name.
+        n_positions: the length of the padded sequences in which `position` counts; None in files of
+            earlier versions.
     """
 
     units: ClassVar[str] = "probability"
@@ -149,6 +154,35 @@ class LogitLensResult(Result):
     vocabulary: tuple[tuple[int, str], ...]
     final_norm: bool
     model: str
+    n_positions: int | None = None
+
+    @property
+    def seq_length(self) -> int | None:
+        if self.n_positions is None:
+            raise InputError(
+                "This LogitLensResult comes from an earlier version, whose files do not say how far sequences were padded: "
+                "its positions cannot be joined with others. Read it again."
+            )
+        return self.n_positions
+
+    def padded(self, length: int) -> "LogitLensResult":
+        return replace(self, position=self.position + length - (self.seq_length or 0), n_positions=length)
+
+    def count_examples(self) -> int:
+        held = sorted(set(self.example.tolist()))
+        if held != list(range(len(held))) or (self.example_ids is not None and len(self.example_ids) != len(held)):
+            raise InputError(
+                f"A LogitLensResult holds only the examples {held} of its batch. Join whole results first, then take of(example)."
+            )
+        return len(held)
+
+    @classmethod
+    def joined(cls, results: Sequence["LogitLensResult"]) -> dict[str, Any]:
+        """The examples' numbers, counted on, and the pieces of all ids."""
+        starts = accumulate((result.count_examples() for result in results), initial=0)
+        numbers = [result.example + start for result, start in zip(results, starts, strict=False)]
+        pieces = sorted({pair for result in results for pair in result.vocabulary})
+        return {"example": torch.cat(numbers), "vocabulary": tuple(pieces)}
 
     def of(self, example: int) -> "LogitLensResult":
         """One example's points, in the order of its positions.
@@ -168,10 +202,8 @@ class LogitLensResult(Result):
         return self._subset(torch.isin(self.position, positions))
 
     def _subset(self, chosen: Tensor) -> "LogitLensResult":
-        return LogitLensResult(
-            self.ids[:, chosen], self.probs[:, chosen], self.layers, self.example[chosen], self.position[chosen],
-            self.vocabulary, self.final_norm, self.model,
-        )  # fmt: skip
+        ids, probs = self.ids[:, chosen], self.probs[:, chosen]
+        return replace(self, ids=ids, probs=probs, example=self.example[chosen], position=self.position[chosen])
 
     def pieces(self) -> list[list[list[str]]]:
         """The tokens as the tokenizer's pieces, the `▁` of a word's start included.
@@ -186,7 +218,7 @@ class LogitLensResult(Result):
         n_layers, n_points, k = self.ids.shape
         name = dict(self.vocabulary)
         ids = self.ids.reshape(-1).tolist()
-        return pd.DataFrame(
+        frame = pd.DataFrame(
             {
                 "layer": [layer for layer in self.layers for _ in range(n_points * k)],
                 "example": self.example.repeat_interleave(k).repeat(n_layers).numpy(),
@@ -197,6 +229,7 @@ class LogitLensResult(Result):
                 "probability": self.probs.reshape(-1).numpy(),
             }
         )
+        return self.with_ids(frame)
 
     def plot(self, ax: Axes | None = None) -> Axes:
         """Each position's likeliest token at each layer, on the color of its probability.

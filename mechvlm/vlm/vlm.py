@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, overload
 
 import nnsight
 import torch
@@ -19,7 +19,8 @@ from mechvlm.decoder.projections import Projection
 from mechvlm.errors import InputError, ModelError
 from mechvlm.families.known import architecture_of
 from mechvlm.families.record import part
-from mechvlm.inputs.batch import Answers, Inputs, build_inputs
+from mechvlm.inputs.batch import Inputs, build_inputs, example_names, pair_up
+from mechvlm.inputs.batches import Answers, Batches, build_batches
 from mechvlm.inputs.images import ImageLike
 from mechvlm.ndif.jobs import Job
 from mechvlm.ndif.requests import ONE_AT_A_TIME, backend_for
@@ -124,25 +125,51 @@ class VLM(Decoder):
                 "vlm.trace(inputs): w = nnsight.save(vlm.W_U[:, 7])`, or load the model without remote=True."
             )
 
+    @overload
     def inputs(
-        self, images: ImageLike | Sequence[ImageLike | Sequence[ImageLike]], prompts: str | Sequence[str]
-    ) -> Inputs:
+        self,
+        images: ImageLike | Sequence[ImageLike | Sequence[ImageLike]],
+        prompts: str | Sequence[str],
+        batch_size: None = None,
+        ids: Sequence[str | int] | None = None,
+    ) -> Inputs: ...
+
+    @overload
+    def inputs(
+        self,
+        images: ImageLike | Sequence[ImageLike | Sequence[ImageLike]],
+        prompts: str | Sequence[str],
+        batch_size: int,
+        ids: Sequence[str | int] | None = None,
+    ) -> Batches: ...
+
+    def inputs(self, images, prompts, batch_size=None, ids=None):
         """Images and prompts as a batch, padded on the left, with a `TokenMap` per example.
 
         >>> inputs = vlm.inputs(["cat.jpg", "dog.jpg"], "What is it?")
+        >>> batches = vlm.inputs(paths, "What is it?", batch_size=8, ids=names)    # any number
 
         Args:
             images: one image (PIL or a path), a list with one per example, or a list of lists for
                 several in one prompt.
             prompts: one for all, or one per example. The family's template is put around it, unless
                 it already holds the image token.
+            batch_size: prepare so many examples at a time, each batch when it is reached.
+            ids: names of the examples, which results carry in a column `id`.
+
+        Returns:
+            `Inputs`, one batch; with a batch_size `Batches`, also where one batch holds all.
 
         Raises:
-            InputError: for an unreadable image, numbers of images and prompts that do not match, or
-                a prompt with no room for the image.
+            InputError: for an unreadable image (with a batch_size, when its batch is reached),
+                numbers of images, prompts and ids that do not match, or a prompt with no room for
+                the image.
         """
-        return build_inputs(
-            images, prompts, record=self.record, config=self.config, processor=self.processor, model=self.name
+        pairs = pair_up(images, prompts)
+        names = example_names(ids, len(pairs))
+        build = partial(build_inputs, record=self.record, config=self.config, processor=self.processor, model=self.name)
+        return (
+            build(images, prompts, ids=names) if batch_size is None else build_batches(pairs, batch_size, names, build)
         )
 
     def trace(self, inputs: Inputs, **kwargs):
@@ -225,8 +252,12 @@ class VLM(Decoder):
         """The arguments of the Hugging Face model's forward, on its device.
 
         Raises:
-            InputError: for inputs that a model of another family made.
+            InputError: for inputs that a model of another family made, or for several batches.
         """
+        if not isinstance(inputs, Inputs):
+            raise InputError(
+                f"One forward takes one batch, not {type(inputs).__name__}. Run several one by one: for batch in batches."
+            )
         text = {"input_ids", "attention_mask", *self.record.right_padded}
         if {key for key in inputs.encoding if key.endswith(("input_ids", "attention_mask"))} != text:
             raise InputError(

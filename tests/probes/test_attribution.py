@@ -15,7 +15,7 @@ from helpers.images import noise_image
 from helpers.models import llava
 from mechvlm.decoder.attention import attention_rows
 from mechvlm.families.record import part
-from mechvlm.inputs.batch import as_batches
+from mechvlm.inputs.batches import as_batches
 from mechvlm.intervals import mean_interval
 from mechvlm.probes.logit_attribution import LogitAttributionResult
 
