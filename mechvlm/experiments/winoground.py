@@ -88,8 +88,8 @@ def winoground(vlm: VLM, pairs: Sequence[Pair], prompt: str = PROMPT, batch_size
         batch_size: forwards together, of whole pairs (four each): it changes speed and memory, not
             results.
 
-    A pair with an image that cannot be read, whose activations are not finite, or which does not fit
-    into memory alone, is set aside with the reason.
+    A pair with an image that cannot be read, whose activations are not finite, or which does not
+    fit into memory alone, is set aside with the reason.
 
     Source: Thrush et al. 2022 (arXiv:2204.03162).
 

@@ -6,9 +6,11 @@
 4. Pad the sequences to one length, and map what each position holds.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
+from numbers import Integral
+from typing import Any
 
 import torch
 from PIL import Image
@@ -18,7 +20,7 @@ from mechvlm.errors import InputError
 from mechvlm.families.record import Architecture, part
 from mechvlm.inputs.grids import check_resize, patch_grid
 from mechvlm.inputs.images import ImageLike, open_image
-from mechvlm.inputs.rows import Rows, row_numbers
+from mechvlm.inputs.rows import row_numbers
 from mechvlm.inputs.tokens import Modality, TokenMap
 
 
@@ -50,10 +52,13 @@ class Inputs:
     def __len__(self) -> int:
         return len(self.token_maps)
 
-    def __getitem__(self, examples: Rows) -> "Inputs":
+    def __getitem__(self, examples: Any) -> "Inputs":
         """Some of the examples as a batch, padded no further than they need.
 
         >>> inputs[3], inputs[:10], inputs[[1, 5]], inputs[[True, False, True]], inputs[-1]
+
+        Args:
+            examples: a number, a slice, several numbers, or a mask with one bool per example.
 
         Raises:
             IndexError: for an example that does not exist, or a mask of another length.
@@ -184,7 +189,7 @@ def pair_up(images, prompts) -> list[tuple[tuple[ImageLike, ...], str]]:
     return list(zip(groups, texts, strict=True))
 
 
-def example_names(ids: Sequence[str | int] | None, n_examples: int) -> tuple[str, ...] | None:
+def example_names(ids: Any, n_examples: int) -> tuple[str, ...] | None:
     """The examples' ids as strings, or None where none are given.
 
     Raises:
@@ -192,11 +197,12 @@ def example_names(ids: Sequence[str | int] | None, n_examples: int) -> tuple[str
     """
     if ids is None:
         return None
-    if isinstance(ids, str) or not all(isinstance(name, str | int) for name in ids):
+    names = [] if isinstance(ids, str) or not isinstance(ids, Iterable) else list(ids)
+    if not names or not all(isinstance(name, str | Integral) for name in names):
         raise InputError(f"ids is a list with one name per example, not {ids!r}.")
-    if len(ids) != n_examples:
-        raise InputError(f"{len(ids)} ids were given for {n_examples} examples: give one each.")
-    return tuple(map(str, ids))
+    if len(names) != n_examples:
+        raise InputError(f"{len(names)} ids were given for {n_examples} examples: give one each.")
+    return tuple(map(str, names))
 
 
 def _check_types(images, prompts) -> None:

@@ -4,7 +4,7 @@
 batch, a list of batches, or `Batches`; `as_batches` makes one of the three.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, overload
 
@@ -42,12 +42,14 @@ class Pending:
         return self.build([list(group) for group in images], list(prompts), ids=self.ids, first=self.first)
 
 
-class Batches(Sequence[Inputs]):
+class Batches:
     """Batches of examples, in order; each is prepared when it is reached, and not kept.
+
+    Numbers, slices and loops work as on a list.
 
     >>> batches = vlm.inputs(paths, "What is it?", batch_size=8, ids=names)
     >>> len(batches), batches.n_examples, batches[0].token_maps[3].last
-    >>> lens, = mv.read(vlm, batches, mv.LogitLens())    # the examples of all batches, numbered through
+    >>> lens, norms = mv.read(vlm, batches, mv.LogitLens(), mv.NormAttention())    # joined
 
     Attributes:
         sizes: how many examples each batch holds.
@@ -71,6 +73,9 @@ class Batches(Sequence[Inputs]):
 
     def __len__(self) -> int:
         return len(self._parts)
+
+    def __iter__(self) -> Iterator[Inputs]:
+        return (self[number] for number in range(len(self)))
 
     def __repr__(self) -> str:
         return f"Batches({self.n_examples} examples in batches of {', '.join(map(str, sorted(set(self.sizes))))})"

@@ -5,12 +5,8 @@ from numbers import Integral
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from mechvlm.errors import InputError
-
-Rows = int | slice | Sequence[int] | Sequence[bool] | Tensor
-"""An example's number, a slice, several numbers, or a mask with one bool per example."""
 
 
 def row_numbers(index: Any, n_examples: int) -> list[int]:

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Iterator
+from itertools import accumulate
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -72,11 +73,15 @@ def over_batches(vlm: VLM, batches: Batches, work: Callable[[Inputs, range], T],
         torch.OutOfMemoryError: for an example that does not fit even alone.
     """
     results: list[T] = []
-    first, size, largest = 0, None, 0
-    for number in track(range(len(batches)), label):
+    size: int | None = None
+    largest = 0
+
+    def read_one(number: int, first: int) -> None:
+        """All parts of one batch. It is freed on return, before the next one is prepared."""
+        nonlocal size, largest
         batch = batches[number]
 
-        def run(part: range, batch: Inputs = batch, first: int = first) -> T:
+        def run(part: range) -> T:
             whole = len(part) == len(batch)
             return work(batch if whole else batch.take(part, trim=False), range(first + part.start, first + part.stop))
 
@@ -89,12 +94,14 @@ def over_batches(vlm: VLM, batches: Batches, work: Callable[[Inputs, range], T],
                     raise torch.OutOfMemoryError(_advice(vlm, first + part.start, outcome.reason))
                 else:
                     size, largest = -(-len(part) // 2), max(largest, len(part))
-        first += len(batch)
+
+    for number, first in enumerate(track(list(accumulate(batches.sizes, initial=0))[:-1], label)):
+        read_one(number, first)
     if size is not None:
         warnings.warn(
             f"{largest} examples at once did not fit into the memory of {_place(vlm)}: they were read {size} at a time. "
             f"vlm.inputs(images, prompts, batch_size={size}) spares the tries.",
-            stacklevel=4,
+            stacklevel=3,
         )
     return results
 
