@@ -58,8 +58,8 @@ class ModalityCurves(Protocol):
 def fit_phases(
     curves: ModalityCurves | Float[np.ndarray, "example layer"] | Float[Tensor, "example layer"] | Sequence,
     *,
-    image: Float[np.ndarray, "example layer"] | Float[Tensor, "example layer"] | None = None,
-    text: Float[np.ndarray, "example layer"] | Float[Tensor, "example layer"] | None = None,
+    image: Float[np.ndarray, "example layer"] | Float[Tensor, "example layer"] | Sequence | None = None,
+    text: Float[np.ndarray, "example layer"] | Float[Tensor, "example layer"] | Sequence | None = None,
     max_segments: int = 6,
     n_bootstrap: int = N_BOOTSTRAP,
     confidence: float = 0.95,

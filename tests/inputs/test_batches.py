@@ -4,9 +4,7 @@ import copy
 import gc
 import pickle
 import weakref
-from contextlib import contextmanager
 
-import jaxtyping
 import numpy as np
 import pytest
 import torch
@@ -14,6 +12,7 @@ import torch
 import mechvlm as mv
 from helpers.forwards import forward
 from helpers.images import noise_image
+from helpers.unchecked import unchecked
 from mechvlm.inputs import batch as batch_module
 
 PROMPTS = ["what is this", "describe the scene . a what is this", "a", "is this a what"]
@@ -24,16 +23,6 @@ NAMES = ["cat", "dog", "eel", "fox"]
 def four(vlm):
     """Four examples of different lengths, with ids."""
     return vlm.inputs([noise_image(i) for i in range(4)], PROMPTS, ids=NAMES)
-
-
-@contextmanager
-def unchecked():
-    """Without the tests' check of annotations: a user's process has none."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    try:
-        yield
-    finally:
-        jaxtyping.config.update("jaxtyping_disable", False)
 
 
 def same(a: mv.Inputs, b: mv.Inputs) -> None:
@@ -136,7 +125,7 @@ def test_images_are_opened_when_their_batch_is_reached(llava_vlm, tmp_path):
     noise_image(0).save(tmp_path / "a.png")
     batches = llava_vlm.inputs([tmp_path / "a.png", tmp_path / "missing.png"], "a", batch_size=1)
     assert len(batches[0]) == 1
-    with pytest.raises(mv.InputError, match="No image at .*missing.png"):
+    with pytest.raises(mv.InputError, match=r"No image at .*missing\.png"):
         batches[1]
 
 
