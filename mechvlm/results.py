@@ -35,6 +35,7 @@ class Result:
         units: of the tensors.
         renamed: {name in files of earlier versions: present name} of the fields that were renamed.
         per_example: the fields that are tuples with one entry per example.
+        computed: the fields that are no settings, and that `joined` gives.
         apart: why results of several batches cannot be joined; empty where they can.
         example_ids: the examples' names, from `vlm.inputs(..., ids=...)`, or None.
     """
@@ -42,6 +43,7 @@ class Result:
     units: ClassVar[str] = ""
     renamed: ClassVar[dict[str, str]] = {}
     per_example: ClassVar[tuple[str, ...]] = ()
+    computed: ClassVar[tuple[str, ...]] = ()
     apart: ClassVar[str] = ""
 
     example_ids: tuple[str, ...] | None = field(default=None, kw_only=True)
@@ -90,7 +92,7 @@ class Result:
 
     @classmethod
     def joined(cls, results: Sequence[Any]) -> dict[str, Any]:
-        """The fields of a joined result that are neither settings nor lists of examples."""
+        """The fields of a joined result that are more than its parts', one after the other."""
         return {}
 
     def plot(self, ax=None):
@@ -173,21 +175,15 @@ def concat(results: Sequence[R]) -> R:
     cls = type(results[0])
     lengths = [length for result in results if (length := result.seq_length) is not None]
     aligned: list[Any] = [result.padded(max(lengths)) for result in results] if lengths else results
-    values = cls.joined(aligned) | {"example_ids": _joined_ids(aligned)}
+    axes = _example_axes(aligned[0])
+    listed = {*axes, *cls.per_example, *cls.computed, "example_ids"}
+    settings = [f.name for f in fields(cls) if f.name not in listed]
+    _refuse_other_settings(aligned, settings)
+    values = {name: getattr(aligned[0], name) for name in settings} | {"example_ids": _joined_ids(aligned)}
+    values |= cls.joined(aligned)
     for name in (f.name for f in fields(cls) if f.name not in values):
-        parts, axes = [getattr(result, name) for result in aligned], _example_axes(aligned[0])
-        if name in axes:
-            values[name] = _joined_tensors(name, parts, axes[name][1])
-        elif name in cls.per_example:
-            values[name] = sum(parts, ())
-        else:
-            for number, part in enumerate(parts):
-                if not _same(part, parts[0]):
-                    raise InputError(
-                        f"Results 0 and {number} differ in `{name}`: {parts[0]!r} and {part!r}. Only results of one model and "
-                        "one setting are joined."
-                    )
-            values[name] = parts[0]
+        parts = [getattr(result, name) for result in aligned]
+        values[name] = _joined_tensors(name, parts, axes[name][1]) if name in axes else sum(parts, ())
     return cls(**values)
 
 
@@ -202,6 +198,18 @@ def _check_joinable(results: list) -> None:
         raise InputError(f"concat() joins results of one type, not {' and '.join(types)}.{hint}")
     if results[0].apart and len(results) > 1:
         raise InputError(f"Results of type {types[0]} are not joined: {results[0].apart}")
+
+
+def _refuse_other_settings(results: list, names: list[str]) -> None:
+    for name in names:
+        first, *others = [getattr(result, name) for result in results]
+        for number, other in enumerate(others, 1):
+            same = torch.equal(first, other) if isinstance(first, Tensor) else first == other
+            if not same:
+                raise InputError(
+                    f"Results 0 and {number} differ in `{name}`: {first!r} and {other!r}. Only results of one model and one "
+                    "setting are joined."
+                )
 
 
 def _example_axes(result: Result) -> dict[str, tuple[Tensor, int]]:
@@ -232,10 +240,6 @@ def _joined_tensors(name: str, parts: list[Tensor], axis: int) -> Tensor:
                 f"{list(part.shape)}. They were not read in the same way."
             )
     return torch.cat(parts, dim=axis)
-
-
-def _same(a: Any, b: Any) -> bool:
-    return torch.equal(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) else a == b
 
 
 def long_frame(values: Tensor, **axes) -> pd.DataFrame:

@@ -176,6 +176,7 @@ class ContextualizationResult(Result):
     """
 
     units: ClassVar[str] = "cosine"
+    computed: ClassVar[tuple[str, ...]] = ("baseline", "sum_image", "sum_text", "same")
 
     inter: Float[Tensor, "layer example"]
     image: Float[Tensor, "layer example"]

@@ -145,6 +145,7 @@ class LogitLensResult(Result):
 
     units: ClassVar[str] = "probability"
     renamed: ClassVar[dict[str, str]] = {"tokens": "ids"}
+    computed: ClassVar[tuple[str, ...]] = ("vocabulary",)
 
     ids: Int[Tensor, "layer point k"]
     probs: Float[Tensor, "layer point k"]
