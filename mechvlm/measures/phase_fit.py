@@ -340,7 +340,7 @@ def _as_one(curves: Any) -> Any:
     return np.concatenate([torch.as_tensor(curve).detach().double().cpu().numpy() for curve in curves])
 
 
-def _check_curves(name: str, curves: np.ndarray | Tensor) -> Float[np.ndarray, "example layer"]:
+def _check_curves(name: str, curves: Any) -> Float[np.ndarray, "example layer"]:
     """The curves as a float64 array, if they have a usable shape and are finite."""
     if isinstance(curves, Tensor):
         curves = curves.detach().double().cpu().numpy()
