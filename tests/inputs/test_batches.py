@@ -30,10 +30,10 @@ def same(a: mv.Inputs, b: mv.Inputs) -> None:
     assert list(a.encoding) == list(b.encoding)
     assert all(torch.equal(a.encoding[key], b.encoding[key]) for key in a.encoding)
     assert (a.prompts, a.texts, a.images, a.model, a.ids) == (b.prompts, b.texts, b.images, b.model, b.ids)
-    for one, other in zip(a.token_maps, b.token_maps, strict=True):
-        assert torch.equal(one.ids, other.ids)
-        assert torch.equal(one.modality, other.modality)
-        assert (one.strings, one.grids, one.patches) == (other.strings, other.grids, other.patches)
+    for here, there in zip(a.token_maps, b.token_maps, strict=True):
+        assert torch.equal(here.ids, there.ids)
+        assert torch.equal(here.modality, there.modality)
+        assert (here.strings, here.grids, here.patches) == (there.strings, there.grids, there.patches)
 
 
 SELECTIONS = [
