@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from itertools import accumulate, pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Int
@@ -13,7 +13,6 @@ from mechvlm.inputs.batches import Answers, as_batches, by_batch
 from mechvlm.inputs.tokens import TokenMap
 from mechvlm.ndif.requests import in_one_request
 from mechvlm.progress import track
-from mechvlm.tracing.reading import Readable
 from mechvlm.vlm.vlm import VLM
 
 
@@ -43,7 +42,7 @@ class Examples(Sequence[Example]):
         ids: their names, or None.
     """
 
-    def __init__(self, vlm: VLM, inputs: Readable, answers: Answers = None):
+    def __init__(self, vlm: VLM, inputs: Any, answers: Answers = None):
         self._batches = as_batches(inputs)
         self.ids = self._batches.ids
         self._starts = list(accumulate(self._batches.sizes, initial=0))
