@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from mechvlm.experiments.winoground import caption_logprob, winoground
     from mechvlm.experiments.winoground_result import PairScores, WinogroundResult, pair_scores
     from mechvlm.inputs.batch import Inputs
+    from mechvlm.inputs.batches import Batches
     from mechvlm.inputs.grids import PatchGrid
     from mechvlm.inputs.tokens import Modality, TokenMap
     from mechvlm.measures.phase_fit import fit_phases
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from mechvlm.probes.logit_lens import LogitLens, LogitLensResult
     from mechvlm.probes.norm_attention import NormAttention, NormAttentionResult
     from mechvlm.probes.query_reading import QueryReading, QueryReadingResult
+    from mechvlm.results import concat
     from mechvlm.study.compare import Comparison, compare
     from mechvlm.study.study import Study
     from mechvlm.tracing.interventions import ablate, knock_out, patch, steer
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "errors": ("InputError", "ModelError", "NonFiniteError", "RemoteError", "ViewError"),
     "inputs.batch": ("Inputs",),
+    "inputs.batches": ("Batches",),
     "inputs.grids": ("PatchGrid",),
     "inputs.tokens": ("Modality", "TokenMap"),
     "measures.phase_fit": ("fit_phases",),
@@ -48,6 +51,7 @@ _HOMES = {
     "probes.logit_lens": ("LogitLens", "LogitLensResult"),
     "probes.norm_attention": ("NormAttention", "NormAttentionResult"),
     "probes.query_reading": ("QueryReading", "QueryReadingResult"),
+    "results": ("concat",),
     "vlm.loading": ("load",),
     "vlm.vlm": ("VLM",),
     "tracing.interventions": ("ablate", "knock_out", "patch", "steer"),
@@ -65,12 +69,12 @@ _HOMES = {
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
-    "VLM", "CausalTraceResult", "Comparison", "Contextualization", "ContextualizationResult", "InformationFlowResult",
+    "VLM", "Batches", "CausalTraceResult", "Comparison", "Contextualization", "ContextualizationResult", "InformationFlowResult",
     "InputError", "Inputs", "Job", "Likelihood", "LikelihoodResult", "LogitAttribution", "LogitAttributionResult",
     "LogitLens", "LogitLensResult", "Modality", "ModelError", "MultimodalNeuronsResult", "NonFiniteError",
     "NormAttention", "NormAttentionResult", "ObjectAblationResult", "PairScores", "PatchGrid", "QueryReading",
     "QueryReadingResult", "RemoteError", "Study", "TokenMap", "ViewError", "WinogroundResult", "ablate",
-    "caption_logprob", "causal_trace", "compare", "contextualization", "fit_phases", "information_flow", "knock_out",
+    "caption_logprob", "causal_trace", "compare", "concat", "contextualization", "fit_phases", "information_flow", "knock_out",
     "load", "logit_attribution", "logit_lens", "multimodal_neurons", "norm_attention", "object_ablation", "pair_scores",
     "patch", "precision_recall", "query_reading", "read", "steer", "view", "winoground",
 ]  # fmt: skip

@@ -20,7 +20,7 @@ class NonFiniteError(ValueError):
     """Activations hold NaN or infinity.
 
     Attributes:
-        examples: rows of the batch whose activations hold them.
+        examples: numbers of the examples whose activations hold them, over all batches.
     """
 
     def __init__(self, message: str, examples: tuple[int, ...]):

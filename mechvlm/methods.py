@@ -1,28 +1,26 @@
-"""Methods as functions: each runs one probe in one forward.
+"""Methods as functions: each runs one probe in one forward a batch.
 
+`inputs` are what `vlm.inputs` gives, or a list of batches; results of several batches are joined.
 `mechvlm.read` runs several probes in one forward.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 from mechvlm.errors import refuse_renamed
-from mechvlm.inputs.batch import Answers, Inputs, as_batches, by_batch
-from mechvlm.probes import logit_attribution as attribution
+from mechvlm.inputs.batches import Answers
 from mechvlm.probes.contextualization import Contextualization, ContextualizationResult
 from mechvlm.probes.logit_attribution import LogitAttribution, LogitAttributionResult
 from mechvlm.probes.logit_lens import LogitLens, LogitLensResult
 from mechvlm.probes.norm_attention import NormAttention, NormAttentionResult
 from mechvlm.probes.query_reading import QueryReading, QueryReadingResult
-from mechvlm.progress import track
-from mechvlm.tracing.reading import read
+from mechvlm.tracing.reading import Readable, read
 from mechvlm.vlm.vlm import VLM
 
 
 @refuse_renamed(layers="states")
 def logit_lens(
     vlm: VLM,
-    inputs: Inputs,
+    inputs: Readable,
     k: int = 5,
     positions: Any = "image",
     states: Any = None,
@@ -38,7 +36,7 @@ def logit_lens(
 
 
 def contextualization(
-    vlm: VLM, inputs: Inputs, self_pairs: bool = True, special: bool = False, subtract_baseline: bool = False
+    vlm: VLM, inputs: Readable, self_pairs: bool = True, special: bool = False, subtract_baseline: bool = False
 ) -> ContextualizationResult:
     """Mean pairwise cosines of image and text tokens.
 
@@ -50,7 +48,7 @@ def contextualization(
     return read(vlm, inputs, Contextualization(self_pairs, special, subtract_baseline))[0]
 
 
-def norm_attention(vlm: VLM, inputs: Inputs, dst: Any = ("last_text", "last_image")) -> NormAttentionResult:
+def norm_attention(vlm: VLM, inputs: Readable, dst: Any = ("last_text", "last_image")) -> NormAttentionResult:
     """Norm-based attention of chosen destinations.
 
     Runs the probe `NormAttention` in a forward of its own; see there for the options and the
@@ -61,7 +59,7 @@ def norm_attention(vlm: VLM, inputs: Inputs, dst: Any = ("last_text", "last_imag
     return read(vlm, inputs, NormAttention(dst))[0]
 
 
-def query_reading(vlm: VLM, inputs: Inputs) -> QueryReadingResult:
+def query_reading(vlm: VLM, inputs: Readable) -> QueryReadingResult:
     """The places on the image that each query reads.
 
     Runs the probe `QueryReading` in a forward of its own; see there for the result.
@@ -72,7 +70,7 @@ def query_reading(vlm: VLM, inputs: Inputs) -> QueryReadingResult:
 
 
 def logit_attribution(
-    vlm: VLM, inputs: Inputs | Sequence[Inputs], answers: Answers = None, versus: Answers = None
+    vlm: VLM, inputs: Readable, answers: Answers = None, versus: Answers = None
 ) -> LogitAttributionResult:
     """The parts of an answer's logit that each layer, head and MLP wrote at the last position.
 
@@ -83,7 +81,7 @@ def logit_attribution(
 
     Args:
         vlm: the model.
-        inputs: a batch, or a list of batches, each one forward.
+        inputs: one batch or several, each one forward.
         answers: a word or a token id for all examples, or one per example over all batches in
             order; None: the token that the model itself would write first.
         versus: the same, for the answer whose logit is subtracted; None subtracts nothing.
@@ -92,8 +90,4 @@ def logit_attribution(
         InputError: for another number of answers than examples, or an answer that is no token.
         ValueError: when an answer is its own `versus`.
     """
-    batches = as_batches(inputs)
-    work = list(zip(batches, by_batch(batches, answers), by_batch(batches, versus), strict=True))
-    return attribution.merge(
-        [read(vlm, batch, LogitAttribution(a, b))[0] for batch, a, b in track(work, "logit attribution, batches")]
-    )
+    return read(vlm, inputs, LogitAttribution(answers, versus))[0]

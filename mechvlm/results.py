@@ -1,10 +1,15 @@
-"""The base class of results: frozen, with units, and methods to save, tabulate and plot them."""
+"""The base class of results: frozen, with units, and methods to save, tabulate and plot them.
+
+`concat` joins results of several batches. It reads from the annotations which axes run over
+examples: `Float[Tensor, "layer example head"]` is joined along its second.
+"""
 
 import json
-from dataclasses import dataclass, fields
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
 from os import PathLike
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar, get_type_hints
 
 import numpy as np
 import pandas as pd
@@ -13,9 +18,13 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from mechvlm.errors import InputError
+
 RESULT_FORMAT = 2
 """Version of a saved result. Version 1, which names none, counts the layers of attention, heads and
 neurons from 1, and holds a tokenizer's pieces for the tokens' texts."""
+EXAMPLE_AXES = {"example", "point", "pair"}
+"""Names of axes along which results of several batches follow each other."""
 
 
 @dataclass(frozen=True)
@@ -30,11 +39,20 @@ class Result:
         renamed: {name in files of earlier versions: present name} of the fields that were renamed.
         texts: the fields that hold tokens' texts. Files of the first format hold the tokenizer's
             pieces there, with marks such as `▁`; `load` turns them into text.
+        per_example: the fields that are tuples with one entry per example.
+        computed: the fields that are no settings, and that `joined` gives.
+        apart: why results of several batches cannot be joined; empty where they can.
+        example_ids: the examples' names, from `vlm.inputs(..., ids=...)`, or None.
     """
 
     units: ClassVar[str] = ""
     renamed: ClassVar[dict[str, str]] = {}
     texts: ClassVar[tuple[str, ...]] = ()
+    per_example: ClassVar[tuple[str, ...]] = ()
+    computed: ClassVar[tuple[str, ...]] = ()
+    apart: ClassVar[str] = ""
+
+    example_ids: tuple[str, ...] | None = field(default=None, kw_only=True)
 
     def __repr__(self) -> str:
         """The shapes of the tensors and the short settings, without any values of the tensors."""
@@ -54,6 +72,34 @@ class Result:
             TypeError: for a result that has no table.
         """
         raise TypeError(f"{type(self).__name__} has no table of its own.")
+
+    def with_ids(self, frame: pd.DataFrame) -> pd.DataFrame:
+        """A table that has a column `example`, with a column `id` after it where there are ids."""
+        if self.example_ids is not None:
+            ids = np.array(self.example_ids, dtype=object)[frame["example"]]
+            frame.insert(frame.columns.get_loc("example") + 1, "id", ids)
+        return frame
+
+    # -- how `concat` joins results; a result overrides what does not hold for it --
+
+    @property
+    def seq_length(self) -> int | None:
+        """The length of the padded sequences, in a result that holds positions."""
+        return None
+
+    def padded(self, length: int) -> "Result":
+        """The same result, as if its sequences had been padded on the left to this length."""
+        return self
+
+    def count_examples(self) -> int:
+        """How many examples the result holds."""
+        sizes = {value.shape[axis] for value, axis in _example_axes(self).values()}
+        return sizes.pop() if sizes else 0
+
+    @classmethod
+    def joined(cls, results: Sequence[Any]) -> dict[str, Any]:
+        """The fields of a joined result that are more than its parts', one after the other."""
+        return {}
 
     def plot(self, ax=None):
         """Plot the result with matplotlib, on `ax` or a new pyplot figure, which a notebook shows.
@@ -146,6 +192,102 @@ def _strings(value) -> list[str]:
 
 def _tuples(value):
     return tuple(_tuples(v) for v in value) if isinstance(value, list) else value
+
+
+R = TypeVar("R", bound=Result)
+
+
+def concat(results: Sequence[R]) -> R:
+    """Results of several batches as one: their examples one after the other, numbered through.
+
+    The same as if one batch had held all examples: the anisotropy baseline is that of all of them,
+    and positions are those of sequences that were padded on the left to the longest.
+
+    >>> parts = [mv.logit_lens(vlm, batch) for batch in batches]
+    >>> mv.concat(parts).to_frame()    # examples 0, 1, 2, ... over all batches
+
+    Args:
+        results: of one type, model and setting.
+
+    Returns:
+        A result of the same type.
+
+    Raises:
+        InputError: for no result, results of several types, models, settings or shapes (it names
+            the difference), or a type whose results cannot be joined.
+    """
+    results = list(results)
+    _check_joinable(results)
+    if len(results) == 1:
+        return results[0]
+    cls = type(results[0])
+    lengths = [length for result in results if (length := result.seq_length) is not None]
+    aligned: list[Any] = [result.padded(max(lengths)) for result in results] if lengths else results
+    axes = _example_axes(aligned[0])
+    listed = {*axes, *cls.per_example, *cls.computed, "example_ids"}
+    settings = [f.name for f in fields(cls) if f.name not in listed]
+    _refuse_other_settings(aligned, settings)
+    values = {name: getattr(aligned[0], name) for name in settings} | {"example_ids": _joined_ids(aligned)}
+    values |= cls.joined(aligned)
+    for name in (f.name for f in fields(cls) if f.name not in values):
+        parts = [getattr(result, name) for result in aligned]
+        values[name] = _joined_tensors(name, parts, axes[name][1]) if name in axes else sum(parts, ())
+    return cls(**values)
+
+
+def _check_joinable(results: list) -> None:
+    if not results:
+        raise InputError("concat() was given no result.")
+    types = list(dict.fromkeys(type(result).__name__ for result in results))
+    if len(types) > 1 or not isinstance(results[0], Result):
+        hint = (
+            " mv.read gives a tuple per call: [mv.concat(parts) for parts in zip(*reads)]." if "tuple" in types else ""
+        )
+        raise InputError(f"concat() joins results of one type, not {' and '.join(types)}.{hint}")
+    if results[0].apart and len(results) > 1:
+        raise InputError(f"Results of type {types[0]} are not joined: {results[0].apart}")
+
+
+def _refuse_other_settings(results: list, names: list[str]) -> None:
+    for name in names:
+        first, *others = [getattr(result, name) for result in results]
+        for number, other in enumerate(others, 1):
+            same = torch.equal(first, other) if isinstance(first, Tensor) else first == other
+            if not same:
+                raise InputError(
+                    f"Results 0 and {number} differ in `{name}`: {first!r} and {other!r}. Only results of one model and one "
+                    "setting are joined."
+                )
+
+
+def _example_axes(result: Result) -> dict[str, tuple[Tensor, int]]:
+    """The tensors that hold something for each example, with the number of that axis."""
+    axes = {}
+    for name, annotation in get_type_hints(type(result)).items():
+        names = getattr(annotation, "dim_str", "").split()
+        value = getattr(result, name)
+        if isinstance(value, Tensor) and EXAMPLE_AXES & set(names):
+            axes[name] = value, next(i for i, axis in enumerate(names) if axis in EXAMPLE_AXES)
+    return axes
+
+
+def _joined_ids(results: Sequence[Result]) -> tuple[str, ...] | None:
+    ids = [result.example_ids for result in results]
+    without = [number for number, names in enumerate(ids) if names is None]
+    if 0 < len(without) < len(ids):
+        raise InputError(f"Results {without} have no ids and the others do: give ids for all examples, or for none.")
+    return None if without else sum((names or () for names in ids), ())
+
+
+def _joined_tensors(name: str, parts: list[Tensor], axis: int) -> Tensor:
+    shapes = [[size for i, size in enumerate(part.shape) if i != axis] for part in parts]
+    for number, (part, shape) in enumerate(zip(parts, shapes, strict=True)):
+        if shape != shapes[0] or part.dtype != parts[0].dtype:
+            raise InputError(
+                f"`{name}` of results 0 and {number} differ in shape beside their examples: {list(parts[0].shape)} and "
+                f"{list(part.shape)}. They were not read in the same way."
+            )
+    return torch.cat(parts, dim=axis)
 
 
 def long_frame(values: Tensor, **axes) -> pd.DataFrame:

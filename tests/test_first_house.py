@@ -6,6 +6,7 @@ bundled models.
 
 import json
 import shutil
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
@@ -76,6 +77,8 @@ def test_results_of_probes(vlm, inputs):
     kinds = {"lens": mv.LogitLensResult, "context": mv.ContextualizationResult, "norms": mv.NormAttentionResult,
              "likelihood": mv.LikelihoodResult, "attribution": mv.LogitAttributionResult}  # fmt: skip
     for (name, kind), new in zip(kinds.items(), mv.read(vlm, inputs, *PROBES), strict=True):
+        if name == "lens":  # its files did not hold it
+            new = replace(new, n_positions=None)
         assert_same(saved(kind, name), new)
 
 

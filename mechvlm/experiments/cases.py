@@ -1,14 +1,15 @@
 """Shared by the experiments: single examples with their answers, and named groups of positions."""
 
 from collections.abc import Callable, Sequence
-from itertools import groupby
-from typing import NamedTuple
+from itertools import accumulate, pairwise
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from mechvlm.inputs.batch import Answers, Inputs, as_batches, by_batch
+from mechvlm.inputs.batch import Inputs
+from mechvlm.inputs.batches import Answers, as_batches, by_batch
 from mechvlm.inputs.tokens import TokenMap
 from mechvlm.ndif.requests import in_one_request
 from mechvlm.progress import track
@@ -35,27 +36,41 @@ class Example(NamedTuple):
 
 
 class Examples(Sequence[Example]):
-    """The examples of one or several batches, in their order."""
+    """The examples of one or several batches, in their order.
 
-    def __init__(self, vlm: VLM, inputs: Inputs | Sequence, answers: Answers = None):
-        batches = as_batches(inputs)
-        self._rows = [(batch, row) for batch in batches for row in range(len(batch))]
+    Attributes:
+        ids: their names, or None.
+    """
+
+    def __init__(self, vlm: VLM, inputs: Any, answers: Answers = None):
+        self._batches = as_batches(inputs)
+        self.ids = self._batches.ids
+        self._starts = list(accumulate(self._batches.sizes, initial=0))
+        self._prepared: dict[int, Inputs] = {}
         self._answers: list[int] | None = None
         if answers is not None:
-            pairs = zip(batches, by_batch(batches, answers), strict=True)
+            pairs = zip(self._batches, by_batch(self._batches, answers), strict=True)
             self._answers = [token for batch, words in pairs for token in vlm.answer_tokens(batch, words).tolist()]
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return self._starts[-1]
 
     def __getitem__(self, number):
-        batch, row = self._rows[number]
-        return Example(number, batch[row], None if self._answers is None else self._answers[number])
+        if not 0 <= number < len(self):
+            raise IndexError(f"Example {number} was asked for; there are 0 to {len(self) - 1}.")
+        at = next(at for at, stop in enumerate(self._starts[1:]) if number < stop)
+        answer = None if self._answers is None else self._answers[number]
+        return Example(number, self._batch(at)[number - self._starts[at]], answer)
 
-    def batches(self) -> list[list[Example]]:
-        """The examples, grouped by the batch that they came in."""
-        grouped = groupby(range(len(self)), lambda number: id(self._rows[number][0]))
-        return [[self[number] for number in numbers] for _, numbers in grouped]
+    def _batch(self, at: int) -> Inputs:
+        """A batch. Two are kept, since causal tracing also takes images of the next one."""
+        if at not in self._prepared:
+            self._prepared = dict([*self._prepared.items()][-1:]) | {at: self._batches[at]}
+        return self._prepared[at]
+
+    def by_batch(self) -> list[range]:
+        """The numbers of each batch's examples."""
+        return [range(start, stop) for start, stop in pairwise(self._starts)]
 
 
 def for_each(vlm: VLM, examples: Examples, work: Callable, arguments: Callable[[Example], tuple], label: str) -> list:
@@ -63,10 +78,11 @@ def for_each(vlm: VLM, examples: Examples, work: Callable, arguments: Callable[[
 
     On NDIF the examples of one batch are one request, and only what `work` returns comes back.
     """
-    groups = examples.batches() if vlm.remote else [[example] for example in examples]
+    groups = examples.by_batch() if vlm.remote else [range(number, number + 1) for number in range(len(examples))]
     results = []
     for group in track(groups, label):
-        results += in_one_request(vlm, _run_all, work, [(example, *arguments(example)) for example in group])
+        jobs = [(example, *arguments(example)) for example in map(examples.__getitem__, group)]
+        results += in_one_request(vlm, _run_all, work, jobs)
     return results
 
 

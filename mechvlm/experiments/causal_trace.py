@@ -25,11 +25,13 @@ from mechvlm.experiments.cases import Example, Examples, for_each, positions
 from mechvlm.experiments.sweep import Edit, run, sweep, windows
 from mechvlm.figures.headings import ALONE, INTERVAL, heading, n_examples, number, short_name, window_width
 from mechvlm.figures.style import SIGNED, axes, heatmap, style, text
-from mechvlm.inputs.batch import Answers, Inputs, as_batches
+from mechvlm.inputs.batch import Inputs
+from mechvlm.inputs.batches import Answers, as_batches
 from mechvlm.inputs.tokens import Modality
 from mechvlm.intervals import Interval, mean_interval
 from mechvlm.results import Result, float32, long_frame
 from mechvlm.tracing.interventions import patch
+from mechvlm.tracing.reading import Readable
 from mechvlm.vlm.vlm import VLM
 
 CORRUPTIONS = ("noise", "image", "blank", "words")
@@ -65,6 +67,7 @@ class CausalTraceResult(Result):
 
     units: ClassVar[str] = "probability of the answer brought back"
     texts: ClassVar[tuple[str, ...]] = ("answers",)
+    per_example: ClassVar[tuple[str, ...]] = ("answers",)
 
     p: Float[Tensor, " example"]
     p_corrupt: Float[Tensor, " example"]
@@ -103,7 +106,7 @@ class CausalTraceResult(Result):
         frame = long_frame(self.p_restored, **labels).rename(columns={"value": "p_restored"})
         for name in ("p", "p_corrupt"):
             frame[name] = getattr(self, name).numpy()[frame["example"]]
-        return frame.assign(effect=frame["p_restored"] - frame["p_corrupt"])
+        return self.with_ids(frame.assign(effect=frame["p_restored"] - frame["p_corrupt"]))
 
     def plot(self, ax: Axes | None = None) -> Axes:
         """The mean effect by layer and group, and the total effect as the last column.
@@ -151,7 +154,7 @@ class CausalTraceResult(Result):
 
 def causal_trace(
     vlm: VLM,
-    inputs: Inputs | Sequence[Inputs],
+    inputs: Readable,
     answers: Answers = None,
     corrupt: str = "noise",
     window: int = 1,
@@ -223,7 +226,7 @@ def causal_trace(
         p=float32(p), p_corrupt=float32(p_corrupt), p_restored=float32(p_restored).permute(1, 2, 0),
         groups=tuple(groups_of[0]), layers=tuple(range(vlm.n_layers)),
         windows=tuple((span.start, span.stop) for span in spans), at=at, corrupt=corrupt,
-        answers=vlm.to_str_tokens(torch.tensor(tokens)), model=vlm.name,
+        answers=vlm.to_str_tokens(torch.tensor(tokens)), model=vlm.name, example_ids=examples.ids,
     )  # fmt: skip
 
 
@@ -312,18 +315,20 @@ def _next_image(example: Example, examples: Examples) -> list[Image.Image]:
     With the same answer the image would corrupt nothing: it supports the clean answer too.
     """
     turns = [(example.number + step) % len(examples) for step in range(1, len(examples))]
-    others = [examples[turn] for turn in turns]
-    others = [other for other in others if other.inputs.images[0] != example.inputs.images[0]]
-    if not others:
+    n_others = 0
+    for other in map(examples.__getitem__, turns):  # one by one: each may have to be prepared
+        if other.inputs.images[0] == example.inputs.images[0]:
+            continue
+        if other.answer != example.answer:
+            return list(other.inputs.images[0])
+        n_others += 1
+    if not n_others:
         raise InputError(
             "corrupt='image' takes the image of another example, and there is none: give at least two examples, of "
             "different images."
         )
-    for other in others:
-        if other.answer != example.answer:
-            return list(other.inputs.images[0])
     raise InputError(
-        f"corrupt='image' takes the image of an example with another answer, and all {len(others)} others have the answer of "
+        f"corrupt='image' takes the image of an example with another answer, and all {n_others} others have the answer of "
         f"example {example.number}: give examples with different answers, or corrupt='blank'."
     )
 

@@ -22,10 +22,11 @@ from mechvlm.experiments.cases import Example, Examples, for_each, positions
 from mechvlm.experiments.sweep import Edit, run, sweep, windows
 from mechvlm.figures.headings import ALONE, INTERVAL, heading, n_examples, short_name, window_width
 from mechvlm.figures.style import LAYER, axes, style, text
-from mechvlm.inputs.batch import Answers, Inputs
+from mechvlm.inputs.batches import Answers
 from mechvlm.intervals import Interval, mean_interval
 from mechvlm.results import Result, float32, long_frame
 from mechvlm.tracing.interventions import knock_out
+from mechvlm.tracing.reading import Readable
 from mechvlm.vlm.vlm import VLM
 
 FLOWS = ("image -> question", "image -> last", "question -> last", "last -> last")
@@ -50,6 +51,7 @@ class InformationFlowResult(Result):
 
     units: ClassVar[str] = "change of the answer's probability (%)"
     texts: ClassVar[tuple[str, ...]] = ("answers",)
+    per_example: ClassVar[tuple[str, ...]] = ("answers",)
 
     p: Float[Tensor, " example"]
     p_knocked: Float[Tensor, "flow layer example"]
@@ -73,7 +75,7 @@ class InformationFlowResult(Result):
         labels = {"flow": self.flows, "layer": range(len(self.windows)), "example": range(len(self.p))}
         frame = long_frame(self.p_knocked, **labels).rename(columns={"value": "p_knocked"})
         frame["p"] = self.p.numpy()[frame["example"]]
-        return frame.assign(change=long_frame(self.change, **labels)["value"])
+        return self.with_ids(frame.assign(change=long_frame(self.change, **labels)["value"]))
 
     def plot(self, ax: Axes | None = None) -> Axes:
         """The mean change by the window's center, a line in its band of the interval for each flow.
@@ -108,7 +110,7 @@ class InformationFlowResult(Result):
 
 def information_flow(
     vlm: VLM,
-    inputs: Inputs | Sequence[Inputs],
+    inputs: Readable,
     answers: Answers = None,
     window: int = 9,
     flows: Sequence[str] = FLOWS,
@@ -145,9 +147,10 @@ def information_flow(
     spans = windows(vlm.n_layers, window)
     if not flows or any(flow.count("->") != 1 for flow in flows):
         raise ValueError(f"A flow reads 'source -> destination', such as {FLOWS[0]!r}; got {list(flows)}.")
+    examples = Examples(vlm, inputs, answers)
     by_example = for_each(
         vlm,
-        Examples(vlm, inputs, answers),
+        examples,
         _knock_out_flows,
         lambda example: ([_edges(example, flow) for flow in flows], spans),
         "information flow",
@@ -156,7 +159,7 @@ def information_flow(
     return InformationFlowResult(
         p=float32(p), p_knocked=float32(p_knocked).permute(1, 2, 0), flows=tuple(flows),
         windows=tuple((span.start, span.stop) for span in spans),
-        answers=vlm.to_str_tokens(torch.tensor(tokens)), model=vlm.name,
+        answers=vlm.to_str_tokens(torch.tensor(tokens)), model=vlm.name, example_ids=examples.ids,
     )  # fmt: skip
 
 

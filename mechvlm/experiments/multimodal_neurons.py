@@ -8,7 +8,6 @@
 3. A second forward gives the activations of the chosen neurons on the image.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
@@ -28,13 +27,15 @@ from mechvlm.families.record import part
 from mechvlm.figures.headings import answer_label
 from mechvlm.figures.panels import beside
 from mechvlm.figures.style import SIGNED, axes, style, text
-from mechvlm.inputs.batch import Answers, Inputs, as_batches, by_batch
+from mechvlm.inputs.batch import Inputs
+from mechvlm.inputs.batches import Answers, as_batches, by_batch
 from mechvlm.inputs.tokens import Modality
 from mechvlm.intervals import Interval, mean_interval
 from mechvlm.measures.words import word_of
 from mechvlm.ndif.requests import in_one_request
-from mechvlm.progress import track
 from mechvlm.results import Result
+from mechvlm.tracing.memory import over_batches
+from mechvlm.tracing.reading import Readable
 from mechvlm.vlm.kinds import require_gradients
 from mechvlm.vlm.vlm import VLM
 
@@ -87,6 +88,9 @@ class MultimodalNeuronsResult(Result):
 
     units: ClassVar[str] = "logit"
     texts: ClassVar[tuple[str, ...]] = ("words", "answers")
+    apart: ClassVar[str] = (
+        "neurons are chosen by their mean over all examples. Give multimodal_neurons all batches at once, as a list."
+    )
 
     layer: Int[Tensor, " neuron"]
     index: Int[Tensor, " neuron"]
@@ -132,7 +136,7 @@ class MultimodalNeuronsResult(Result):
         Columns: rank, layer, index, words, sign, example, answer, attribution, mean_activation.
         """
         n_examples, n_neurons = self.attribution.shape
-        return pd.DataFrame(
+        frame = pd.DataFrame(
             {
                 "rank": [r + 1 for r in range(n_neurons) for _ in range(n_examples)],
                 "layer": self.layer.repeat_interleave(n_examples).numpy(),
@@ -145,6 +149,7 @@ class MultimodalNeuronsResult(Result):
                 "mean_activation": self.activation.nanmean(-1).T.reshape(-1).numpy(),
             }
         )
+        return self.with_ids(frame)
 
     def plot(self, ax: Axes | None = None) -> Axes:
         """Each neuron's attribution with its words, and where on the image it fires.
@@ -198,7 +203,7 @@ class MultimodalNeuronsResult(Result):
 
 
 def multimodal_neurons(
-    vlm: VLM, inputs: Inputs | Sequence[Inputs], answers: Answers = None, k: int = 10, k_words: int = 5
+    vlm: VLM, inputs: Readable, answers: Answers = None, k: int = 10, k_words: int = 5
 ) -> MultimodalNeuronsResult:
     """The k MLP neurons that did most for the answers on the image, of those that decode to words.
 
@@ -219,7 +224,7 @@ def multimodal_neurons(
 
     Args:
         vlm: the model.
-        inputs: a batch, or a list of batches.
+        inputs: one batch or several. One that does not fit into memory is halved.
         answers: a word or a token id for all examples, or one per example over all batches in
             order; of several tokens the first one counts. None: the token that the model itself
             would write first (one more forward).
@@ -248,28 +253,29 @@ def multimodal_neurons(
             f"k={k} neurons of k_words={k_words} words were asked for: k is at least 1, k_words 1 to {vlm.d_vocab}, the size of "
             "the vocabulary."
         )
-    tokens = [vlm.answer_tokens(batch, words) for batch, words in zip(batches, answers_of, strict=True)]
-    pairs = list(zip(batches, tokens, strict=True))
-    sums = [in_one_request(vlm, attribute_to_neurons, *pair) for pair in track(pairs, "neurons: gradients, batches")]
+    tokens = torch.cat([vlm.answer_tokens(batch, words) for batch, words in zip(batches, answers_of, strict=True)])
+
+    def gradients(part: Inputs, numbers: range) -> tuple[Tensor, Tensor]:
+        return in_one_request(vlm, attribute_to_neurons, part, tokens[numbers.start : numbers.stop])
+
+    sums = over_batches(vlm, batches, gradients, "neurons: gradients, batches")
     attribution, activity = (torch.cat(parts) for parts in zip(*sums, strict=True))
     _refuse_nonfinite(attribution, vlm)
 
     chosen = choose_neurons(vlm, attribution.mean(0), activity.mean(0), k, k_words)
-    maps = [_activations(vlm, batch, chosen) for batch in track(batches, "neurons: activations, batches")]
-    longest = max(batch_map.shape[-1] for batch_map in maps)
-    pad = torch.nn.functional.pad
-    maps = [pad(batch_map, (0, longest - batch_map.shape[-1]), value=torch.nan) for batch_map in maps]
+    label = "neurons: activations, batches"
+    read_parts = over_batches(vlm, batches, lambda part, _: (_activations(vlm, part, chosen), _grid_of(part)), label)
+    maps, grids = zip(*read_parts, strict=True)
+    longest, pad = max(part.shape[-1] for part in maps), torch.nn.functional.pad
+    padded = [pad(part, (0, longest - part.shape[-1]), value=torch.nan) for part in maps]
     return MultimodalNeuronsResult(
-        layer=chosen.layer,
-        index=chosen.index,
+        layer=chosen.layer, index=chosen.index,
         attribution=attribution[:, chosen.layer, chosen.index],
-        activation=torch.cat(maps),
-        sign=chosen.sign,
-        words=chosen.words,
-        answers=vlm.to_str_tokens(torch.cat(tokens)),
-        grid=_common_grid(batches),
-        model=vlm.name,
-    )
+        activation=torch.cat(padded),
+        sign=chosen.sign, words=chosen.words,
+        answers=vlm.to_str_tokens(tokens),
+        grid=grids[0] if len(set(grids)) == 1 else (), model=vlm.name, example_ids=batches.ids,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -385,9 +391,9 @@ def _activations(vlm: VLM, inputs: Inputs, chosen: Neurons) -> Float[Tensor, "ex
     return activation
 
 
-def _common_grid(batches: list[Inputs]) -> tuple[int, ...]:
+def _grid_of(inputs: Inputs) -> tuple[int, ...]:
     """(rows, cols) of the patches, where every example has one image on the same grid; else ()."""
-    maps = [m for batch in batches for m in batch.token_maps]
+    maps = inputs.token_maps
     grids = {(g.rows, g.cols) for m in maps for g in m.grids}
     return grids.pop() if len(grids) == 1 and all(m.patches and len(m.grids) == 1 for m in maps) else ()
 

@@ -22,13 +22,14 @@ from mechvlm.experiments.cases import Example, Examples, for_each
 from mechvlm.experiments.sweep import Edit, run, sweep
 from mechvlm.figures.headings import ALONE, INTERVAL, heading, number, short_name
 from mechvlm.figures.style import axes, style
-from mechvlm.inputs.batch import Answers, Inputs, as_batches
+from mechvlm.inputs.batch import Inputs
+from mechvlm.inputs.batches import Answers, as_batches
 from mechvlm.intervals import Interval, mean_interval
 from mechvlm.probes.probe import Model, Row, State
 from mechvlm.probes.query_reading import QueryReading
 from mechvlm.results import Result, float32, long_frame
 from mechvlm.tracing.interventions import ablate
-from mechvlm.tracing.reading import read
+from mechvlm.tracing.reading import Readable, read
 from mechvlm.vlm.vlm import VLM
 
 ABLATION_CONDITIONS = ("own", "random", "highest norm")
@@ -60,6 +61,10 @@ class ObjectAblationResult(Result):
 
     units: ClassVar[str] = "drop in naming accuracy (percentage points)"
     texts: ClassVar[tuple[str, ...]] = ("answers",)
+
+    apart: ClassVar[str] = (
+        "each call ablates with the mean visual token of its own examples. Give object_ablation all batches at once, as a list."
+    )
 
     correct: Bool[Tensor, " example"]
     correct_ablated: Float[Tensor, "condition margin example"]
@@ -99,7 +104,7 @@ class ObjectAblationResult(Result):
         for name in ("p", "correct"):
             frame[name] = getattr(self, name).numpy()[frame["example"]]
         rows = frame["margin"].map({m: i for i, m in enumerate(self.margins)})
-        return frame.assign(n_tokens=self.n_tokens.numpy()[rows, frame["example"]])
+        return self.with_ids(frame.assign(n_tokens=self.n_tokens.numpy()[rows, frame["example"]]))
 
     def plot(self, ax: Axes | None = None) -> Axes:
         """The drop in naming accuracy by margin, a bar for each condition.
@@ -152,7 +157,7 @@ class ObjectAblationResult(Result):
 
 def object_ablation(
     vlm: VLM,
-    inputs: Inputs | Sequence[Inputs],
+    inputs: Readable,
     boxes: Sequence[Sequence[float | int]],
     answers: Answers,
     margins: Sequence[int] = (0, 1, 2),
@@ -215,7 +220,7 @@ def object_ablation(
     return ObjectAblationResult(
         correct=torch.tensor(correct), correct_ablated=correct_ablated, p=float32(p), p_ablated=p_ablated,
         n_tokens=torch.tensor(n_tokens).T, conditions=ABLATION_CONDITIONS, margins=tuple(int(m) for m in margins),
-        answers=vlm.to_str_tokens(torch.tensor(tokens)), model=vlm.name,
+        answers=vlm.to_str_tokens(torch.tensor(tokens)), model=vlm.name, example_ids=examples.ids,
     )  # fmt: skip
 
 
@@ -276,23 +281,23 @@ class _VisualTokenSum:
         """The sum, and how many tokens are in it."""
         return rows[0]["sum"].cpu(), sum(len(pos) for _, pos in plan)
 
+    def join(self, results: list[tuple[Tensor, int]]) -> tuple[Tensor, int]:
+        """The sum over several batches."""
+        return torch.stack([total for total, _ in results]).sum(0), sum(count for _, count in results)
 
-def _mean_token(vlm: VLM, batches: Sequence[Inputs]) -> tuple[Float[Tensor, "1 d_model"], list[Tensor]]:
+
+def _mean_token(vlm: VLM, inputs: Readable) -> tuple[Float[Tensor, "1 d_model"], Tensor | None]:
     """The mean visual token as it enters the decoder.
 
-    For a model with queries also where each example's queries read the image, [query row col].
+    For a model with queries also where they read the image, [example query row col].
     """
-    total, count, readings = torch.zeros(vlm.d_model, dtype=torch.float64), 0, []
     probes = (_VisualTokenSum(), *([QueryReading()] if vlm.cross_attentions else []))
-    for batch in batches:
-        (batch_sum, n), *reading = read(vlm, batch, *probes)
-        total, count = total + batch_sum, count + n
-        readings += [example_map for result in reading for example_map in result.map]
-    return (total / count).float()[None], readings
+    (total, count), *reading = read(vlm, inputs, *probes)
+    return (total / count).float()[None], reading[0].map if reading else None
 
 
 def _object_positions(
-    example: Example, box: Sequence[float | int], margins: Sequence[int], readings: list[Tensor]
+    example: Example, box: Sequence[float | int], margins: Sequence[int], readings: Tensor | None
 ) -> list[list[int]]:
     """Positions of the object's tokens, for each margin."""
     tokens = example.inputs.tokens
@@ -312,7 +317,7 @@ def _object_positions(
         )
     least = min(0.5, float(covered.max()))
     by_margin = [grid.inside(box, least, margin) for margin in margins]
-    if tokens.patches:
+    if readings is None:
         return [tokens.image[patches.flatten()].tolist() for patches in by_margin]
     reading = readings[example.number]
     n = max(1, len(tokens.image) // QUERY_SHARE)

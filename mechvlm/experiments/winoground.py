@@ -6,7 +6,7 @@
    caption that is true of an image and the other one (`WinogroundResult`).
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float
@@ -24,7 +24,8 @@ from mechvlm.probes.norm_attention import NormAttention
 from mechvlm.probes.probe import Model, Row, State
 from mechvlm.progress import track
 from mechvlm.results import stack
-from mechvlm.tracing.reading import read
+from mechvlm.tracing.memory import Failed, in_halves
+from mechvlm.tracing.reading import read, read_batch
 from mechvlm.vlm.vlm import VLM
 
 PROMPT = "Describe the scene."
@@ -87,8 +88,8 @@ def winoground(vlm: VLM, pairs: Sequence[Pair], prompt: str = PROMPT, batch_size
         batch_size: forwards together, of whole pairs (four each): it changes speed and memory, not
             results.
 
-    A pair with an image that cannot be read, or whose activations are not finite, is set aside with
-    the reason.
+    A pair with an image that cannot be read, whose activations are not finite, or which does not
+    fit into memory alone, is set aside with the reason.
 
     Source: Thrush et al. 2022 (arXiv:2204.03162).
 
@@ -102,9 +103,16 @@ def winoground(vlm: VLM, pairs: Sequence[Pair], prompt: str = PROMPT, batch_size
     values: list[Tensor] = []
     set_aside: list[tuple[str, str]] = []
     for start in track(range(0, len(pairs), step), "winoground, batches"):
-        for batch, batch_values in _read_or_set_aside(vlm, list(pairs[start : start + step]), prompt, set_aside):
-            used += batch
-            values.append(batch_values)
+        batch = range(start, min(start + step, len(pairs)))
+        parts = in_halves(
+            batch, lambda part: read_pairs(vlm, [pairs[i] for i in part], prompt), (InputError, NonFiniteError)
+        )
+        for part, outcome in parts:
+            if not isinstance(outcome, Failed):
+                used += [pairs[i] for i in part]
+                values.append(outcome)
+            elif len(part) == 1:
+                set_aside.append((pairs[part[0]].id, outcome.reason))
     if not used:
         first, reason = set_aside[0]
         raise InputError(f"None of the {len(pairs)} pairs could be read. The first, {first}: {reason}")
@@ -112,25 +120,6 @@ def winoground(vlm: VLM, pairs: Sequence[Pair], prompt: str = PROMPT, batch_size
         values=torch.cat(values, 2), pairs=tuple(pair.id for pair in used), set_aside=tuple(set_aside), prompt=prompt,
         model=vlm.name,
     )  # fmt: skip
-
-
-def _read_or_set_aside(
-    vlm: VLM, pairs: list[Pair], prompt: str, set_aside: list[tuple[str, str]]
-) -> Iterator[tuple[list[Pair], Tensor]]:
-    """The pairs with their values, all in one forward; where one spoils it, each pair alone.
-
-    A pair that cannot be read even alone is added to `set_aside`.
-    """
-    try:
-        values = read_pairs(vlm, pairs, prompt)
-    except (InputError, NonFiniteError) as error:
-        if len(pairs) == 1:
-            set_aside.append((pairs[0].id, str(error)))
-            return
-        for pair in pairs:
-            yield from _read_or_set_aside(vlm, [pair], prompt, set_aside)
-    else:
-        yield pairs, values
 
 
 def read_pairs(vlm: VLM, pairs: Sequence[Pair], prompt: str) -> Float[Tensor, "measure layer pair caption image"]:
@@ -147,7 +136,7 @@ def read_pairs(vlm: VLM, pairs: Sequence[Pair], prompt: str) -> Float[Tensor, "m
     inputs = vlm.inputs([pair.images[image] for pair, _, image in combinations], prompt)
     inputs, n_tokens = vlm.answered(inputs, captions)
     probes = Likelihood(n_tokens), LogitLens(k=1), _CaptionCosine(n_tokens), NormAttention(dst="last")
-    likelihood, lens, cosine, norms = read(vlm, inputs, *probes)
+    likelihood, lens, cosine, norms = read_batch(vlm, inputs, *probes)
     values = torch.full((len(PAIR_MEASURES), vlm.n_layers + 1, len(combinations)), torch.nan, dtype=torch.float32)
     for i, (caption, tokens) in enumerate(zip(captions, inputs.token_maps, strict=True)):
         words = lens_precision_recall(lens.of(i).pieces(), caption)

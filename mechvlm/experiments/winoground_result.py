@@ -99,6 +99,7 @@ class WinogroundResult(Result):
 
     units: ClassVar[str] = "share of words, cosine, residual-stream units, nats"
     measures: ClassVar[tuple[str, ...]] = PAIR_MEASURES
+    per_example: ClassVar[tuple[str, ...]] = ("pairs", "set_aside")
 
     values: Float[Tensor, "measure layer pair caption image"]
     pairs: tuple[str, ...]

@@ -7,8 +7,10 @@
 """
 
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import accumulate
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -22,6 +24,7 @@ from mechvlm.inputs.images import ImageLike, open_image
 from mechvlm.inputs.pairs import images_and_prompt, pair_examples
 from mechvlm.inputs.pieces import spell, token_texts
 from mechvlm.inputs.prompts import Prompt, fill_template, is_bare
+from mechvlm.inputs.rows import row_numbers
 from mechvlm.inputs.tokens import Modality, TokenMap
 
 
@@ -39,6 +42,7 @@ class Inputs:
         prompts: the prompts as they were given; of conversations, without their images.
         texts: the prompts in the family's template, as they were tokenized.
         model: name of the model that the batch was made for.
+        ids: the examples' names, or None; results carry them.
     """
 
     encoding: dict[str, Tensor] = field(repr=False)
@@ -47,42 +51,45 @@ class Inputs:
     prompts: tuple[Prompt, ...]
     texts: tuple[str, ...] = field(repr=False)
     model: str = ""
+    ids: tuple[str, ...] | None = None
 
     def __len__(self) -> int:
         return len(self.token_maps)
 
-    def __getitem__(self, example: int) -> "Inputs":
-        """One example alone, without its padding.
+    def __getitem__(self, examples: Any) -> "Inputs":
+        """Some of the examples as a batch, padded no further than they need.
+
+        >>> inputs[3], inputs[:10], inputs[[1, 5]], inputs[[True, False, True]], inputs[-1]
+
+        Args:
+            examples: a number, a slice, several numbers, or a mask with one bool per example.
 
         Raises:
-            IndexError: for an example that does not exist.
+            IndexError: for an example that does not exist, or a mask of another length.
+            InputError: for no example, or an index of another type.
         """
-        if not -len(self) <= example < len(self):
-            raise IndexError(f"Example {example} was asked for; these inputs hold 0 to {len(self) - 1}.")
-        row = example % len(self)
-        # pixel_values has one row per image: those of earlier examples come first.
-        first_image = sum(len(group) for group in self.images[:row])
+        return self.take(row_numbers(examples, len(self)))
+
+    def take(self, rows: Sequence[int], trim: bool = True) -> "Inputs":
+        """The examples of these numbers; with trim=False they keep the whole batch's padding.
+
+        Their positions are then those of the whole batch.
+        """
+        rows = list(rows)
+        masks = {key: self.encoding[key][rows].bool() for key in self.encoding if key.endswith("attention_mask")}
+        kept = {key: mask.any(0) if trim else torch.ones_like(mask[0]) for key, mask in masks.items()}
+        # pixel_values has one row per image: those of an example follow each other.
+        ends = list(accumulate(len(group) for group in self.images))
+        image_rows = [image for row in rows for image in range(ends[row] - len(self.images[row]), ends[row])]
         encoding = {}
         for key, value in self.encoding.items():
-            if key == "pixel_values":
-                encoding[key] = value[first_image : first_image + len(self.images[row])]
-            else:
-                mask = "qformer_attention_mask" if key.startswith("qformer") else "attention_mask"
-                encoding[key] = value[row : row + 1, self.encoding[mask][row].bool()]
-        padded, keep = self.token_maps[row], self.encoding["attention_mask"][row].bool()
-        strings, spelled = (
-            tuple(text for text, kept in zip(texts, keep.tolist(), strict=True) if kept)
-            for texts in (padded.strings, padded.spelled)
-        )
-        tokens = TokenMap(padded.ids[keep], strings, spelled, padded.modality[keep], padded.grids, padded.patches)
-        return Inputs(
-            encoding,
-            (tokens,),
-            self.images[row : row + 1],
-            self.prompts[row : row + 1],
-            self.texts[row : row + 1],
-            self.model,
-        )
+            mask = "qformer_attention_mask" if key.startswith("qformer") else "attention_mask"
+            encoding[key] = value[image_rows] if key == "pixel_values" else value[rows][:, kept[mask]]
+        maps = tuple(_at(self.token_maps[row], kept["attention_mask"]) for row in rows)
+        names = None if self.ids is None else tuple(self.ids[row] for row in rows)
+        images, prompts = tuple(self.images[row] for row in rows), tuple(self.prompts[row] for row in rows)
+        texts = tuple(self.texts[row] for row in rows)
+        return Inputs(encoding, maps, images, prompts, texts, self.model, names)
 
     @property
     def tokens(self) -> TokenMap:
@@ -96,6 +103,15 @@ class Inputs:
         return self.token_maps[0]
 
 
+def _at(tokens: TokenMap, kept: Tensor) -> TokenMap:
+    """The map of the positions that are kept [pos]."""
+    strings, spelled = (
+        tuple(text for text, keep in zip(texts, kept.tolist(), strict=True) if keep)
+        for texts in (tokens.strings, tokens.spelled)
+    )
+    return replace(tokens, ids=tokens.ids[kept], strings=strings, spelled=spelled, modality=tokens.modality[kept])
+
+
 def build_inputs(
     images: ImageLike | Sequence[ImageLike | Sequence[ImageLike]] | None,
     prompts: Prompt | Sequence[Prompt] | None,
@@ -104,6 +120,8 @@ def build_inputs(
     config,
     processor,
     model: str = "",
+    ids: tuple[str, ...] | None = None,
+    first: int = 0,
 ) -> Inputs:
     """Images and their prompts as a batch.
 
@@ -118,6 +136,8 @@ def build_inputs(
         config: config of the model.
         processor: the Hugging Face processor.
         model: name of the model.
+        ids: the examples' names.
+        first: the number by which errors call the first example.
 
     Raises:
         InputError: for an image that cannot be read, numbers of images and prompts that do not
@@ -127,11 +147,11 @@ def build_inputs(
     pairs = pair_examples(images, prompts)
     token = processor.tokenizer.convert_ids_to_tokens(part(config, record.image_token_id))
     examples = []
-    for number, (group, prompt) in enumerate(pairs):
+    for number, (group, prompt) in enumerate(pairs, first):
         try:
             examples.append(_encode(group, prompt, token, record, config, processor))
         except InputError as error:
-            if len(pairs) == 1:
+            if len(pairs) == 1 and not first:
                 raise
             raise InputError(f"Example {number}: {error}") from error
     if any(is_bare(prompt, token, record, processor) for _, prompt, _, _ in examples):
@@ -146,7 +166,7 @@ def build_inputs(
         _token_map(batch, row, encodings[row]["pixel_values"], opened[row], record, config, processor)
         for row in range(len(pairs))
     )
-    return Inputs(batch, maps, opened, given, texts, model)
+    return Inputs(batch, maps, opened, given, texts, model, ids)
 
 
 def _encode(
@@ -172,6 +192,22 @@ def _bos(text: str, processor) -> dict[str, bool]:
     """
     bos = processor.tokenizer.bos_token
     return {"add_special_tokens": False} if bos and text.startswith(bos) else {}
+
+
+def example_names(ids: Any, n_examples: int) -> tuple[str, ...] | None:
+    """The examples' ids as strings, or None where none are given.
+
+    Raises:
+        InputError: for another number of ids than examples, or ids that are no names or numbers.
+    """
+    if ids is None:
+        return None
+    names = [] if isinstance(ids, str) or not isinstance(ids, Iterable) else list(ids)
+    if not names or not all(isinstance(name, str | Integral) for name in names):
+        raise InputError(f"ids is a list with one name per example, not {ids!r}.")
+    if len(names) != n_examples:
+        raise InputError(f"{len(names)} ids were given for {n_examples} examples: give one each.")
+    return tuple(map(str, names))
 
 
 def _check_room(encoding, text: str, record: Architecture, config) -> None:
@@ -251,49 +287,3 @@ def _token_map(batch, row, pixels, images, record, config, processor) -> TokenMa
             "patches (the CLS token, with 'full'): that has no place on the image, and mechvlm cannot read it."
         )
     return tokens
-
-
-# -- several batches, and their answers --
-
-Answers = str | int | Sequence[str | int] | Tensor | None
-"""A word or a token id for all examples, or one per example; None for the model's own answer."""
-
-
-def as_batches(inputs: Any) -> list[Inputs]:
-    """One batch or several, as a list.
-
-    Raises:
-        InputError: for anything else, or an empty list.
-    """
-    batches = [inputs] if isinstance(inputs, Inputs) else list(inputs)
-    wrong_types = sorted({type(batch).__name__ for batch in batches if not isinstance(batch, Inputs)})
-    if wrong_types or not batches:
-        raise InputError(
-            "Give a batch that vlm.inputs(images, prompts) returns, or a list of such batches, not "
-            f"{wrong_types or 'an empty list'}."
-        )
-    return batches
-
-
-def by_batch(batches: Sequence[Inputs], answers: Answers) -> list[Any]:
-    """The answers of each batch.
-
-    Args:
-        batches: the batches.
-        answers: one answer for all examples, None, or one answer for each example of all batches,
-            in order.
-
-    Raises:
-        InputError: when the number of answers is not that of the examples.
-    """
-    answers = answers.tolist() if isinstance(answers, Tensor) else answers
-    if answers is None or isinstance(answers, str | int):
-        return [answers] * len(batches)
-    per_example, sizes = list(answers), [len(batch) for batch in batches]
-    if len(per_example) != sum(sizes):
-        raise InputError(
-            f"{len(per_example)} answers were given for {sum(sizes)} examples: give one for all, or one each, over all batches "
-            "in order."
-        )
-    ends = torch.tensor(sizes).cumsum(0).tolist()
-    return [per_example[end - size : end] for size, end in zip(sizes, ends, strict=True)]

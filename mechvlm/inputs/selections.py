@@ -46,28 +46,42 @@ def parts_of(selection: Any, inputs: Inputs, what: str) -> list[list[tuple[str, 
         ValueError: for an empty selection, a position, name or word that is not there, another
             number of selections than examples, and a flat list that could be meant per example.
     """
-    n = len(inputs)
+    by_example = _by_example(selection, len(inputs), what)
+    return [_example_parts(own, inputs, example, what) for example, own in enumerate(by_example)]
+
+
+def part_of_selection(selection: Any, numbers: range, n_examples: int, what: str) -> Any:
+    """The selection for the examples `numbers` of all `n_examples`; see `parts_of`.
+
+    >>> part_of_selection([["red"], ["blue"], ["green"]], range(1, 3), 3, "dst")
+    [['blue'], ['green']]
+
+    Raises:
+        ValueError: for another number of selections than examples, and a flat list that could be
+            meant per example.
+    """
+    own = _by_example(selection, n_examples, what)[numbers.start : numbers.stop]
+    # Written per example, because a flat list as long as the part would be ambiguous there.
+    return own if isinstance(selection, Sequence | Tensor) and not isinstance(selection, str) else selection
+
+
+def _by_example(selection: Any, n: int, what: str) -> list[Any]:
+    """The selection of each of the n examples."""
+    if getattr(selection, "ndim", 1) == 2:
+        selection = list(selection)
     if isinstance(selection, Sequence) and not isinstance(selection, str) and any(map(_is_several, selection)):
         if len(selection) != n:
             raise ValueError(
                 f"{what}: {len(selection)} selections were given for a batch of {n}: give one per example."
             )
-        by_example = list(selection)
-    elif getattr(selection, "ndim", 1) == 2:
-        return parts_of(list(selection), inputs, what)
-    else:
-        if (
-            isinstance(selection, list | tuple)
-            and len(selection) == n > 1
-            and not set(selection) <= set(POSITION_NAMES)
-        ):
-            nested = [[entry] for entry in selection]
-            raise ValueError(
-                f"{what}={list(selection)} for a batch of {n} could be these positions in every example, or one in each. "
-                f"Write {[list(selection)] * n} for the first, and {nested} for the second."
-            )
-        by_example = [selection] * n
-    return [_example_parts(own, inputs, example, what) for example, own in enumerate(by_example)]
+        return list(selection)
+    if isinstance(selection, list | tuple) and len(selection) == n > 1 and not set(selection) <= set(POSITION_NAMES):
+        nested = [[entry] for entry in selection]
+        raise ValueError(
+            f"{what}={list(selection)} for a batch of {n} could be these positions in every example, or one in each. "
+            f"Write {[list(selection)] * n} for the first, and {nested} for the second."
+        )
+    return [selection] * n
 
 
 def _example_parts(selection: Any, inputs: Inputs, example: int, what: str) -> list[tuple[str, Tensor]]:

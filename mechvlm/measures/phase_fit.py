@@ -9,14 +9,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from itertools import pairwise
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mechvlm.errors import InputError
 from mechvlm.measures.phases import PAPER_PHASES, PAPER_WITHIN_MODALITY, Change, Evidence, Phases
 from mechvlm.measures.segments import (
     DIRECTION_VERBS,
@@ -30,6 +32,7 @@ from mechvlm.measures.segments import (
     resampled_means,
     turning_layers,
 )
+from mechvlm.results import concat
 
 N_BOOTSTRAP = 1000
 N_FOLDS = 10
@@ -53,10 +56,10 @@ class ModalityCurves(Protocol):
 
 
 def fit_phases(
-    curves: ModalityCurves | Float[np.ndarray, "example layer"] | Float[Tensor, "example layer"],
+    curves: ModalityCurves | Float[np.ndarray, "example layer"] | Float[Tensor, "example layer"] | Sequence,
     *,
-    image: Float[np.ndarray, "example layer"] | Float[Tensor, "example layer"] | None = None,
-    text: Float[np.ndarray, "example layer"] | Float[Tensor, "example layer"] | None = None,
+    image: Float[np.ndarray, "example layer"] | Float[Tensor, "example layer"] | Sequence | None = None,
+    text: Float[np.ndarray, "example layer"] | Float[Tensor, "example layer"] | Sequence | None = None,
     max_segments: int = 6,
     n_bootstrap: int = N_BOOTSTRAP,
     confidence: float = 0.95,
@@ -95,7 +98,7 @@ def fit_phases(
 
     Args:
         curves: a `ContextualizationResult`, or each example's inter-modal similarity [example
-            layer].
+            layer]; a list of either is one group of examples.
         image: similarity within the image, of the same examples [example layer]. It corroborates
             the phases and decides nothing. A `ContextualizationResult` brings its own.
         text: the same within the text.
@@ -111,7 +114,8 @@ def fit_phases(
         ValueError: for NaN, no example, fewer than 3 layers, shapes that differ, or an option out
             of its range.
     """
-    inter_modal: np.ndarray | Tensor
+    inter_modal: Any
+    curves, image, text = _as_one(curves), _as_one(image), _as_one(text)
     if isinstance(curves, ModalityCurves):
         inter_modal, image, text = curves.inter.T, curves.image.T, curves.text.T
     else:
@@ -317,7 +321,26 @@ def _explain_within(labels: tuple[str | None, ...], changes: dict[str, tuple[Cha
     return sentences
 
 
-def _check_curves(name: str, curves: np.ndarray | Tensor) -> Float[np.ndarray, "example layer"]:
+def _as_one(curves: Any) -> Any:
+    """Several results, or several arrays [example layer], as one group of examples."""
+    if not isinstance(curves, list | tuple):
+        return curves
+    if not curves:
+        raise InputError("There is no curve: give a ContextualizationResult, or several.")
+    kinds = [isinstance(curve, ModalityCurves) for curve in curves]
+    if all(kinds):
+        return concat(list(curves))
+    if any(kinds):
+        raise InputError("Give several results, or several arrays [example, layer], not some of both.")
+    if any(getattr(curve, "ndim", 0) != 2 for curve in curves):
+        return curves  # numbers, checked as one array
+    shapes = [tuple(curve.shape) for curve in curves]
+    if len({n_layers for _, n_layers in shapes}) > 1:
+        raise InputError(f"Curves of one group go over the same layers; their shapes (example, layer) are {shapes}.")
+    return np.concatenate([torch.as_tensor(curve).detach().double().cpu().numpy() for curve in curves])
+
+
+def _check_curves(name: str, curves: Any) -> Float[np.ndarray, "example layer"]:
     """The curves as a float64 array, if they have a usable shape and are finite."""
     if isinstance(curves, Tensor):
         curves = curves.detach().double().cpu().numpy()

@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -110,6 +110,9 @@ class Phases(Result):
     """
 
     units = "cosine similarity"
+    apart: ClassVar[str] = (
+        "phases are those of all examples together. Give fit_phases the curves of all batches, as a list."
+    )
 
     mean: Float[Tensor, " state"]
     fit: Float[Tensor, " state"]

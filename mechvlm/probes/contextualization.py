@@ -10,8 +10,9 @@ anisotropy baseline (2019), the mean cosine of tokens from different examples, s
 3. Their sums over the batch give the baseline (`anisotropy_baseline`).
 """
 
-from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, NamedTuple
 
 import pandas as pd
 import torch
@@ -23,7 +24,7 @@ from mechvlm.figures.style import LINES, axes, curve, state_axis, style
 from mechvlm.inputs.batch import Inputs
 from mechvlm.inputs.tokens import Modality
 from mechvlm.probes.probe import Model, Row, State
-from mechvlm.results import Result, long_frame, stack
+from mechvlm.results import Result, concat, long_frame, stack
 
 MODALITY_PAIRS = ("inter", "image", "text")
 """Between image and text tokens, within the image tokens, within the text tokens."""
@@ -105,6 +106,17 @@ class Contextualization:
     special: bool = False
     subtract_baseline: bool = False
 
+    def part_of(self, numbers: range, n_examples: int) -> "Contextualization":
+        """The probe for some of the examples: the baseline is that of all, and comes at the end."""
+        if self.subtract_baseline and n_examples < 2:
+            raise ValueError("The anisotropy baseline compares tokens of different examples: give at least two.")
+        return replace(self, subtract_baseline=False)
+
+    def join(self, results: list["ContextualizationResult"]) -> "ContextualizationResult":
+        """The results of all parts as one."""
+        curves = concat(results)
+        return curves.minus_baseline() if self.subtract_baseline else curves
+
     def prepare(self, vlm: Model, inputs: Inputs) -> ContextualizationPlan:
         """Find the positions of image and text in each example."""
         if self.subtract_baseline and len(inputs) < 2:
@@ -131,7 +143,7 @@ class Contextualization:
     ) -> "ContextualizationResult":
         """The curves, with the baseline of the batch."""
         inter, image, text = stack([row["dots"] for row in rows]).unbind(1)
-        sums = {name: stack([row[name] for row in rows]) for name in ("sum_image", "sum_text")}
+        sums: dict[str, Any] = {name: stack([row[name] for row in rows]) for name in ("sum_image", "sum_text")}
         same = torch.stack([inter.sum(-1), image.sum(-1), text.sum(-1)])
         baseline = anisotropy_baseline(same=same, n=len(inputs), **sums)
         if not self.self_pairs:
@@ -158,12 +170,13 @@ class ContextualizationResult(Result):
         adjusted: whether the baseline has been subtracted.
         model: the model's name.
         sum_image, sum_text: sums over examples of their mean unit vectors. With `same` they give
-            the baseline of several batches together (`merge`).
+            the baseline of several batches together.
         same: sums over examples of the dot products of their own mean unit vectors, in the order of
             `MODALITY_PAIRS`.
     """
 
     units: ClassVar[str] = "cosine"
+    computed: ClassVar[tuple[str, ...]] = ("baseline", "sum_image", "sum_text", "same")
 
     inter: Float[Tensor, "state example"]
     image: Float[Tensor, "state example"]
@@ -184,7 +197,23 @@ class ContextualizationResult(Result):
             long_frame(getattr(self, pair), state=range(n_states), example=range(n_examples)).assign(pair=pair)
             for pair in MODALITY_PAIRS
         ]
-        return pd.concat(frames, ignore_index=True)[["pair", "state", "example", "value"]]
+        return self.with_ids(pd.concat(frames, ignore_index=True)[["pair", "state", "example", "value"]])
+
+    @classmethod
+    def joined(cls, results: Sequence["ContextualizationResult"]) -> dict[str, Any]:
+        """The sums over all examples, and the baseline and curves that follow from them."""
+        sums = {
+            name: torch.stack([getattr(result, name) for result in results]).sum(0)
+            for name in ("sum_image", "sum_text", "same")
+        }
+        baseline = anisotropy_baseline(n=sum(result.count_examples() for result in results), **sums)
+        if not results[0].adjusted:
+            return {**sums, "baseline": baseline}
+        curves = {}
+        for i, pair in enumerate(MODALITY_PAIRS):
+            raw = [getattr(result, pair) + result.baseline[i][:, None] for result in results]
+            curves[pair] = torch.cat(raw, dim=1) - baseline[i][:, None]
+        return {**sums, **curves, "baseline": baseline}
 
     def minus_baseline(self) -> "ContextualizationResult":
         """The same result with the anisotropy baseline subtracted from every curve.
@@ -211,23 +240,3 @@ class ContextualizationResult(Result):
             ax.set_title(f"Contextualization, {self.model}")
             ax.legend()
         return ax
-
-
-def merge(results: list[ContextualizationResult]) -> ContextualizationResult:
-    """Several batches as one result, with the baseline of all their examples together.
-
-    Raises:
-        ValueError: when they were made by different models or with different options, or when a
-            baseline was subtracted already.
-    """
-    settings = {(r.self_pairs, r.special, r.adjusted, r.model) for r in results}
-    if len(settings) != 1 or results[0].adjusted:
-        raise ValueError(
-            f"These results cannot be merged: (self_pairs, special, adjusted, model) are {sorted(settings)}. "
-            "Merge results of one model and one setting, without subtract_baseline."
-        )
-    sums = {name: torch.stack([getattr(r, name) for r in results]).sum(0) for name in ("sum_image", "sum_text", "same")}
-    curves = {pair: torch.cat([getattr(r, pair) for r in results], dim=1) for pair in MODALITY_PAIRS}
-    n_examples = curves["inter"].shape[1]
-    baseline = anisotropy_baseline(n=n_examples, **sums)
-    return ContextualizationResult(**{**vars(results[0]), **curves, **sums, "baseline": baseline})

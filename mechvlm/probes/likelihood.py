@@ -5,7 +5,7 @@ last state, at the position before each of its tokens.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -47,6 +47,12 @@ class Likelihood:
     """
 
     n_tokens: Sequence[int]
+
+    def part_of(self, numbers: range, n_examples: int) -> "Likelihood":
+        """The probe for some of the examples."""
+        if len(self.n_tokens) != n_examples:
+            raise ValueError(f"n_tokens holds {len(self.n_tokens)} numbers for {n_examples} examples.")
+        return Likelihood(list(self.n_tokens)[numbers.start : numbers.stop])
 
     def prepare(self, vlm: Model, inputs: Inputs) -> LikelihoodPlan:
         """Find the measured tokens."""
@@ -95,6 +101,14 @@ class LikelihoodResult(Result):
 
     logprob: Float[Tensor, "example token"]
     model: str
+
+    @property
+    def seq_length(self) -> int:
+        return self.logprob.shape[1]
+
+    def padded(self, length: int) -> "LikelihoodResult":
+        shift = length - self.logprob.shape[1]
+        return replace(self, logprob=torch.nn.functional.pad(self.logprob, (shift, 0), value=torch.nan))
 
     @property
     def total(self) -> Float[Tensor, " example"]:

@@ -9,8 +9,8 @@ scale of the final norm is known, the logit is linear in that state, so each wri
 3. The last state gives the norm's scale, by which all of them are divided in the end.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
 import numpy as np
@@ -30,6 +30,7 @@ from mechvlm.figures.headings import answer_label
 from mechvlm.figures.panels import above
 from mechvlm.figures.style import SIGNED, Line, axes, layer_axis, style
 from mechvlm.inputs.batch import Inputs
+from mechvlm.inputs.batches import Answers, answers_of
 from mechvlm.intervals import Interval, mean_interval
 from mechvlm.probes.probe import Model, Row, State, Written
 from mechvlm.results import Result, long_frame, stack, to_cpu
@@ -126,8 +127,12 @@ class LogitAttribution:
         ValueError: from `read`, when an answer is its own `versus`.
     """
 
-    answers: str | int | Sequence[str | int] | None = None
-    versus: str | int | Sequence[str | int] | None = None
+    answers: Answers = None
+    versus: Answers = None
+
+    def part_of(self, numbers: range, n_examples: int) -> "LogitAttribution":
+        """The probe for some of the examples."""
+        return LogitAttribution(*(answers_of(answers, numbers, n_examples) for answers in (self.answers, self.versus)))
 
     def prepare(self, vlm: Model, inputs: Inputs) -> AttributionPlan:
         """Find the answers' tokens, each example's last position and its image."""
@@ -214,6 +219,7 @@ class LogitAttributionResult(Result):
 
     units: ClassVar[str] = "logit"
     texts: ClassVar[tuple[str, ...]] = ("answers", "versus")
+    per_example: ClassVar[tuple[str, ...]] = ("answers", "versus")
 
     embed: Float[Tensor, " example"]
     heads: Float[Tensor, "layer example head"]
@@ -276,7 +282,8 @@ class LogitAttributionResult(Result):
             "bias": long_frame(self.bias[None], layer=[n_layers], example=examples),
         }
         frames = [heads, *(frame.assign(part=part, head=-1) for part, frame in rest.items())]
-        return pd.concat(frames, ignore_index=True)[["part", "layer", "head", "example", "value", "from_image"]]
+        columns = ["part", "layer", "head", "example", "value", "from_image"]
+        return self.with_ids(pd.concat(frames, ignore_index=True)[columns])
 
     def plot(self, ax: Axes | None = None) -> Axes:
         """The parts of each layer, and above them each head; means over examples with intervals.
@@ -335,15 +342,3 @@ class LogitAttributionResult(Result):
         note = f"mean of {n_examples} examples with 95 % intervals; a dot where it leaves out 0"
         title = f"Logit attribution: {answer_label(self.answers, self.versus)}, {self.model}"
         ax.set_title(f"{title}\n{note}" if n_examples > 1 else title, fontsize=8.5)
-
-
-def merge(results: Sequence[LogitAttributionResult]) -> LogitAttributionResult:
-    """Several batches as one result: their examples one after the other."""
-
-    def joined(name: str):
-        values = [getattr(r, name) for r in results]
-        if isinstance(values[0], Tensor):
-            return torch.cat(values, dim=0 if values[0].ndim == 1 else 1)
-        return sum(values, ()) if isinstance(values[0], tuple) else values[0]
-
-    return LogitAttributionResult(**{f.name: joined(f.name) for f in fields(LogitAttributionResult)})

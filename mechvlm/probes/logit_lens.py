@@ -4,7 +4,9 @@ Every state goes through the model's final norm and unembedding, as only the las
 model (nostalgebraist 2020; on visual tokens, Wei et al. 2024).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -14,11 +16,11 @@ from jaxtyping import Float, Int
 from matplotlib.axes import Axes
 from torch import Tensor
 
-from mechvlm.errors import refuse_renamed
+from mechvlm.errors import InputError, refuse_renamed
 from mechvlm.figures.style import STATE, axes, position_ticks, style, text
 from mechvlm.inputs.batch import Inputs
 from mechvlm.inputs.numbers import shortened, state_numbers
-from mechvlm.inputs.selections import positions_of
+from mechvlm.inputs.selections import part_of_selection, positions_of
 from mechvlm.probes.probe import Model, Row, State
 from mechvlm.results import Result, stack
 
@@ -92,6 +94,10 @@ class LogitLens:
     states: Any = None
     final_norm: bool = True
 
+    def part_of(self, numbers: range, n_examples: int) -> "LogitLens":
+        """The probe for some of the examples."""
+        return replace(self, positions=part_of_selection(self.positions, numbers, n_examples, "positions"))
+
     def prepare(self, vlm: Model, inputs: Inputs) -> LensPlan:
         """Find the states and the points that are read."""
         if not 1 <= self.k <= vlm.d_vocab:
@@ -118,11 +124,9 @@ class LogitLens:
         distinct = ids.unique()
         vocabulary = tuple(zip(distinct.tolist(), vlm.to_str_tokens(distinct), strict=True))
         probs = stack([row["probs"] for row in rows])
-        from_end = plan.position - len(inputs.token_maps[0])
         patches = all(tokens.patches for tokens in inputs.token_maps)
-        return LogitLensResult(
-            ids, probs, *plan, vocabulary, self.final_norm, vlm.name, from_end, _cells(plan, inputs), patches
-        )
+        cells, length = _cells(plan, inputs), len(inputs.token_maps[0])
+        return LogitLensResult(ids, probs, *plan, vocabulary, self.final_norm, vlm.name, cells, patches, length)
 
 
 def _cells(plan: LensPlan, inputs: Inputs) -> Int[Tensor, "point 3"]:
@@ -154,15 +158,17 @@ class LogitLensResult(Result):
         vocabulary: the text of every id in `ids`, as (id, text) pairs.
         final_norm: whether states went through the model's final norm.
         model: the model's name.
-        from_end: the same positions counted from the end, -1 the last. None in files of earlier
-            versions, like `cells`.
-        cells: (image, row, col) of each point's patch; -1 where it is none.
+        cells: (image, row, col) of each point's patch; -1 where it is none. None in files of earlier
+            versions.
         patches: False where visual tokens are queries, which have no place on the image.
+        n_positions: the length of the padded sequences in which `position` counts; None in files of
+            earlier versions.
     """
 
     units: ClassVar[str] = "probability"
     renamed: ClassVar[dict[str, str]] = {"tokens": "ids", "layers": "states"}
     texts: ClassVar[tuple[str, ...]] = ("vocabulary",)
+    computed: ClassVar[tuple[str, ...]] = ("vocabulary",)
 
     ids: Int[Tensor, "state point k"]
     probs: Float[Tensor, "state point k"]
@@ -172,9 +178,37 @@ class LogitLensResult(Result):
     vocabulary: tuple[tuple[int, str], ...]
     final_norm: bool
     model: str
-    from_end: Int[Tensor, " point"] | None = None
     cells: Int[Tensor, "point 3"] | None = None
     patches: bool = True
+    n_positions: int | None = None
+
+    @property
+    def seq_length(self) -> int | None:
+        if self.n_positions is None:
+            raise InputError(
+                "This LogitLensResult comes from an earlier version, whose files do not say how far sequences were padded: "
+                "its positions cannot be joined with others. Read it again."
+            )
+        return self.n_positions
+
+    def padded(self, length: int) -> "LogitLensResult":
+        return replace(self, position=self.position + length - (self.seq_length or 0), n_positions=length)
+
+    def count_examples(self) -> int:
+        held = sorted(set(self.example.tolist()))
+        if held != list(range(len(held))) or (self.example_ids is not None and len(self.example_ids) != len(held)):
+            raise InputError(
+                f"A LogitLensResult holds only the examples {held} of its batch. Join whole results first, then take of(example)."
+            )
+        return len(held)
+
+    @classmethod
+    def joined(cls, results: Sequence["LogitLensResult"]) -> dict[str, Any]:
+        """The examples' numbers, counted on, and the pieces of all ids."""
+        starts = accumulate((result.count_examples() for result in results), initial=0)
+        numbers = [result.example + start for result, start in zip(results, starts, strict=False)]
+        pieces = sorted({pair for result in results for pair in result.vocabulary})
+        return {"example": torch.cat(numbers), "vocabulary": tuple(pieces)}
 
     def of(self, example: int) -> "LogitLensResult":
         """One example's points, in the order of its positions.
@@ -194,7 +228,7 @@ class LogitLensResult(Result):
         return self._subset(torch.isin(self.position, positions))
 
     def _subset(self, chosen: Tensor) -> "LogitLensResult":
-        by_point = {"example", "position", "from_end", "cells"}
+        by_point = {"example", "position", "cells"}
         values = {name: getattr(self, name) for name in by_point}
         values = {name: None if value is None else value[chosen] for name, value in values.items()}
         return replace(self, ids=self.ids[:, chosen], probs=self.probs[:, chosen], **values)
@@ -284,9 +318,9 @@ class LogitLensResult(Result):
                 f"The patch at row {row}, col {col} of image {image}",
             )
         elif position is not None and position < 0:
-            if self.from_end is None:
+            if self.n_positions is None:
                 raise ValueError(f"This lens was saved by an earlier version: say which position {position} is.")
-            places = self.from_end[:, None]
+            places = self.position[:, None] - self.n_positions
         self.of(example)  # refuses an example that was not read
         own = self.example == example
         match = (own & (places == torch.tensor(place)).all(-1)).nonzero()[:, 0].tolist()
@@ -315,7 +349,7 @@ class LogitLensResult(Result):
         n_states, n_points, k = self.ids.shape
         name = dict(self.vocabulary)
         ids = self.ids.reshape(-1).tolist()
-        return pd.DataFrame(
+        frame = pd.DataFrame(
             {
                 "state": [state for state in self.states for _ in range(n_points * k)],
                 "example": self.example.repeat_interleave(k).repeat(n_states).numpy(),
@@ -326,6 +360,7 @@ class LogitLensResult(Result):
                 "probability": self.probs.reshape(-1).numpy(),
             }
         )
+        return self.with_ids(frame)
 
     def plot(self, ax: Axes | None = None) -> Axes:
         """Each position's likeliest token at each state, on the color of its probability.

@@ -9,7 +9,7 @@ A source with a large weight may still write next to nothing (Kobayashi et al. 2
 So the vectors themselves, [dest src d_model], are never formed.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, NamedTuple
 
 import pandas as pd
@@ -20,9 +20,10 @@ from matplotlib.axes import Axes
 from torch import Tensor
 
 from mechvlm.decoder.attention import attention_rows
+from mechvlm.errors import InputError
 from mechvlm.figures.style import axes, heatmap, position_ticks, style
 from mechvlm.inputs.batch import Inputs
-from mechvlm.inputs.selections import parts_of
+from mechvlm.inputs.selections import part_of_selection, parts_of
 from mechvlm.inputs.tokens import Modality
 from mechvlm.probes.probe import Attended, Model, Row
 from mechvlm.results import Result, long_frame, stack
@@ -121,6 +122,10 @@ class NormAttention:
 
     dst: Any = ("last_text", "last_image")
 
+    def part_of(self, numbers: range, n_examples: int) -> "NormAttention":
+        """The probe for some of the examples."""
+        return NormAttention(part_of_selection(self.dst, numbers, n_examples, "dst"))
+
     def prepare(self, vlm: Model, inputs: Inputs) -> NormPlan:
         """Find the destinations of each example, and name them."""
         length = len(inputs.token_maps[0])
@@ -168,7 +173,9 @@ class NormAttention:
 
     def result(self, plan: NormPlan, rows: list[Row], vlm: Model, inputs: Inputs) -> "NormAttentionResult":
         """The rows of all layers."""
-        parts = {name: stack([row[name] for row in rows]) for name in ("norm", "weight", "value_norm")}
+        parts: dict[str, Any] = {name: stack([row[name] for row in rows]) for name in ("norm", "weight", "value_norm")}
+        padding = torch.stack([tokens.modality == Modality.PADDING for tokens in inputs.token_maps])
+        parts["value_norm"].masked_fill_(padding[:, None], 0)
         return NormAttentionResult(
             **parts, layers=tuple(range(vlm.n_layers)), dest=plan.dest, names=plan.names, model=vlm.name
         )
@@ -207,6 +214,38 @@ class NormAttentionResult(Result):
         return values | {"layers": tuple(layer - 1 for layer in values["layers"])}
 
     @property
+    def seq_length(self) -> int:
+        return self.norm.shape[-1]
+
+    @property
+    def all_pairs(self) -> bool:
+        """Whether every position is a destination."""
+        return self.names == tuple(map(str, range(self.seq_length)))
+
+    def padded(self, length: int) -> "NormAttentionResult":
+        """Padding stands on the left: positions move to the right, over sources of norm 0.
+
+        Raises:
+            InputError: for destinations by number, which mean other tokens in sequences of other
+                lengths.
+        """
+        shift, pad = length - self.seq_length, torch.nn.functional.pad
+        if not shift:
+            return self
+        numbers = [name for name in self.names if name.isdigit()]
+        if numbers and not self.all_pairs:
+            raise InputError(
+                f"dst={', '.join(numbers)} are positions by number, in batches that are padded to {self.seq_length} and to "
+                f"{length} positions: they mean other tokens. Give dst by name, or all examples as one batch."
+            )
+        dest, names, rows = self.dest + shift, self.names, 0
+        if self.all_pairs:
+            dest, names, rows = torch.arange(length).expand(len(dest), -1), tuple(map(str, range(length))), shift
+        norm, weight = (pad(x, (shift, 0, rows, 0)) for x in (self.norm, self.weight))
+        value_norm = pad(self.value_norm, (shift, 0))
+        return replace(self, norm=norm, weight=weight, value_norm=value_norm, dest=dest, names=names)
+
+    @property
     def norm_head(self) -> Float[Tensor, "layer example head dest src"]:
         """‖α_h f_h(x_src)‖ = α_h ‖f_h(x_src)‖ per head, computed on demand.
 
@@ -221,13 +260,14 @@ class NormAttentionResult(Result):
         """
         _, n_examples, _, n_src = self.norm.shape
         labels = {"layer": self.layers, "example": range(n_examples), "dest": self.names, "src": range(n_src)}
-        return pd.concat(
+        frame = pd.concat(
             [
                 long_frame(self.norm, **labels).assign(measure="norm"),
                 long_frame(self.weight.mean(2), **labels).assign(measure="weight"),
             ],
             ignore_index=True,
         )
+        return self.with_ids(frame)
 
     def plot(self, ax: Axes | None = None) -> Axes:
         """The first destination's sources by layer, mean over examples."""

@@ -15,6 +15,14 @@
 3. `result = probe.result(plan, rows, vlm, inputs)`, afterwards, with the rows in the order of the
    forward.
 
+Several batches, or a batch that does not fit into memory, are read part by part. Two methods that a
+probe may have say how:
+
+    part_of(numbers, n_examples)   the probe for the examples `numbers` (a range) out of n_examples,
+                                   where its settings hold something for each example
+    join(results)                  one result of those of all parts, in order; without it, results
+                                   are joined by `mechvlm.concat`
+
 The smallest probe, the norm of the last position's state:
 
     class LastNorm:
@@ -38,7 +46,8 @@ from mechvlm.decoder.attention import Attention
 from mechvlm.decoder.norms import Norm
 from mechvlm.decoder.projections import Projection
 from mechvlm.families.record import Architecture
-from mechvlm.inputs.batch import Answers, Inputs
+from mechvlm.inputs.batch import Inputs
+from mechvlm.inputs.batches import Answers
 
 READS = ("at_queries", "at_state", "at_attention", "at_writes")
 """The methods with which a probe reads, in the order in which a forward calls them."""

@@ -88,7 +88,8 @@ class QueryReadingResult(Result):
     def to_frame(self) -> pd.DataFrame:
         """One row per cross-attention layer, example, query, row and col."""
         names = ("layer", "example", "query", "row", "col")
-        return long_frame(self.weight, **{name: range(n) for name, n in zip(names, self.weight.shape, strict=True)})
+        labels = {name: range(n) for name, n in zip(names, self.weight.shape, strict=True)}
+        return self.with_ids(long_frame(self.weight, **labels))
 
     def plot(self, ax: Axes | None = None) -> Axes:
         """Where each query of the first example reads: one small map per query, in their order."""

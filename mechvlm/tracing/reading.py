@@ -1,4 +1,6 @@
-"""read(): any number of probes in one forward. It knows no probe by name.
+"""read(): any number of probes in one forward a batch. It knows no probe by name.
+
+`read_batch` reads one batch:
 
 1. Every probe prepares a plan, before the forward (`mechvlm.probes.probe` says what a probe is).
 2. One trace runs the forward. `_readings` goes through it in its order, and reads only what one of
@@ -7,11 +9,14 @@
    nothing of the size of the residual stream outlives its layer.
 4. Whether each state is finite is noted on the way. NaN is refused, with the layer where it begins.
 5. Every probe makes its result out of its rows.
+
+`read` takes batch after batch, halves those that do not fit into memory, and joins the results.
 """
 
 import hashlib
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any, Literal, overload
 
 import nnsight
@@ -21,53 +26,100 @@ from torch import Tensor
 from mechvlm.decoder.attention import read_attention
 from mechvlm.errors import InputError, NonFiniteError
 from mechvlm.inputs.batch import Inputs
+from mechvlm.inputs.batches import Batches, as_batches
 from mechvlm.inputs.tokens import Modality
 from mechvlm.ndif.jobs import Job
 from mechvlm.ndif.requests import backend_for
 from mechvlm.probes.probe import READS, Attended, Queried, State, Written
+from mechvlm.results import Result, concat
+from mechvlm.tracing.memory import over_batches
 from mechvlm.vlm.vlm import VLM
 
+Readable = Inputs | Batches | Sequence[Inputs]
+"""One batch or several."""
+
 
 @overload
-def read(vlm: VLM, inputs: Inputs, *probes) -> tuple: ...
+def read(vlm: VLM, inputs: Readable, *probes) -> tuple: ...
 
 
 @overload
-def read(vlm: VLM, inputs: Inputs, *probes, blocking: Literal[False], job_id: str | None = None) -> Job: ...
+def read(vlm: VLM, inputs: Readable, *probes, blocking: Literal[False], job_id: str | None = None) -> Job: ...
 
 
-def read(vlm: VLM, inputs: Inputs, *probes, blocking: bool = True, job_id: str | None = None) -> tuple | Job:
-    """Run ONE forward and return each probe's result, in the order of the probes.
+def read(vlm: VLM, inputs: Readable, *probes, blocking: bool = True, job_id: str | None = None) -> tuple | Job:
+    """Run ONE forward a batch and return each probe's result, in the order of the probes.
 
     >>> lens, norms = mv.read(vlm, inputs, mv.LogitLens(k=5), mv.NormAttention(dst="last"))
 
+    Of several batches one is in memory at a time. Their results are joined as by `mv.concat`:
+    examples are numbered through. A batch that does not fit into memory is halved, and a warning
+    says what size fitted.
+
     Args:
         vlm: the model.
-        inputs: what `vlm.inputs(image, prompt)` gives.
+        inputs: what `vlm.inputs(images, prompts)` gives, with or without a batch_size, or a list of
+            batches.
         probes: `mv.LogitLens()` and its kin, or probes of your own (`mechvlm.probes.probe`).
+            Settings that hold something for each example hold it for those of all batches.
         blocking: False leaves the work on NDIF and returns a `mechvlm.Job`, whose `result()` is the
-            same tuple.
+            same tuple. It takes one batch.
         job_id: the id of a job that the same call with `blocking=False` began, in this process or
             another: the job is found again, and nothing is sent.
 
     Raises:
-        InputError: from the job's `result()`, when the job with this id was given other inputs or
-            other probes.
+        InputError: for several batches with blocking=False, or results of several batches that
+            cannot be joined; from the job's `result()`, when the job with this id was given other
+            inputs or other probes.
         RemoteError: when NDIF gave no result; it says why, and what to do.
         NonFiniteError: when a state holds NaN or infinity; it names the layer and the examples.
         ValueError: when no probe is given, or one asks for positions that are not there.
+        torch.OutOfMemoryError: when an example does not fit into memory even alone.
     """
-    _refuse_unreadable(inputs, probes)
-    plans = [probe.prepare(vlm, inputs) for probe in probes]
+    _refuse_unreadable(probes)
+    batches = as_batches(inputs)
+    if not blocking or job_id is not None:
+        if len(batches) > 1:
+            raise InputError(
+                f"blocking=False sends one job, and {len(batches)} batches were given. Send one job a batch, jobs = "
+                "[mv.read(vlm, batch, ..., blocking=False) for batch in batches], and join what they give: "
+                "[mv.concat(parts) for parts in zip(*(job.result() for job in jobs))]."
+            )
+        return read_batch(vlm, batches[0], *probes, blocking=blocking, job_id=job_id)
+
+    def read_part(part: Inputs, numbers: range) -> tuple:
+        if len(numbers) == batches.n_examples:
+            return read_batch(vlm, part, *probes)
+        results = read_batch(
+            vlm, part, *(_part_of(probe, numbers, batches.n_examples) for probe in probes), first=numbers.start
+        )
+        for probe, result in zip(probes, results, strict=True):
+            _refuse_apart(probe, result)
+        return results
+
+    parts = over_batches(vlm, batches, read_part, "reading, batches")
+    if len(parts) == 1:
+        return parts[0]
+    return tuple(_join(probe, list(results)) for probe, results in zip(probes, zip(*parts, strict=True), strict=True))
+
+
+def read_batch(
+    vlm: VLM, inputs: Inputs, *probes, first: int = 0, blocking: bool = True, job_id: str | None = None
+) -> Any:
+    """Run one forward of one batch, and return each probe's result, or the `Job`; see `read`.
+
+    `first` is the number by which errors call the first example.
+    """
+    plans = _plans(vlm, inputs, probes, first)
     wanted = {method for method in READS for probe in probes if hasattr(probe, method)}
     real = torch.stack([m.modality != Modality.PADDING for m in inputs.token_maps])
     real = real.to(vlm.device) if vlm.has_weights else real
 
     def results(saved: dict[str, Any]) -> tuple:
         _require_whole(saved, probes, vlm)
-        _refuse_nonfinite(torch.stack([f.cpu() for f in saved["finite"]]), vlm)
+        _refuse_nonfinite(torch.stack([f.cpu() for f in saved["finite"]]), vlm, first)
         return tuple(
-            probe.result(plan, [row for row in kept if row is not None], vlm, inputs)
+            _with_ids(probe.result(plan, [row for row in kept if row is not None], vlm, inputs), inputs)
             for probe, plan, kept in zip(probes, plans, saved["rows"], strict=True)
         )
 
@@ -93,6 +145,39 @@ def read(vlm: VLM, inputs: Inputs, *probes, blocking: bool = True, job_id: str |
     return results({"rows": rows, "finite": finite})
 
 
+def _plans(vlm: VLM, inputs: Inputs, probes: tuple, first: int) -> list:
+    try:
+        return [probe.prepare(vlm, inputs) for probe in probes]
+    except ValueError as error:
+        if first:
+            error.add_note(f"Examples are counted within their batch here: its first is example {first} of all.")
+        raise
+
+
+def _with_ids(result: Any, inputs: Inputs) -> Any:
+    return replace(result, example_ids=inputs.ids) if isinstance(result, Result) and inputs.ids else result
+
+
+def _part_of(probe: Any, numbers: range, n_examples: int) -> Any:
+    """The probe for some of the examples; see `mechvlm.probes.probe`."""
+    return probe.part_of(numbers, n_examples) if hasattr(probe, "part_of") else probe
+
+
+def _join(probe: Any, results: list) -> Any:
+    return probe.join(results) if hasattr(probe, "join") else concat(results)
+
+
+def _refuse_apart(probe: Any, result: Any) -> None:
+    """Refuse results of several batches that could not be joined at the end."""
+    name = type(probe).__name__
+    if hasattr(probe, "join") or (isinstance(result, Result) and not result.apart):
+        return
+    raise InputError(
+        f"{name} gives a {type(result).__name__}, which mv.concat does not join over batches. Give {name} a method "
+        "join(results), or read each batch by itself."
+    )
+
+
 def _readings(vlm, wanted: set[str]) -> Iterator[tuple[str, Any]]:
     """Inside a trace: each reading, in the order of the forward, after the name of its method."""
     norm, unembed = vlm.readout()
@@ -113,11 +198,9 @@ def _readings(vlm, wanted: set[str]) -> Iterator[tuple[str, Any]]:
     yield "at_state", State(vlm.n_layers, vlm.resid_post[vlm.n_layers - 1], norm, unembed)
 
 
-def _refuse_unreadable(inputs: Any, probes: tuple) -> None:
+def _refuse_unreadable(probes: tuple) -> None:
     if not probes:
         raise ValueError("read() was given no probe. Try mechvlm.read(vlm, inputs, mechvlm.LogitLens()).")
-    if not isinstance(inputs, Inputs):
-        raise ValueError(f"read() takes what vlm.inputs(image, prompt) gives, not {type(inputs).__name__}.")
     classes = [probe.__name__ for probe in probes if isinstance(probe, type)]
     if classes:
         raise ValueError(f"read() takes probes, not their classes {classes}: write {classes[0]}(), with its options.")
@@ -192,7 +275,7 @@ def is_finite(resid: Tensor, real: Tensor) -> Tensor:
     return (torch.isfinite(sums) | ~real.to(sums.device)).all(-1)
 
 
-def _refuse_nonfinite(finite: Tensor, vlm: VLM) -> None:
+def _refuse_nonfinite(finite: Tensor, vlm: VLM, first: int) -> None:
     bad = tuple((~finite.all(0)).nonzero().squeeze(-1).tolist())
     if not bad:
         return
@@ -204,11 +287,11 @@ def _refuse_nonfinite(finite: Tensor, vlm: VLM) -> None:
     )
     if vlm.dtype == torch.float16:
         why = "In float16 large activations overflow: load with dtype='bfloat16' or 'float32'."
-    elif first == 0:
+    elif state == 0:
         why = "The decoder's input holds them already: check the image's pixels and the vision encoder's weights."
     else:
         why = "The weights of that layer, or what was assigned to it, may hold NaN."
     raise NonFiniteError(
-        f"Activations of {vlm.name} are NaN or infinite from {where} on, in example(s) {list(bad)} of this batch. {why}",
-        examples=bad,
+        f"Activations of {vlm.name} are NaN or infinite from {where} on, in example(s) {[first + row for row in bad]}. {why}",
+        examples=tuple(first + row for row in bad),
     )

@@ -1,6 +1,7 @@
 """Tokens of an answer after its prompt: the first one, or all of them written into the inputs."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from numbers import Integral
 from typing import Any
 
@@ -81,8 +82,7 @@ def write_answers(
         masks.append(torch.cat([mask.new_zeros(shift), mask, mask.new_ones(len(tokens))]))
         maps.append(_map_with_answer(ids, prompt, len(tokens), tokenizer))
     encoding = {**inputs.encoding, "input_ids": torch.stack(rows), "attention_mask": torch.stack(masks)}
-    written = Inputs(encoding, tuple(maps), inputs.images, inputs.prompts, inputs.texts, inputs.model)
-    return written, tuple(map(len, by_example))
+    return replace(inputs, encoding=encoding, token_maps=tuple(maps)), tuple(map(len, by_example))
 
 
 def _map_with_answer(ids: Tensor, prompt: TokenMap, n: int, tokenizer) -> TokenMap:

@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, overload
 
 import nnsight
 import torch
@@ -19,8 +19,10 @@ from mechvlm.decoder.projections import Projection
 from mechvlm.errors import InputError, ModelError
 from mechvlm.families.known import architecture_of
 from mechvlm.families.record import part
-from mechvlm.inputs.batch import Answers, Inputs, build_inputs
+from mechvlm.inputs.batch import Inputs, build_inputs, example_names
+from mechvlm.inputs.batches import Answers, Batches, build_batches
 from mechvlm.inputs.images import ImageLike
+from mechvlm.inputs.pairs import pair_examples
 from mechvlm.inputs.pieces import token_texts
 from mechvlm.inputs.prompts import Prompt
 from mechvlm.ndif.jobs import Job
@@ -144,14 +146,32 @@ class VLM(Decoder):
                 "vlm.trace(inputs): w = nnsight.save(vlm.W_U[:, 7])`, or load the model without remote=True."
             )
 
+    @overload
     def inputs(
         self,
         images: ImageLike | Sequence[ImageLike | Sequence[ImageLike]] | None = None,
         prompts: Prompt | Sequence[Prompt] | None = None,
-    ) -> Inputs:
+        batch_size: None = None,
+        ids: Sequence[str | int] | None = None,
+    ) -> Inputs: ...
+
+    @overload
+    def inputs(
+        self,
+        images: ImageLike | Sequence[ImageLike | Sequence[ImageLike]] | None = None,
+        prompts: Prompt | Sequence[Prompt] | None = None,
+        *,
+        batch_size: int,
+        ids: Sequence[str | int] | None = None,
+    ) -> Batches: ...
+
+    def inputs(self, images=None, prompts=None, batch_size=None, ids=None):
         """Images and prompts as a batch, padded on the left, with a `TokenMap` per example.
 
         >>> inputs = vlm.inputs(["cat.jpg", "dog.jpg"], "What is it?")
+        >>> batches = vlm.inputs(paths, "What is it?", batch_size=8, ids=names)    # any number
+        >>> question = [{"type": "image"}, {"type": "text", "text": "What is it?"}]
+        >>> inputs = vlm.inputs(image, [{"role": "user", "content": question}])
 
         Args:
             images: one image, a list with one per example, or a list of lists for several in one
@@ -162,19 +182,24 @@ class VLM(Decoder):
                 already holds the image token. A conversation is a list of messages as Hugging Face
                 takes it, written by the processor's chat template; a last message of the assistant
                 is left open. `inputs.texts` shows what was tokenized.
+            batch_size: prepare so many examples at a time, each batch when it is reached.
+            ids: names of the examples, which results carry in a column `id`.
 
-        >>> question = [{"type": "image"}, {"type": "text", "text": "What is it?"}]
-        >>> inputs = vlm.inputs(image, [{"role": "user", "content": question}])
+        Returns:
+            `Inputs`, one batch; with a batch_size `Batches`, also where one batch holds all.
 
         Raises:
-            InputError: for an unreadable image, numbers of images and prompts that do not match, a
-                prompt that holds the template without the image token, one with no room for the
-                image, or a chat template that cannot write it. Of several examples it names the
-                one.
+            InputError: for an unreadable image (with a batch_size, when its batch is reached),
+                numbers of images, prompts and ids that do not match, a prompt that holds the
+                template without the image token, one with no room for the image, or a chat template
+                that cannot write it. Of several examples it names the one.
         """
         _require_cpu_default()
-        return build_inputs(
-            images, prompts, record=self.record, config=self.config, processor=self.processor, model=self.name
+        pairs = pair_examples(images, prompts)
+        names = example_names(ids, len(pairs))
+        build = partial(build_inputs, record=self.record, config=self.config, processor=self.processor, model=self.name)
+        return (
+            build(images, prompts, ids=names) if batch_size is None else build_batches(pairs, batch_size, names, build)
         )
 
     def trace(self, inputs: Inputs, **kwargs):
@@ -256,10 +281,14 @@ class VLM(Decoder):
         """The arguments of the Hugging Face model's forward, on its device.
 
         Raises:
-            InputError: for inputs that a model of another family made, or where torch's default
-                device is not the CPU.
+            InputError: for inputs that a model of another family made, for several batches, or
+                where torch's default device is not the CPU.
             ModelError: for a model in training mode.
         """
+        if not isinstance(inputs, Inputs):
+            raise InputError(
+                f"One forward takes one batch, not {type(inputs).__name__}. Run several one by one: for batch in batches."
+            )
         _require_cpu_default()
         training = [path for path, module in self.hf.named_modules() if module.training] if self.has_weights else []
         if training:

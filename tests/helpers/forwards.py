@@ -55,3 +55,21 @@ def states(vlm, inputs, site):
         for layer in range(vlm.n_layers):
             by_layer.append(getattr(vlm, site)[layer].clone())
     return by_layer
+
+
+def out_of_memory_above(vlm, monkeypatch, most: int, error=torch.OutOfMemoryError, text="CUDA out of memory."):
+    """Let the decoder fail as on a device without room for more than `most` examples in a batch.
+
+    Gives the list of batch sizes that it was called with.
+    """
+    layer, sizes = decoder_of(vlm).layers[1].mlp, []
+    forward = layer.forward
+
+    def limited(x):
+        sizes.append(len(x))
+        if len(x) > most:
+            raise error(f"{text} Tried to allocate 20.00 MiB")
+        return forward(x)
+
+    monkeypatch.setattr(layer, "forward", limited)
+    return sizes

@@ -15,7 +15,7 @@ from helpers.images import noise_image
 from helpers.models import llava
 from mechvlm.decoder.attention import attention_rows
 from mechvlm.families.record import part
-from mechvlm.inputs.batch import as_batches
+from mechvlm.inputs.batches import as_batches
 from mechvlm.intervals import mean_interval
 from mechvlm.probes.logit_attribution import LogitAttributionResult
 
@@ -219,7 +219,7 @@ def test_bad_answers_are_named(vlm, batch):
         mv.logit_attribution(vlm, [batch, batch], ["a", "b"])
     with pytest.raises(ValueError, match=r"`versus` begin with the same token in these examples, \[\(1, '.*red'\)\]"):
         mv.logit_attribution(vlm, batch, ["what", "red", "is"], ["red", "red", "red"])
-    with pytest.raises(mv.InputError, match=r"or a list of such batches, not \['str'\]"):
+    with pytest.raises(mv.InputError, match=r"or a list of such batches, not str"):
         as_batches(["red"])
     with pytest.raises(mv.InputError, match="not an empty list"):
         as_batches([])

@@ -8,7 +8,6 @@ from helpers.images import noise_image
 from helpers.models import llava
 from mechvlm.families.record import part
 from mechvlm.probes import logit_lens as lens_module
-from mechvlm.probes.contextualization import merge
 
 
 @pytest.fixture(scope="module")
@@ -136,16 +135,16 @@ def test_baseline_is_the_mean_over_tokens_of_different_examples(vlm, batch, stat
     torch.testing.assert_close(less.text, got.text - got.baseline[2][:, None], rtol=0, atol=1e-6)
 
 
-def test_merged_batches_equal_one_batch(vlm, batch):
+def test_joined_batches_equal_one_batch(vlm, batch):
     whole = mv.contextualization(vlm, batch)
     pairs = zip(batch.images, batch.prompts, strict=True)
     parts = [mv.contextualization(vlm, vlm.inputs(images[0], prompt)) for images, prompt in pairs]
     assert parts[0].baseline.isnan().all()
-    merged = merge(parts)
+    merged = mv.concat(parts)
     for name in ("inter", "image", "text", "baseline"):
         torch.testing.assert_close(getattr(merged, name), getattr(whole, name), rtol=0, atol=1e-5)
-    with pytest.raises(ValueError, match="cannot be merged"):
-        merge([parts[0], mv.contextualization(vlm, batch, special=True)])
+    with pytest.raises(ValueError, match="differ in `special`: False and True"):
+        mv.concat([parts[0], mv.contextualization(vlm, batch, special=True)])
     with pytest.raises(ValueError, match="at least two"):
         parts[0].minus_baseline()
 

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import mechvlm as mv
+from helpers.forwards import out_of_memory_above
 from helpers.images import noise_image
 from helpers.models import llava
 from helpers.small_study import PROMPT, small, small_figures  # noqa: F401  (small is a fixture)
@@ -237,24 +238,6 @@ def test_a_write_that_fails_anywhere_loses_nothing(vlm, data, whole, tmp_path, m
     monkeypatch.setattr(os, "fsync", sync)
     study(vlm, data, tmp_path / "out")
     assert tables(tmp_path / "out") == tables(whole.out)
-
-
-def out_of_memory_above(vlm, monkeypatch, most: int, error=torch.OutOfMemoryError):
-    """Let the decoder fail as on a device without room for more than `most` examples in a batch.
-
-    Gives the list of batch sizes that it was called with.
-    """
-    layer, sizes = vlm.hf.get_submodule("model.language_model.layers.1.mlp"), []
-    forward = layer.forward
-
-    def limited(x):
-        sizes.append(len(x))
-        if len(x) > most:
-            raise error("CUDA out of memory. Tried to allocate 20.00 MiB")
-        return forward(x)
-
-    monkeypatch.setattr(layer, "forward", limited)
-    return sizes
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError, RuntimeError])

@@ -13,10 +13,10 @@ import torch
 from mechvlm.datasets import Example
 from mechvlm.inputs.tokens import Modality, TokenMap
 from mechvlm.measures.words import lens_precision_recall, word_of
-from mechvlm.probes.contextualization import MODALITY_PAIRS, ContextualizationResult, merge
+from mechvlm.probes.contextualization import MODALITY_PAIRS, ContextualizationResult
 from mechvlm.probes.logit_lens import LogitLensResult
 from mechvlm.probes.norm_attention import NormAttentionResult
-from mechvlm.results import long_frame
+from mechvlm.results import concat, long_frame
 
 GALLERY_WORDS = 6
 """Words per state that the gallery shows of an example."""
@@ -116,7 +116,7 @@ class ContextRows:
 
     def add(self, examples: list[Example], result: ContextualizationResult) -> None:
         self.ids += [e.id for e in examples]
-        self.merged = result if self.merged is None else merge([self.merged, result])
+        self.merged = result if self.merged is None else concat([self.merged, result])
 
     def frames(self) -> tuple[pd.DataFrame, pd.DataFrame]:
         """Two tables: the values, example by example, and the sums over examples.

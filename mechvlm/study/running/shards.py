@@ -27,11 +27,12 @@ from mechvlm.probes.logit_lens import LogitLens
 from mechvlm.probes.norm_attention import NormAttention
 from mechvlm.study.report import gallery
 from mechvlm.study.running.atomic import write_folder
-from mechvlm.study.running.memory import first_line, out_of_memory, read_or_halve
+from mechvlm.study.running.memory import read_or_halve
 from mechvlm.study.running.plan import GALLERY_EXAMPLES, Plan
 from mechvlm.study.running.rows import ContextRows, LensRows, NormRows, as_tables, frequent_words
 from mechvlm.study.running.settings import pairs_per_batch
-from mechvlm.tracing.reading import read
+from mechvlm.tracing.memory import first_line, out_of_memory
+from mechvlm.tracing.reading import read_batch
 from mechvlm.vlm.vlm import VLM
 
 SMALL_MODEL = 20_000_000
@@ -97,7 +98,7 @@ def make_shard(
 
     def read_examples(examples: Sequence[Example]) -> tuple:
         inputs = vlm.inputs([e.image for e in examples], plan.prompt)
-        return inputs.token_maps, read(vlm, inputs, *probes)
+        return inputs.token_maps, read_batch(vlm, inputs, *probes)
 
     with threads_for(vlm):
         stop = indices[-1] + 1
