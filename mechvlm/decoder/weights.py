@@ -6,6 +6,8 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor
 
+from mechvlm.decoder.mistakes import layer_number
+
 
 def has_weights(envoy: Any) -> bool:
     """Whether this process holds the module's weight: not on NDIF's clients, nor in its sandbox."""
@@ -31,6 +33,4 @@ class Weights:
         return self._n_layers
 
     def __getitem__(self, layer: int) -> Float[Tensor, "head _ _"]:
-        if not -self._n_layers <= layer < self._n_layers:
-            raise IndexError(f"{self._name}[{layer}]: the decoder has layers 0 to {self._n_layers - 1}.")
-        return self._read(layer)
+        return self._read(layer_number(self._name, layer, self._n_layers))
