@@ -43,10 +43,10 @@ class Accessor(Generic[T]):
     def __len__(self) -> int:
         return len(self._layers)
 
-    def __getitem__(self, layer: int) -> T:
+    def __getitem__(self, layer: Any) -> T:
         return self._at(layer, self._read)
 
-    def __setitem__(self, layer: int, value: T) -> None:
+    def __setitem__(self, layer: Any, value: T) -> None:
         self._at(layer, self._write, value)
 
     def __getattr__(self, name: str):
@@ -56,7 +56,7 @@ class Accessor(Generic[T]):
             f"{self.name} is one activation of every layer, and has no {name!r}. Choose a layer: {self.name}[2].{name}."
         )
 
-    def _at(self, layer: int, work: Callable, *args):
+    def _at(self, layer: Any, work: Callable, *args):
         """work(envoy of the layer, *args), with errors about the accessor instead of nnsight's."""
         number = layer_number(self.name, layer, len(self._layers))
         what, envoy = f"vlm.{self.name}[{number}]", self._layers[number]

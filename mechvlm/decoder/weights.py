@@ -32,5 +32,5 @@ class Weights:
     def __len__(self) -> int:
         return self._n_layers
 
-    def __getitem__(self, layer: int) -> Float[Tensor, "head _ _"]:
+    def __getitem__(self, layer: Any) -> Float[Tensor, "head _ _"]:
         return self._read(layer_number(self._name, layer, self._n_layers))

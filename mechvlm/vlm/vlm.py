@@ -151,6 +151,14 @@ class VLM(Decoder):
         `kwargs` go to the model's forward: `logits_to_keep=1` computes the logits of the last
         position alone.
 
+        What the block saves, by `value = nnsight.save(...)`, is there after it. A name that was not
+        saved keeps what it held before the block; one that held nothing raises NameError.
+
+        Raises:
+            InputError: for anything but inputs of this family of models.
+            ValueError: within the trace, for an accessor of another model, which is not traced.
+            nnsight's OutOfOrderError: for an activation that the forward has passed already.
+
         For a model on NDIF, `with vlm.trace(inputs, blocking=False) as tracer:` leaves the job
         there, and `vlm.job(tracer.backend.job_id)` finds it again.
         """
@@ -225,8 +233,12 @@ class VLM(Decoder):
         """The arguments of the Hugging Face model's forward, on its device.
 
         Raises:
-            InputError: for inputs that a model of another family made.
+            InputError: for inputs that a model of another family made, or what is no `Inputs`.
         """
+        if not isinstance(inputs, Inputs):
+            raise InputError(
+                f"A {type(inputs).__name__} was given where inputs are needed: make them by inputs = vlm.inputs(image, prompt)."
+            )
         text = {"input_ids", "attention_mask", *self.record.right_padded}
         if {key for key in inputs.encoding if key.endswith(("input_ids", "attention_mask"))} != text:
             raise InputError(
