@@ -24,6 +24,7 @@ from mechvlm.inputs.images import ImageLike
 from mechvlm.ndif.jobs import Job
 from mechvlm.ndif.requests import ONE_AT_A_TIME, backend_for
 from mechvlm.vlm.answers import first_tokens, write_answers
+from mechvlm.vlm.habits import missing_in_vlm
 from mechvlm.vlm.hook_cache import Cache, run_with_cache
 
 
@@ -85,6 +86,11 @@ class VLM(Decoder):
             f"VLM({self.name!r}, {self.record.hf_class}, n_layers={self.n_layers}, n_heads={self.n_heads}, "
             f"d_model={self.d_model}, {where})"
         )
+
+    def __getattr__(self, name: str):
+        if hasattr(type(self), name):  # a property, whose own error this is
+            return object.__getattribute__(self, name)
+        raise AttributeError(missing_in_vlm(name))
 
     @property
     def device(self) -> torch.device:
@@ -275,11 +281,11 @@ class VLM(Decoder):
         self.require_weights("A TransformerLens bridge")
         return build_bridge(self.hf, self.record, self.name, self.tokenizer, self.processor, fold_final_norm)
 
-    def run_with_cache(self, inputs: Inputs, names=None):
+    def run_with_cache(self, inputs: Inputs, names_filter=None):
         """The logits and the activations under TransformerLens' hook names, from one forward.
 
             logits, cache = vlm.run_with_cache(inputs)
-            cache["blocks.3.hook_resid_post"]    # [batch pos d_model]
+            cache["blocks.3.hook_resid_post"]    # [batch pos d_model]; cache["resid_post", 3] too
 
         Runs without gradients. The names are TransformerLens' names for the activations that this
         class has accessors for, and `mlp.hook_post`, the norms' `hook_scale`, and `hook_embed`,
@@ -287,8 +293,8 @@ class VLM(Decoder):
 
         Args:
             inputs: what `inputs` gives.
-            names: a name (`"blocks.3.hook_resid_post"`), several, or a function that says of each
-                name whether to keep it; None keeps all. Nothing else is read.
+            names_filter: a name (`"blocks.3.hook_resid_post"`), several, or a function that says of
+                each name whether to keep it; None keeps all. Nothing else is read.
 
         Returns:
             (logits, cache): logits are [batch pos d_vocab]. The cache is a
@@ -298,8 +304,8 @@ class VLM(Decoder):
         Raises:
             ValueError: for a name that is not there, or none at all; the message lists the names.
         """
-        logits, activations = run_with_cache(self, inputs, names)
-        return logits, Cache(activations, partial(self._bridge, fold_final_norm=True))
+        logits, activations = run_with_cache(self, inputs, names_filter)
+        return logits, Cache(activations, self.n_layers, partial(self._bridge, fold_final_norm=True))
 
     def OV(self, layer: int):
         """W_V W_O of a layer's heads, a TransformerLens `FactoredMatrix` [head d_model d_model].
