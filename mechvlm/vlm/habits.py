@@ -45,7 +45,9 @@ CACHE_METHODS = (
 )  # fmt: skip
 """What TransformerLens' `ActivationCache` has, and a `Cache` has not."""
 
-_HOOKED = "Here a trace does it: `with vlm.trace(inputs):`, and in it vlm.resid_post[5] = ..., mv.ablate, mv.patch, mv.steer"
+_HOOKED = (
+    "Here a trace does it: `with vlm.trace(inputs):`, and in it vlm.resid_post[5] = ..., mv.ablate, mv.patch, mv.steer"
+)
 _TOKENS = "Here vlm.inputs(image, prompt) makes the tokens, inputs.encoding['input_ids']"
 BRIDGE_METHODS = {
     **dict.fromkeys(("run_with_hooks", "add_hook", "add_perma_hook", "add_caching_hooks", "hooks", "reset_hooks"), _HOOKED),

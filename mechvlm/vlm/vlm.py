@@ -81,7 +81,8 @@ class VLM(Decoder):
             attention_call(module, record)  # nnsight must rewrite the forward before any runs
 
     def __repr__(self) -> str:
-        where = f"{str(self.dtype).removeprefix('torch.')}, {self.device}" if self.has_weights else "on NDIF"
+        devices = " and ".join(sorted({str(p.device) for p in self.hf.parameters()}))
+        where = f"{str(self.dtype).removeprefix('torch.')}, {devices}" if self.has_weights else "on NDIF"
         return (
             f"VLM({self.name!r}, {self.record.hf_class}, n_layers={self.n_layers}, n_heads={self.n_heads}, "
             f"d_model={self.d_model}, {where})"

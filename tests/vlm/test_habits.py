@@ -31,7 +31,12 @@ def test_short_names_are_transformer_lens_own():
     types = [None, "ln1", "ln2", *TYPE_ALIASES]
     for name, layer, layer_type in itertools.product(names, (None, 0, 5, 31), types):
         assert act_name(name, layer, layer_type) == get_act_name(name, layer, layer_type), (name, layer, layer_type)
-    written = [f"{name}{layer}{kind}" for name in ("k", "pre", "scale", "attn", "key") for layer in (0, 12) for kind in ("", "a", "ln1")]
+    written = [
+        f"{name}{layer}{kind}"
+        for name in ("k", "pre", "scale", "attn", "key")
+        for layer in (0, 12)
+        for kind in ("", "a", "ln1")
+    ]
     for name in [*written, "hook_embed", "blocks.3.attn.hook_q", "ln_final.hook_scale", "resid_post3"]:
         assert act_name(name) == get_act_name(name), name
 
@@ -65,7 +70,7 @@ def test_a_layer_of_the_cache_is_the_accessors(llava_vlm, cached):
     [
         (("resid_post", 3), IndexError, r"resid_post\[3\]: the decoder has layers 0 to 2"),
         (("resid_post", 1.0), TypeError, r"resid_post\[1\.0\]: give one layer"),
-        ("resid_post", KeyError, r"hook_resid_post is not in this cache\. It holds: .*blocks\.l\.hook_resid_post \(l = 0, 1, 2\)"),
+        ("resid_post", KeyError, r"hook_resid_post is not in .* It holds: .*blocks\.l\.hook_resid_post \(l = 0, 1, 2\)"),
         (("attn_scores", 1), KeyError, r"blocks\.1\.attn\.hook_attn_scores is not in this cache"),
         ("blocks.3.hook_resid_post", KeyError, r"blocks\.3\.hook_resid_post is not in this cache"),
     ],
@@ -97,14 +102,25 @@ def public(kind: type) -> set[str]:
 
 
 def test_every_method_of_the_bridge_that_a_vlm_lacks_is_named():
-    constructors = {"boot_native", "boot_tl_legacy", "boot_transformers", "check_model_support", "list_supported_models", "close"}
+    constructors = {
+        "boot_native",
+        "boot_tl_legacy",
+        "boot_transformers",
+        "check_model_support",
+        "list_supported_models",
+        "close",
+    }
     instance = {"blocks", "cfg", "ln_final"}
     assert set(BRIDGE_METHODS) == public(TransformerBridge) - public(mv.VLM) - constructors - {"tokenizer"} | instance
 
 
-@pytest.mark.parametrize("name", ["run_with_hooks", "to_tokens", "to_string", "hook_points", "cfg", "all_head_labels", "blocks"])
+@pytest.mark.parametrize(
+    "name", ["run_with_hooks", "to_tokens", "to_string", "hook_points", "cfg", "all_head_labels", "blocks"]
+)
 def test_asking_a_vlm_for_them(llava_vlm, name):
-    with pytest.raises(AttributeError, match=rf"no '{name}'; TransformerLens has it.*vlm\.bridge\(\)\.{name}, with") as error:
+    with pytest.raises(
+        AttributeError, match=rf"no '{name}'; TransformerLens has it.*vlm\.bridge\(\)\.{name}, with"
+    ) as error:
         getattr(llava_vlm, name)
     assert hasattr(llava_vlm.bridge(), name)
     assert BRIDGE_METHODS[name] in str(error.value)
@@ -113,7 +129,11 @@ def test_asking_a_vlm_for_them(llava_vlm, name):
 def test_what_a_vlm_has_instead_is_there(llava_vlm):
     """Each expression that the errors name can be evaluated."""
     names = {"vlm": llava_vlm, "mv": mv, "image": noise_image(0), "prompt": "what is this", "word": "this"}
-    names |= {"inputs": llava_vlm.inputs(names["image"], "what is this"), "ids": torch.tensor([300, 17]), "names_filter": "hook_embed"}
+    names |= {
+        "inputs": llava_vlm.inputs(names["image"], "what is this"),
+        "ids": torch.tensor([300, 17]),
+        "names_filter": "hook_embed",
+    }
     for code in [
         "vlm.inputs(image, prompt).encoding['input_ids']", "list(vlm.run_with_cache(inputs)[1])",
         "vlm.run_with_cache(inputs, names_filter)", "vlm.answer_tokens(inputs, word)", "vlm.tokenizer.decode(ids)",
@@ -140,7 +160,9 @@ def test_every_method_of_their_cache_that_ours_lacks_is_named(cached, their_cach
     assert set(CACHE_METHODS) == (public(ActivationCache) | set(vars(their_cache))) - ours | {"to"}
 
 
-@pytest.mark.parametrize("name", ["accumulated_resid", "decompose_resid", "logit_attrs", "stack_head_results", "remove_batch_dim"])
+@pytest.mark.parametrize(
+    "name", ["accumulated_resid", "decompose_resid", "logit_attrs", "stack_head_results", "remove_batch_dim"]
+)
 def test_asking_a_cache_for_them(cached, their_cache, name):
     with pytest.raises(AttributeError, match=rf"no '{name}'.*cache\.to_transformer_lens\(\)\.{name}\.$"):
         getattr(cached, name)
