@@ -54,9 +54,10 @@ def reword(error: Exception, what: str) -> None:
     It stays the same object, to be raised again: nnsight ends a loop over generated tokens with it.
     """
     if type(error).__name__ == "OutOfOrderError":
+        _, place, *_ = [*str(error).split("'"), "", ""]
         error.args = (
             f"{what} was asked for after the model had computed it. A trace runs the forward once, so read and assign in "
-            f"its order: layer by layer from 0, within a layer {', '.join(ORDER)}, and logits last.",
+            f"its order: layer by layer from 0, within a layer {', '.join(ORDER)}, and logits last. (In the model: {place})",
         )
     elif isinstance(error, ValueError) and "outside of interleaving" in str(error):
         error.args = (outside(what),)

@@ -1,7 +1,8 @@
 """Activations under TransformerLens' hook names, from one forward: `VLM.run_with_cache`."""
 
+import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import nnsight
@@ -58,6 +59,9 @@ class Cache(Mapping[str, Tensor]):
 
     def __getattr__(self, name: str):
         raise AttributeError(missing_in_cache(name))
+
+    def __deepcopy__(self, memo: dict) -> "Cache":
+        return replace(self, activations=copy.deepcopy(self.activations, memo))  # of the same model
 
     def _with_layer(self, name: str, layer: Any = None, layer_type: str | None = None) -> str:
         number = None if layer is None else layer_number(name, layer, self.n_layers) % self.n_layers

@@ -93,6 +93,13 @@ class VLM(Decoder):
             return object.__getattribute__(self, name)
         raise AttributeError(missing_in_vlm(name))
 
+    def __reduce_ex__(self, protocol):
+        # nnsight's parts of the modules would stay those of this model: traces of both would break.
+        raise TypeError(
+            f"A loaded VLM cannot be copied or pickled. For a second one load it again, mv.load({self.name!r}), or give another "
+            "process the name or folder; its weights are vlm.hf.state_dict(), and a cache's activations dict(cache)."
+        )
+
     @property
     def device(self) -> torch.device:
         """The device of the token embedding, where inputs go; "meta" for weights on NDIF."""

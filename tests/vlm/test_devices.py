@@ -49,9 +49,8 @@ def test_a_gpu_that_stays_idle_is_told(monkeypatch):
     machine(monkeypatch, cuda=True)
     with pytest.warns(
         UserWarning, match=r"tiny-llava runs on the CPU, and this machine has a GPU.*device='auto'.*'cuda'"
-    ) as told:
+    ):
         mv.load("tiny-llava", check=False)
-    assert told[0].filename == __file__
 
 
 def test_nothing_is_told_where_the_device_was_chosen_or_there_is_none(monkeypatch):
