@@ -3,7 +3,10 @@
 `mechvlm.read` runs several probes in one forward.
 """
 
-from collections.abc import Sequence
+import functools
+import inspect
+from collections.abc import Callable, Sequence
+from typing import ParamSpec, TypeVar
 
 from mechvlm.inputs.batch import Answers, Inputs, as_batches, by_batch
 from mechvlm.probes import logit_attribution as attribution
@@ -16,7 +19,24 @@ from mechvlm.progress import track
 from mechvlm.tracing.reading import read
 from mechvlm.vlm.vlm import VLM
 
+P, R = ParamSpec("P"), TypeVar("R")
 
+
+def names_options(method: Callable[P, R]) -> Callable[P, R]:
+    """The method, whose TypeError about an unknown option names the options that there are."""
+    _, _, *options = inspect.signature(method).parameters
+
+    @functools.wraps(method)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        if unknown := sorted(kwargs.keys() - {"vlm", "inputs", *options}):
+            there = f"its options are {', '.join(options)}" if options else "it has none"
+            raise TypeError(f"{method.__name__} has no option {', '.join(unknown)}; {there}.")
+        return method(*args, **kwargs)
+
+    return call
+
+
+@names_options
 def logit_lens(
     vlm: VLM,
     inputs: Inputs,
@@ -34,6 +54,7 @@ def logit_lens(
     return read(vlm, inputs, LogitLens(k, positions, layers, final_norm))[0]
 
 
+@names_options
 def contextualization(
     vlm: VLM, inputs: Inputs, self_pairs: bool = True, special: bool = False, subtract_baseline: bool = False
 ) -> ContextualizationResult:
@@ -47,6 +68,7 @@ def contextualization(
     return read(vlm, inputs, Contextualization(self_pairs, special, subtract_baseline))[0]
 
 
+@names_options
 def norm_attention(
     vlm: VLM, inputs: Inputs, dst: str | int | Sequence[str | int] = ("last_text", "last_image")
 ) -> NormAttentionResult:
@@ -60,6 +82,7 @@ def norm_attention(
     return read(vlm, inputs, NormAttention(dst))[0]
 
 
+@names_options
 def query_reading(vlm: VLM, inputs: Inputs) -> QueryReadingResult:
     """The places on the image that each query reads.
 
@@ -70,6 +93,7 @@ def query_reading(vlm: VLM, inputs: Inputs) -> QueryReadingResult:
     return read(vlm, inputs, QueryReading())[0]
 
 
+@names_options
 def logit_attribution(
     vlm: VLM, inputs: Inputs | Sequence[Inputs], answers: Answers = None, versus: Answers = None
 ) -> LogitAttributionResult:

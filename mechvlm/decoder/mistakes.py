@@ -21,7 +21,7 @@ def layer_number(name: str, layer: Any, n_layers: int) -> int:
     try:
         number = operator.index(layer)
     except TypeError:
-        several = isinstance(layer, list | tuple | slice | range) or getattr(layer, "ndim", 0)
+        several = isinstance(layer, list | tuple | slice | range) or getattr(layer, "ndim", 0) > 0
         advice = f"read several one by one, [{name}[layer] for layer in (2, 3)]" if several else f"{name}[2], say"
         raise TypeError(f"{name}[{layer!r}]: give one layer, a whole number ({there}); {advice}.") from None
     if not -n_layers <= number < n_layers:

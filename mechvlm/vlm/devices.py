@@ -11,7 +11,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def best_device() -> str:
-    """What `device="auto"` means here: "cuda" where there is one, otherwise "mps", otherwise "cpu"."""
+    """What `device="auto"` means here: "cuda" where there is one, else "mps", else "cpu"."""
     if torch.cuda.is_available():
         return "cuda"
     return "mps" if torch.backends.mps.is_available() else "cpu"

@@ -1,4 +1,4 @@
-"""TransformerLens' habits: its short names, its `names_filter`, and its methods where they are here."""
+"""TransformerLens' habits: its short names, its `names_filter`, and where its methods are."""
 
 import itertools
 
