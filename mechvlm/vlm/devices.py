@@ -48,7 +48,7 @@ def dtype_of(dtype: Any, default: str) -> torch.dtype | str:
     dtype = default if dtype is None else dtype
     if dtype == "auto":
         return dtype
-    named = dtype if isinstance(dtype, torch.dtype) else getattr(torch, str(dtype).removeprefix("torch."), None)
+    named: Any = dtype if isinstance(dtype, torch.dtype) else getattr(torch, str(dtype).removeprefix("torch."), None)
     if named not in DTYPES.values():
         raise ModelError(f"There is no dtype {str(dtype)!r}. Choose float32, bfloat16 or float16.")
     return named
