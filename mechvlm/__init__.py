@@ -4,7 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mechvlm import view
+    from mechvlm import bundled, datasets, study, view
     from mechvlm.errors import InputError, ModelError, NonFiniteError, RemoteError, ViewError
     from mechvlm.experiments.causal_trace import CausalTraceResult, causal_trace
     from mechvlm.experiments.information_flow import InformationFlowResult, information_flow
@@ -66,6 +66,7 @@ _HOMES = {
     "study.compare": ("Comparison", "compare"),
     "study.study": ("Study",),
 }
+_MODULES = ("bundled", "datasets", "study", "view")
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
@@ -73,16 +74,16 @@ __all__ = [
     "InputError", "Inputs", "Job", "Likelihood", "LikelihoodResult", "LogitAttribution", "LogitAttributionResult",
     "LogitLens", "LogitLensResult", "Modality", "ModelError", "MultimodalNeuronsResult", "NonFiniteError",
     "NormAttention", "NormAttentionResult", "ObjectAblationResult", "PairScores", "PatchGrid", "QueryReading",
-    "QueryReadingResult", "RemoteError", "Study", "TokenMap", "ViewError", "WinogroundResult", "ablate",
-    "caption_logprob", "causal_trace", "compare", "concat", "contextualization", "fit_phases", "information_flow", "knock_out",
-    "load", "logit_attribution", "logit_lens", "multimodal_neurons", "norm_attention", "object_ablation", "pair_scores",
-    "patch", "precision_recall", "query_reading", "read", "steer", "view", "winoground",
+    "QueryReadingResult", "RemoteError", "Study", "TokenMap", "ViewError", "WinogroundResult", "ablate", "bundled",
+    "caption_logprob", "causal_trace", "compare", "concat", "contextualization", "datasets", "fit_phases", "information_flow",
+    "knock_out", "load", "logit_attribution", "logit_lens", "multimodal_neurons", "norm_attention", "object_ablation",
+    "pair_scores", "patch", "precision_recall", "query_reading", "read", "steer", "study", "view", "winoground",
 ]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:
-    if name == "view":
-        return import_module("mechvlm.view")
+    if name in _MODULES:
+        return import_module(f"mechvlm.{name}")
     if name not in _HOME_OF:
         raise AttributeError(f"module 'mechvlm' has no attribute {name!r}")
     value = getattr(import_module(f"mechvlm.{_HOME_OF[name]}"), name)

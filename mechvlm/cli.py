@@ -34,7 +34,7 @@ VIEW_HELP = """Write the patch view of one image and prompt, a page that works o
 reads from each patch, by layer and head, and the words that each patch decodes to."""
 
 MODEL_HELP = "a bundled name, a hub id or a folder"
-DEVICE_HELP = "where the model runs: cpu, cuda, cuda:1, mps (default: cpu)"
+DEVICE_HELP = "where the model runs: cpu, cuda, cuda:1, mps, or auto, the best that is there (default: cpu)"
 DTYPE_HELP = (
     "dtype of the weights: float32, bfloat16, float16 (default: that of the checkpoint; float32 for bundled models)"
 )
@@ -308,10 +308,13 @@ def _view(arguments: argparse.Namespace) -> int:
         from mechvlm.explore import destinations, patch_view
         from mechvlm.inputs.images import open_image
         from mechvlm.ndif.connection import retrying
-        from mechvlm.vlm.loading import check_device, load
+        from mechvlm.vlm.devices import device_of, dtype_of
+        from mechvlm.vlm.loading import load
 
         image = open_image(arguments.image)
-        check_device(arguments.device)
+        if arguments.device is not None:
+            device_of(arguments.device)
+        dtype_of(arguments.dtype, "auto")
         status.update("loading the model")
         vlm = load(arguments.model, device=arguments.device, dtype=arguments.dtype, remote=arguments.remote)
         status.update("reading the image")

@@ -4,7 +4,10 @@
 `mechvlm.read` runs several probes in one forward.
 """
 
-from typing import Any
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
 
 from mechvlm.errors import refuse_renamed
 from mechvlm.inputs.batches import Answers
@@ -16,8 +19,25 @@ from mechvlm.probes.query_reading import QueryReading, QueryReadingResult
 from mechvlm.tracing.reading import Readable, read
 from mechvlm.vlm.vlm import VLM
 
+P, R = ParamSpec("P"), TypeVar("R")
+
+
+def names_options(method: Callable[P, R]) -> Callable[P, R]:
+    """The method, whose TypeError about an unknown option names the options that there are."""
+    _, _, *options = inspect.signature(method).parameters
+
+    @functools.wraps(method)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        if unknown := sorted(kwargs.keys() - {"vlm", "inputs", *options}):
+            there = f"its options are {', '.join(options)}" if options else "it has none"
+            raise TypeError(f"{method.__name__} has no option {', '.join(unknown)}; {there}.")
+        return method(*args, **kwargs)
+
+    return call
+
 
 @refuse_renamed(layers="states")
+@names_options
 def logit_lens(
     vlm: VLM,
     inputs: Readable,
@@ -35,6 +55,7 @@ def logit_lens(
     return read(vlm, inputs, LogitLens(k, positions, states, final_norm))[0]
 
 
+@names_options
 def contextualization(
     vlm: VLM, inputs: Readable, self_pairs: bool = True, special: bool = False, subtract_baseline: bool = False
 ) -> ContextualizationResult:
@@ -48,6 +69,7 @@ def contextualization(
     return read(vlm, inputs, Contextualization(self_pairs, special, subtract_baseline))[0]
 
 
+@names_options
 def norm_attention(vlm: VLM, inputs: Readable, dst: Any = ("last_text", "last_image")) -> NormAttentionResult:
     """Norm-based attention of chosen destinations.
 
@@ -59,6 +81,7 @@ def norm_attention(vlm: VLM, inputs: Readable, dst: Any = ("last_text", "last_im
     return read(vlm, inputs, NormAttention(dst))[0]
 
 
+@names_options
 def query_reading(vlm: VLM, inputs: Readable) -> QueryReadingResult:
     """The places on the image that each query reads.
 
@@ -69,6 +92,7 @@ def query_reading(vlm: VLM, inputs: Readable) -> QueryReadingResult:
     return read(vlm, inputs, QueryReading())[0]
 
 
+@names_options
 def logit_attribution(
     vlm: VLM, inputs: Readable, answers: Answers = None, versus: Answers = None
 ) -> LogitAttributionResult:

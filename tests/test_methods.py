@@ -37,6 +37,23 @@ def test_a_method_hands_each_option_on(llava_vlm, one_batch):
     assert mv.norm_attention(llava_vlm, one_batch, dst="last").names == ("last",)
 
 
+@pytest.mark.parametrize("method", PROBES)
+def test_an_unknown_option_is_told_the_known_ones(llava_vlm, one_batch, method):
+    options = [field.name for field in dataclasses.fields(PROBES[method])]
+    there = f"its options are {', '.join(options)}" if options else "it has none"
+    with pytest.raises(TypeError, match=rf"^{method.__name__} has no option position; {there}\.$"):
+        method(llava_vlm, one_batch, position="text")
+
+
+def test_completion_offers_public_names():
+    """Modules among them are those that a user writes after `mv.`."""
+    modules = {name for name in dir(mv) if inspect.ismodule(getattr(mv, name))}
+    assert modules == {"bundled", "datasets", "study", "view"}
+    assert mv.bundled.NAMES
+    assert mv.datasets.load_dataset
+    assert mv.study.run
+
+
 @pytest.fixture(scope="module")
 def one_batch(llava_vlm):
     return llava_vlm.inputs([noise_image(0), noise_image(1)], "what is this")

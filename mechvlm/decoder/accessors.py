@@ -21,6 +21,7 @@ from einops import rearrange
 from torch import Tensor
 
 from mechvlm.decoder.attention import Attention, attention_call, attention_rows, read_attention
+from mechvlm.decoder.mistakes import layer_number, require_trace, reword
 from mechvlm.decoder.projections import child
 from mechvlm.families.record import Architecture
 
@@ -33,23 +34,40 @@ class Accessor(Generic[T]):
     `accessor[layer]` reads it, and `accessor[layer] = value` replaces it.
     """
 
-    def __init__(self, name: str, layers, read: Callable, write: Callable):
+    def __init__(self, name: str, layers, read: Callable, write: Callable, has_weights: bool = True):
         self.name, self._layers, self._read, self._write = name, layers, read, write
+        self._has_weights = has_weights
+
+    def __repr__(self) -> str:
+        return f"<{self.name} of layers 0 to {len(self) - 1}: {self.name}[layer], inside a trace>"
 
     def __len__(self) -> int:
         return len(self._layers)
 
-    def __getitem__(self, layer: int) -> T:
-        return self._read(self._layer(layer))
+    def __getitem__(self, layer: Any) -> T:
+        return self._at(layer, self._read)
 
-    def __setitem__(self, layer: int, value: T) -> None:
-        self._write(self._layer(layer), value)
+    def __setitem__(self, layer: Any, value: T) -> None:
+        self._at(layer, self._write, value)
 
-    def _layer(self, layer: int):
-        n = len(self._layers)
-        if not -n <= layer < n:
-            raise IndexError(f"{self.name}[{layer}]: the decoder has layers 0 to {n - 1}.")
-        return self._layers[layer]
+    def __getattr__(self, name: str):
+        if name.startswith("_"):
+            raise AttributeError(name)
+        raise AttributeError(
+            f"{self.name} is one activation of every layer, and has no {name!r}. Choose a layer: {self.name}[2].{name}."
+        )
+
+    def _at(self, layer: Any, work: Callable, *args):
+        """work(envoy of the layer, *args), with errors about the accessor instead of nnsight's."""
+        number = layer_number(self.name, layer, len(self._layers))
+        what, envoy = f"vlm.{self.name}[{number}]", self._layers[number]
+        if self._has_weights:
+            require_trace(what, envoy)
+        try:
+            return work(envoy, *args)
+        except Exception as error:
+            reword(error, what)
+            raise
 
 
 class PatternAccessor(Accessor[Tensor]):
@@ -61,12 +79,12 @@ class PatternAccessor(Accessor[Tensor]):
     layer's heads write their values averaged with these weights.
     """
 
-    def __init__(self, layers, attention: Callable, write: Callable):
-        Accessor.__init__(self, "pattern", layers, attention, write)
+    def __init__(self, layers, attention: Callable, write: Callable, has_weights: bool = True):
+        Accessor.__init__(self, "pattern", layers, attention, write, has_weights)
 
     def __getitem__(self, index) -> Tensor:  # type: ignore[override]
-        layer, rows = index if isinstance(index, tuple) else (index, None)
-        a = self._read(self._layer(layer))
+        layer, rows = index if isinstance(index, tuple) and len(index) == 2 else (index, None)
+        a = self._at(layer, self._read)
         if rows is not None:
             rows = torch.as_tensor(rows, device=a.q.device)
             rows = rows.reshape(1, -1).expand(a.q.shape[0], -1) if rows.ndim < 2 else rows
@@ -159,9 +177,11 @@ def build_accessors(layers, record: Architecture, d_head: int, has_weights: bool
         "v": (lambda x: heads(proj(x, "v").output), write_proj("v")),
         "z": (lambda x: heads(proj(x, "o").input), write_z),
     }
-    accessors: dict[str, Accessor[Any]] = {name: Accessor(name, layers, *pair) for name, pair in functions.items()}
-    accessors["pattern"] = PatternAccessor(layers, attention, write_pattern)
-    accessors["attention"] = Accessor("attention", layers, attention, _refuse_write)
+    accessors: dict[str, Accessor[Any]] = {
+        name: Accessor(name, layers, *pair, has_weights) for name, pair in functions.items()
+    }
+    accessors["pattern"] = PatternAccessor(layers, attention, write_pattern, has_weights)
+    accessors["attention"] = Accessor("attention", layers, attention, _refuse_write, has_weights)
     return accessors
 
 

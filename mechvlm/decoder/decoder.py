@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mechvlm.decoder.accessors import Accessor, PatternAccessor, build_accessors
 from mechvlm.decoder.attention import Attention
+from mechvlm.decoder.mistakes import require_trace, reword
 from mechvlm.decoder.norms import Norm
 from mechvlm.decoder.projections import Projection, child, in_heads, out_heads
 from mechvlm.decoder.weights import Weights, has_weights, weight_and_bias
@@ -121,11 +122,25 @@ class Decoder:
     @property
     def logits(self) -> Float[Tensor, "batch pos d_vocab"]:
         """Inside a trace: the model's logits, readable and assignable."""
-        return self.unembed.output
+        self._require_trace_of_logits()
+        try:
+            return self.unembed.output
+        except Exception as error:
+            reword(error, "vlm.logits")
+            raise
 
     @logits.setter
     def logits(self, value: Tensor) -> None:
-        self.unembed.output = value
+        self._require_trace_of_logits()
+        try:
+            self.unembed.output = value
+        except Exception as error:
+            reword(error, "vlm.logits")
+            raise
+
+    def _require_trace_of_logits(self) -> None:
+        if self.has_weights:
+            require_trace("vlm.logits", self.unembed)
 
     # -- weights --
 

@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from mechvlm.decoder.mistakes import layer_number
 from mechvlm.errors import ModelError
 
 DEQUANTIZED = ("bitsandbytes", "torchao")
@@ -156,7 +157,5 @@ class Weights:
     def __len__(self) -> int:
         return self._n_layers
 
-    def __getitem__(self, layer: int) -> Float[Tensor, "head _ _"]:
-        if not -self._n_layers <= layer < self._n_layers:
-            raise IndexError(f"{self._name}[{layer}]: the decoder has layers 0 to {self._n_layers - 1}.")
-        return self._read(layer)
+    def __getitem__(self, layer: Any) -> Float[Tensor, "head _ _"]:
+        return self._read(layer_number(self._name, layer, self._n_layers))

@@ -37,6 +37,7 @@ from nnsight.ndif import pull_env
 
 from mechvlm.decoder.decoder import Decoder
 from mechvlm.inputs.batch import Inputs
+from mechvlm.ndif.unsaved import Unsaved
 
 
 def dumps(tracer) -> bytes:
@@ -44,6 +45,7 @@ def dumps(tracer) -> bytes:
     pull_env()  # makes functions of notebooks and scripts travel by value too
     frame = tracer.info.frame
     source, outer, inner = reduce_block(tracer.node, frame.f_globals, dict(frame.f_locals))
+    outer, inner = ({k: v for k, v in scope.items() if not isinstance(v, Unsaved)} for scope in (outer, inner))
     buffer = io.BytesIO()
     block = source, _without_modules(source, outer), _without_modules(source, inner)
     Packer(buffer, protocol=DEFAULT_PROTOCOL).dump((tracer, block))

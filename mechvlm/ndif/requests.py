@@ -14,6 +14,7 @@ from nnsight.tracing.backend import Backend
 from mechvlm.errors import ModelError
 from mechvlm.ndif.connection import Connection
 from mechvlm.ndif.pickling import dumps
+from mechvlm.ndif.unsaved import mark_unsaved
 
 ONE_AT_A_TIME = threading.RLock()
 """Held while a trace or a generation runs here: nnsight runs one at a time, other threads wait."""
@@ -71,10 +72,17 @@ class LocalTrace(Backend):
     def __call__(self, tracer) -> None:
         with ONE_AT_A_TIME:
             super().__call__(tracer)
+        mark_unsaved(tracer.info.frame, tracer.node)
 
 
 class Request(Connection):
     """One request to NDIF, from the block to the values that it saved."""
+
+    def request(self, request: RequestModel, tracer) -> Any:
+        result = super().request(request, tracer)
+        self._push(result, tracer)
+        mark_unsaved(tracer.info.frame, tracer.node)
+        return result
 
     def _serialize(self, tracer) -> bytes:
         blob = dumps(tracer)
@@ -92,6 +100,7 @@ class Rehearsal(LocalSimulationBackend):
     def __call__(self, tracer) -> None:
         with ONE_AT_A_TIME:
             self._run(tracer)
+        mark_unsaved(tracer.info.frame, tracer.node)
 
     def _run(self, tracer) -> None:
         blob = dumps(tracer)

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mechvlm.decoder.attention import read_attention, replace_mask
+from mechvlm.decoder.attention import replace_mask
 from mechvlm.inputs.numbers import shortened
 from mechvlm.tracing.selections import Layers, Selection, heads_of, layer_numbers, rows_of, site
 from mechvlm.vlm.vlm import VLM
@@ -63,9 +63,8 @@ def knock_out(vlm: VLM, src: Selection, dst: Selection, layers: Layers, heads: S
             "Set vlm.hf.set_attn_implementation('sdpa')."
         )
     for layer in layer_numbers(vlm, layers, "knock_out"):
-        module = vlm.attention_module(layer)
-        q, k, _, mask, _ = read_attention(module, vlm.record)
-        replace_mask(module, vlm.record, _masked(q, k, mask, src, dst, heads))
+        q, k, _, mask, _ = vlm.attention[layer]
+        replace_mask(vlm.attention_module(layer), vlm.record, _masked(q, k, mask, src, dst, heads))
 
 
 def _masked(q: Tensor, k: Tensor, mask: Tensor | None, src, dst, heads) -> Tensor:

@@ -1,7 +1,8 @@
 """Activations under TransformerLens' hook names, from one forward: `VLM.run_with_cache`."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+import copy
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import nnsight
@@ -9,9 +10,11 @@ import torch
 from torch import Tensor
 
 from mechvlm.decoder.decoder import Decoder
+from mechvlm.decoder.mistakes import layer_number
 from mechvlm.decoder.norms import rms
 from mechvlm.families.record import part
 from mechvlm.inputs.batch import Inputs
+from mechvlm.vlm.habits import act_name, missing_in_cache
 
 Names = str | Sequence[str] | Callable[[str], bool] | None
 
@@ -36,17 +39,33 @@ class Cache(Mapping[str, Tensor]):
     - `hook_post`: [batch pos d_mlp]
     - `hook_scale`: [batch pos 1], in float32
 
-    Rows of padding mean nothing.
+    Rows of padding mean nothing. Short names are TransformerLens' too:
+
+        cache["resid_post", 5], cache["pattern", -1], cache["scale", 2, "ln1"], cache["k6"]
     """
 
     activations: dict[str, Tensor] = field(repr=False)
+    n_layers: int = field(repr=False)
+    """The decoder's, so that layers count from the end too."""
     bridge: Callable[[], Any] = field(repr=False)
     """Makes a TransformerLens bridge on the model's weights, the final norm folded into `W_U`."""
 
-    def __getitem__(self, name: str) -> Tensor:
-        if name not in self.activations:
-            raise KeyError(f"{name!r} is not in this cache. It holds: {', '.join(self.activations)}.")
-        return self.activations[name]
+    def __getitem__(self, name: str | tuple) -> Tensor:
+        full = name if isinstance(name, str) else self._with_layer(*name)
+        full = full if full in self.activations else act_name(full)
+        if full not in self.activations:
+            raise KeyError(f"{full} is not in this cache. It holds: {', '.join(_by_layers(self.activations))}.")
+        return self.activations[full]
+
+    def __getattr__(self, name: str):
+        raise AttributeError(missing_in_cache(name))
+
+    def __deepcopy__(self, memo: dict) -> "Cache":
+        return replace(self, activations=copy.deepcopy(self.activations, memo))  # of the same model
+
+    def _with_layer(self, name: str, layer: Any = None, layer_type: str | None = None) -> str:
+        number = None if layer is None else layer_number(name, layer, self.n_layers) % self.n_layers
+        return act_name(name, number, layer_type)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.activations)
@@ -67,6 +86,16 @@ class Cache(Mapping[str, Tensor]):
         from transformer_lens import ActivationCache
 
         return ActivationCache(dict(self.activations), self.bridge())
+
+
+def _by_layers(names: Iterable[str]) -> list[str]:
+    """Names for a message, those of one hook in several layers as one."""
+    layers: dict[str, list[str]] = {}
+    for name in names:
+        parts = name.split(".", 2)
+        hook, layer = (f"blocks.l.{parts[2]}", parts[1]) if parts[0] == "blocks" else (name, "")
+        layers.setdefault(hook, []).append(layer)
+    return [hook if numbers == [""] else f"{hook} (l = {', '.join(numbers)})" for hook, numbers in layers.items()]
 
 
 def hook_readers(vlm: Decoder) -> dict[str, Callable[[], Tensor]]:

@@ -12,11 +12,12 @@ from torch import nn
 from transformers import AutoConfig, AutoProcessor
 
 from mechvlm import bundled
-from mechvlm.errors import InputError, ModelError
+from mechvlm.errors import ModelError
 from mechvlm.families.known import architecture_of
 from mechvlm.families.record import Architecture, part
 from mechvlm.ndif.requests import register_folder
 from mechvlm.vlm.adapters import apply_adapter, base_of, has_processor, is_adapter
+from mechvlm.vlm.devices import device_of, dtype_of, warn_of_idle_gpu
 from mechvlm.vlm.kinds import quantization_of, refuse_quantization, require_readable, unwrapped
 from mechvlm.vlm.verify import check_model
 from mechvlm.vlm.vlm import VLM
@@ -47,7 +48,8 @@ def load(
             same place as the model.
         dtype: "float32", "bfloat16", ... Default: the checkpoint's own; float32 for the bundled
             models, which are stored in float16 to be small.
-        device: where to put the model; default the CPU, or what `device_map` says.
+        device: where to put the model: "cuda", "cuda:1", "mps", "cpu", or "auto", the best that is
+            there. Default the CPU, or what `device_map` says; with a warning where a GPU is there.
         device_map: as in transformers, to spread a model over devices ("auto").
         revision: of a hub id.
         trust_remote_code: run code that comes with a repository. Off by default.
@@ -65,6 +67,8 @@ def load(
     """
     if isinstance(model, VLM):
         raise ModelError(f"{model.name} is loaded already, as a VLM.")
+    if device is not None and device_map is not None:
+        raise ModelError(f"Give device ({device}) or device_map ({device_map}), not both.")
     if remote not in (False, True, "local"):
         raise ModelError(f"remote={remote!r} was asked for; it is True (NDIF), 'local' (rehearse here) or False.")
     if remote is True:
@@ -78,6 +82,7 @@ def load(
             raise ModelError("The model is loaded already, here: give its hub id or its folder to run it on NDIF.")
         if used := _used(local_options):
             raise ModelError(f"The weights stay on NDIF, which decides about {used}: leave it out with remote=True.")
+    place = None if device is None else device_of(device)
     if isinstance(model, nn.Module):
         if processor is None:
             raise ModelError(
@@ -98,7 +103,7 @@ def load(
         adapter = name if is_adapter(name) else None
         base = name if adapter is None else base_of(name)
         source, is_bundled = (str(bundled.path(base)), True) if base in bundled.NAMES else (base, False)
-        dtype = _dtype(dtype, "float32" if is_bundled else "auto")
+        dtype = dtype_of(dtype, "float32" if is_bundled else "auto")
         source_options = {"revision": revision, "trust_remote_code": trust_remote_code}
         hf_class = class_of(name, revision, trust_remote_code)
         try:
@@ -124,14 +129,14 @@ def load(
         require_readable(hf, architecture_of(hf_class))
         commit = getattr(hf.config, "_commit_hash", None) or revision
         vlm = VLM(hf.eval(), processor, name=name, revision=commit, remote=remote)
-    if device is not None:
-        if device_map is not None:
-            raise ModelError(f"Give device ({device}) or device_map ({device_map}), not both.")
+    if place is not None:
         try:
-            vlm.hf.to(device)
-        except (AssertionError, RuntimeError, ValueError) as error:  # ValueError: of 8-bit models
+            vlm.hf.to(place)
+        except (RuntimeError, ValueError) as error:  # ValueError: of 8-bit models
             reason = str(error).splitlines()[0]
             raise ModelError(f"{vlm.name} cannot be put on the device {str(device)!r}: {reason}") from error
+    elif device_map is None and remote is not True and not isinstance(model, nn.Module):
+        warn_of_idle_gpu(vlm.name)
     if check:
         with torch.device("cpu"):  # the model may have been loaded under another default device
             check_model(vlm)
@@ -156,9 +161,11 @@ def _load_weights(source: str, name: str, hf_class: str, **options) -> nn.Module
             f"The weights of {name} cannot be loaded: {error}\nmechvlm loads safetensors only; convert other formats with "
             "`save_pretrained` on a machine that trusts them."
         ) from error
-    except (AssertionError, RuntimeError, SafetensorError) as error:
+    except (AssertionError, RuntimeError, ValueError, NotImplementedError, SafetensorError) as error:
         reason = str(error).splitlines()[0]
-        if isinstance(error, AssertionError) or any(word in reason for word in ("CUDA", "cuda", "NVIDIA", "device")):
+        words = ("CUDA", "cuda", "NVIDIA", "device", "MPS", "backend")
+        if isinstance(error, AssertionError) or any(word in reason for word in words):
+            reason = reason if len(reason) <= 160 else "no such device"
             raise ModelError(
                 f"{name} cannot be put where device_map={options.get('device_map')!r} says ({reason}). Leave it out to load on "
                 "the CPU, or name devices that this machine has."
@@ -227,16 +234,6 @@ def class_of(name: str, revision: str | None = None, trust_remote_code: bool = F
     return hf_class
 
 
-def _dtype(dtype, default: str):
-    dtype = default if dtype is None else dtype
-    if dtype == "auto":
-        return dtype
-    torch_dtype = dtype if isinstance(dtype, torch.dtype) else getattr(torch, str(dtype), None)
-    if not isinstance(torch_dtype, torch.dtype) or not torch_dtype.is_floating_point:
-        raise ModelError(f"There is no dtype {dtype!r}. Choose float32, bfloat16 or float16.")
-    return torch_dtype
-
-
 def _load_config(source: str, name: str, revision: str | None, trust_remote_code: bool):
     if Path(source).is_dir() and not (Path(source) / "config.json").is_file():
         raise ModelError(f"The folder {name} holds no config.json: it is no Hugging Face model folder.")
@@ -271,15 +268,3 @@ def _require_decoder_only(config, record: Architecture) -> None:
             f"This {type(config).__name__} has an encoder-decoder language model ({model_type}). mechvlm reads decoders that "
             "hold image and text in one sequence: InstructBLIP with Vicuna, for instance."
         )
-
-
-def check_device(device: str | None) -> None:
-    """Raises InputError for a missing device, before a model is loaded, which can take minutes."""
-    try:
-        # Put a tensor there: torch names devices that the machine does not have.
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(
-            f"The device {device!r} cannot be used ({reason}). Try cpu, or cuda where there is one."
-        ) from error

@@ -28,6 +28,7 @@ from mechvlm.inputs.prompts import Prompt
 from mechvlm.ndif.jobs import Job
 from mechvlm.ndif.requests import ONE_AT_A_TIME, backend_for
 from mechvlm.vlm.answers import first_tokens, write_answers
+from mechvlm.vlm.habits import missing_in_vlm
 from mechvlm.vlm.hook_cache import Cache, run_with_cache
 
 GREEDY = {
@@ -102,10 +103,23 @@ class VLM(Decoder):
             ) from error
 
     def __repr__(self) -> str:
-        where = f"{str(self.dtype).removeprefix('torch.')}, {self.device}" if self.has_weights else "on NDIF"
+        devices = " and ".join(sorted({str(p.device) for p in self.hf.parameters()}))
+        where = f"{str(self.dtype).removeprefix('torch.')}, {devices}" if self.has_weights else "on NDIF"
         return (
             f"VLM({self.name!r}, {self.record.hf_class}, n_layers={self.n_layers}, n_heads={self.n_heads}, "
             f"d_model={self.d_model}, {where})"
+        )
+
+    def __getattr__(self, name: str):
+        if hasattr(type(self), name):  # a property, whose own error this is
+            return object.__getattribute__(self, name)
+        raise AttributeError(missing_in_vlm(name))
+
+    def __reduce_ex__(self, protocol):
+        # nnsight's parts of the modules would stay those of this model: traces of both would break.
+        raise TypeError(
+            f"A loaded VLM cannot be copied or pickled. For a second one load it again, mv.load({self.name!r}), or give another "
+            "process the name or folder; its weights are vlm.hf.state_dict(), and a cache's activations dict(cache)."
         )
 
     @property
@@ -208,6 +222,14 @@ class VLM(Decoder):
         `kwargs` go to the model's forward: `logits_to_keep=1` computes the logits of the last
         position alone.
 
+        What the block saves, by `value = nnsight.save(...)`, is there after it. A name that was not
+        saved keeps what it held before the block; one that held nothing raises NameError.
+
+        Raises:
+            InputError: for anything but inputs of this family of models.
+            ValueError: within the trace, for an accessor of another model, which is not traced.
+            nnsight's OutOfOrderError: for an activation that the forward has passed already.
+
         For a model on NDIF, `with vlm.trace(inputs, blocking=False) as tracer:` leaves the job
         there, and `vlm.job(tracer.backend.job_id)` finds it again.
         """
@@ -281,13 +303,14 @@ class VLM(Decoder):
         """The arguments of the Hugging Face model's forward, on its device.
 
         Raises:
-            InputError: for inputs that a model of another family made, for several batches, or
+            InputError: for inputs that a model of another family made, for what is no `Inputs`, or
                 where torch's default device is not the CPU.
             ModelError: for a model in training mode.
         """
         if not isinstance(inputs, Inputs):
             raise InputError(
-                f"One forward takes one batch, not {type(inputs).__name__}. Run several one by one: for batch in batches."
+                f"A {type(inputs).__name__} was given where one forward takes one batch: inputs = vlm.inputs(image, prompt). Run "
+                "several batches one by one: for batch in batches."
             )
         _require_cpu_default()
         training = [path for path, module in self.hf.named_modules() if module.training] if self.has_weights else []
@@ -334,11 +357,11 @@ class VLM(Decoder):
         self.require_weights("A TransformerLens bridge")
         return build_bridge(self.hf, self.record, self.name, self.tokenizer, self.processor, fold_final_norm)
 
-    def run_with_cache(self, inputs: Inputs, names=None):
+    def run_with_cache(self, inputs: Inputs, names_filter=None):
         """The logits and the activations under TransformerLens' hook names, from one forward.
 
             logits, cache = vlm.run_with_cache(inputs)
-            cache["blocks.3.hook_resid_post"]    # [batch pos d_model]
+            cache["blocks.3.hook_resid_post"]    # [batch pos d_model]; cache["resid_post", 3] too
 
         Runs without gradients. The names are TransformerLens' names for the activations that this
         class has accessors for, and `mlp.hook_post`, the norms' `hook_scale`, and `hook_embed`,
@@ -346,8 +369,8 @@ class VLM(Decoder):
 
         Args:
             inputs: what `inputs` gives.
-            names: a name (`"blocks.3.hook_resid_post"`), several, or a function that says of each
-                name whether to keep it; None keeps all. Nothing else is read.
+            names_filter: a name (`"blocks.3.hook_resid_post"`), several, or a function that says of
+                each name whether to keep it; None keeps all. Nothing else is read.
 
         Returns:
             (logits, cache): logits are [batch pos d_vocab]. The cache is a
@@ -357,8 +380,8 @@ class VLM(Decoder):
         Raises:
             ValueError: for a name that is not there, or none at all; the message lists the names.
         """
-        logits, activations = run_with_cache(self, inputs, names)
-        return logits, Cache(activations, partial(self._bridge, fold_final_norm=True))
+        logits, activations = run_with_cache(self, inputs, names_filter)
+        return logits, Cache(activations, self.n_layers, partial(self._bridge, fold_final_norm=True))
 
     def OV(self, layer: int):
         """W_V W_O of a layer's heads, a TransformerLens `FactoredMatrix` [head d_model d_model].

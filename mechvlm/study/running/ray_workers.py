@@ -89,6 +89,8 @@ def cluster_of(
     kind, _, index = (device or "").partition(":")
     if index:
         raise InputError(f"Ray gives each worker its own GPUs: give the device {kind!r}, not {device!r}.")
+    if kind == "auto":
+        raise InputError("The workers' machines may have other devices than this one: give the device 'cuda' or 'cpu'.")
     default = 1.0 if kind == "cuda" or device_map is not None else 0.0
     return Cluster(address, workers, default if gpus_per_worker is None else float(gpus_per_worker))
 

@@ -28,7 +28,8 @@ from mechvlm.study.running.workers import LocalWorker, Workers
 from mechvlm.study.running.workspace import SHARDS, claim_folder, publish_results, remove_working_files
 from mechvlm.study.save import save_study
 from mechvlm.study.study import Study
-from mechvlm.vlm.loading import check_device, class_of
+from mechvlm.vlm.devices import device_of, dtype_of
+from mechvlm.vlm.loading import class_of
 from mechvlm.vlm.vlm import VLM
 
 
@@ -71,7 +72,7 @@ def run(
         prompt: of every example; the family's template is put around it.
         n: examples to draw; by default 200 scenes, and all of any other data set.
         seed: of the draw and of the bootstraps.
-        device: as `mechvlm.load` takes it.
+        device: as `mechvlm.load` takes it; with `ray` "cuda", "mps" or "cpu".
         dtype: as `mechvlm.load` takes it.
         device_map: as `mechvlm.load` takes it, instead of `device`: "auto" spreads one large model
             over several GPUs.
@@ -115,8 +116,9 @@ def run(
     progress = progress or (lambda stage, done, total: None)
     names = _checked_names(models, batch_size, seed, device, device_map, remote, ray)
     cluster = cluster_of(models, ray, workers, gpus_per_worker, device, device_map)
-    if cluster is None:
-        check_device(device)
+    dtype_of(dtype, "auto")
+    if cluster is None and device is not None:
+        device = str(device_of(device))
     data = _without_wordless(dataset if isinstance(dataset, Dataset) else load_dataset(dataset, n, seed))
     load_options: dict[str, Any] = {"device": device, "dtype": dtype, "device_map": device_map, "remote": remote}
     recorded_settings = {
