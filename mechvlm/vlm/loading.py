@@ -1,6 +1,7 @@
 """load(): a bundled name, a hub id, a folder or a loaded model, as a `VLM`."""
 
 import difflib
+import os
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -87,7 +88,7 @@ def load(
         name = getattr(model, "name_or_path", "") or type(model).__name__
         vlm = VLM(model.eval(), processor, name=name, remote=remote)
     else:
-        name = str(model)
+        name = os.path.expanduser(model)
         source, is_bundled = (str(bundled.path(name)), True) if name in bundled.NAMES else (name, False)
         dtype = _dtype(dtype, "float32" if is_bundled else "auto")
         source_options = {"revision": revision, "trust_remote_code": trust_remote_code}

@@ -97,7 +97,7 @@ def test_rows_without_captions_are_set_aside(tmp_path):
         ({}, "?caption=words", "has no column 'words'"),
         ({}, "?id=words", "has no column 'words'"),
         ({}, "?image=captions", "'captions' of .* holds no images. It has photo"),
-        ({"n": [1, 2, 3, 4]}, "?caption=n", "4 rows, none usable; 0: row 0 holds no caption in 'n'"),
+        ({"n": [1, 2, 3, 4]}, "?caption=n", "4 rows, none usable; 0: the captions of row 0 in 'n' hold '1'"),
         ({"more": [encoded(i) for i in range(4)]}, "", r"Which column is the image\? Here the columns photo, more"),
         (
             {},
