@@ -39,6 +39,7 @@ class ImageFolder:
         self.path = path
         self._entries = cache(_entries)
         self._composed = cache(lambda folder: {_composed(name): name for name in self._entries(folder)})
+        self._folded = cache(lambda folder: {name.casefold(): name for name in self._entries(folder)})
 
     def image(self, name: str) -> Path:
         r"""The path of an image, from its name relative to the folder.
@@ -103,8 +104,8 @@ class ImageFolder:
             return "it is a folder"
         if path.is_symlink():
             return f"it is a link to {storable(str(path.readlink()))}, where there is no such file"
-        others = [name for name in sorted(self._entries(path.parent)) if name.casefold() == path.name.casefold()]
-        return "there is no such file" + "".join(f", but {storable(name)!r}" for name in others[:1])
+        other = self._folded(path.parent).get(path.name.casefold())
+        return "there is no such file" + (f", but {storable(other)!r}" if other else "")
 
 
 def _entries(folder: Path) -> dict[str, str]:
