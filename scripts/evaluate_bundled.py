@@ -116,7 +116,8 @@ def over_seeds(measured: list):
         return {key: over_seeds([part[key] for part in measured]) for key in first}
     values = [part["value"] for part in measured]
     joined = {"n": sum(part["n"] for part in measured), "value": sum(values) / len(values)}
-    joined["sd"] = statistics.stdev(values) if len(values) > 1 else math.nan
+    has_spread = len(values) > 1 and not any(map(math.isnan, values))
+    joined["sd"] = statistics.stdev(values) if has_spread else math.nan
     if "chance" in first:
         joined["chance"] = sum(part["chance"] for part in measured) / len(measured)
     return joined
