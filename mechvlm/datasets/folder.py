@@ -31,6 +31,7 @@ from mechvlm.errors import InputError
 CAPTION_FILE = "captions.jsonl"
 IMAGEFOLDER_FILE = "metadata.jsonl"
 CAPTION_KEYS = ("captions", "caption")
+"""The keys of captions.jsonl. A row that has them may say other things under "text"."""
 
 
 def read_folder(folder: str | PathLike) -> tuple[list[Example], list[SetAside]]:
@@ -83,11 +84,12 @@ def _listing(folder: Path) -> Path:
             return folder / name
     shape = '{"image": "a.jpg", "captions": ["..."]}'
     message = f"{folder} holds no {CAPTION_FILE}. Write one line for each image: {shape}"
-    if imagefolder := sorted(
-        path.relative_to(folder) for under in ("", "*/") for path in folder.glob(f"{under}metadata.*")
-    ):
-        raise InputError(f"{message}. It holds {imagefolder[0]}, as an imagefolder does: hf:{folder} reads that.")
-    others = sorted(path.name for ending in ("json", "jsonl", "csv", "tsv") for path in folder.glob(f"*.{ending}"))
+    endings = ("csv", "json", "jsonl", "parquet", "tsv")
+    metadata = [path for place in ("", "*/") for ending in endings for path in folder.glob(f"{place}metadata.{ending}")]
+    if metadata:
+        first = min(path.relative_to(folder) for path in metadata)
+        raise InputError(f"{message}. It holds {first}: if that is an imagefolder's, hf:{folder} reads it.")
+    others = sorted(path.name for ending in endings for path in folder.glob(f"*.{ending}"))
     raise InputError(message + (f". It holds {', '.join(others[:3])}" if others else ""))
 
 
@@ -102,8 +104,9 @@ def _example(images: ImageFolder, row: Any) -> Example:
             f'no "image", the name of a file in the folder: it holds {", ".join(map(repr, row)) or "nothing"}'
         )
     path = images.image(image)
-    keys = [key for key in CAPTION_KEYS if row.get(key) is not None] or [key for key in row if key in CAPTION_COLUMNS]
-    if not keys or row[keys[0]] is None:
+    filled = [key for key in CAPTION_COLUMNS if row.get(key) is not None]
+    keys = [key for key in filled if key in CAPTION_KEYS] or filled
+    if not keys:
         raise InputError(f'the image {image!r} has no "captions", a list of strings')
     if len(keys) > 1:
         raise InputError(f"the image {image!r} has both {' and '.join(map(repr, keys))}: put all its captions into one")

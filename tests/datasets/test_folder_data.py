@@ -244,6 +244,8 @@ def test_missing_images_are_counted_and_three_are_named(tmp_path):
         ({"captions": ["eine Straße", "STRASSE"]}, ("eine Straße", "STRASSE")),
         ({"captions": ["a cat", "a"]}, ("a cat", "a")),
         ({"sentences": [{"raw": "a cat"}]}, ("a cat",)),
+        ({"sentences": None, "text": "a cat"}, ("a cat",)),
+        ({"captions": ["a cat"], "text": "STOP, on a sign"}, ("a cat",)),
     ],
 )
 def test_captions(tmp_path, row, captions):
@@ -300,9 +302,7 @@ def test_other_metadata_point_to_the_library_that_reads_them(tmp_path, monkeypat
     rows = [{"file_name": f"{i}.png", "text": f"picture {i}"} for i in range(3)]
     table = "file_name,text\n" + "\n".join(",".join(row.values()) for row in rows)
     file.write_text(table if file.suffix == ".csv" else "\n".join(map(json.dumps, rows)))
-    with pytest.raises(
-        InputError, match=rf"holds no captions.jsonl.*It holds {place}, .*hf:{tmp_path / 'd'} reads that"
-    ):
+    with pytest.raises(InputError, match=rf"holds no captions.jsonl.*It holds {place}, .*hf:{tmp_path / 'd'} reads it"):
         load_dataset(f"folder:{tmp_path / 'd'}")
     data = load_dataset(f"hf:{tmp_path / 'd'}")
     assert {e.captions: open_image(e.image).tobytes() for e in data.examples} == {
