@@ -302,7 +302,7 @@ def test_other_metadata_point_to_the_library_that_reads_them(tmp_path, monkeypat
     rows = [{"file_name": f"{i}.png", "text": f"picture {i}"} for i in range(3)]
     table = "file_name,text\n" + "\n".join(",".join(row.values()) for row in rows)
     file.write_text(table if file.suffix == ".csv" else "\n".join(map(json.dumps, rows)))
-    with pytest.raises(InputError, match=rf"holds no captions.jsonl.*It holds {place}, .*hf:{tmp_path / 'd'} reads it"):
+    with pytest.raises(InputError, match=rf"holds no captions.jsonl.*It holds {place}: .*hf:{tmp_path / 'd'} reads it"):
         load_dataset(f"folder:{tmp_path / 'd'}")
     data = load_dataset(f"hf:{tmp_path / 'd'}")
     assert {e.captions: open_image(e.image).tobytes() for e in data.examples} == {
