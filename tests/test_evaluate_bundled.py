@@ -107,6 +107,8 @@ def test_questions_by_kind_with_the_chance_of_the_commonest_answer():
         "color, shape and count": (1, 9),
     }  # fmt: skip
     assert rates["count"]["chance"] == pytest.approx(1 / 3), "one, two and three are as common"
+    more = evaluate.questions(Says(posed), [*SCENES, TWO], [*IMAGES, IMAGES[1]])
+    assert more["count"]["chance"] == 1 / 2, "two is the commonest of four"
     # Wrong in the second scene's count alone, and silent about where things are.
     posed[1, "How many objects are there?"] = "three"
     mute = {key: answer for key, answer in posed.items() if not key[1].startswith("Where is") or " from " in key[1]}
