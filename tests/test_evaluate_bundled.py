@@ -1,4 +1,4 @@
-"""The figures on the bundled models' cards: each helper on scenes whose values are worked by hand."""
+"""The figures on the bundled models' cards: each helper on scenes with values worked by hand."""
 
 import functools
 import math
@@ -121,7 +121,7 @@ def test_questions_by_kind_with_the_chance_of_the_commonest_answer():
 
 
 def test_swaps_tell_captions_from_images():
-    """By s(caption, image): the first pair's text score alone is right, the second's image score."""
+    """The first pair's text score alone is right; of the second, the image score."""
     pairs = [
         SwapPair("p", "attribute", (ONE, TWO), ("c0", "c1")),
         SwapPair("q", "attribute", (TWO, THREE), ("d0", "d1")),
@@ -181,7 +181,7 @@ def test_answers_are_those_of_one_prompt_at_a_time(model):
 
 
 def test_lens_figures_by_hand(monkeypatch):
-    """28 scenes, so that the last ones stand in a second batch; state 1 decodes no word anywhere."""
+    """28 scenes, so that the last ones stand in a second batch; state 1 decodes no word."""
     scenes = [Scene((RED,), "sand"), Scene((BLUE,), "snow")] * 14
     decoded = {"sand": ["▁red", "▁sand", "▁blue", "▁red"], "snow": ["▁square", "▁red", "▁of", "."]}
 

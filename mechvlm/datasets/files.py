@@ -1,4 +1,4 @@
-"""Shared by all data sets of files: safe look-up of images, rows of JSON, and what a table can store."""
+"""Shared by all data sets of files: look-up of images, rows of JSON, and what a table can store."""
 
 import json
 import os
@@ -172,7 +172,7 @@ def _rows_of_one_value(listing: Path, text: str) -> list | None:
 
 
 def storable_captions(value: Any) -> tuple[str, ...]:
-    """One caption or a list of them, as a table can store them; those that are empty or null are left out.
+    """One caption or a list of them, as a table can store them; without the empty and null ones.
 
     A caption is a string, or a dict that holds it under one of `CAPTION_TEXT`.
 

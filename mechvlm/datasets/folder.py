@@ -3,7 +3,7 @@
     {"image": "kitchen.jpg", "captions": ["a kitchen", "pots on a stove"]}
     {"image": "more/dog.png", "caption": "a dog asleep", "id": "dog-1"}
 
-`image` lies in the folder: its name is relative to it (or absolute, and leads into it). Captions are
+`image` lies in the folder: its name is relative to it, or absolute and leads into it. Captions are
 strings, or dicts that hold one under "raw", "caption" or "text". `id` is optional; its default is
 the image's place in the folder. A file that is one JSON array of such rows is read too.
 

@@ -6,8 +6,8 @@ It may be a name on the Hub, a folder that `datasets` wrote or can read, or one 
 
 `caption` may be given more than once. An option that is left out is chosen when there is only one
 choice: the column that holds images; the column called captions, caption, sentences or text; the
-only split. Without an `id` column, or where it is null, the row number is the example's id. A caption
-is a string, or a dict that holds one under "raw", "caption" or "text".
+only split. Without an `id` column, or where it is null, the row number is the example's id. A
+caption is a string, or a dict that holds one under "raw", "caption" or "text".
 """
 
 import os

@@ -1,4 +1,4 @@
-"""A folder's listing as people write it: other systems' paths, arrays, dicts, imagefolders, links."""
+"""A folder's listing as people write it: paths of other systems, arrays, dicts, links."""
 
 import json
 import os
@@ -216,7 +216,7 @@ def test_a_bad_row_in_the_middle_is_named_and_loses_nothing_else(tmp_path, as_ar
 
 
 def test_missing_images_are_counted_and_three_are_named(tmp_path):
-    """Each is set aside with its line; when nothing is left, the error names three and their number."""
+    """Each is set aside with its line. When nothing is left, the error names three of them."""
     gone = [{"image": f"gone-{i}.png", "captions": ["x"]} for i in range(1003)]
     data = load_dataset(write_folder(tmp_path, [*gone, *ROWS], NAMES))
     assert {e.id for e in data.examples} == set(EXPECTED)
@@ -249,7 +249,7 @@ def test_missing_images_are_counted_and_three_are_named(tmp_path):
     ],
 )
 def test_captions(tmp_path, row, captions):
-    """As people write them, also in copies of COCO and Flickr on the Hub; each comes through as it is."""
+    """As people write them, also in copies of COCO and Flickr on the Hub."""
     assert captions_of(write_folder(tmp_path, [{"image": "a.png", **row}], ["a.png"])) == {"a.png": captions}
 
 

@@ -89,8 +89,9 @@ def test_captions_are_false_elsewhere():
 
 def place_of(scene: Scene, number: int) -> str:
     """Where an object's painted pixels lie, as seen from the middle of the picture."""
+    # Twice the distances of their middle from the picture's.
     rows, columns = np.nonzero(scene.segmentation() == number + 1)
-    down, right = rows.min() + rows.max() + 1 - SIZE, columns.min() + columns.max() + 1 - SIZE  # twice the distance
+    down, right = rows.min() + rows.max() + 1 - SIZE, columns.min() + columns.max() + 1 - SIZE
     if max(abs(down), abs(right)) < 2 * 0.12 * SIZE:
         return "middle"
     if abs(down) > abs(right):
