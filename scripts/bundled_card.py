@@ -66,85 +66,83 @@ other weights, therefore.
 }
 
 
-def pct(r: dict, chance: float | None = None) -> str:
-    """Table cells of a rate (n, value, se): value and standard error in percent, n, chance."""
-    if math.isnan(r["value"]):
-        return "| - | - | 0 | - |"
-    return f"| {100 * r['value']:.1f} % | {100 * r['se']:.1f} | {r['n']} | {'-' if chance is None else f'{100 * chance:.1f} %'} |"
+def plus_minus(figure: dict, scale: float = 1, digits: int = 3, unit: str = "") -> str:
+    """A figure's mean and standard deviation between seeds, such as "97.5 ± 0.5 %"; "-" if NaN."""
+    if math.isnan(figure["value"]):
+        return "-"
+    spread = "" if math.isnan(figure["sd"]) else f" ± {scale * figure['sd']:.{digits}f}"
+    return f"{scale * figure['value']:.{digits}f}{spread}{unit}"
 
 
-def write_card(name: str, folder: Path, measured: dict, args) -> None:
-    """Write a model's card, README.md in its folder, from the results of evaluate_bundled.py."""
-    head = "| | value | s.e. | n | chance |\n|---|---|---|---|---|\n"
-    size = sum(p.stat().st_size for p in folder.iterdir() if p.is_file())
-    c, q = measured["captions"], measured["questions"]
+def row(label: str, figure: dict, chance: float | None = None) -> str:
+    """A table's row of a rate, in percent."""
+    chance = figure.get("chance") if chance is None else chance
+    shown = "-" if chance is None or math.isnan(chance) else f"{100 * chance:.1f} %"
+    return f"| {label} | {plus_minus(figure, 100, 1, ' %')} | {figure['n']} | {shown} |"
+
+
+def table(rows: list[str]) -> str:
+    return "\n".join(["| | mean ± s.d. | n | chance |", "|---|---|---|---|", *rows]) + "\n"
+
+
+def write_card(name: str, folder: Path, measured: dict, draws: str) -> None:
+    """Write a model's card, README.md in its folder, from the results of evaluate_bundled.py.
+
+    `draws` says in words which scenes they were measured on.
+    """
+    size = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
+    told, answered = measured["captions"], measured["questions"]
+    labels = {1: "1 object", 2: "2 objects", 3: "3 objects", "1 and 2": "1 and 2 objects"}
+    captions = [row(label, told[k]) for k, label in labels.items()] + [row("ground named", told["ground"], 0.25)]
+    kinds = ("color", "shape", "count", "color, shape and count", "exists", "where", "relation")
+    pairs = [
+        row(f"{kind} swap, {k} score", measured[kind][k], chance)
+        for kind in ("attribute", "relation")
+        for k, chance in (("text", 0.25), ("image", 0.25), ("group", 1 / 6))
+    ]
     out = [
         ABOUT[name],
         f"{measured['parameters']:,} parameters, stored in float16; the folder is {size / 1e6:.1f} MB.\n",
-    ]
-    out.append("## Training\n\n" + TRAINING[name] + "\nReproduce: `python scripts/train_bundled.py`.\n")
-    out.append(
-        f"## What it does\n\nOn {args.scenes} held-out scenes of one to three objects: their combinations of ground and colored "
-        "shapes were never trained on, in any arrangement. Greedy decoding, weights as shipped, computed in float32. s.e. in "
-        'percentage points. Written by `python scripts/evaluate_bundled.py`.\n\n**Captions** ("Describe the scene."): every '
-        "object named with its own color and shape, nothing else.\n"
-    )
-    both = [c[k] for k in (1, 2) if k in c]
-    n = sum(r["n"] for r in both)
-    p = sum(r["value"] * r["n"] for r in both) / n
-    rows = [f"| {k} object{'s' * (k > 1)} {pct(c[k])}" for k in (1, 2, 3) if k in c]
-    rows.append(f"| 1 and 2 objects {pct({'n': n, 'value': p, 'se': math.sqrt(p * (1 - p) / n)})}")
-    rows.append(f"| ground named {pct(c['ground'], 0.25)}")
-    out.append(head + "\n".join(rows) + "\n")
-    attributes = [q[k] for k in ("color", "shape", "count") if k in q]
-    n = sum(r["n"] for r in attributes)
-    p = sum(r["value"] * r["n"] for r in attributes) / n
-    rows = [
-        f"| {k} {pct(q[k], q[k]['chance'])}"
-        for k in ("color", "shape", "count", "exists", "where", "relation")
-        if k in q
-    ]
-    rows.insert(3, f"| color, shape and count {pct({'n': n, 'value': p, 'se': math.sqrt(p * (1 - p) / n)})}")
-    out.append(
-        "**One-word answers**, by kind of question. Chance is always giving the commonest answer.\n\n"
-        + head
-        + "\n".join(rows)
-        + "\n"
-    )
-    rows = []
-    for kind in ("attribute", "relation"):
-        for k, chance in (("text", 0.25), ("image", 0.25), ("group", 1 / 6)):
-            rows.append(f"| {kind} swap, {k} score {pct(measured[kind][k], chance)}")
-    out.append(
+        "## Training\n\n" + TRAINING[name] + "\nReproduce: `python scripts/train_bundled.py`.\n",
+        f"## What it does\n\nOn held-out scenes of one to three objects: their combinations of ground and colored shapes were "
+        f"never trained on, in any arrangement. {draws} **Every figure is the mean over the seeds ± the sample standard "
+        "deviation between them**; n counts all seeds. Greedy decoding, weights as shipped, "
+        "computed in float32. Written by `python scripts/evaluate_bundled.py`.\n",
+        '**Captions** ("Describe the scene."): every object named with its own color and shape, nothing else.\n',
+        table(captions),
+        "**One-word answers**, by kind of question. Chance is always giving the commonest answer.\n",
+        table([row(kind, answered[kind]) for kind in kinds]),
         "**Swap pairs** (as Winoground: two scenes, two captions of the same words, scored by log-probability). Attribute: "
         '"a red circle and a blue square", "a blue circle and a red square". Relation: "a red circle left of a blue square", '
-        '"a blue square left of a red circle".\n\n' + head + "\n".join(rows) + "\n"
-    )
-    out.append(lens_text(name, measured["lens"]))
+        '"a blue square left of a red circle".\n',
+        table(pairs),
+        lens_text(name, measured["lens"]),
+    ]
     if "attention" in measured:
         out.append(attention_text(measured["attention"], measured["attention while describing"]))
     out.append("## Limits\n\n" + limits(measured))
-    (folder / "README.md").write_text("\n".join(out))
+    (folder / "README.md").write_text("\n".join(out), encoding="utf-8")
 
 
 def lens_text(name: str, lens: dict) -> str:
     positions = "visual tokens" if name == "tiny-llava" else "query tokens"
     rows = [
-        "| layer | precision | recall | precision by token | recall by token | without grounds | another scene's captions |",
+        "| state | precision | recall | precision by token | recall by token | without grounds | another scene's captions |",
         "|---|---|---|---|---|---|---|",
     ]
     for i in range(len(lens["other"])):
         cells = [lens[by][m][i] for by in ("word", "token") for m in ("precision", "recall")]
         cells += [lens["objects"][i], lens["other"][i]]
-        rows.append(f"| {i} | " + " | ".join(f"{x['value']:.3f} ± {x['se']:.3f}" for x in cells) + " |")
+        rows.append(f"| {i} | " + " | ".join(map(plus_minus, cells)) + " |")
     return (
         f"## The logit lens on the {positions}\n\nTop-1 token of each of the {positions}, through the final norm and the "
         "unembedding, against the scene's captions; stop words and non-words left out (`mechvlm.precision_recall`), each "
-        "word counted once unless it says by token. Layer 0 is what enters the decoder. Mean over "
-        f"{lens['other'][0]['n']} held-out scenes ± s.e.; a scene in which no word is decoded has no precision. The last "
+        "word counted once unless it says by token. State 0 is what enters the decoder, state 8 what leaves its last layer. "
+        "Mean over the first 200 scenes of each seed, ± the standard deviation between seeds; a scene in which no word is "
+        "decoded has no precision. The last "
         "columns are precision by word, with the words of the grounds left out, and against another scene's captions, "
         "which is what words of the scenes' kind reach by chance.\n\n"
-        + "\n".join(rows) + "\n\n![precision and recall by layer](lens.png)\n"
+        + "\n".join(rows) + "\n\n![precision and recall by state](lens.png)\n"
     )  # fmt: skip
 
 
@@ -152,8 +150,9 @@ def attention_text(answering: dict, describing: dict) -> str:
     return (
         "## Norm-based attention of a color word\n\nFrom the position that names a color, the norm of what each patch writes "
         "there (`mechvlm.NormAttention`): mean over the patches of the object so named (at least half in its box) over the "
-        "mean of all 64. 1 is uniform. ± s.e. Beside it, in scenes of several objects, the same and that of the other "
-        "objects: a layer that writes both alike has found objects, not yet the one that is named.\n\n"
+        "mean of all 64. 1 is uniform. Mean over the seeds ± the standard deviation between them. Beside it, in scenes of "
+        "several objects, the same and that of the other "
+        "objects: a layer that writes both alike has found objects, not yet the one that is named. Layer 0 is the first.\n\n"
         'The color is the answer to "What color is the ...?", of every object. Drawn is the layer with the largest '
         "difference.\n\n" + attention_table(answering) + "\n\n![norm-based attention](norm-attention.png)\n\n"
         'The color is the next word of a caption begun with "a":\n\n' + attention_table(describing) + "\n"
@@ -162,45 +161,50 @@ def attention_text(answering: dict, describing: dict) -> str:
 
 def attention_table(attention: dict) -> str:
     rows = ["| layer | own patches | n | several objects: own | the others' | n |", "|---|---|---|---|---|---|"]
-    for i, rs in enumerate(zip(attention["ratio"], attention["several"], attention["other"], strict=True)):
-        own, several, other = (f"{r['value']:.2f} ± {r['se']:.2f}" for r in rs)
-        rows.append(f"| {i + 1} | {own} | {rs[0]['n']} | {several} | {other} | {rs[2]['n']} |")
+    for i, figures in enumerate(zip(attention["ratio"], attention["several"], attention["other"], strict=True)):
+        own, several, other = (plus_minus(figure, digits=2) for figure in figures)
+        rows.append(f"| {i} | {own} | {figures[0]['n']} | {several} | {other} | {figures[2]['n']} |")
     return "\n".join(rows)
 
 
 def limits(measured: dict) -> str:
-    group, relation = measured["relation"]["group"], measured["questions"].get("relation")
+    group, relation = measured["relation"]["group"], measured["questions"]["relation"]
     text = "It has seen nothing but these scenes: photographs, other words and longer prompts are beyond it. "
-    score = f"{100 * group['value']:.0f} % (chance 17 %)"
+    score = f"{plus_minus(group, 100, 1, ' %')} (chance 16.7 %)"
     if group["value"] < 1 / 3:
         text += f"It has **not** learned left, right, above and below in captions: its relation-swap group score is {score}. "
     elif group["value"] < 0.8:
         text += f"Left, right, above and below are learned in part only: the relation-swap group score is {score}. "
-    if relation and relation["value"] < 0.9:
-        share, chance = 100 * relation["value"], 100 * relation["chance"]
-        text += f"Its answers about relations are right {share:.0f} % of the time (chance {chance:.0f} %). "
+    if relation["value"] < 0.9:
+        share, chance = plus_minus(relation, 100, 1, " %"), 100 * relation["chance"]
+        text += f"Its answers about relations are right {share} of the time (chance {chance:.1f} %). "
     return text.strip() + "\n"
 
 
 def draw_lens(lens: dict, path: Path) -> None:
-    """Figure: the logit lens' precision and recall by layer, by word and by token."""
+    """Figure: the lens's precision and recall by state, by word and by token, with a band of one
+    standard deviation between seeds.
+    """
     figure, axes = plt.subplots(1, 2, figsize=(8, 3), sharey=True)
     for axis, by in zip(axes, ("word", "token"), strict=True):
         for m in ("precision", "recall"):
-            axis.plot([x["value"] for x in lens[by][m]], marker="o", label=m)
-        axis.set(title=f"by {by}", xlabel="layer", ylim=(0, 1.02))
+            value, sd = (np.array([x[key] for x in lens[by][m]]) for key in ("value", "sd"))
+            axis.plot(value, marker="o", label=m)
+            axis.fill_between(range(len(value)), value - sd, value + sd, alpha=0.25)
+        axis.set(title=f"by {by}", xlabel="state (0 = embeddings)", ylim=(0, 1.02))
         axis.legend()
     figure.tight_layout()
     figure.savefig(path, dpi=80)
     plt.close(figure)
 
 
-def draw_attention(attention: dict, path: Path) -> None:
+def draw_attention(attention: dict, example: tuple, path: Path) -> None:
     """Figure: an example scene, and what its patches write where its object's color is named.
 
     Drawn for the layer in which the named object's patches lead the other objects' by most.
+    `example` is (image, object's name, norms [layer patch]).
     """
-    image, name, patches = attention["example"]
+    image, name, patches = example
     lead = [own["value"] - other["value"] for own, other in zip(attention["several"], attention["other"], strict=True)]
     best = int(np.argmax(lead))
     grid = patches[best].reshape(8, 8).numpy()
@@ -209,7 +213,7 @@ def draw_attention(attention: dict, path: Path) -> None:
     axes[0].set_title("the scene", fontsize=9)
     axes[1].imshow(image, alpha=0.35)
     heatmap = axes[1].imshow(grid, extent=(0, image.width, image.height, 0), cmap="magma", alpha=0.75)
-    axes[1].set_title(f"naming the color of the {name.split()[1]}\n({name}), layer {best + 1}", fontsize=9)
+    axes[1].set_title(f"naming the color of the {name.split()[1]}\n({name}), layer {best}", fontsize=9)
     figure.colorbar(heatmap, ax=axes[1], fraction=0.046, label="norm written")
     for axis in axes:
         axis.axis("off")

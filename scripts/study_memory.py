@@ -1,12 +1,14 @@
 """Memory of a study of many examples.
 
-    python scripts/study_memory.py [N ...]     # numbers of examples (default: 500 and 5000)
+    python scripts/study_memory.py
 
-Each number runs in a process of its own, with tiny-llava on a folder of pictures. Prints the
+Each number of examples runs in a process of its own, with tiny-llava on a folder of pictures. Prints the
 resident memory while examples are read, the peak up to each stage, and the peak of the whole study.
 """
 
+import argparse
 import json
+import math
 import resource
 import subprocess
 import sys
@@ -47,6 +49,15 @@ def write_pictures(n: int, folder: Path) -> None:
     (folder / "captions.jsonl").write_text("\n".join(lines) + "\n")
 
 
+def by_tenths(while_reading: dict[int, float], n: int) -> list[float]:
+    """What was measured last before each tenth of `n` examples was done; NaN before the first.
+
+    `while_reading` is {examples done: MB}.
+    """
+    points = [max((done for done in while_reading if done <= n * k / 10), default=None) for k in range(1, 11)]
+    return [math.nan if point is None else while_reading[point] for point in points]
+
+
 def measure(n: int) -> None:
     """Run a study of `n` examples and print its memory."""
     from mechvlm.study import run
@@ -66,17 +77,26 @@ def measure(n: int) -> None:
         started = time.perf_counter()
         run(["tiny-llava"], f"folder:{folder}", out=Path(home) / "out", progress=progress)
         seconds = time.perf_counter() - started
-        points = [max((d for d in while_reading if d <= n * k / 10), default=0) for k in range(1, 11)]
         print(f"{n} examples in {seconds:.0f} s; MB while reading, tenth by tenth:")
-        print("  " + " ".join(f"{while_reading[d]:.0f}" for d in points))
+        print("  " + " ".join(f"{mb:.0f}" for mb in by_tenths(while_reading, n)))
         for stage, highest in at_stage.items():
             print(f"  peak until {stage}: {highest:.0f} MB")
         print(f"  peak: {peak():.0f} MB", flush=True)
 
 
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("numbers", nargs="*", type=int, metavar="N", help="numbers of examples (default: 500 and 5000)")
+    parser.add_argument("--here", action="store_true", help="measure in this process, not in one of each number's own")
+    args = parser.parse_args(argv)
+    if min(args.numbers, default=1) < 1:
+        parser.error("at least 1 example is needed")
+    for n in args.numbers or (500, 5000):
+        if args.here:
+            measure(n)
+        else:
+            subprocess.run([sys.executable, __file__, "--here", str(n)], check=True)
+
+
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--one"]:
-        measure(int(sys.argv[2]))
-    else:
-        for size in sys.argv[1:] or ("500", "5000"):
-            subprocess.run([sys.executable, __file__, "--one", size], check=True)
+    main()

@@ -1,6 +1,6 @@
 """Reading speed of a study with 1, 2 and 4 workers on this machine.
 
-    python scripts/study_scaling.py [N]     # number of scenes (default: 480)
+    python scripts/study_scaling.py
 
 Reads scenes with tiny-llava: first in one process without Ray, then on workers of a local Ray
 cluster, with one thread per worker. The clock runs from the start of the first shard to the end of
@@ -8,9 +8,9 @@ the last, after all workers have loaded the model, because that is where a long 
 time. Prints a Markdown table and the size of the shards.
 """
 
+import argparse
 import os
 import platform
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -46,21 +46,32 @@ def measure(n: int, workers: int) -> tuple[float, int]:
         return seconds, sum(file.stat().st_size for file in Path(folder).rglob("*") if file.is_file())
 
 
-def main(n: int) -> None:
+def row(label: str, n: int, seconds: float, one_worker: float | None) -> str:
+    """A row of the table. `one_worker` is the seconds of one worker, which the speed is a multiple of."""
+    times = "" if one_worker is None else f"{one_worker / seconds:.2f} "
+    return f"| {label} | {n / seconds:.1f} | {times}|"
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("n", nargs="?", type=int, default=480, metavar="N", help="number of scenes (default: 480)")
+    n = parser.parse_args(argv).n
+    if n < 1:
+        parser.error("at least 1 scene is needed")
     torch.set_num_threads(1)
     os.environ.pop("RAY_ADDRESS", None)  # a local cluster, not one that happens to be running
     print(f"{n} scenes, tiny-llava, {os.cpu_count()} cores ({platform.machine()}), one thread a worker\n")
     print("| | examples a second | times one worker |")
     print("|---|---|---|")
     alone, size = measure(n, 0)
+    print(row("one process, without Ray", n, alone, None), flush=True)
     one_worker = None
-    print(f"| one process, without Ray | {n / alone:.1f} | |", flush=True)
     for workers in WORKERS:
         seconds, _ = measure(n, workers)
         one_worker = one_worker or seconds
-        print(f"| {workers} worker{'s' * (workers > 1)} | {n / seconds:.1f} | {one_worker / seconds:.2f} |", flush=True)
+        print(row(f"{workers} worker{'s' * (workers > 1)}", n, seconds, one_worker), flush=True)
     print(f"\nShards: {size / n / 1000:.2f} kB an example")
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]) if sys.argv[1:] else 480)
+    main()

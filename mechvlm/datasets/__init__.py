@@ -23,7 +23,7 @@ __all__ = [
 
 KNOWN = {
     "scenes": "colored shapes with captions, generated",
-    "folder:DIR": "a folder of images with a captions.jsonl",
+    "folder:DIR": "a folder of images with a captions.jsonl, or an imagefolder's metadata.jsonl",
     "coco:DIR": "COCO's captions_*.json and images; coco:FILE names one of several captions files, coco:FILE?images=DIR "
     "the folder of its images",
     "winoground": "facebook/winoground on the Hub, which needs access",

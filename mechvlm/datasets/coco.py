@@ -11,6 +11,7 @@ The images are looked for where COCO unpacks them (`val2017/` beside
 """
 
 import json
+import os
 from collections import defaultdict
 from collections.abc import Iterable
 from os import PathLike
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from mechvlm.datasets.example import Example
-from mechvlm.datasets.files import ImageFolder, SetAside, storable
+from mechvlm.datasets.files import ImageFolder, SetAside, none_usable, storable
 from mechvlm.errors import InputError
 
 
@@ -38,7 +39,7 @@ def read_coco(where: str | PathLike, images: str | PathLike | None = None) -> tu
             (the error gives the position), or does not have this structure; or when not one of its
             images is found.
     """
-    file = _captions_file(Path(where))
+    file = _captions_file(Path(os.path.expanduser(where)))
     listed, annotations = _content(file)
     names, aside = _names(listed)
     captions, strays = _captions(annotations, names)
@@ -52,8 +53,7 @@ def read_coco(where: str | PathLike, images: str | PathLike | None = None) -> tu
         except InputError as error:
             aside.append(SetAside(key, str(error)))
     if not examples:
-        why = f"{len(names)} images; {aside[0].id}: {aside[0].reason}" if aside else "it lists no image"
-        raise InputError(f"{file} names no usable example ({why}).")
+        raise InputError(f"{file} names no usable example ({none_usable(aside, 'images')}).")
     return examples, aside + strays
 
 
@@ -153,7 +153,7 @@ def _image_folder(file: Path, names: Iterable[str], images: str | PathLike | Non
     root = file.parent
     roots = [root.parent, root] if root.name == "annotations" else [root]
     usual = [f for base in roots for f in (base / split, base / "images" / split, base / "images", base)]
-    candidates = [Path(images)] if images is not None else usual
+    candidates = [Path(os.path.expanduser(images))] if images is not None else usual
     for folder in candidates:
         if not folder.is_dir():
             continue

@@ -6,19 +6,19 @@ It may be a name on the Hub, a folder that `datasets` wrote or can read, or one 
 
 `caption` may be given more than once. An option that is left out is chosen when there is only one
 choice: the column that holds images; the column called captions, caption, sentences or text; the
-only split. Without an `id` column the row number is the example's id.
+only split. Without an `id` column, or where it is null, the row number is the example's id. A
+caption is a string, or a dict that holds one under "raw", "caption" or "text".
 """
 
+import os
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 from mechvlm.datasets.example import Example
-from mechvlm.datasets.files import SetAside, storable, storable_captions
+from mechvlm.datasets.files import CAPTION_COLUMNS, SetAside, none_usable, storable_captions, storable_id
 from mechvlm.errors import InputError
 from mechvlm.inputs.images import StoredImage
-
-CAPTION_COLUMNS = ("captions", "caption", "sentences", "text")
 
 
 def read_hub(
@@ -60,14 +60,15 @@ def read_hub(
     examples: dict[str, Example] = {}
     aside = []
     for row in range(len(table)):
-        key = storable(str(texts[id][row])) if id is not None else str(row)
+        key = str(row)
         try:
+            key = storable_id(None if id is None else texts[id][row]) or key
             captions: list[str] = []
             for column in columns:
-                column_captions = storable_captions(texts[column][row])
-                if column_captions is None:
-                    raise InputError(f"row {row} holds no caption in {column!r}, a string or a list of strings")
-                captions += column_captions
+                try:
+                    captions += storable_captions(texts[column][row])
+                except InputError as error:
+                    raise InputError(f"the captions of row {row} in {column!r} {error}") from None
             if key in examples:
                 raise InputError(f"row {row} uses this id again: the first row with it is kept")
             if not captions:
@@ -76,8 +77,7 @@ def read_hub(
         except InputError as error:
             aside.append(SetAside(key, str(error)))
     if not examples:
-        why = f"{len(aside)} rows, none usable; {aside[0].id}: {aside[0].reason}" if aside else "it is empty"
-        raise InputError(f"{name} holds no usable example ({why}).")
+        raise InputError(f"{name} holds no usable example ({none_usable(aside, 'rows')}).")
     return list(examples.values()), aside
 
 
@@ -101,11 +101,12 @@ def open_table(name: str | PathLike, split: str | None = None, config: str | Non
         import datasets
     except ImportError as error:
         raise InputError(f"hf:NAME needs the library datasets ({error}): pip install datasets") from error
+    name = os.path.expanduser(name)
     path = Path(name)
     try:
         if (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
             loaded = datasets.load_from_disk(str(path))
-        elif path.suffix == ".parquet" and path.is_file():
+        elif path.suffix.lower() == ".parquet" and path.is_file():
             loaded = datasets.load_dataset("parquet", data_files=str(path))
         else:
             names = datasets.get_dataset_split_names(str(name), config)

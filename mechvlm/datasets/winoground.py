@@ -12,7 +12,7 @@ facebook/winoground:
 Source: Thrush et al. 2022, arXiv:2204.03162.
 """
 
-import json
+import os
 from collections.abc import Callable, Iterable, Sequence
 from os import PathLike
 from pathlib import Path
@@ -21,14 +21,14 @@ from typing import Any, NamedTuple
 from PIL import Image
 
 from mechvlm.datasets.example import Example
-from mechvlm.datasets.files import ImageFolder, SetAside, storable
+from mechvlm.datasets.files import ImageFolder, SetAside, json_rows, none_usable, storable, storable_id
 from mechvlm.errors import InputError
 from mechvlm.inputs.images import StoredImage
 
 HUB = "facebook/winoground"
 LISTING = "examples.jsonl"
 TAGS = ("tag", "secondary_tag", "num_main_preds", "collapsed_tag")
-SUFFIXES = ("", ".png", ".jpg", ".jpeg")
+SUFFIXES = ("", ".png", ".jpg", ".jpeg", ".PNG", ".JPG", ".JPEG")
 
 
 class Pair(NamedTuple):
@@ -73,7 +73,7 @@ def read_winoground(where: str | PathLike) -> tuple[list[Example], list[SetAside
         InputError: when there is no `examples.jsonl`, there are no images, or not one pair is
             usable.
     """
-    where = Path(where)
+    where = Path(os.path.expanduser(where))
     listings = [where] if where.is_file() else [where / LISTING, where / "data" / LISTING]
     listing = next((file for file in listings if file.is_file()), None)
     if listing is None:
@@ -85,19 +85,8 @@ def read_winoground(where: str | PathLike) -> tuple[list[Example], list[SetAside
     if not folder.is_dir():
         zipped = (listing.parent / "images.zip").is_file()
         raise InputError(f"{folder} is not there. " + ("Unpack images.zip." if zipped else f"{HUB} has the images."))
-    try:
-        lines = listing.read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{listing} cannot be read ({error}). It should be a text file in UTF-8.") from error
-    images, entries = ImageFolder(folder), []
-    for number, line in enumerate(lines, start=1):
-        if line.strip():
-            name = f"{LISTING} line {number}"
-            try:
-                entries.append((name, json.loads(line)))
-            except (ValueError, RecursionError) as error:
-                entries.append((name, InputError(f"not JSON ({error})")))
-    return _read(entries, lambda entry, key: _file(images, entry.get(key)), str(listing))
+    images = ImageFolder(folder)
+    return _read(json_rows(listing), lambda entry, key: _file(images, entry.get(key)), str(listing))
 
 
 def read_hub() -> tuple[list[Example], list[SetAside]]:
@@ -148,8 +137,7 @@ def _read(
         except InputError as error:
             aside.append(SetAside(name, str(error)))
     if not pairs:
-        why = f"{len(aside)} entries, none usable; {aside[0].id}: {aside[0].reason}" if aside else "it is empty"
-        raise InputError(f"{where} names no usable pair ({why}).")
+        raise InputError(f"{where} names no usable pair ({none_usable(aside, 'entries')}).")
     return [example for sides in pairs.values() for example in sides], aside
 
 
@@ -163,8 +151,7 @@ def _sides(entry: Any, number: int, image_of: Callable[[dict, str], Path | Store
     captions = [storable(text).strip() for text in texts if isinstance(text, str) and text.strip()]
     if len(captions) < 2:
         raise InputError('no "caption_0" or no "caption_1"')
-    id = entry.get("id")
-    pair = storable(str(number if id is None else id))
+    pair = storable_id(entry.get("id")) or str(number)
     tags = {key: entry[key] for key in TAGS if key in entry}
     return [
         Example(

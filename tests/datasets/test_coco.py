@@ -106,6 +106,19 @@ def test_names_that_are_not_ascii_and_subfolders(tmp_path):
     assert open_image(example.image).size == (80, 60)
 
 
+def test_names_of_other_systems_and_a_byte_order_mark(tmp_path):
+    content = coco(2)
+    for image, name in zip(content["images"], ("sub\\caf\u00e9.jpg", "plain.JPG"), strict=True):
+        image["file_name"] = name
+    file = write_coco(tmp_path, content)
+    (tmp_path / "val2017" / "sub").mkdir()
+    (tmp_path / "val2017" / content["images"][0]["file_name"]).rename(tmp_path / "val2017" / "sub" / "cafe\u0301.jpg")
+    file.write_bytes(b"\xef\xbb\xbf" + json.dumps(content, indent=1).replace("\n", "\r\n").encode())
+    data = load_dataset(f"coco:{tmp_path}")
+    assert data.set_aside == ()
+    assert {e.id: e.image.name for e in data.examples} == {"100": "cafe\u0301.jpg", "101": "plain.JPG"}
+
+
 CONTENT = coco(2)
 BROKEN = [
     (json.dumps(CONTENT)[:500], r"is not JSON: .* at line 1, column \d+ \(character \d+ of 500\)"),

@@ -91,7 +91,7 @@ def test_only_the_end_of_a_line_ends_a_line(tmp_path, end):
 
 BAD_LINES = [
     ('{"image": "a.png"', "not JSON"),
-    ("[1]", 'no "image"'),
+    ("[1]", 'a list, not an object with "image"'),
     ({"captions": ["x"]}, 'no "image"'),
     ({"image": "", "captions": ["x"]}, 'no "image"'),
     ({"image": "gone.png", "captions": ["x"]}, "there is no such file"),
@@ -99,7 +99,7 @@ BAD_LINES = [
     ({"image": "a.png", "captions": []}, "every caption"),
     ({"image": "a.png", "captions": ["  "]}, "every caption"),
     ({"image": "a.png"}, 'no "captions"'),
-    ({"image": "a.png", "captions": [1]}, 'no "captions"'),
+    ({"image": "a.png", "captions": [1]}, "the 'captions' of the image 'a.png' hold '1', which is neither a string"),
     ({"image": "../a.png", "captions": ["x"]}, "outside the folder"),
     ({"image": "/etc/passwd", "captions": ["x"]}, "outside the folder"),
     ({"image": "a.png", "captions": ["x"], "id": "ok"}, "uses this id again"),

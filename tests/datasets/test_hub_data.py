@@ -81,6 +81,35 @@ def test_the_hubs_struct_of_bytes_and_path(tmp_path):
         open_image(empty.image)
 
 
+def test_captions_that_are_dicts_and_ids_that_are_null(tmp_path):
+    """As copies of COCO and Flickr on the Hub write them; a row without an id has its number."""
+    captions = [
+        [{"raw": "a cat", "sentid": 1}, {"raw": "two", "sentid": 2}],
+        [{"raw": "eine Straße", "sentid": 3}],
+        [{"raw": " ", "sentid": 4}],
+        [{"raw": "four", "sentid": None}],
+    ]
+    table(captions=captions, key=[5, None, 6, 5]).save_to_disk(tmp_path / "d")
+    data = load_dataset(f"hf:{tmp_path / 'd'}?id=key")
+    assert {e.id: e.captions for e in data.examples} == {"5": ("a cat", "two"), "1": ("eine Straße",)}
+    assert [(aside.id, aside.reason) for aside in data.set_aside] == [
+        ("6", "every caption of row 2 is empty"), ("5", "row 3 uses this id again: the first row with it is kept"),
+    ]  # fmt: skip
+
+
+def test_a_struct_of_captions(tmp_path):
+    """One caption a row, or a list of them under one key."""
+    table(2, captions=[{"raw": "a cat", "tokens": ["a", "cat"]}, {"raw": "two", "tokens": ["two"]}]).save_to_disk(
+        tmp_path / "d"
+    )
+    assert {e.captions for e in load_dataset(f"hf:{tmp_path / 'd'}").examples} == {("a cat",), ("two",)}
+    table(2, captions=[{"raw": ["a cat", "x"]}, {"raw": ["two"]}]).save_to_disk(tmp_path / "e")
+    assert {e.captions for e in load_dataset(f"hf:{tmp_path / 'e'}").examples} == {("a cat", "x"), ("two",)}
+    table(1, captions=[{"tokens": ["a"]}]).save_to_disk(tmp_path / "f")
+    with pytest.raises(InputError, match="the captions of row 0 in 'captions' hold a dict with 'tokens'"):
+        load_dataset(f"hf:{tmp_path / 'f'}")
+
+
 def test_rows_without_captions_are_set_aside(tmp_path):
     table(3, captions=[["fine"], [" "], []]).save_to_disk(tmp_path / "d")
     data = load_dataset(f"hf:{tmp_path / 'd'}")
@@ -97,7 +126,7 @@ def test_rows_without_captions_are_set_aside(tmp_path):
         ({}, "?caption=words", "has no column 'words'"),
         ({}, "?id=words", "has no column 'words'"),
         ({}, "?image=captions", "'captions' of .* holds no images. It has photo"),
-        ({"n": [1, 2, 3, 4]}, "?caption=n", "4 rows, none usable; 0: row 0 holds no caption in 'n'"),
+        ({"n": [1, 2, 3, 4]}, "?caption=n", "4 rows, none usable; 0: the captions of row 0 in 'n' hold '1'"),
         ({"more": [encoded(i) for i in range(4)]}, "", r"Which column is the image\? Here the columns photo, more"),
         (
             {},

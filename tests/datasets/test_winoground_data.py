@@ -41,6 +41,40 @@ def test_pairs_are_drawn_whole_and_their_sides_never_stand_together(tmp_path):
         pairs_of(load_dataset(spec, 1).examples)
 
 
+def test_exchanging_both_images_and_both_captions_exchanges_the_sides(tmp_path):
+    """Pairs stay true: caption i goes with image i either way."""
+    entries = winoground(3)
+    other = {"image_0": "image_1", "image_1": "image_0", "caption_0": "caption_1", "caption_1": "caption_0"}
+    exchanged = [{other.get(key, key): value for key, value in entry.items()} for entry in entries]
+    read = [
+        pairs_of(load_dataset(f"winoground:{write_winoground(tmp_path / name, rows)}").examples)
+        for name, rows in (("w", entries), ("v", exchanged))
+    ]
+    for pair, turned in zip(*read, strict=True):
+        assert turned.id == pair.id
+        assert turned.captions == pair.captions[::-1]
+        assert [image.name for image in turned.images] == [image.name for image in pair.images][::-1]
+
+
+def test_an_id_that_is_missing_is_the_pairs_number(tmp_path):
+    entries = [{**entry, "id": id} for entry, id in zip(winoground(5), (7, None, "", 2.0, [3]), strict=True)]
+    data = load_dataset(f"winoground:{write_winoground(tmp_path / 'w', entries)}")
+    assert {e.meta["pair"] for e in data.examples} == {"7", "1", "2"}
+    (repeated, refused) = data.set_aside
+    assert (repeated.id, "entry 4 uses this id again" in repeated.reason) == ("2", True)
+    assert refused == ("examples.jsonl line 5", 'the "id" is [3]; an id is a string or a whole number')
+
+
+def test_an_array_and_upper_case_extensions(tmp_path):
+    entries = winoground(2)
+    folder = write_winoground(tmp_path / "w", entries)
+    (folder / "examples.jsonl").write_text(json.dumps(entries, indent=1), encoding="utf-8-sig")
+    (folder / "images" / "ex_0_img_1.png").rename(folder / "images" / "ex_0_img_1.JPG")
+    data = load_dataset(f"winoground:{folder}")
+    assert data.set_aside == ()
+    assert {e.image.name for e in data.examples if e.meta["pair"] == "0"} == {"ex_0_img_0.png", "ex_0_img_1.JPG"}
+
+
 def test_names_with_their_ending_and_the_hubs_own_folder(tmp_path):
     entries = winoground(2)
     write_winoground(tmp_path / "w" / "data", entries)

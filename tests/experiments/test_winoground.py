@@ -81,6 +81,20 @@ def test_likelihoods_equal_one_hugging_face_forward_each(vlm):
     assert len({round(value) for value in expected}) == 3
 
 
+def test_scores_do_not_know_which_side_is_first():
+    """Exchanging both captions and both images changes no score; captions for images, the two."""
+    s = torch.randn(200, 2, 2, generator=torch.Generator().manual_seed(0))
+    scores = mv.pair_scores(s)
+    assert 0 < scores.group.sum() < scores.text.sum() != scores.image.sum()
+    for ours, turned in zip(scores, mv.pair_scores(s.flip(1, 2)), strict=True):
+        assert torch.equal(ours, turned)
+    mirrored = mv.pair_scores(s.mT)
+    assert torch.equal(mirrored.text, scores.image)
+    assert torch.equal(mirrored.image, scores.text)
+    # With the captions alone exchanged, each is false: no pair is right both ways.
+    assert not (mv.pair_scores(s.flip(1)).group & scores.group).any()
+
+
 def test_prompts_of_different_lengths_and_their_token_maps(vlm, batch):
     captioned, n_tokens = vlm.answered(batch, CAPTIONS)
     alone = [vlm.answered(batch[i], CAPTIONS[i : i + 1])[0] for i in range(3)]

@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+import mechvlm as mv
 from mechvlm import bundled
 from mechvlm.datasets.scenes import sample_scenes
 
@@ -53,6 +54,13 @@ def test_embeddings_are_not_tied(loaded):
 def test_unknown_name():
     with pytest.raises(KeyError, match="tiny-llava"):
         bundled.path("tiny-flamingo")
+
+
+def test_a_folder_in_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "model").symlink_to(bundled.path("tiny-llava"))
+    vlm = mv.load("~/model", check=False)
+    assert torch.equal(vlm.hf.lm_head.weight, mv.load("tiny-llava", dtype="float16", check=False).hf.lm_head.weight)
 
 
 def test_one_object_captions(loaded):
