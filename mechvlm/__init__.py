@@ -8,7 +8,8 @@ if TYPE_CHECKING:
     from mechvlm.errors import InputError, ModelError, NonFiniteError, RemoteError, ViewError
     from mechvlm.experiments.causal_trace import CausalTraceResult, causal_trace
     from mechvlm.experiments.information_flow import InformationFlowResult, information_flow
-    from mechvlm.experiments.multimodal_neurons import MultimodalNeuronsResult, multimodal_neurons
+    from mechvlm.experiments.multimodal_neurons import multimodal_neurons
+    from mechvlm.experiments.multimodal_neurons_result import MultimodalNeuronsResult
     from mechvlm.experiments.object_ablation import ObjectAblationResult, object_ablation
     from mechvlm.experiments.winoground import caption_logprob, winoground
     from mechvlm.experiments.winoground_result import PairScores, WinogroundResult, pair_scores
@@ -58,7 +59,8 @@ _HOMES = {
     "tracing.reading": ("read",),
     "experiments.causal_trace": ("CausalTraceResult", "causal_trace"),
     "experiments.information_flow": ("InformationFlowResult", "information_flow"),
-    "experiments.multimodal_neurons": ("MultimodalNeuronsResult", "multimodal_neurons"),
+    "experiments.multimodal_neurons": ("multimodal_neurons",),
+    "experiments.multimodal_neurons_result": ("MultimodalNeuronsResult",),
     "experiments.object_ablation": ("ObjectAblationResult", "object_ablation"),
     "experiments.winoground": ("caption_logprob", "winoground"),
     "experiments.winoground_result": ("PairScores", "WinogroundResult", "pair_scores"),

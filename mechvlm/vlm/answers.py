@@ -15,6 +15,18 @@ from mechvlm.inputs.pieces import spell, token_texts
 from mechvlm.inputs.prompts import check_characters
 from mechvlm.inputs.tokens import Modality, TokenMap
 
+GREEDY = {
+    "do_sample": False, "num_beams": 1, "num_return_sequences": 1, "return_dict_in_generate": False,
+    "repetition_penalty": 1.0, "encoder_repetition_penalty": 1.0, "no_repeat_ngram_size": 0,
+    "encoder_no_repeat_ngram_size": 0, "min_length": 0, "min_new_tokens": None, "bad_words_ids": None,
+    "suppress_tokens": None, "begin_suppress_tokens": None, "sequence_bias": None, "forced_bos_token_id": None,
+    "forced_eos_token_id": None, "exponential_decay_length_penalty": None, "guidance_scale": None,
+    "watermarking_config": None, "prompt_lookup_num_tokens": None, "token_healing": False, "stop_strings": None,
+    "max_time": None,
+}  # fmt: skip
+"""Options of `generate` under which each token is the one of the largest logit. A checkpoint's
+generation_config.json may say otherwise, and would win over any option that is not given."""
+
 
 def first_tokens(
     inputs: Inputs, answers: str | int | Sequence[str | int] | Tensor, tokenizer, d_vocab: int

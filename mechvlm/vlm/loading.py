@@ -100,7 +100,7 @@ def load(
         name = getattr(model, "name_or_path", "") or type(model).__name__
         vlm = VLM(model.eval(), processor, name=name, remote=remote)
     else:
-        name = os.path.expanduser(model)
+        name = os.path.expanduser(str(model))
         adapter = name if is_adapter(name) else None
         base = name if adapter is None else base_of(name)
         source, is_bundled = (str(bundled.path(base)), True) if base in bundled.NAMES else (base, False)

@@ -16,7 +16,7 @@ from mechvlm.decoder.attention import attention_call
 from mechvlm.decoder.decoder import Decoder
 from mechvlm.decoder.norms import Norm
 from mechvlm.decoder.projections import Projection
-from mechvlm.errors import InputError, ModelError
+from mechvlm.errors import ModelError
 from mechvlm.families.known import architecture_of
 from mechvlm.families.record import part
 from mechvlm.inputs.batch import Inputs, build_inputs, example_names
@@ -27,21 +27,10 @@ from mechvlm.inputs.pieces import token_texts
 from mechvlm.inputs.prompts import Prompt
 from mechvlm.ndif.jobs import Job
 from mechvlm.ndif.requests import ONE_AT_A_TIME, backend_for
-from mechvlm.vlm.answers import first_tokens, write_answers
+from mechvlm.vlm.answers import GREEDY, first_tokens, write_answers
+from mechvlm.vlm.encoding import model_arguments, require_cpu_default
 from mechvlm.vlm.habits import missing_in_vlm
 from mechvlm.vlm.hook_cache import Cache, run_with_cache
-
-GREEDY = {
-    "do_sample": False, "num_beams": 1, "num_return_sequences": 1, "return_dict_in_generate": False,
-    "repetition_penalty": 1.0, "encoder_repetition_penalty": 1.0, "no_repeat_ngram_size": 0,
-    "encoder_no_repeat_ngram_size": 0, "min_length": 0, "min_new_tokens": None, "bad_words_ids": None,
-    "suppress_tokens": None, "begin_suppress_tokens": None, "sequence_bias": None, "forced_bos_token_id": None,
-    "forced_eos_token_id": None, "exponential_decay_length_penalty": None, "guidance_scale": None,
-    "watermarking_config": None, "prompt_lookup_num_tokens": None, "token_healing": False, "stop_strings": None,
-    "max_time": None,
-}  # fmt: skip
-"""Options of `generate` under which each token is the one of the largest logit. A checkpoint's
-generation_config.json may say otherwise, and would win over any option that is not given."""
 
 
 class VLM(Decoder):
@@ -208,7 +197,7 @@ class VLM(Decoder):
                 template without the image token, one with no room for the image, or a chat template
                 that cannot write it. Of several examples it names the one.
         """
-        _require_cpu_default()
+        require_cpu_default()
         pairs = pair_examples(images, prompts)
         names = example_names(ids, len(pairs))
         build = partial(build_inputs, record=self.record, config=self.config, processor=self.processor, model=self.name)
@@ -307,27 +296,7 @@ class VLM(Decoder):
                 where torch's default device is not the CPU.
             ModelError: for a model in training mode.
         """
-        if not isinstance(inputs, Inputs):
-            raise InputError(
-                f"A {type(inputs).__name__} was given where one forward takes one batch: inputs = vlm.inputs(image, prompt). Run "
-                "several batches one by one: for batch in batches."
-            )
-        _require_cpu_default()
-        training = [path for path, module in self.hf.named_modules() if module.training] if self.has_weights else []
-        if training:
-            raise ModelError(
-                f"{self.name} is in training mode ({len(training)} modules, {training[-1]!r} among them): dropout would change "
-                "its activations at random. Call vlm.hf.eval() first, and vlm.hf.train() when you go on training."
-            )
-        text = {"input_ids", "attention_mask", *self.record.right_padded}
-        if {key for key in inputs.encoding if key.endswith(("input_ids", "attention_mask"))} != text:
-            raise InputError(
-                f"These inputs were made for another family of models ({inputs.model or 'unknown'}): they hold "
-                f"{', '.join(sorted(inputs.encoding))}. Make them again with {self.name}'s own vlm.inputs(image, prompt)."
-            )
-        if self.has_weights:
-            return {key: value.to(self.device) for key, value in inputs.encoding.items()}
-        return dict(inputs.encoding)  # the server moves them to the model's device
+        return model_arguments(self, inputs)
 
     # -- TransformerLens, imported on first use ---------------------------------------------------
 
@@ -429,13 +398,3 @@ class VLM(Decoder):
                 out = self.hf.generate(**self.encoding(inputs), **options)
         new = out[:, inputs.encoding["input_ids"].shape[1] :]
         return [text.strip() for text in self.tokenizer.batch_decode(new, skip_special_tokens=True)]
-
-
-def _require_cpu_default() -> None:
-    """Refuse another default device: half of the new tensors would be there, half on the CPU."""
-    device = torch.get_default_device()
-    if device.type != "cpu":
-        raise InputError(
-            f"torch's default device is {str(device)!r} (torch.set_default_device, or `with torch.device`); inputs and results "
-            "are kept on the CPU. Call torch.set_default_device('cpu'): the model stays where mechvlm.load(device=...) put it."
-        )
