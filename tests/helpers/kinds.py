@@ -5,7 +5,6 @@ import importlib
 import warnings
 
 import bitsandbytes as bnb
-import pytest
 import torch
 from peft import IA3Config, LNTuningConfig, LoHaConfig, LoraConfig, OFTConfig, get_peft_model
 from torch import nn
@@ -86,7 +85,6 @@ def in_8_bits(hf):
 
 
 def by_torchao(hf, config: str):
-    pytest.importorskip("torchao")
     quantization = importlib.import_module("torchao.quantization")
 
     def wanted(module, path):

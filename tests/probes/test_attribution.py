@@ -65,7 +65,7 @@ def test_the_sum_is_hugging_faces_logit(vlm, batch, versus):
     torch.testing.assert_close(got.logit, expected, rtol=1e-4, atol=1e-5)
     assert (got.embed + got.heads.sum((0, 2)) + got.attn_bias.sum(0) + got.mlps.sum(0)).allclose(got.total)
     assert got.answers == vlm.to_str_tokens(torch.tensor([A] * 3))
-    assert got.versus == (() if versus is None else (vlm.tokenizer.convert_ids_to_tokens(versus),) * 3)
+    assert got.versus == (() if versus is None else vlm.to_str_tokens(torch.tensor([versus] * 3)))
 
 
 def test_every_part_is_its_explicit_vector(vlm, batch):

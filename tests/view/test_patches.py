@@ -108,7 +108,7 @@ def test_the_heat_of_a_token_over_queries_is_what_it_wrote_times_where_they_read
     inputs = blip_vlm.inputs(noise_image(0), "what is this")
     lens, norms = read(blip_vlm, inputs)
     reading = mv.query_reading(blip_vlm, inputs)
-    (heat,) = match_example(inputs, lens, norms, reading, None).heat(0, 2)
+    (heat,) = match_example(inputs, lens, norms, reading, None).heat(0, 1)
     expected = sum(
         norms.norm[1, 0, 0, p].item() * reading.map[0, q].numpy() for q, p in enumerate(inputs.tokens.image.tolist())
     )
@@ -213,7 +213,7 @@ BAD = {
     "lens of text alone": (
         lambda i, w, n: (i, change(w, position=i.tokens.text[:1].expand(len(w.position))), n), "read no visual token",
     ),
-    "more states than layers": (lambda i, w, n: (i, change(w, layers=(0, 1, 2, 9)), n), "goes to state 9, norms to layer 2"),
+    "more states than layers": (lambda i, w, n: (i, change(w, states=(0, 1, 2, 9)), n), "goes to state 9, norms to layer 2"),
     "no image": (lambda i, w, n: (change(i, images=((),)), w, n), "image of example 0 is gone.*0 of 1"),
     "no images at all": (lambda i, w, n: (change(i, images=()), w, n), "gone.*vlm.inputs"),
     "another image": (lambda i, w, n: (change(i, images=((photo(50, 50),),)), w, n), "50 x 50; the patches.*80 x 60"),

@@ -10,6 +10,8 @@ import mechvlm as mv
 from helpers.images import noise_image
 from helpers.kinds import KINDS, PRECISION, model, plain
 
+pytestmark = pytest.mark.kinds
+
 FAMILY_OF = [(kind, "llava") for kind in KINDS] + [(kind, "instructblip") for kind in ("lora everywhere", "4 bits")]
 
 

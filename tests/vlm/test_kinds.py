@@ -172,6 +172,7 @@ def test_an_adapter_of_another_kind_on_quantized_weights_is_refused():
         mv.load(lora(in_4_bits(hf), use_dora=True), processor)
 
 
+@pytest.mark.kinds
 def test_a_quantized_module_that_passes_no_gradient():
     hf, processor = model("llava")
     vlm = mv.load(by_torchao(hf, "Int8DynamicActivationInt8WeightConfig"), processor)
@@ -194,6 +195,7 @@ def test_other_quantizations_are_named(saved, tmp_path, method):
         mv.load(hf, processor)
 
 
+@pytest.mark.kinds
 def test_a_quantized_models_identity_is_its_numbers():
     identities = set()
     for quantize in (in_4_bits, in_8_bits, lora, lambda hf: by_torchao(hf, "Int8WeightOnlyConfig")):
