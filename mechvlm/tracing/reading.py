@@ -33,6 +33,7 @@ from mechvlm.ndif.requests import backend_for
 from mechvlm.probes.probe import READS, Attended, Queried, State, Written
 from mechvlm.results import Result, concat
 from mechvlm.tracing.memory import over_batches
+from mechvlm.vlm.encoding import require_cpu_default
 from mechvlm.vlm.vlm import VLM
 
 Readable = Inputs | Batches | Sequence[Inputs]
@@ -110,6 +111,7 @@ def read_batch(
 
     `first` is the number by which errors call the first example.
     """
+    require_cpu_default()
     plans = _plans(vlm, inputs, probes, first)
     wanted = {method for method in READS for probe in probes if hasattr(probe, method)}
     real = torch.stack([m.modality != Modality.PADDING for m in inputs.token_maps])
@@ -279,11 +281,11 @@ def _refuse_nonfinite(finite: Tensor, vlm: VLM, first: int) -> None:
     bad = tuple((~finite.all(0)).nonzero().squeeze(-1).tolist())
     if not bad:
         return
-    first = int((~finite[:, list(bad)]).any(1).nonzero()[0, 0])
+    state = int((~finite[:, list(bad)]).any(1).nonzero()[0, 0])
     where = (
         "the embeddings that enter the decoder"
-        if first == 0
-        else f"the output of layer {first - 1} (of layers 0 to {vlm.n_layers - 1})"
+        if state == 0
+        else f"the output of layer {state - 1} (of layers 0 to {vlm.n_layers - 1})"
     )
     if vlm.dtype == torch.float16:
         why = "In float16 large activations overflow: load with dtype='bfloat16' or 'float32'."

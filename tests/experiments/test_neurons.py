@@ -91,7 +91,7 @@ def test_they_are_the_strongest_that_read_as_words(vlm, batch, neurons):
         sign = -1 if activity.mean(0)[layer, index] < 0 else 1
         with torch.no_grad():
             best = (w_u @ (norm * column * sign)).topk(3).indices
-        words = tuple(p or "" for p in vlm.tokenizer.convert_ids_to_tokens(best.tolist()))
+        words = vlm.to_str_tokens(best)
         if (layer, index) in places:
             row = places.index((layer, index))
             assert int(neurons.sign[row]) == sign
@@ -127,7 +127,7 @@ def test_batches_change_nothing(vlm, batch, neurons):
     assert torch.equal(singles.layer, neurons.layer)
     assert torch.equal(singles.index, neurons.index)
     assert singles.words == neurons.words
-    assert singles.answers == neurons.answers == tuple(vlm.tokenizer.convert_ids_to_tokens(ANSWERS))
+    assert singles.answers == neurons.answers == vlm.to_str_tokens(torch.tensor(ANSWERS))
     torch.testing.assert_close(singles.attribution, neurons.attribution, rtol=1e-3, atol=1e-6)
     torch.testing.assert_close(singles.activation, neurons.activation, rtol=1e-3, atol=1e-5)
 
@@ -151,7 +151,7 @@ def test_nothing_is_left_behind(vlm, batch):
     assert all(p.requires_grad for p in vlm.hf.parameters())
     assert not any(getattr(got, name).requires_grad for name in ("attribution", "activation"))
     assert torch.equal(with_hooks(vlm, batch, 0)[0], before)
-    assert got.answers == tuple(vlm.tokenizer.convert_ids_to_tokens(before.argmax(-1).tolist()))
+    assert got.answers == vlm.to_str_tokens(before.argmax(-1))
 
 
 def test_a_frozen_model_gives_the_same(batch, vlm, neurons):
@@ -198,7 +198,7 @@ def test_table_file_and_intervals(neurons, tmp_path):
     assert row.attribution == pytest.approx(float(neurons.attribution[1, 2]))
     assert row.mean_activation == pytest.approx(float(neurons.activation[1, 2].mean()))
     assert (row.layer, row["index"]) == (int(neurons.layer[2]), int(neurons.index[2]))
-    assert row.words == " ".join(neurons.words[2])
+    assert row.words == " ".join(word.strip() for word in neurons.words[2])
     assert row.answer == neurons.answers[1]
     mean, low, high = neurons.interval
     torch.testing.assert_close(mean, neurons.attribution.mean(0))
