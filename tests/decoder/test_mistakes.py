@@ -188,7 +188,7 @@ def test_an_accessor_without_a_layer(llava_vlm):
 def test_what_is_no_inputs(llava_vlm, what):
     for method in (mv.VLM.trace, mv.VLM.encoding):
         unchecked = inspect.unwrap(method)  # without the tests' own checks of types
-        words = rf"A {type(what).__name__} was given where inputs.*vlm\.inputs\(image"
+        words = rf"A {type(what).__name__} was given where one forward takes one batch.*vlm\.inputs\(image"
         with (
             pytest.raises(InputError, match=words),
             mock.patch.object(mv.VLM, "encoding", inspect.unwrap(mv.VLM.encoding)),
