@@ -5,7 +5,7 @@ source, together with the objects that it names. mechvlm's functions and classes
 Some objects are cut down first:
 
 - a `VLM` travels as its `Decoder`: accessors and weights, without processor and tokenizer;
-- a probe travels as its settings and its `at_` methods: `prepare` and `result` run here;
+- a probe travels as its settings and its `at_` methods: `RUN_HERE` names those that stay;
 - `Inputs` travel without the original images;
 - a module of mechvlm travels as a namespace of the parts that the block uses;
 - a class travels as the functions, properties and constants written in it. The methods that Python
@@ -38,6 +38,9 @@ from nnsight.ndif import pull_env
 from mechvlm.decoder.decoder import Decoder
 from mechvlm.inputs.batch import Inputs
 from mechvlm.ndif.unsaved import Unsaved
+
+RUN_HERE = ("part_of", "prepare", "result", "join")
+"""A probe's methods that run on this machine, and stay here with all that they name."""
 
 
 def dumps(tracer) -> bytes:
@@ -145,8 +148,8 @@ def _dataclass_spec(cls: type) -> tuple[dict[str, Callable | None], dict[str, bo
 def _written_in(cls: type) -> dict[str, Any]:
     """The functions, properties and constants written in a class.
 
-    A probe loses its bases on the way, so theirs are included; its `prepare` and `result` run here
-    and stay here.
+    A probe loses its bases on the way, so theirs are included. Its methods that
+    run here are left out.
     """
     written: dict[str, Any] = {}
     made_by_python = ("__", "_abc", "_is_protocol", "_field", "_make")
@@ -159,7 +162,7 @@ def _written_in(cls: type) -> dict[str, Any]:
                 keep = keep and not name.startswith(made_by_python)
             if keep:
                 written[name] = value
-    return {name: value for name, value in written.items() if not (_is_probe(cls) and name in ("prepare", "result"))}
+    return {name: value for name, value in written.items() if not (_is_probe(cls) and name in RUN_HERE)}
 
 
 def _has_source(function: Callable, module: str) -> bool:
