@@ -72,8 +72,12 @@ def _ticks(places, labels, limits) -> dict[float, str]:
 
 
 def words_at(ax: Axes) -> dict[tuple[float, float], str]:
-    """{(x, y): text} of the texts in the axes; of annotations the point that they belong to."""
-    places = [(t.xy if isinstance(t, Annotation) else t.get_position(), t.get_text()) for t in ax.texts]
+    """{(x, y): text} of the texts at points of the data.
+
+    An annotation's point is the one that it belongs to; headings, which have none, are left out.
+    """
+    texts = [t for t in ax.texts if getattr(t, "xycoords", "data") == "data"]
+    places = [(t.xy if isinstance(t, Annotation) else t.get_position(), t.get_text()) for t in texts]
     return {(float(x), float(y)): words for (x, y), words in places}
 
 
