@@ -9,8 +9,19 @@ import torch
 from matplotlib import pyplot as plt
 
 import mechvlm as mv
-from helpers.artists import bands, bar_of, edges_of, ends_of, line_of, mesh_of, on_screen, value_at, words_at
-from helpers.artists import x_ticks, y_ticks
+from helpers.artists import (
+    bands,
+    bar_of,
+    edges_of,
+    ends_of,
+    line_of,
+    mesh_of,
+    on_screen,
+    value_at,
+    words_at,
+    x_ticks,
+    y_ticks,
+)
 from mechvlm.figures.style import LINES
 from mechvlm.intervals import mean_interval
 
