@@ -25,7 +25,7 @@ def on_screen(artist: QuadMesh | AxesImage) -> np.ndarray:
 def edges_of(artist: QuadMesh | AxesImage) -> tuple[np.ndarray, np.ndarray]:
     """The borders of a map's columns and rows in data coordinates, in the order of its array."""
     if isinstance(artist, QuadMesh):
-        corners = artist.get_coordinates()
+        corners = np.asarray(artist.get_coordinates())
         return corners[0, :, 0], corners[:, 0, 1]
     rows, cols = artist.get_array().shape
     left, right, bottom, top = artist.get_extent()
