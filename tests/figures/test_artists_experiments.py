@@ -80,6 +80,20 @@ def test_each_neuron_s_map_lies_beside_its_bar_the_right_way_up():
     assert side.get_ylim() == (4.5, -0.5)
 
 
+def test_the_maps_lie_right_of_the_bars_and_move_with_them():
+    ax, side = neurons().plot().figure.axes
+    ax.figure.draw_without_rendering()
+    assert ax.get_position().x1 < side.get_position().x0
+    assert ax.get_position().width > side.get_position().width
+    ax.set_ylim(2.5, -0.5)
+    assert side.get_ylim() == (2.5, -0.5)
+
+
+def test_the_title_names_an_answer_only_if_all_share_it():
+    ax = neurons(answers=(" red", " green", " red")).plot()
+    assert ax.get_title(loc="left") == "Multimodal neurons for each example's answer, some/model"
+
+
 def test_queries_without_a_grid_are_a_row():
     result = neurons(grid=())
     side = result.plot().figure.axes[1]

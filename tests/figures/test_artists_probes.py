@@ -210,6 +210,23 @@ def test_each_head_lies_over_its_layer_with_a_dot_where_its_sign_is_sure():
     assert y_ticks(top).keys() >= {0, 1, 2}
 
 
+def test_the_heads_lie_above_the_parts_over_the_same_layers():
+    ax = attribution().plot()
+    top = next(other for other in ax.figure.axes if other.get_ylabel() == "head")
+    ax.figure.draw_without_rendering()
+    assert top.get_position().y0 > ax.get_position().y1
+    assert top.get_xlim() == ax.get_xlim()
+    assert top.get_position().intervalx == pytest.approx(ax.get_position().intervalx)
+
+
+def test_the_title_names_an_answer_only_if_all_share_it():
+    several = attribution()
+    several = mv.LogitAttributionResult(**{**vars(several), "answers": (" red", " green", *several.answers[2:])})
+    top = next(ax for ax in several.plot().figure.axes if ax.get_ylabel() == "head")
+    title = top.get_title(loc="left").split("\n")[0]
+    assert title == "Logit attribution: each example's answer less blue, some/model"
+
+
 # --- queries ---
 
 

@@ -178,6 +178,24 @@ def test_contextualization_holds_three_curves_and_their_baselines(study):
         assert (ax.get_xlabel(), ax.get_ylabel()) == ("state (0 = embeddings)", "mean cosine")
 
 
+def test_bands_of_cosines_go_below_0(study):
+    around_0 = study.tables["contextualization"].assign(value=lambda rows: rows["value"] - 0.4)
+    below = replace(study, tables={**study.tables, "contextualization": around_0})
+    ax = below.plot("contextualization").figure.axes[0]
+    values = by_example(below, "some/deep", "contextualization", pair="inter")
+    assert (values.mean(0) - values.std(0)).min() < -0.1
+    assert_curve(ax, line_of(ax, "image – text"), values)
+
+
+def test_titles_count_the_examples_that_were_read(study):
+    """Of each model, not of those that were drawn."""
+    models = {**study.models, "some/other": {**study.models["some/other"], "n_examples": 4}}
+    aside = replace(study, models=models, dataset={**study.dataset, "n": 9})
+    for name in ("phases", "lens", "contextualization"):
+        titles = [ax.get_title(loc="left") for ax in aside.plot(name).figure.axes]
+        assert [title for title in titles if title] == ["deep  (n = 5)", "other  (n = 4)"]
+
+
 # --- norm-based attention ---
 
 ROWS = [(model, dest) for model in DEPTHS for dest in ("last_text", "last_image")]
