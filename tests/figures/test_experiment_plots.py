@@ -17,6 +17,7 @@ from matplotlib.patches import Rectangle
 import mechvlm as mv
 from mechvlm.experiments.causal_trace import CORRUPTED, CORRUPTIONS
 from mechvlm.experiments.object_ablation import ABLATION_CONDITIONS, BARS
+from mechvlm.figures.headings import number
 
 
 @pytest.fixture(autouse=True)
@@ -242,6 +243,13 @@ def test_names_cannot_break_the_picture(tmp_path):
     ax.figure.savefig(tmp_path / "x.png")
     assert ax.get_xticklabels()[0].get_text() == r"\$x_1\$ \$"
     assert all(t.get_rotation() == 30 for t in trace(2, groups=("question + last",) * 9).plot().get_xticklabels())
+
+
+@pytest.mark.parametrize(
+    ("value", "digits", "shown"), [(-0.001, 2, "0.00"), (-0.006, 2, "−0.01"), (12.6, 0, "13"), (-0.4, 0, "0")]
+)
+def test_numbers_in_pictures(value, digits, shown):
+    assert number(value, digits) == shown
 
 
 def test_every_setting_has_its_words():

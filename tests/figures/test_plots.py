@@ -51,6 +51,12 @@ def test_curves_are_the_means_with_their_bands():
     assert band.get_datalim(ax.transData).intervaly == pytest.approx([2 - spread, 2 + spread])
 
 
+def test_states_without_a_value_leave_a_gap():
+    ax = Figure().add_subplot()
+    curve(ax, range(4), np.array([[np.nan, 1, np.nan, 5], [np.nan, 3, np.nan, 7]]), LINES["inter"])
+    assert ax.lines[0].get_xydata().tolist() == [[1, 2], [3, 6]], "each point over its own state"
+
+
 def test_bands_of_shares_end_at_0_and_1_and_hold_the_mean():
     ax = Figure().add_subplot()
     values = np.zeros((20, 3))
