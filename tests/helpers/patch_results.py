@@ -6,6 +6,8 @@ from PIL import Image, ImageDraw
 
 import mechvlm as mv
 from helpers.models import llava
+from mechvlm.inputs.grids import PatchGrid
+from mechvlm.inputs.tokens import Modality, TokenMap
 
 WORDS = 4000
 
@@ -66,3 +68,65 @@ def large_inputs(n: int = 620) -> mv.Inputs:
     while len(vlm.inputs(photo(), prompt).tokens) < n:
         prompt += " a"
     return vlm.inputs(photo(), prompt)
+
+
+UNEVEN = ("<s>", " What", *["<image>"] * 6, " or", *["<image>"] * 6, " shape", "</s>", " is", " it")
+"""Tokens around two images of 2 x 3 and 3 x 2 patches; two positions of padding come before."""
+UNEVEN_DEST = (19, 20, 13, 17)
+"""Destinations out of order, a patch among them."""
+
+
+def uneven(patches: bool = True, n_layers: int = 11, n_heads: int = 3):
+    """(inputs, lens, norms) by hand, so that no two axes, parts or rows can be exchanged unseen.
+
+    Grids are not square: image 0 is padded above and below, image 1 is cut at the left and right.
+    Layers, heads, destinations and kinds of tokens have values of different sizes. The lens holds
+    the visual tokens and " or", at every other state. With patches=False the visual tokens are
+    queries of image 0 alone, and a fourth value is `reading`.
+    """
+    rng = np.random.default_rng(5)
+    grids = (
+        PatchGrid(2, 3, 20, (60, 30), (60, 30), (0, -5)),
+        PatchGrid(3, 2, 20, (50, 60), (50, 60), (5, 0)),
+    )
+    strings = ("<pad>",) * 2 + UNEVEN
+    kinds = {"<pad>": Modality.PADDING, "<s>": Modality.SPECIAL, "</s>": Modality.SPECIAL, "<image>": Modality.IMAGE}
+    modality = torch.tensor([kinds.get(piece, Modality.TEXT) for piece in strings])
+    if not patches:
+        grids, modality[11:17] = grids[:1], Modality.TEXT
+        strings = tuple(piece if i < 11 else piece.replace("<image>", f" w{i}") for i, piece in enumerate(strings))
+    n = len(strings)
+    tokens = TokenMap(torch.arange(n) + 500, strings, strings, modality, grids, patches)
+    pictures = tuple(Image.new("RGB", grid.image_size, (128, 128, 128)) for grid in grids)
+    encoding = {"attention_mask": (modality != Modality.PADDING).long()[None]}
+    inputs = mv.Inputs(encoding, (tokens,), (pictures,), ("made",), ("made",), "made")
+
+    size = np.ones((len(UNEVEN_DEST), n))
+    for row, (image, text) in enumerate([(2, 1), (0.5, 3), (3, 1), (1, 0.4)]):
+        size[row, modality == Modality.IMAGE] = image
+        size[row, modality == Modality.TEXT] = text
+    weight = rng.gamma(0.7, 1, (n_layers, 1, n_heads, len(UNEVEN_DEST), n)) * size
+    weight[..., np.arange(n) > np.array(UNEVEN_DEST)[:, None]] = 0
+    weight[..., modality == Modality.PADDING] = 0
+    weight /= weight.sum(-1, keepdims=True)
+    layer, head = 1.3 ** np.arange(n_layers), np.array([1, 2, 5.0][:n_heads])
+    value_norm = rng.uniform(0.5, 2, (n_layers, 1, n_heads, n)) * layer[:, None, None, None] * head[:, None]
+    norm = (weight * value_norm[..., None, :]).sum(2) * rng.uniform(0.3, 0.9, (n_layers, 1, len(UNEVEN_DEST), n))
+    norms = mv.NormAttentionResult(
+        norm=torch.from_numpy(norm).float(), weight=torch.from_numpy(weight).float(),
+        value_norm=torch.from_numpy(value_norm).float(), layers=tuple(range(n_layers)),
+        dest=torch.tensor([UNEVEN_DEST]), names=tuple(map(str, UNEVEN_DEST)), model="made",
+    )  # fmt: skip
+    position = torch.cat([tokens.image, torch.tensor([10])])
+    states = tuple(range(1, n_layers + 1, 2))
+    shape = (len(states), len(position), 3)
+    lens = mv.LogitLensResult(
+        ids=torch.arange(np.prod(shape)).reshape(shape) + 40_000,
+        probs=torch.from_numpy(-np.sort(-rng.dirichlet(np.ones(4), shape[:2]), -1)[..., :3]).float(),
+        states=states, example=torch.zeros(len(position), dtype=torch.long), position=position, final_norm=True,
+        model="made", vocabulary=tuple((int(i) + 40_000, f" w{i}") for i in range(np.prod(shape))),
+    )  # fmt: skip
+    if patches:
+        return inputs, lens, norms
+    reads = rng.gamma(0.5, 1, (2, 1, 6, 2, 3)) * np.arange(1, 7)[:, None, None]
+    return inputs, lens, norms, mv.QueryReadingResult(torch.from_numpy(reads / 60).float(), model="made")
