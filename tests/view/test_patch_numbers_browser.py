@@ -57,7 +57,8 @@ def opened(open_page, view):
 
 
 def number(text: str) -> float:
-    return float(text.removesuffix(" %").removeprefix("<"))
+    text = text.removesuffix(" %")
+    return float(text[1:]) / 2 if text.startswith("<") else float(text)
 
 
 def near(value: float, top: float):
