@@ -90,8 +90,7 @@ def uneven(patches: bool = True, turned: bool = False, dest: Sequence[int] = UNE
     """(inputs, lens, norms) by hand, so that no two axes, parts or rows can be exchanged unseen.
 
     Grids are not square: image 0 is padded above and below, image 1 is cut at the left and right;
-    `turned` exchanges the two.
-    Layers, heads, destinations and kinds of tokens have values of different sizes. The lens holds
+    `turned` exchanges the two. Layers, heads, destinations and kinds of tokens have values of different sizes. The lens holds
     the visual tokens and " or", at every other state. With patches=False the visual tokens are
     queries of image 0 alone, and a fourth value is `reading`.
     """
@@ -116,6 +115,7 @@ def uneven(patches: bool = True, turned: bool = False, dest: Sequence[int] = UNE
     for row, (image, text) in zip(range(len(dest)), cycle([(2, 1), (0.5, 3), (3, 1), (1, 0.4)]), strict=False):
         size[row, modality == Modality.IMAGE] = image
         size[row, modality == Modality.TEXT] = text
+    size[:, 11:17] *= 0.4  # image 1
     weight = rng.gamma(0.7, 1, (n_layers, 1, n_heads, len(dest), n)) * size
     weight[..., np.arange(n) > np.array(dest)[:, None]] = 0
     weight[..., modality == Modality.PADDING] = 0

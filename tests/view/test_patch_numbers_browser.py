@@ -119,6 +119,17 @@ def test_all_facts_are_the_results_shares(page, results):
         ]  # fmt: skip
 
 
+def test_a_text_tokens_own_number(page, results):
+    """Its part of the row has a maximum of its own."""
+    inputs, _, norms = results
+    tokens = inputs.tokens
+    page.get_by_role("button", name="at position 10", exact=False).click()
+    for dest, layer, head, measure in itertools.product((19, 20), (0, 10), (0, 3), (0, 1)):
+        facts = page.evaluate(SHOWN, [dest, layer, head, measure])["facts"]
+        row = row_of(norms, dest, layer, head, measure)
+        assert number(facts["on token “or”"]) == near(row[10], row[torch.cat([tokens.text, tokens.special])].max())
+
+
 def test_heat_legend_and_read_out_are_the_results_numbers(page, results):
     inputs, _, norms = results
     tokens = inputs.tokens
