@@ -15,6 +15,8 @@ The lists are `planted_faults/<room>.toml`. Each fault is a table:
     breaks = "90 % intervals for 95"
     tests = ["tests/test_intervals.py"]      # default: `tests` at the top of the list
 
+Faults in JavaScript are for the tests marked `browser`, those in Python for all others.
+
 1. The parent process loads the heavy libraries, but never the package.
 2. For each fault it makes a copy of the repository out of links, with one faulty file.
 3. It forks a child, which runs the fault's tests in the copy with `-x`.
@@ -75,6 +77,11 @@ class Fault:
     into: str
     breaks: str
     tests: tuple[str, ...]
+
+    @property
+    def lane(self) -> tuple[str, ...]:
+        """Options with which pytest selects the tests that see this file."""
+        return ("-m", "browser") if self.file.endswith(".js") else ()
 
 
 @dataclass(frozen=True)
@@ -194,7 +201,7 @@ class Child:
         plant(fault, root, copy)
         self.output = copy.parent / "output.txt"
         package = Path(fault.file).parts[0]
-        arguments = (copy, package, fault.tests, self.output)
+        arguments = (copy, package, (*fault.lane, *fault.tests), self.output)
         self.process = multiprocessing.get_context("fork").Process(target=_run_tests, args=arguments)
         self.process.start()
 
@@ -229,8 +236,8 @@ def trials(faults: Sequence[Fault], root: Path, jobs: int, seconds: float = SECO
 
 def without_fault(faults: Sequence[Fault]) -> list[Fault]:
     """For each test that a fault names, a trial of it that plants nothing."""
-    files = {test: fault for fault in faults for test in fault.tests}
-    return [replace(fault, name=test, into=fault.text, tests=(test,)) for test, fault in files.items()]
+    files = {(test, fault.lane): fault for fault in faults for test in fault.tests}
+    return [replace(fault, name=test, into=fault.text, tests=(test,)) for (test, _), fault in files.items()]
 
 
 def counts(done: Sequence[Trial]) -> list[str]:

@@ -202,7 +202,8 @@ def _draw_words(ax: Axes, shown: ShownExample) -> None:
     if shown.maps is None:
         image, row, col = shown.tokens.cell(int(shown.sources[shown.first_source]))
         ax.set_title(
-            f"Logit lens: patch at row {row}, col {col}" + (f" of image {image}" if image else ""), fontsize=9.5
+            f"Logit lens: patch at row {row}, col {col}" + (f" of image {image}" if len(shown.pictures) > 1 else ""),
+            fontsize=9.5,
         )
     else:
         ax.set_title(f"Logit lens: query {shown.first_source}", fontsize=9.5)

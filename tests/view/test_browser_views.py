@@ -226,6 +226,7 @@ def test_topk_shows_the_words_of_a_patch(open_page, read):
             for col in range(5)
         ]
         assert cells == expected
+    place = inputs.tokens.position(2, 1)
     lines.locator("#layer-selector").select_option(label="row 2")
     lines.locator("#neuron-selector").select_option(index=1)
     page.wait_for_timeout(100)
@@ -233,7 +234,7 @@ def test_topk_shows_the_words_of_a_patch(open_page, read):
         [shown(t) for t in line.locator("span span").all_text_contents()]
         for line in lines.locator(".colored-tokens").all()
     ]
-    assert spoken == [[f"{layer}:", *(readable(p).strip() for p in pieces[layer][9])] for layer in (3, 2, 1, 0)]
+    assert spoken == [[f"{layer}:", *(readable(p).strip() for p in pieces[layer][place])] for layer in (3, 2, 1, 0)]
     assert not table.locator("#filter-select").is_visible(), "there are no lowest tokens to choose"
 
 

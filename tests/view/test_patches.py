@@ -15,7 +15,7 @@ from PIL import Image
 
 import mechvlm as mv
 from helpers.images import noise_image
-from helpers.patch_results import large_inputs, photo, synthetic
+from helpers.patch_results import large_inputs, photo, synthetic, uneven
 from mechvlm.errors import ViewError
 from mechvlm.view import packing, patches
 from mechvlm.view.example import match_example
@@ -102,6 +102,15 @@ def test_rows_words_and_positions_come_back(vlm):
             expected = reading.map[example].reshape(data["visual"], -1).numpy()
             assert maps.shape[1] == grid.rows * grid.cols
             assert maps == pytest.approx(expected, abs=0.004 * float(expected.max()))
+
+
+def test_rows_of_uneven_images_come_back():
+    """Each of four destinations, in which special tokens have a share of their own."""
+    inputs, lens, norms = uneven()
+    data = data_of(mv.view.patches(inputs, lens, norms))
+    assert [data["positions"][row["source"]] for row in data["rows"]] == [13, 17, 19, 20]
+    for row in data["rows"]:
+        check_row(data, row, norms, inputs.tokens)
 
 
 def test_the_heat_of_a_token_over_queries_is_what_it_wrote_times_where_they_read(blip_vlm):

@@ -1,0 +1,257 @@
+"""The small pictures that stand for views, pixel by pixel: each value at its place.
+
+Grids are not square, one image is padded and one is cut, and values fall on no axis alike.
+"""
+
+import io
+import re
+from dataclasses import replace
+
+import matplotlib as mpl
+import numpy as np
+import pytest
+import torch
+from matplotlib.figure import Figure
+from PIL import Image
+
+import mechvlm as mv
+from helpers.patch_results import uneven
+from mechvlm.figures.style import HEAT
+from mechvlm.study.report import gallery
+from mechvlm.view import previews
+from mechvlm.view.example import match_example
+from mechvlm.view.pooling import pool_attention, token_groups
+
+
+@pytest.fixture
+def saved(monkeypatch) -> list[Figure]:
+    """The figures that were saved, in order."""
+    figures, save = [], Figure.savefig
+
+    def savefig(self, *args, **options):
+        save(self, *args, **options)
+        figures.append(self)
+
+    monkeypatch.setattr(Figure, "savefig", savefig)
+    return figures
+
+
+def rgb(png: bytes) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(png)).convert("RGB")).astype(float)
+
+
+def pixel(picture: np.ndarray, ax, x: float, y: float) -> np.ndarray:
+    """The picture's color where these axes have the point (x, y)."""
+    across, up = ax.figure.transFigure.inverted().transform(ax.transData.transform((x, y)))
+    return picture[int((1 - up) * picture.shape[0]), int(across * picture.shape[1])]
+
+
+def color(name: str, share) -> np.ndarray:
+    return 255 * np.array(mpl.colormaps[name](share))[..., :3]
+
+
+def labels(ax, axis: str) -> dict[float, str]:
+    ticks = getattr(ax, f"get_{axis}ticks")(), getattr(ax, f"get_{axis}ticklabels")()
+    return {float(at): label.get_text() for at, label in zip(*ticks, strict=True)}
+
+
+def texts(ax) -> dict[tuple[float, float], str]:
+    return {text.get_position(): text.get_text() for text in ax.texts}
+
+
+def over(image: np.ndarray, veil: float, share: float) -> np.ndarray:
+    """The image's color under a veil, and under the heat of a patch (NaN: no patch)."""
+    base = image * (1 - veil) + 255 * veil
+    if np.isnan(share):
+        return base
+    strength = 0.15 + 0.7 * np.sqrt(share)
+    return base * (1 - strength) + color(HEAT, float(share)) * strength
+
+
+# --- the patch view
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_the_patch_views_picture(turned, saved):
+    inputs, lens, norms = uneven(turned=turned)
+    picture, tokens = rgb(mv.view.patches(inputs, lens, norms).picture), inputs.tokens
+    *stages, words, bar = saved[-1].axes
+    heats = [
+        norms.norm[5, 0, 1, where].reshape(g.rows, g.cols) for where, g in zip(tokens.images, tokens.grids, strict=True)
+    ]
+    top = float(max(heat.max() for heat in heats))
+    for ax, image, grid, heat in zip(stages, inputs.images[0], tokens.grids, heats, strict=True):
+        pixels = np.asarray(image).astype(float)
+        for r, c in np.ndindex(grid.rows, grid.cols):
+            left, upper, right, lower = grid.box(r, c)
+            x, y = (left + right) / 2, (upper + lower) / 2
+            share = float(heat[r, c]) / top
+            assert pixel(picture, ax, x, y) == pytest.approx(over(pixels[int(y), int(x)], 0.35, share), abs=6), (r, c)
+    wide, tall = (1, 0) if turned else (0, 1)
+    # The image's right edge is cut: no heat, and paler. Beyond the other image's lower edge there is heat alone.
+    pale = np.asarray(inputs.images[0][tall]).astype(float)[200, 240]
+    assert pixel(picture, stages[tall], 240, 200) == pytest.approx(over(pale, 0.8, np.nan), abs=4)
+    beyond = over(np.full(3, 255.0), 0, float(heats[wide][1, 2]) / top)
+    assert pixel(picture, stages[wide], 280, 165) == pytest.approx(beyond, abs=4)
+    assert stages[0].get_title(loc="left") == 'What "it" reads, layer 5'
+    assert bar.get_xlim() == pytest.approx((0, top), rel=1e-5)
+    assert bar.get_xlabel() == "norm written (residual-stream units)"
+
+    hottest = int(torch.cat([heat.flatten() for heat in heats]).argmax())
+    image, row, col = tokens.cell(int(tokens.image[hottest]))
+    assert words.get_title(loc="left") == f"Logit lens: patch at row {row}, col {col} of image {image}"
+    assert labels(words, "y") == {float(i): str(state) for i, state in enumerate(lens.states)}
+    assert labels(words, "x") == {float(k): f"top {k + 1}" for k in range(3)}
+    assert not words.yaxis_inverted(), "the embeddings are lowest"
+    assert texts(words) == pieces_at(lens, int(tokens.image[hottest]))
+    for i, k in np.ndindex(6, 3):
+        share = float(lens.probs[i, hottest, k]) / 1.3
+        assert pixel(picture, words, k - 0.45, i - 0.3) == pytest.approx(color("Blues", share), abs=4)
+
+
+def pieces_at(lens, position: int) -> dict[tuple[float, float], str]:
+    """Words by their place on the picture: rank across, state up."""
+    rows = lens.pieces().values()
+    return {(k, i): piece.strip() for i, at in enumerate(rows) for k, piece in enumerate(at[position])}
+
+
+def test_the_patch_views_picture_of_queries(saved):
+    inputs, lens, norms, reading = uneven(patches=False)
+    picture, tokens = rgb(mv.view.patches(inputs, lens, norms, reading).picture), inputs.tokens
+    stage, words, bar = saved[-1].axes
+    read = norms.norm[5, 0, 1, tokens.image]
+    heat = torch.einsum("q,qrc->rc", read, reading.map[0])
+    pixels = np.asarray(inputs.images[0][0]).astype(float)
+    for r, c in np.ndindex(2, 3):
+        x, y = 100 * c + 50, 100 * r + 25
+        share = float(heat[r, c] / heat.max())
+        assert pixel(picture, stage, x, y) == pytest.approx(over(pixels[y, x], 0.35, share), abs=6)
+    assert bar.get_xlim() == pytest.approx((0, float(heat.max())), rel=1e-5)
+    assert words.get_title(loc="left") == f"Logit lens: query {int(read.argmax())}"
+    assert texts(words) == pieces_at(lens, int(tokens.image[read.argmax()]))
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_the_gallerys_picture(turned):
+    """Every pixel, but for those on the edge of a patch."""
+    inputs, lens, norms = uneven(turned=turned)
+    shown = match_example(inputs, lens, norms, None, None)
+    grid, image = inputs.tokens.grids[0], inputs.images[0][0]
+    heat = norms.norm[5, 0, 1, inputs.tokens.images[0]].reshape(grid.rows, grid.cols)
+    drawn, small = np.asarray(gallery._heat(shown)).astype(float), image.copy()
+    small.thumbnail((256, 256))
+    assert drawn.shape[1::-1] == small.size == ((213, 256) if turned else (256, 128))
+    pixels = np.asarray(small).astype(float)
+    x = (np.arange(small.width) + 0.5) * image.width / small.width
+    y = (np.arange(small.height) + 0.5) * image.height / small.height
+    expected, known = np.zeros_like(pixels), np.zeros(pixels.shape[:2], bool)
+
+    def between(left: float, top: float, right: float, bottom: float, edge: float) -> np.ndarray:
+        across, down = (left + edge < x) & (x < right - edge), (top + edge < y) & (y < bottom - edge)
+        return down[:, None] & across
+
+    for r, c in np.ndindex(grid.rows, grid.cols):
+        inside = between(*grid.box(r, c), 2)
+        expected[inside] = over(pixels[inside], 0.35, float(heat[r, c] / heat.max()))
+        known |= inside
+    unseen = ~between(*grid.crop_box, -2)
+    expected[unseen] = over(pixels[unseen], 0.8, np.nan)
+    known |= unseen
+    assert known.mean() > 0.9
+    assert drawn[known] == pytest.approx(expected[known], abs=1.5)
+
+
+# --- CircuitsVis's views
+
+
+def test_the_picture_of_patterns(saved):
+    """Pooled cells of both images: a source's column, a destination's row from the top."""
+    inputs, _, norms = uneven(dest=range(21))
+    tokens = inputs.tokens
+    names, member = token_groups(tokens, (2, 1))
+    assert [name for name in names if "▦" in name] == ["▦0:r0c0", "▦0:r1c0", "▦1:r0c0", "▦1:r1c0"]
+    for measure in ("norm", "weight"):
+        picture = rgb(mv.view.attention(inputs, norms, [3, 7], heads=[2], pool=(2, 1), measure=measure).picture)
+        ax = saved[-1].axes[0]
+        whole = norms.norm[3, 0] if measure == "norm" else norms.weight[3, 0].mean(0)
+        values = pool_attention(whole, member).numpy()
+        assert ax.yaxis_inverted()
+        assert labels(ax, "x") == labels(ax, "y") == {float(i): name.strip() for i, name in enumerate(names)}
+        for i, j in np.ndindex(*values.shape):
+            expected = color(HEAT, float(values[i, j] / values.max()))
+            assert pixel(picture, ax, j, i) == pytest.approx(expected, abs=4), (i, j)
+        assert "layer 3 all" in ax.get_title(loc="left")
+
+
+def test_the_picture_of_tokens(saved):
+    """Values on their tokens, an image's rows in lines, padding left out."""
+    inputs, *_ = uneven()
+    tokens = inputs.tokens
+    values = torch.linspace(-1, 3, 21)[torch.randperm(21, generator=torch.Generator().manual_seed(3))]
+    lines = [[2, 3], [4, 5, 6], [7, 8, 9], [10], [11, 12], [13, 14], [15, 16], [17, 18, 19, 20]]
+    picture = rgb(mv.view.tokens(inputs, values).picture)
+    ax, most = saved[-1].axes[0], float(values[tokens.all].abs().max())
+    assert ax.yaxis_inverted()
+    for row, line in enumerate(lines):
+        for col, position in enumerate(line):
+            expected = color("PuOr_r", float(values[position] / most + 1) / 2)
+            assert pixel(picture, ax, col - 0.42, row - 0.36) == pytest.approx(expected, abs=4), (row, col)
+            name = "·" if position in tokens.image else tokens.strings[position].strip()
+            assert texts(ax)[col, row] == name
+    assert len(ax.texts) == 19
+    previews.chips(torch.tensor([0.0, 2.0, 1.0]), ["a", "b\n", "c"], "title", "unit")
+    assert saved[-1].axes[0].images[0].get_clim() == (0, 2), "without negative values: white to blue"
+
+
+@pytest.mark.parametrize("measure", ["norm", "weight"])
+def test_the_picture_of_one_row(measure, saved):
+    inputs, _, norms = uneven()
+    picture = rgb(mv.view.attention_row(inputs, norms, 17, measure=measure).picture)
+    ax, real = saved[-1].axes[0], inputs.tokens.all
+    values = norms.norm[:, 0, 3, real] if measure == "norm" else norms.weight[:, 0, :, 3, real].mean(1)
+    (low, high), values = (float(values.min()), float(values.max())), values.numpy()
+    for layer, j in np.ndindex(*values.shape):
+        expected = color(HEAT, (values[layer, j] - low) / (high - low))
+        assert pixel(picture, ax, j, layer) == pytest.approx(expected, abs=4), (layer, j)
+    assert labels(ax, "y") == {float(i): str(i) for i in (0, 2, 4, 6, 8, 10)}
+    assert not ax.yaxis_inverted()
+
+
+def test_the_picture_of_words(saved):
+    """Of 13 positions all, of 39 every third."""
+    _, lens, _ = uneven()
+    mv.view.topk(*uneven()[:2])
+    ax = saved[-1].axes[0]
+    assert texts(ax) == {
+        (col, row): lens.pieces()[state][p][0].strip()
+        for row, state in enumerate(lens.states)
+        for col, p in enumerate(lens.position.tolist())
+    }
+    many = replace(
+        lens, position=torch.arange(39), example=torch.zeros(39, dtype=torch.long),
+        ids=torch.cat([lens.ids, lens.ids.flip(1), lens.ids.flip(0)], 1), probs=lens.probs.repeat(1, 3, 1),
+    )  # fmt: skip
+    picture = rgb(previews.words(many))
+    ax = saved[-1].axes[0]
+    for row, col in np.ndindex(6, 13):
+        assert texts(ax)[col, row] == dict(lens.vocabulary)[int(many.ids[row, 3 * col, 0])].strip()
+        expected = color("Blues", float(many.probs[row, 3 * col, 0]))
+        assert pixel(picture, ax, col - 0.45, row - 0.35) == pytest.approx(expected, abs=4)
+    assert labels(ax, "x") == {float(i): str(3 * i) for i in range(13)}
+    assert labels(ax, "y") == {float(i): str(state) for i, state in enumerate(lens.states)}
+    assert ax.get_title(loc="left").endswith("(13 of 39 positions)")
+
+
+def test_the_cells_over_the_images():
+    """Three rows of patches in two cells: the first takes two; the frame holds the padding."""
+    inputs, _, norms = uneven(dest=range(21))
+    body = mv.view.attention(inputs, norms, 3, heads=(), pool=2).body
+    figures = re.findall(r'<svg viewBox="([^"]*)".*?</svg>', body)
+    assert figures == ["0 -25 300 200", "0 0 250 300"]
+    cell = r'<rect x="([\d.-]+)" y="([\d.-]+)" width="([\d.]+)" height="([\d.]+)" fill="none"'
+    boxes = [[tuple(map(float, box)) for box in re.findall(cell, figure)] for figure in body.split("<svg")[1:]]
+    assert boxes[0] == [(0, -25, 200, 100), (200, -25, 100, 100), (0, 75, 200, 100), (200, 75, 100, 100)]
+    assert boxes[1] == [(25, 0, 100, 200), (125, 0, 100, 200), (25, 200, 100, 100), (125, 200, 100, 100)]
+    named = re.findall(r'<text x="([\d.]+)" y="([\d.]+)"[^>]*>(\w+)</text>', body)
+    assert named[1] == ("250.0", "25.0", "r0c1")
+    assert named[6] == ("75.0", "250.0", "r1c0")
