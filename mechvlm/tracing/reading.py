@@ -279,11 +279,11 @@ def _refuse_nonfinite(finite: Tensor, vlm: VLM, first: int) -> None:
     bad = tuple((~finite.all(0)).nonzero().squeeze(-1).tolist())
     if not bad:
         return
-    first = int((~finite[:, list(bad)]).any(1).nonzero()[0, 0])
+    state = int((~finite[:, list(bad)]).any(1).nonzero()[0, 0])
     where = (
         "the embeddings that enter the decoder"
-        if first == 0
-        else f"the output of layer {first - 1} (of layers 0 to {vlm.n_layers - 1})"
+        if state == 0
+        else f"the output of layer {state - 1} (of layers 0 to {vlm.n_layers - 1})"
     )
     if vlm.dtype == torch.float16:
         why = "In float16 large activations overflow: load with dtype='bfloat16' or 'float32'."
