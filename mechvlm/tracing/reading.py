@@ -33,6 +33,7 @@ from mechvlm.ndif.requests import backend_for
 from mechvlm.probes.probe import READS, Attended, Queried, State, Written
 from mechvlm.results import Result, concat
 from mechvlm.tracing.memory import over_batches
+from mechvlm.vlm.encoding import require_cpu_default
 from mechvlm.vlm.vlm import VLM
 
 Readable = Inputs | Batches | Sequence[Inputs]
@@ -110,6 +111,7 @@ def read_batch(
 
     `first` is the number by which errors call the first example.
     """
+    require_cpu_default()  # before the probes make tensors there
     plans = _plans(vlm, inputs, probes, first)
     wanted = {method for method in READS for probe in probes if hasattr(probe, method)}
     real = torch.stack([m.modality != Modality.PADDING for m in inputs.token_maps])
