@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from os import PathLike
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar, get_type_hints
+from typing import Any, ClassVar, TypeVar, get_args, get_type_hints
 
 import numpy as np
 import pandas as pd
@@ -110,7 +110,7 @@ class Result:
         Raises:
             TypeError: for a result that has no plot.
         """
-        names = ", ".join(field.name for field in fields(self))
+        names = ", ".join(field.name for field in fields(self) if field.name != "example_ids")
         raise TypeError(f"There is no plot of a {type(self).__name__}. Its numbers are in {names}.")
 
     def save(self, path: str | PathLike) -> None:
@@ -264,7 +264,9 @@ def _example_axes(result: Result) -> dict[str, tuple[Tensor, int]]:
     """The tensors that hold something for each example, with the number of that axis."""
     axes = {}
     for name, annotation in get_type_hints(type(result)).items():
-        names = getattr(annotation, "dim_str", "").split()
+        # A tensor that files of earlier versions lack is annotated as `Int[Tensor, "point 3"] | None`.
+        kinds = (annotation, *get_args(annotation))
+        names = next((kind.dim_str.split() for kind in kinds if hasattr(kind, "dim_str")), [])
         value = getattr(result, name)
         if isinstance(value, Tensor) and EXAMPLE_AXES & set(names):
             axes[name] = value, next(i for i, axis in enumerate(names) if axis in EXAMPLE_AXES)

@@ -12,6 +12,7 @@ from helpers.models import FAMILIES, instructblip, llava
 from mechvlm.experiments import multimodal_neurons as experiment
 from mechvlm.experiments.multimodal_neurons import MultimodalNeuronsResult, decode_columns, reads_as_words
 from mechvlm.families.record import part
+from mechvlm.inputs.pieces import token_texts
 
 ANSWERS = [7, 421, 9]
 N = 30
@@ -91,7 +92,7 @@ def test_they_are_the_strongest_that_read_as_words(vlm, batch, neurons):
         sign = -1 if activity.mean(0)[layer, index] < 0 else 1
         with torch.no_grad():
             best = (w_u @ (norm * column * sign)).topk(3).indices
-        words = tuple(p or "" for p in vlm.tokenizer.convert_ids_to_tokens(best.tolist()))
+        words = token_texts(best.tolist(), vlm.tokenizer)
         if (layer, index) in places:
             row = places.index((layer, index))
             assert int(neurons.sign[row]) == sign
@@ -198,7 +199,7 @@ def test_table_file_and_intervals(neurons, tmp_path):
     assert row.attribution == pytest.approx(float(neurons.attribution[1, 2]))
     assert row.mean_activation == pytest.approx(float(neurons.activation[1, 2].mean()))
     assert (row.layer, row["index"]) == (int(neurons.layer[2]), int(neurons.index[2]))
-    assert row.words == " ".join(neurons.words[2])
+    assert row.words == " ".join(word.strip() for word in neurons.words[2])
     assert row.answer == neurons.answers[1]
     mean, low, high = neurons.interval
     torch.testing.assert_close(mean, neurons.attribution.mean(0))
