@@ -264,8 +264,7 @@ def _example_axes(result: Result) -> dict[str, tuple[Tensor, int]]:
     """The tensors that hold something for each example, with the number of that axis."""
     axes = {}
     for name, annotation in get_type_hints(type(result)).items():
-        # A tensor that files of earlier versions lack is annotated as `Int[Tensor, "point 3"] | None`.
-        kinds = (annotation, *get_args(annotation))
+        kinds = (annotation, *get_args(annotation))  # the tensor alone, or the tensor or None
         names = next((kind.dim_str.split() for kind in kinds if hasattr(kind, "dim_str")), [])
         value = getattr(result, name)
         if isinstance(value, Tensor) and EXAMPLE_AXES & set(names):

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import pandas as pd
 import pytest
 import torch
 
@@ -183,12 +184,12 @@ def test_answers_are_those_of_one_prompt_at_a_time(model):
 def test_lens_figures_by_hand(monkeypatch):
     """28 scenes, so that the last ones stand in a second batch; state 1 decodes no word."""
     scenes = [Scene((RED,), "sand"), Scene((BLUE,), "snow")] * 14
-    decoded = {"sand": ["▁red", "▁sand", "▁blue", "▁red"], "snow": ["▁square", "▁red", "▁of", "."]}
+    decoded = {"sand": [" red", " sand", " blue", " red"], "snow": [" square", " red", " of", "."]}
 
     def read(vlm, inputs, k):
         assert k == 1
-        at = [[[[piece] for piece in decoded[scene.ground]], [["."], ["<0x0A>"]]] for scene in inputs]
-        return SimpleNamespace(of=lambda j: SimpleNamespace(pieces=lambda: at[j]))
+        at = [[[[text] for text in decoded[scene.ground]], [["."], ["\n"]]] for scene in inputs]
+        return SimpleNamespace(pieces=lambda j: {s: dict(enumerate(points)) for s, points in enumerate(at[j])})
 
     monkeypatch.setattr(evaluate.mv, "logit_lens", read)
     vlm = SimpleNamespace(n_layers=1, inputs=lambda images, text: images)
@@ -217,15 +218,20 @@ def test_attention_by_hand(monkeypatch, answering):
     assert 2 <= len(heart) <= 4
 
     def read(vlm, inputs, norms, lens):
-        says = "▁blue" if "heart?" in inputs.prompts[0] else "▁red"
+        says = "blue" if "heart?" in inputs.prompts[0] else "red"
         names.append(says)
         alone = len(names) == (3 if answering else 2)
         norm = torch.zeros(8, 1, 1, len(inputs.tokens))
-        norm[:, 0, 0, [inputs.tokens.image[i] for i in RED_PATCHES]] = 4.0 if says == "▁red" else 1.0
+        norm[:, 0, 0, [inputs.tokens.image[i] for i in RED_PATCHES]] = 4.0 if says == "red" else 1.0
         if not alone:
-            norm[:, 0, 0, [inputs.tokens.image[i] for i in heart]] = 2.0 if says == "▁red" else 4.0
+            norm[:, 0, 0, [inputs.tokens.image[i] for i in heart]] = 2.0 if says == "red" else 4.0
         norm[1] *= 3  # a ratio does not see a factor
-        return SimpleNamespace(norm=norm), SimpleNamespace(pieces=lambda: [[["."]], [[says]]])
+
+        def words(state, position):
+            assert (state, position) == (8, -1)
+            return pd.Series([1.0], index=[says])
+
+        return SimpleNamespace(norm=norm), SimpleNamespace(words=words)
 
     monkeypatch.setattr(evaluate.mv, "read", read)
     figures = evaluate.attention(vlm, scenes, [s.render() for s in scenes], answering)

@@ -208,7 +208,7 @@ def test_what_cannot_be_joined_is_refused_with_the_difference(llava_vlm, blip_vl
         ([(lens,), (lens,)], r"not tuple\. mv\.read gives a tuple per call: \[mv\.concat\(parts\) for parts in zip"),
         ([lens, mv.logit_lens(llava_vlm, four_llava[1], k=3)], r"`ids` of results 0 and 1 differ in shape"),
         (
-            [lens, mv.logit_lens(llava_vlm, four_llava[1], k=2, layers=[0])],
+            [lens, mv.logit_lens(llava_vlm, four_llava[1], k=2, states=[0])],
             r"Results 0 and 1 differ in `layers`: \(0, 1",
         ),
         (

@@ -21,7 +21,7 @@ from mechvlm.errors import InputError
 from mechvlm.families.record import Architecture, part
 from mechvlm.inputs.grids import check_resize, patch_grid
 from mechvlm.inputs.images import ImageLike, open_image
-from mechvlm.inputs.pairs import images_and_prompt, pair_examples
+from mechvlm.inputs.pairs import images_and_prompt, named_by_example, pair_examples
 from mechvlm.inputs.pieces import spell, token_texts
 from mechvlm.inputs.prompts import Prompt, fill_template, is_bare
 from mechvlm.inputs.rows import row_numbers
@@ -151,9 +151,7 @@ def build_inputs(
         try:
             examples.append(_encode(group, prompt, token, record, config, processor))
         except InputError as error:
-            if len(pairs) == 1 and not first:
-                raise
-            raise InputError(f"Example {number}: {error}") from error
+            raise named_by_example(error, number, first + len(pairs)) from error
     if any(is_bare(prompt, token, record, processor) for _, prompt, _, _ in examples):
         warnings.warn(
             f"The prompt holds {token} and nothing of the template, and is tokenized as it is (inputs.texts shows it). Leave "

@@ -14,8 +14,6 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
-from transformers.image_transforms import get_size_with_aspect_ratio
-from transformers.image_utils import get_image_size_for_max_height_width
 
 from mechvlm.errors import InputError
 from mechvlm.inputs.images import MAX_PIXELS
@@ -225,6 +223,10 @@ def _resized(image_size: tuple[int, int], processor) -> tuple[int, int]:
     if not getattr(processor, "do_resize", False):
         return width, height
     size = {key: value for key, value in dict(processor.size).items() if value}
+    # Lazily: a study is opened without transformers.
+    from transformers.image_transforms import get_size_with_aspect_ratio
+    from transformers.image_utils import get_image_size_for_max_height_width
+
     if "shortest_edge" in size:
         height, width = get_size_with_aspect_ratio((height, width), size["shortest_edge"], size.get("longest_edge"))
     elif {"max_height", "max_width"} <= set(size):

@@ -33,7 +33,18 @@ def pair_examples(images: Any, prompts: Any) -> list[tuple[Any, Any]]:
             f"{len(groups)} images and {len(texts)} prompts were given: give one prompt for all, or one per image. "
             "Several images in one prompt are a list within the list: [[first, second]]."
         )
-    return list(zip(groups, texts, strict=True))
+    pairs = list(zip(groups, texts, strict=True))
+    for number, pair in enumerate(pairs):
+        try:
+            images_and_prompt(*pair)
+        except InputError as error:
+            raise named_by_example(error, number, len(pairs)) from error
+    return pairs
+
+
+def named_by_example(error: InputError, number: int, n_examples: int) -> InputError:
+    """The error with the number of its example in front, where there are several."""
+    return error if n_examples == 1 else InputError(f"Example {number}: {error}")
 
 
 def images_and_prompt(group: Any, prompt: Any) -> tuple[list[ImageLike], Prompt]:

@@ -19,7 +19,7 @@ from torch import Tensor
 from mechvlm.errors import InputError, refuse_renamed
 from mechvlm.figures.style import STATE, axes, position_ticks, style, text
 from mechvlm.inputs.batch import Inputs
-from mechvlm.inputs.numbers import shortened, state_numbers
+from mechvlm.inputs.numbers import shortened, state_numbers, whole_numbers
 from mechvlm.inputs.selections import part_of_selection, positions_of
 from mechvlm.probes.probe import Model, Row, State
 from mechvlm.results import Result, stack
@@ -210,22 +210,34 @@ class LogitLensResult(Result):
         pieces = sorted({pair for result in results for pair in result.vocabulary})
         return {"example": torch.cat(numbers), "vocabulary": tuple(pieces)}
 
-    def of(self, example: int) -> "LogitLensResult":
-        """One example's points, in the order of its positions.
+    def of(self, example: Any) -> "LogitLensResult":
+        """The points of one example or several (a number, a list, a range, an array, a tensor).
 
         Raises:
-            IndexError: when the result does not hold the example.
+            IndexError: for an example that the result does not hold.
         """
-        chosen = self.example == example
-        if not chosen.any():
-            raise IndexError(
-                f"Example {example} was asked for; this result holds {sorted(set(self.example.tolist()))}."
-            )
-        return self._subset(chosen)
+        numbers = whole_numbers(example, "example")
+        held = sorted(set(self.example.tolist()))
+        if missing := [number for number in numbers if number not in held]:
+            raise IndexError(f"Example {shortened(missing)} was asked for; this result holds {shortened(held)}.")
+        return self._subset(torch.isin(self.example, torch.tensor(numbers)))
 
-    def at(self, positions: Int[Tensor, " n"]) -> "LogitLensResult":
-        """The points at these positions, of every example that has them."""
-        return self._subset(torch.isin(self.position, positions))
+    def at(self, positions: Any) -> "LogitLensResult":
+        """The points at these positions, of every example that has them.
+
+        Args:
+            positions: a number, a list, a range, an array or a tensor; negative from the end.
+
+        Raises:
+            IndexError: for a position that no example of this result has.
+        """
+        numbers = whole_numbers(positions, "positions")
+        if any(number < 0 for number in numbers):
+            numbers = [number + (self.seq_length or 0) if number < 0 else number for number in numbers]
+        if missing := sorted(set(numbers) - set(self.position.tolist())):
+            read = shortened(sorted(set(self.position.tolist())))
+            raise IndexError(f"Positions {shortened(missing)} were not read; the lens holds {read}.")
+        return self._subset(torch.isin(self.position, torch.tensor(numbers)))
 
     def _subset(self, chosen: Tensor) -> "LogitLensResult":
         by_point = {"example", "position", "cells"}
@@ -241,7 +253,7 @@ class LogitLensResult(Result):
         row: int | None = None,
         col: int | None = None,
         image: int = 0,
-        example: int = 0,
+        example: int | None = None,
     ) -> pd.Series:
         """The k words that a state reads as, likeliest first, with their probabilities (0 to 1).
 
@@ -255,7 +267,7 @@ class LogitLensResult(Result):
             row: of a patch, instead of a position.
             col: of the same patch.
             image: which of the prompt's images `row` and `col` are of.
-            example: which of the batch.
+            example: which of the batch; by default the only one that this result holds.
 
         Returns:
             Probabilities by word, without the space before it.
@@ -263,9 +275,10 @@ class LogitLensResult(Result):
         Raises:
             IndexError: for a state, position, patch or example that was not read; it says which
                 were.
-            ValueError: without a place, for two places at once, and for rows and columns where
-                visual tokens are queries.
+            ValueError: without a place, for two places at once, for several examples and none
+                chosen, and for rows and columns where visual tokens are queries.
         """
+        example = self._only(example, "words")
         at, point = self._state(state), self._point(position, row, col, image, example)
         name = dict(self.vocabulary)
         shown = [name[i].strip(" ") or name[i] for i in self.ids[at, point].tolist()]
@@ -287,10 +300,7 @@ class LogitLensResult(Result):
             ValueError: for several examples and none chosen.
             IndexError: for an example that was not read.
         """
-        examples = sorted(set(self.example.tolist()))
-        if example is None and len(examples) > 1:
-            raise ValueError(f"This result holds the examples {shortened(examples)}: choose one, pieces(example=...).")
-        own = self if example is None else self.of(example)
+        own = self.of(self._only(example, "pieces"))
         name, positions = dict(self.vocabulary), own.position.tolist()
         return {
             state: {p: [name[i] for i in ids] for p, ids in zip(positions, points, strict=True)}
@@ -302,36 +312,32 @@ class LogitLensResult(Result):
             raise IndexError(f"State {state} was not read; the lens holds the states {shortened(list(self.states))}.")
         return self.states.index(state)
 
+    def _only(self, example: int | None, call: str) -> int:
+        """The example, or the only one that this result holds."""
+        held = sorted(set(self.example.tolist()))
+        if example is None and len(held) > 1:
+            raise ValueError(f"This result holds the examples {shortened(held)}: choose one, {call}(..., example=...).")
+        return held[0] if example is None else example
+
     def _point(self, position: int | None, row: int | None, col: int | None, image: int, example: int) -> int:
         """The number of the point at a place, along the axis `point`."""
         if (position is None) == (row is None) or (row is None) != (col is None):
             raise ValueError(
                 f"words() takes a position, or the row and col of a patch, not position={position}, row={row}, col={col}."
             )
-        places = self.position[:, None]
-        place: tuple = (position,)
-        named = f"Position {position}"
-        if row is not None:
-            places, place, named = (
-                self._patches(),
-                (image, row, col),
-                f"The patch at row {row}, col {col} of image {image}",
-            )
-        elif position is not None and position < 0:
-            if self.n_positions is None:
-                raise ValueError(f"This lens was saved by an earlier version: say which position {position} is.")
-            places = self.position[:, None] - self.n_positions
+        if position is None:
+            places, place, kind = self._patches(), (image, row, col), "(image, row, col)"
+        else:
+            places, place, kind = self.position[:, None], (position,), "positions"
+            places = places - (self.seq_length or 0) if position < 0 else places
         self.of(example)  # refuses an example that was not read
         own = self.example == example
         match = (own & (places == torch.tensor(place)).all(-1)).nonzero()[:, 0].tolist()
         if not match:
-            read = [tuple(p) if len(p) > 1 else p[0] for p in places[own].tolist() if p[-1] >= 0 or row is None]
-            kind = (
-                "no patches"
-                if not read
-                else f"{'(image, row, col)' if row is not None else 'positions'} {shortened(read)}"
-            )
-            raise IndexError(f"{named} was not read; of example {example} the lens holds {kind}.")
+            held = [tuple(p) if position is None else p[0] for p in places[own].tolist() if position or p[-1] >= 0]
+            named = f"Position {position}" if row is None else f"The patch at row {row}, col {col} of image {image}"
+            there = f"the {kind} {shortened(held)}" if held else f"no {kind}"
+            raise IndexError(f"{named} was not read; of example {example} the lens holds {there}.")
         return match[0]
 
     def _patches(self) -> Int[Tensor, "point 3"]:

@@ -111,7 +111,7 @@ def read_batch(
 
     `first` is the number by which errors call the first example.
     """
-    require_cpu_default()  # before the probes make tensors there
+    require_cpu_default()
     plans = _plans(vlm, inputs, probes, first)
     wanted = {method for method in READS for probe in probes if hasattr(probe, method)}
     real = torch.stack([m.modality != Modality.PADDING for m in inputs.token_maps])

@@ -43,7 +43,7 @@ def first_tokens(
 
 
 def _first_token(text: str, answer: Any, tokenizer, d_vocab: int) -> int:
-    if isinstance(answer, Integral):
+    if isinstance(answer, Integral) and not isinstance(answer, bool):
         if not 0 <= int(answer) < d_vocab:
             raise InputError(f"The answer {answer} is no token id: the vocabulary has 0 to {d_vocab - 1}.")
         return int(answer)

@@ -9,7 +9,7 @@ from mechvlm.errors import InputError, ModelError
 from mechvlm.inputs.batch import Inputs
 
 
-def model_arguments(vlm: Any, inputs: Inputs) -> dict[str, Tensor]:
+def model_arguments(vlm: Any, inputs: Any) -> dict[str, Tensor]:
     """The arguments of the Hugging Face model's forward, on its device; see `VLM.encoding`."""
     if not isinstance(inputs, Inputs):
         raise InputError(

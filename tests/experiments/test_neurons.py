@@ -92,7 +92,7 @@ def test_they_are_the_strongest_that_read_as_words(vlm, batch, neurons):
         sign = -1 if activity.mean(0)[layer, index] < 0 else 1
         with torch.no_grad():
             best = (w_u @ (norm * column * sign)).topk(3).indices
-        words = token_texts(best.tolist(), vlm.tokenizer)
+        words = vlm.to_str_tokens(best)
         if (layer, index) in places:
             row = places.index((layer, index))
             assert int(neurons.sign[row]) == sign
@@ -128,7 +128,7 @@ def test_batches_change_nothing(vlm, batch, neurons):
     assert torch.equal(singles.layer, neurons.layer)
     assert torch.equal(singles.index, neurons.index)
     assert singles.words == neurons.words
-    assert singles.answers == neurons.answers == tuple(vlm.tokenizer.convert_ids_to_tokens(ANSWERS))
+    assert singles.answers == neurons.answers == vlm.to_str_tokens(torch.tensor(ANSWERS))
     torch.testing.assert_close(singles.attribution, neurons.attribution, rtol=1e-3, atol=1e-6)
     torch.testing.assert_close(singles.activation, neurons.activation, rtol=1e-3, atol=1e-5)
 
@@ -152,7 +152,7 @@ def test_nothing_is_left_behind(vlm, batch):
     assert all(p.requires_grad for p in vlm.hf.parameters())
     assert not any(getattr(got, name).requires_grad for name in ("attribution", "activation"))
     assert torch.equal(with_hooks(vlm, batch, 0)[0], before)
-    assert got.answers == tuple(vlm.tokenizer.convert_ids_to_tokens(before.argmax(-1).tolist()))
+    assert got.answers == vlm.to_str_tokens(before.argmax(-1))
 
 
 def test_a_frozen_model_gives_the_same(batch, vlm, neurons):

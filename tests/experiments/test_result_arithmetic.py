@@ -22,7 +22,7 @@ from mechvlm.experiments.winoground_result import PAIR_MEASURES, WinogroundResul
 from mechvlm.inputs.grids import PatchGrid
 from mechvlm.intervals import mean_interval
 
-ANSWERS = ("▁a", "▁b", "▁c", "▁d")
+ANSWERS = (" a", " b", " c", " d")
 
 
 def rows_of(frame: pd.DataFrame, *keys: str) -> dict[tuple, pd.Series]:
@@ -142,14 +142,14 @@ def test_changes_by_hand():
 def test_neurons_by_hand():
     result = MultimodalNeuronsResult(
         layer=torch.tensor([3, 1]), index=torch.tensor([40, 7]), attribution=uneven(4, 2), activation=uneven(4, 2, 15, seed=1),
-        sign=torch.tensor([1, -1]), words=(("▁red", "▁rot"), ("▁blue", "▁blau")), answers=ANSWERS, grid=(3, 5), model="m",
+        sign=torch.tensor([1, -1]), words=((" red", " rot"), (" blue", " blau")), answers=ANSWERS, grid=(3, 5), model="m",
     )  # fmt: skip
     assert result.maps[2, 1, 1, 3] == result.activation[2, 1, 8]
     torch.testing.assert_close(result.interval.mean, result.attribution.mean(0))
     for (rank, example), row in rows_of(result.to_frame(), "rank", "example").items():
         neuron = rank - 1
         assert (row["layer"], row["index"], row["sign"]) == ((3, 40, 1), (1, 7, -1))[neuron]
-        assert row["words"] == ("▁red ▁rot", "▁blue ▁blau")[neuron]
+        assert row["words"] == ("red rot", "blue blau")[neuron]
         assert row["answer"] == ANSWERS[example]
         assert row["attribution"] == pytest.approx(result.attribution[example, neuron].item())
         assert row["mean_activation"] == pytest.approx(result.activation[example, neuron].mean().item())

@@ -212,7 +212,9 @@ def test_a_pair_that_cannot_be_read_is_set_aside(llava_vlm, pairs, tmp_path):
     result = mv.winoground(llava_vlm, [pairs[0], bad, pairs[1]], "what", batch_size=12)
     assert result.pairs == ("p0", "p1")
     assert [(name, "there is no such file" in reason) for name, reason in result.set_aside] == [("bad", True)]
-    with pytest.raises(mv.InputError, match=r"None of the 1 pairs could be read. The first, bad: No image at"):
+    with pytest.raises(
+        mv.InputError, match=r"None of the 1 pairs could be read. The first, bad: Example 1: No image at"
+    ):
         mv.winoground(llava_vlm, [bad])
     with pytest.raises(mv.InputError, match="There is no pair"):
         mv.winoground(llava_vlm, [])

@@ -148,13 +148,13 @@ def test_wrong_numbers_and_types_are_refused_at_once(llava_vlm):
 
 def test_errors_name_an_example_by_its_number_among_all(llava_vlm):
     batches = llava_vlm.inputs([noise_image(i) for i in range(3)], ["a", "a", "<image> <image> a"], batch_size=2)
-    with pytest.raises(mv.InputError, match="but example 2 has 1 images"):
+    with pytest.raises(mv.InputError, match=r"Example 2: The prompt .* but the example has 1 images"):
         batches[1]
 
 
 def test_a_trace_takes_one_batch(llava_vlm):
     batches = llava_vlm.inputs([noise_image(0), noise_image(1)], "a", batch_size=1)
-    with unchecked(), pytest.raises(mv.InputError, match="One forward takes one batch, not Batches"):
+    with unchecked(), pytest.raises(mv.InputError, match="A Batches was given where one forward takes one batch"):
         llava_vlm.next_tokens(batches)
 
 

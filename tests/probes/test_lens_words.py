@@ -71,10 +71,10 @@ def test_words_of_the_second_image(llava_vlm):
     [
         ({"state": 2, "position": 7}, IndexError, r"State 2 was not read; the lens holds the states \[1, 3\]"),
         ({"state": -1, "position": 7}, IndexError, "State -1 was not read"),
-        ({"state": 3, "position": 99}, IndexError, r"Position 99 was not read; of example 0 the lens holds positions \[0, 1"),
+        ({"state": 3, "position": 99}, IndexError, r"Position 99 was not read; of example 0 the lens holds the positions \[0, 1"),
         # Position 0 is padding.
         ({"state": 3, "position": 0, "example": 1}, IndexError, "Position 0 was not read; of example 1"),
-        ({"state": 3, "position": 7, "example": 2}, IndexError, r"Example 2 was asked for; this result holds \[0, 1\]"),
+        ({"state": 3, "position": 7, "example": 2}, IndexError, r"Example \[2\] was asked for; this result holds \[0, 1\]"),
         ({"state": 3, "row": 4, "col": 0}, IndexError, r"row 4, col 0 of image 0 was not read.*\(image, row, col\)"),
         ({"state": 3, "row": -1, "col": 0}, IndexError, "row -1, col 0 of image 0 was not read"),
         ({"state": 3}, ValueError, "takes a position, or the row and col"),
@@ -84,18 +84,21 @@ def test_words_of_the_second_image(llava_vlm):
 )  # fmt: skip
 def test_what_was_not_read_is_refused(lens, place, error, says):
     with pytest.raises(error, match=says):
-        lens.words(**place)
+        lens.words(**{"example": 0, **place})
 
 
 def test_a_result_of_several_examples_is_asked_for_one(lens):
     with pytest.raises(ValueError, match=r"holds the examples \[0, 1\]: choose one"):
         lens.pieces()
+    with pytest.raises(ValueError, match=r"holds the examples \[0, 1\]: choose one"):
+        lens.words(3, 7)
+    assert lens.of(1).words(3, -1).equals(lens.words(3, -1, example=1)), "one alone needs no choice"
 
 
 def test_text_alone_has_no_patches(llava_vlm, padded):
     lens = mv.logit_lens(llava_vlm, padded, positions="text")
-    with pytest.raises(IndexError, match="of example 0 the lens holds no patches"):
-        lens.words(3, row=0, col=0)
+    with pytest.raises(IndexError, match="of example 0 the lens holds no \\(image, row, col\\)"):
+        lens.words(3, row=0, col=0, example=0)
 
 
 def test_queries_have_no_place(blip_vlm):
@@ -109,13 +112,29 @@ def test_queries_have_no_place(blip_vlm):
 def test_words_of_a_saved_lens(lens, tmp_path):
     lens.save(tmp_path / "lens.safetensors")
     loaded = mv.LogitLensResult.load(tmp_path / "lens.safetensors")
-    assert loaded.words(3, row=2, col=1).equals(lens.words(3, row=2, col=1))
+    assert loaded.words(3, row=2, col=1, example=0).equals(lens.words(3, row=2, col=1, example=0))
     assert loaded.words(3, -1, example=1).equals(lens.words(3, -1, example=1))
-    older = replace(loaded, from_end=None, cells=None)
-    assert older.words(3, 7).equals(lens.words(3, 7))
+    older = replace(loaded, n_positions=None, cells=None)
+    assert older.words(3, 7, example=0).equals(lens.words(3, 7, example=0))
     for place in ({"position": -1}, {"row": 2, "col": 1}):
-        with pytest.raises(ValueError, match="saved by an earlier version"):
-            older.words(3, **place)
+        with pytest.raises(ValueError, match=r"(by|from) an earlier version"):
+            older.words(3, **place, example=0)
+
+
+def test_examples_and_positions_in_every_form(lens):
+    both = lens.at([7, 9])
+    assert set(both.position.tolist()) == {7, 9}
+    for positions in (range(7, 10, 2), torch.tensor([9, 7]), np.array([7, 9])):
+        assert torch.equal(lens.at(positions).ids, both.ids)
+    assert torch.equal(lens.at(7).ids, lens.at([7]).ids)
+    last = int(lens.position.max())
+    assert torch.equal(lens.at(-1).ids, lens.at(last).ids)
+    assert torch.equal(lens.of([1]).ids, lens.of(torch.tensor(1)).ids)
+    assert torch.equal(lens.of(range(2)).ids, lens.ids)
+    with pytest.raises(IndexError, match=r"Positions \[99\] were not read"):
+        lens.at([7, 99])
+    with pytest.raises(IndexError, match=r"Example \[2\] was asked for; this result holds \[0, 1\]"):
+        lens.of([0, 2])
 
 
 # -- the options -----------------------------------------------------------------------------------

@@ -160,13 +160,13 @@ def test_every_figure_has_its_controls():
 def test_the_share_of_words_stands_beside_precision(capsys):
     """In the figure, the summary, the report and the terminal; said to be absent where it is."""
     study = replace(made_study({"a": 6}, n=5), out=Path("there"))
-    mean = scores(study, "word_share", "image", "own").groupby("layer")["value"].mean()
+    mean = scores(study, "word_share", "image", "own").groupby("state")["value"].mean()
     captioned = study.plot("lens")
     share = captioned.figure.axes[2]
     np.testing.assert_allclose(share.lines[0].get_ydata(), mean)
     assert share.get_ylabel() == "share that decode\nto a word"
     row = study.summary().iloc[0]
-    assert row["word_share"] == pytest.approx(mean[row["best_layer"]])
+    assert row["word_share"] == pytest.approx(mean[row["best_state"]])
     assert row["word_share_low"] < row["word_share"] < row["word_share_high"]
     assert row["word_share_0"] == pytest.approx(mean[0])
     print_summary(study)

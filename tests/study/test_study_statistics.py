@@ -32,7 +32,7 @@ def study():
     study = made_study(MODELS, n=9, seed=SEED)
     lens = study.tables["lens"]
     lens.loc[(lens["example"] == "e003") & (lens["measure"] == "precision"), "value"] = math.nan
-    lens.loc[(lens["model"] == "deep") & (lens["layer"] == 5) & (lens["example"] > "e000"), "value"] = math.nan
+    lens.loc[(lens["model"] == "deep") & (lens["state"] == 5) & (lens["example"] > "e000"), "value"] = math.nan
     for name in ("contextualization", "lens", "attention_share"):
         study.tables[name] = study.tables[name].sample(frac=1, random_state=1).reset_index(drop=True)
     study.skipped.loc[0] = ["deep", "e100", "unreadable"]
@@ -57,7 +57,8 @@ def values_of(study, model: str, measure: str, layer: int) -> pd.Series:
     """The measure of each example at a layer, by example, straight from the table."""
     name, keys = TABLES[measure]
     table = study.tables[name]
-    for column, value in {**keys, "model": model, "layer": layer}.items():
+    number = "state" if "state" in table else "layer"
+    for column, value in {**keys, "model": model, number: layer}.items():
         table = table[table[column] == value]
     return table.set_index("example")["value"].sort_index()
 
@@ -96,7 +97,7 @@ def test_baselines_are_those_of_their_own_pair(study):
         for model, n_layers in MODELS.items():
             table = study.tables["baseline"].query("model == @model and pair == @pair")
             got = rows[rows["model"] == model].sort_values("layer")
-            assert got["mean"].tolist() == table.sort_values("layer")["value"].tolist()
+            assert got["mean"].tolist() == table.sort_values("state")["value"].tolist()
             assert len(got) == n_layers + 1
             assert got[["sd", "low", "high"]].isna().all(axis=None)
             assert set(got["n"]) == {9}
@@ -130,17 +131,17 @@ def test_each_column_of_the_summary(study):
 
         layers = range(n_layers + 1)
         inter = [mean("cosine_inter", layer) for layer in layers]
-        assert (row["lowest_layer"], row["highest_layer"]) == (np.argmin(inter), np.argmax(inter))
+        assert (row["lowest_state"], row["highest_state"]) == (np.argmin(inter), np.argmax(inter))
         assert (row["lowest"], row["highest"]) == pytest.approx((min(inter), max(inter)))
         precision = [mean("precision", layer) for layer in layers]
         best = int(np.nanargmax(precision))
-        assert row["best_layer"] == best
+        assert row["best_state"] == best
         assert row["precision"] == pytest.approx(precision[best])
         assert row["precision_0"] == pytest.approx(precision[0])
         assert precision[0] != pytest.approx(precision[-1])
         at = study.curves("recall").query("model == @model").set_index("layer")
         best_recall = int(at["mean"].idxmax())
-        assert row["recall_layer"] == best_recall
+        assert row["recall_state"] == best_recall
         assert row["recall_0"] == pytest.approx(at.loc[0, "mean"])
         assert (row["recall_low"], row["recall_high"]) == pytest.approx(tuple(at.loc[best_recall, ["low", "high"]]))
         assert row["recall_other"] == pytest.approx(mean("recall_other", best_recall))
@@ -149,7 +150,7 @@ def test_each_column_of_the_summary(study):
 
 
 def test_three_states_are_enough_for_phases(study):
-    rows = study.tables["contextualization"].query("layer < 3")
+    rows = study.tables["contextualization"].query("state < 3")
     assert len(phases_of(rows, "deep", SEED).mean) == 3
 
 
@@ -159,9 +160,9 @@ def test_extremes_are_those_of_the_mean():
     rows = study.tables["contextualization"]
     inter = (rows["pair"] == "inter") & (rows["model"] == "m")
     for layer, values in ((0, [0.1] * 8), (1, [0.2] * 8), (2, [-0.9, 0.9] * 4), (3, [0.4] * 8), (4, [-0.2] * 8)):
-        rows.loc[inter & (rows["layer"] == layer), "value"] = values
+        rows.loc[inter & (rows["state"] == layer), "value"] = values
     row = summary(study).iloc[0]
-    assert (row["lowest_layer"], row["highest_layer"]) == (4, 3)
+    assert (row["lowest_state"], row["highest_state"]) == (4, 3)
     curve = study.curves("cosine_inter").set_index("layer")
     assert curve["low"].idxmin() == curve["high"].idxmax() == 2
     assert row["highest_low"] == pytest.approx(0.4)

@@ -33,6 +33,8 @@ def test_bad_answers_are_refused(batch, vlm):
         vlm.answer_tokens(batch, ["a", "b"])
     with pytest.raises(mv.InputError, match="not ''"):
         vlm.answer_tokens(batch, ["a", "", "b"])
+    with pytest.raises(mv.InputError, match="a word or a token id, not True"):
+        vlm.answer_tokens(batch, True)
     with pytest.raises(mv.InputError, match="99999999 is no token id: the vocabulary has 0 to 32063"):
         vlm.answer_tokens(batch, 99999999)
 
@@ -51,7 +53,7 @@ def test_ids_as_tensors_and_lists(batch, vlm):
     assert torch.equal(vlm.answer_tokens(batch, ids), ids)
     assert torch.equal(vlm.answer_tokens(batch, ids.tolist()), ids)
     result = mv.information_flow(vlm, batch, ids, window=1, flows=["image -> last"])
-    assert result.answers == tuple(vlm.tokenizer.convert_ids_to_tokens([5, 6, 7]))
+    assert result.answers == vlm.to_str_tokens(torch.tensor([5, 6, 7]))
 
 
 def test_a_prompt_that_ends_in_a_space_is_refused(llava_vlm):

@@ -289,7 +289,7 @@ def test_half_precision(family, dtype):
     inputs = half.inputs(noise_image(0), "what is this")
     with torch.no_grad():
         logits = half.hf(**half.encoding(inputs)).logits[0]
-    last = mv.logit_lens(half, inputs, k=1, positions="all", layers=[3])
+    last = mv.logit_lens(half, inputs, k=1, positions="all", states=[3])
     assert torch.equal(last.ids[0, :, 0], logits.argmax(-1))
 
 
