@@ -12,7 +12,6 @@ from helpers.models import FAMILIES, instructblip, llava
 from mechvlm.experiments import multimodal_neurons as experiment
 from mechvlm.experiments.multimodal_neurons import MultimodalNeuronsResult, decode_columns, reads_as_words
 from mechvlm.families.record import part
-from mechvlm.inputs.pieces import token_texts
 
 ANSWERS = [7, 421, 9]
 N = 30
