@@ -110,7 +110,7 @@ class Result:
         Raises:
             TypeError: for a result that has no plot.
         """
-        names = ", ".join(field.name for field in fields(self))
+        names = ", ".join(field.name for field in fields(self) if field.name != "example_ids")
         raise TypeError(f"There is no plot of a {type(self).__name__}. Its numbers are in {names}.")
 
     def save(self, path: str | PathLike) -> None:

@@ -55,9 +55,15 @@ SHOWN = 15
 PRELOADED = (
     # nnsight puts `.save` on every object; what stands before it here cannot be imported after.
     "beartype", "anyio.abc", "anyio._backends._asyncio", "torch", "nnsight", "transformer_lens",
-    "transformers.models.llava", "transformers.models.instructblip", "matplotlib.pyplot", "pandas", "pyarrow.parquet",
-    "scipy.stats", "scipy.optimize", "datasets", "hypothesis", "simplemma", "einops", "jaxtyping", "safetensors.torch",
-    "jinja2", "rich.console", "PIL.Image",
+    "matplotlib.pyplot", "pandas", "pyarrow.parquet", "scipy.stats", "scipy.optimize", "datasets", "hypothesis",
+    "simplemma", "einops", "jaxtyping", "safetensors.torch", "jinja2", "rich.console", "PIL.Image", "sympy",
+    "accelerate", "torch._dynamo", "wordllama", "nnsight.modeling.transformers",
+    # Packages of transformers load their modules only when these are asked for by name.
+    "transformers.models.llava.modeling_llava", "transformers.models.llava.processing_llava",
+    "transformers.models.instructblip.modeling_instructblip", "transformers.models.instructblip.processing_instructblip",
+    "transformers.models.clip.modeling_clip", "transformers.models.clip.image_processing_pil_clip",
+    "transformers.models.llama.modeling_llama", "transformers.models.blip.image_processing_pil_blip",
+    "transformers.models.bert.tokenization_bert", "transformers.generation.utils", "transformers.models.auto.processing_auto",
 )  # fmt: skip
 CAUGHT, SURVIVED, OVERTIME, NOT_RUN = "caught", "SURVIVED", "OUT OF TIME", "NOT RUN"
 

@@ -18,6 +18,12 @@ def test_a_null_or_empty_id_is_the_images_name(tmp_path):
     }  # fmt: skip
 
 
+def test_ids_of_a_column_with_a_gap_are_whole_numbers(tmp_path):
+    lines = [{"image": f"{i}.png", "caption": "a", "id": id} for i, id in enumerate([1.0, None, 12.0])]
+    data = load_dataset(write_folder(tmp_path / "d", lines, [f"{i}.png" for i in range(3)]))
+    assert {e.id for e in data.examples} == {"1", "1.png", "12"}
+
+
 def test_a_null_id_of_a_pair_is_its_number(tmp_path):
     entries = winoground(3)
     entries[0]["id"], entries[2]["id"] = 0, None

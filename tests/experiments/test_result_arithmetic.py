@@ -67,7 +67,7 @@ GRID = PatchGrid(rows=3, cols=5, patch=14, image_size=(140, 84), resized=(70, 42
 
 def object_positions(box, margins, grids=(GRID,)) -> list[list[int]]:
     inputs = SimpleNamespace(tokens=token_map("ss" + "i" * 15 * len(grids) + "t", grids))
-    return _object_positions(Example(7, inputs, None), box, margins, [])
+    return _object_positions(Example(7, inputs, None), box, margins, None)
 
 
 def test_a_small_object_is_the_patch_of_which_it_covers_most():

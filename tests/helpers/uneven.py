@@ -65,5 +65,5 @@ def token_map(kinds: str, grids: tuple[PatchGrid, ...] = (), patches: bool = Tru
     """A map by hand: "." is padding, "s" special, "t" text and "i" an image token."""
     modality = torch.tensor([".sti".index(kind) for kind in kinds])
     pieces = {Modality.PADDING: "<pad>", Modality.SPECIAL: "<s>", Modality.IMAGE: "<image>"}
-    strings = tuple(pieces.get(Modality(int(kind)), f"▁w{i}") for i, kind in enumerate(modality))
-    return TokenMap(torch.arange(len(kinds)), strings, modality, grids, patches)
+    strings = tuple(pieces.get(Modality(int(kind)), f" w{i}") for i, kind in enumerate(modality))
+    return TokenMap(torch.arange(len(kinds)), strings, strings, modality, grids, patches)

@@ -14,6 +14,7 @@ from helpers.forwards import forward
 from helpers.images import noise_image
 from helpers.unchecked import unchecked
 from mechvlm.inputs import batch as batch_module
+from mechvlm.inputs.batches import Batches, by_batch
 
 PROMPTS = ["what is this", "describe the scene . a what is this", "a", "is this a what"]
 NAMES = ["cat", "dog", "eel", "fox"]
@@ -193,3 +194,15 @@ def test_an_answered_batch_keeps_ids_and_is_sliced(vlm, four):
     alone, (length,) = vlm.answered(four[1], ["what is"])
     same(answered[1], alone)
     assert length == lengths[1]
+
+
+def test_answers_go_to_the_batch_of_their_example(llava_vlm):
+    pictures = [noise_image(i) for i in range(4)]
+    uneven = Batches([llava_vlm.inputs(pictures[a:b], "a") for a, b in ((0, 1), (1, 3), (3, 4))])
+    assert by_batch(uneven, ["p", "q", "r", "s"]) == [["p"], ["q", "r"], ["s"]]
+    assert by_batch(uneven, torch.tensor([4, 5, 6, 7])) == [[4], [5, 6], [7]]
+    assert by_batch(uneven, "p") == ["p"] * 3
+    assert by_batch(uneven, None) == [None] * 3
+    for wrong in (["p", "q", "r"], ["p"] * 5):
+        with pytest.raises(mv.InputError, match=f"{len(wrong)} answers were given for 4 examples"):
+            by_batch(uneven, wrong)

@@ -47,3 +47,18 @@ def test_other_inputs_have_another_digest(inputs, change):
 def test_other_probes_have_another_digest(inputs):
     probes = [(mv.LogitLens(),), (mv.LogitLens(k=2),), (mv.NormAttention(),), (mv.LogitLens(), mv.NormAttention())]
     assert len({_question(inputs, several) for several in probes}) == 4
+
+
+class Directed:
+    """A probe of one's own, whose repr is its address."""
+
+    def __init__(self, direction: torch.Tensor):
+        self.direction = direction
+
+
+def test_a_probe_is_known_by_what_it_holds_and_not_by_its_address(inputs):
+    direction = torch.zeros(5000)  # long: its repr leaves out the middle
+    other = direction.clone()
+    other[2500] = 1
+    digests = [_question(inputs, (Directed(values),)) for values in (direction, direction.clone(), other)]
+    assert digests[0] == digests[1] != digests[2]

@@ -27,9 +27,12 @@ def test_large_halves_are_finite():
 def test_the_examples_and_the_first_layer_are_named(llava_vlm):
     finite = torch.ones(4, 5, dtype=torch.bool)  # states, examples
     finite[2:, 1] = finite[3:, 4] = False
-    with pytest.raises(NonFiniteError, match=r"from layer 2 of 3 on, in example\(s\) \[1, 4\]") as raised:
-        _refuse_nonfinite(finite, llava_vlm)
+    where = r"from the output of layer 1 \(of layers 0 to 2\) on, in example\(s\) \[1, 4\]. The weights of that layer"
+    with pytest.raises(NonFiniteError, match=where) as raised:
+        _refuse_nonfinite(finite, llava_vlm, 0)
     assert raised.value.examples == (1, 4)
     finite[0, 4] = False
-    with pytest.raises(NonFiniteError, match="from the embeddings that enter the decoder on"):
-        _refuse_nonfinite(finite, llava_vlm)
+    where = r"from the embeddings that enter the decoder on, in example\(s\) \[11, 14\]. The decoder's input"
+    with pytest.raises(NonFiniteError, match=where) as raised:
+        _refuse_nonfinite(finite, llava_vlm, 10)  # the examples of a later batch
+    assert raised.value.examples == (11, 14)
