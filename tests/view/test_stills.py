@@ -88,7 +88,8 @@ def test_the_patch_views_picture(turned, saved):
             share = float(heat[r, c]) / top
             assert pixel(picture, ax, x, y) == pytest.approx(over(pixels[int(y), int(x)], 0.35, share), abs=6), (r, c)
     wide, tall = (1, 0) if turned else (0, 1)
-    # The image's right edge is cut: no heat, and paler. Beyond the other image's lower edge there is heat alone.
+    # The image's right edge is cut: no heat, and paler.
+    # Beyond the other image's lower edge there is heat alone.
     pale = np.asarray(inputs.images[0][tall]).astype(float)[200, 240]
     assert pixel(picture, stages[tall], 240, 200) == pytest.approx(over(pale, 0.8, np.nan), abs=4)
     beyond = over(np.full(3, 255.0), 0, float(heats[wide][1, 2]) / top)
