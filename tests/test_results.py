@@ -1,15 +1,18 @@
 """The base of results: tables, files and names, with values that no symmetry hides."""
 
-from dataclasses import dataclass
+import json
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import pytest
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
+from safetensors.torch import save_file
 from torch import Tensor
 
 from helpers.uneven import uneven
-from mechvlm.results import Result, long_frame, stack, to_cpu
+from mechvlm.errors import InputError
+from mechvlm.results import RESULT_FORMAT, Result, concat, long_frame, stack, to_cpu
 
 
 @dataclass(frozen=True, repr=False)
@@ -19,6 +22,18 @@ class Made(Result):
     values: Float[Tensor, "a b c"]
     pairs: tuple[tuple[str, int], ...]
     model: str
+
+
+@dataclass(frozen=True, repr=False)
+class Worded(Result):
+    texts: ClassVar[tuple[str, ...]] = ("words",)
+
+    layer: Int[Tensor, " a"]
+    words: tuple[tuple[str, ...], ...]
+
+    @classmethod
+    def counted_from_0(cls, values):
+        return values | {"layer": values["layer"] - 1}
 
 
 @pytest.fixture
@@ -86,3 +101,45 @@ def test_it_shows_shapes_and_short_settings(made):
         made.to_frame()
     with pytest.raises(TypeError, match=r"There is no plot of a Made. Its numbers are in values, pairs, model"):
         made.plot()
+
+
+@pytest.mark.parametrize(
+    ("format", "layers", "words"),
+    [({}, [2, 0], ((" red", "ish"), (" blue",))), ({"format": "2"}, [3, 1], (("▁red", "ish"), ("▁blue",)))],
+)
+def test_files_of_the_first_format_count_from_1_and_hold_pieces(tmp_path, format, layers, words):
+    fields = json.dumps({"words": [["▁red", "ish"], ["▁blue"]]})
+    path = tmp_path / "worded.safetensors"
+    save_file({"layer": torch.tensor([3, 1])}, path, metadata={"mechvlm": "Worded", "fields": fields, **format})
+    read = Worded.load(path)
+    assert read.layer.tolist() == layers
+    assert read.words == words
+
+
+def test_a_file_of_a_newer_version_is_refused(tmp_path):
+    path = tmp_path / "worded.safetensors"
+    header = {"mechvlm": "Worded", "fields": "{}", "format": str(RESULT_FORMAT + 1)}
+    save_file({"layer": torch.tensor([3, 1])}, path, metadata=header)
+    with pytest.raises(ValueError, match=r"newer mechvlm \(format 3; this one reads up to 2\)"):
+        Worded.load(path)
+
+
+@dataclass(frozen=True, repr=False)
+class Joined(Result):
+    values: Float[Tensor, "state example"]
+    states: Int[Tensor, " state"]
+    model: str
+
+
+def test_values_are_joined_along_their_examples_and_settings_must_agree():
+    parts = [Joined(uneven(3, n, seed=n), torch.arange(3), "m") for n in (2, 1, 4)]
+    whole = concat(parts)
+    assert torch.equal(whole.values, torch.cat([part.values for part in parts], 1))
+    assert (whole.model, whole.states.tolist()) == ("m", [0, 1, 2])
+    for change, message in [
+        ({"states": torch.tensor([0, 1, 3])}, "Results 0 and 2 differ in `states`"),
+        ({"model": "n"}, "Results 0 and 2 differ in `model`: 'm' and 'n'"),
+        ({"values": parts[2].values.double()}, "`values` of results 0 and 2 differ"),
+    ]:
+        with pytest.raises(InputError, match=message):
+            concat([*parts[:2], replace(parts[2], **change)])

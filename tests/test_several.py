@@ -147,7 +147,8 @@ def test_words_of_a_joined_lens_are_those_of_the_example_alone(llava_vlm):
     lens = mv.logit_lens(llava_vlm, made(llava_vlm, batch_size=3), k=3)
     for i in range(4):
         alone = mv.logit_lens(llava_vlm, llava_vlm.inputs(PICTURES[i], PROMPTS[i]), k=3)
-        assert lens.of(i).pieces() == alone.pieces()
+        for state, by_position in alone.pieces().items():
+            assert list(lens.pieces(i)[state].values()) == list(by_position.values())
 
 
 def test_ids_are_saved_and_loaded(llava_vlm, four_llava, tmp_path):
@@ -209,7 +210,7 @@ def test_what_cannot_be_joined_is_refused_with_the_difference(llava_vlm, blip_vl
         ([lens, mv.logit_lens(llava_vlm, four_llava[1], k=3)], r"`ids` of results 0 and 1 differ in shape"),
         (
             [lens, mv.logit_lens(llava_vlm, four_llava[1], k=2, states=[0])],
-            r"Results 0 and 1 differ in `layers`: \(0, 1",
+            r"Results 0 and 1 differ in `states`: \(0, 1",
         ),
         (
             [lens, mv.logit_lens(llava_vlm, four_llava[1], k=2, final_norm=False)],

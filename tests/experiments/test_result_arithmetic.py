@@ -153,6 +153,7 @@ def test_neurons_by_hand():
         assert row["answer"] == ANSWERS[example]
         assert row["attribution"] == pytest.approx(result.attribution[example, neuron].item())
         assert row["mean_activation"] == pytest.approx(result.activation[example, neuron].mean().item())
+    assert result.counted_from_0({"layer": result.layer})["layer"].tolist() == [2, 0]
     with pytest.raises(ValueError, match="do not lie on one grid"):
         _ = replace(result, grid=()).maps
 

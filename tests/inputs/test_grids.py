@@ -3,6 +3,7 @@
 import copy
 import json
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from transformers.models.llava.image_processing_pil_llava import LlavaImageProce
 
 import mechvlm as mv
 from helpers.images import noise_image
-from mechvlm.inputs.grids import check_resize, patch_grid
+from mechvlm.inputs.grids import _margin, check_resize, patch_grid
 from mechvlm.view.pooling import cell_map
 
 # Where torchvision is installed, `CLIPImageProcessor` and `LlavaImageProcessor` resize by it.
@@ -207,3 +208,12 @@ def test_boxes_are_finite_for_every_grid(padding_vlm):
     grid = padding_vlm.inputs(noise_image(0, (1, 90)), "a").tokens.grids[0]
     assert torch.isfinite(grid.boxes()).all()
     assert float(grid.covered(grid.crop_box).min()) == pytest.approx(1, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("backend", "resized", "cropped", "start"),
+    [("torchvision", 5, 8, -1), ("pil", 5, 8, -2), ("torchvision", 8, 5, 1), ("pil", 8, 5, 1), (None, 4, 8, -2)],
+)
+def test_where_a_crop_starts_by_hand(backend, resized, cropped, start):
+    """torchvision rounds the padding at the left down, Pillow's processors up."""
+    assert _margin(resized, cropped, SimpleNamespace(backend=backend)) == start

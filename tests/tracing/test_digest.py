@@ -60,5 +60,6 @@ def test_a_probe_is_known_by_what_it_holds_and_not_by_its_address(inputs):
     direction = torch.zeros(5000)  # long: its repr leaves out the middle
     other = direction.clone()
     other[2500] = 1
-    digests = [_question(inputs, (Directed(values),)) for values in (direction, direction.clone(), other)]
-    assert digests[0] == digests[1] != digests[2]
+    probes = [Directed(direction), Directed(direction.clone()), Directed(other)]
+    first, second, third = (_question(inputs, (probe,)) for probe in probes)
+    assert first == second != third

@@ -37,6 +37,9 @@ def test_bad_answers_are_refused(batch, vlm):
         vlm.answer_tokens(batch, True)
     with pytest.raises(mv.InputError, match="99999999 is no token id: the vocabulary has 0 to 32063"):
         vlm.answer_tokens(batch, 99999999)
+    with pytest.raises(mv.InputError, match="32064 is no token id"):
+        vlm.answer_tokens(batch, vlm.d_vocab)
+    assert vlm.answer_tokens(batch, vlm.d_vocab - 1).tolist() == [32063] * 3
 
 
 def test_after_a_line_break_an_answer_has_no_space(llava_vlm):
@@ -62,3 +65,17 @@ def test_a_prompt_that_ends_in_a_space_is_refused(llava_vlm):
         mv.InputError, match="ends in a space, and an answer's first token brings its own: remove the space"
     ):
         llava_vlm.answer_tokens(inputs, "red")
+
+
+def test_answers_of_different_lengths_end_together(vlm):
+    """Row by row the ids are the prompt's and the answer's, behind padding that is masked."""
+    prompts, answers = ["what is this", "a"], ["red", "a red circle and a cat"]
+    batch = vlm.inputs([noise_image(0), noise_image(1)], prompts)
+    written, lengths = vlm.answered(batch, answers)
+    ids, mask = written.encoding["input_ids"], written.encoding["attention_mask"].bool()
+    for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
+        alone, (n,) = vlm.answered(vlm.inputs(noise_image(row), prompt), [answer])
+        assert lengths[row] == n
+        assert torch.equal(ids[row][mask[row]], alone.encoding["input_ids"][0])
+        assert mask[row].tolist() == sorted(mask[row].tolist()), "padding comes first"
+        assert torch.equal(ids[row, -n:], alone.encoding["input_ids"][0, -n:])
