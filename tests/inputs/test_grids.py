@@ -112,6 +112,9 @@ def test_boxes_of_a_padded_image_by_hand(padding_vlm):
     assert grid.box(3, 0) == (0, 12.5, 37.5, 50)
     assert grid.box(0, 7) == (262.5, -100, 300, -62.5), "padding lies outside the image"
     assert grid.crop_box == (0, -100, 300, 200)
+    assert grid.visible_box == (0, 0, 300, 100)
+    tall = padding_vlm.inputs(Image.new("RGB", (100, 300)), "Describe the scene.").tokens.grids[0]
+    assert (tall.crop_box, tall.visible_box) == ((-100, 0, 200, 300), (0, 0, 100, 300))
     assert grid.inside((0, 0, 50, 100)).nonzero().tolist() == [[3, 0], [4, 0]]
     assert tokens.pos_in_box((0, 0, 50, 100)).tolist() == [tokens.position(3, 0), tokens.position(4, 0)]
     light = inputs.encoding["pixel_values"][0].mean(0).unflatten(0, (8, 12)).unflatten(2, (8, 12)).mean((1, 3))

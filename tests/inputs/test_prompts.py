@@ -160,6 +160,12 @@ def test_conversations_that_do_not_fit(llava_vlm, images, messages, message):
         llava_vlm.inputs(images, messages)
 
 
+def test_an_entry_without_an_image_is_named_where_others_hold_one(llava_vlm):
+    messages = [{"role": "user", "content": [IMAGE | {"image": noise_image(0)}, IMAGE, text("what is this")]}]
+    with pytest.raises(mv.InputError, match=r"^1 entries \{'type': 'image'\} of the conversation hold no image"):
+        llava_vlm.inputs(prompts=messages)
+
+
 def test_one_message_is_no_conversation():
     with pytest.raises(mv.InputError, match=r"a conversation is a list of messages, \[message\]"):
         images_and_prompt((noise_image(0),), QUESTION[0])
@@ -205,6 +211,8 @@ def test_a_prompt_in_its_template_is_not_wrapped_twice(chat_vlm):
         warnings.simplefilter("error")
         assert chat_vlm.inputs(noise_image(0), whole).texts == (whole,)
         assert chat_vlm.inputs(noise_image(0), f"<s>Be brief. {whole}").texts == (f"<s>Be brief. {whole}",)
+        half = "USER: <image>\nwhat is this"
+        assert chat_vlm.inputs(noise_image(0), half).texts == (half,)
 
 
 @pytest.mark.parametrize(

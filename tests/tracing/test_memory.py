@@ -59,12 +59,12 @@ def test_another_error_is_raised_at_once():
         list(in_halves(range(4), other))
 
 
-PROMPTS = ["a", "what is this", "a", "a", "a", "a", "is this a what"]
+PROMPTS = ["a", "what is this", "a", "a", "a", "a", "is this a what", "a", "a", "a"]
 
 
 @pytest.fixture(scope="module")
 def batches(llava_vlm):
-    return llava_vlm.inputs([noise_image(i) for i in range(7)], PROMPTS, batch_size=5)
+    return llava_vlm.inputs([noise_image(i) for i in range(10)], PROMPTS, batch_size=5)
 
 
 def test_the_size_that_fitted_is_kept_and_said(llava_vlm, batches):
@@ -81,8 +81,8 @@ def test_the_size_that_fitted_is_kept_and_said(llava_vlm, batches):
 
     with pytest.warns(UserWarning, match="^5 examples at once .* read 2 at a time.*batch_size=2"):
         parts = over_batches(llava_vlm, batches, work, "")
-    assert tried == [5, 2, 3, 1, 2, 2]
-    assert list(chain(*parts)) == list(range(7))
+    assert tried == [5, 2, 3, 1, 2, 2, 2, 1]
+    assert list(chain(*parts)) == list(range(10))
     assert lengths == {(i > 0, len(batch.token_maps[0])) for i, batch in enumerate(batches)}, "the batch's padding"
 
 
