@@ -87,7 +87,7 @@ def test_the_record_of_a_study():
     assert [row["model"] for row in record["findings"]] == ["shallow", "deep"]
     summary = study.summary().set_index("model")
     for row in record["findings"]:
-        for key in ("precision", "precision_0", "lowest", "highest_layer", "recall_other_high"):
+        for key in ("precision", "precision_0", "lowest", "highest_state", "recall_other_high"):
             assert row[key] == pytest.approx(summary.loc[row["model"], key])
     for model, phases in study.phases.items():
         written = record["phases"][model]
