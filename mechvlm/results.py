@@ -265,7 +265,7 @@ def _example_axes(result: Result) -> dict[str, tuple[Tensor, int]]:
     axes = {}
     for name, annotation in get_type_hints(type(result)).items():
         kinds = (annotation, *get_args(annotation))  # the tensor alone, or the tensor or None
-        names = next((kind.dim_str.split() for kind in kinds if hasattr(kind, "dim_str")), [])
+        names: list[str] = next((kind.dim_str.split() for kind in kinds if hasattr(kind, "dim_str")), [])
         value = getattr(result, name)
         if isinstance(value, Tensor) and EXAMPLE_AXES & set(names):
             axes[name] = value, next(i for i, axis in enumerate(names) if axis in EXAMPLE_AXES)

@@ -39,7 +39,8 @@ class Pending:
     def prepare(self) -> Inputs:
         """Open the images and run the processor."""
         groups, prompts = zip(*self.pairs, strict=True)
-        images = None if groups[0] is None else [list(group) for group in groups]  # else in the conversations
+        # Without groups the images stand in the conversations.
+        images = None if groups[0] is None else [list(group) for group in groups]
         return self.build(images, list(prompts), ids=self.ids, first=self.first)
 
 

@@ -158,8 +158,8 @@ class LogitLensResult(Result):
         vocabulary: the text of every id in `ids`, as (id, text) pairs.
         final_norm: whether states went through the model's final norm.
         model: the model's name.
-        cells: (image, row, col) of each point's patch; -1 where it is none. None in files of earlier
-            versions.
+        cells: (image, row, col) of each point's patch; -1 where it is none. None in files of
+            earlier versions.
         patches: False where visual tokens are queries, which have no place on the image.
         n_positions: the length of the padded sequences in which `position` counts; None in files of
             earlier versions.
@@ -326,7 +326,8 @@ class LogitLensResult(Result):
                 f"words() takes a position, or the row and col of a patch, not position={position}, row={row}, col={col}."
             )
         if position is None:
-            places, place, kind = self._patches(), (image, row, col), "(image, row, col)"
+            places, kind = self._patches(), "(image, row, col)"
+            place: tuple = (image, row, col)
         else:
             places, place, kind = self.position[:, None], (position,), "positions"
             places = places - (self.seq_length or 0) if position < 0 else places

@@ -237,7 +237,8 @@ def test_each_panel_shows_the_difference_of_its_own_measure():
     panels = {panel.get_title(loc="left"): panel for panel in ax.figure.axes if panel is not ax}
     assert list(panels) == list(PANELS)
     for title, panel in panels.items():
-        values = result.values[result.measures.index(PANELS[title])].numpy()  # [layer pair caption image]
+        # [layer pair caption image]
+        values = result.values[result.measures.index(PANELS[title])].numpy()
         own = (values[..., 0, 0] + values[..., 1, 1]) / 2
         other = (values[..., 1, 0] + values[..., 0, 1]) / 2
         expected = (own - other).mean(-1)

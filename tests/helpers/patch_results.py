@@ -90,9 +90,9 @@ def uneven(patches: bool = True, turned: bool = False, dest: Sequence[int] = UNE
     """(inputs, lens, norms) by hand, so that no two axes, parts or rows can be exchanged unseen.
 
     Grids are not square: image 0 is padded above and below, image 1 is cut at the left and right;
-    `turned` exchanges the two. Layers, heads, destinations and kinds of tokens have values of different sizes. The lens holds
-    the visual tokens and " or", at every other state. With patches=False the visual tokens are
-    queries of image 0 alone, and a fourth value is `reading`.
+    `turned` exchanges the two. Layers, heads, destinations and kinds of tokens have values of
+    different sizes. The lens holds the visual tokens and " or", at every other state. With
+    patches=False the visual tokens are queries of image 0 alone, and a fourth value is `reading`.
     """
     rng, n_layers, n_heads = np.random.default_rng(5), 11, 3
     grids = (
