@@ -165,7 +165,11 @@ def test_tables_of_a_finished_study_are_those_of_today(tmp_path):
     """Opened, its states are called so and its layers count from 0."""
     study = run(["tiny-llava"], "scenes", n=6, seed=5, batch_size=2, out=tmp_path / "study")
     for name, table in mv.Study.open(SAVED / "study").tables.items():
-        pd.testing.assert_frame_equal(study.tables[name], table, check_dtype=False, obj=name)
+        new = study.tables[name]
+        if name == "lens":  # the share of words was not kept then
+            new = new[new["measure"] != "word_share"].reset_index(drop=True)
+            new["measure"] = new["measure"].cat.remove_unused_categories()
+        pd.testing.assert_frame_equal(new, table, check_dtype=False, obj=name)
     layers = study.tables["attention_share"]["layer"]
     assert (layers.min(), layers.max()) == (0, 7)
 
@@ -174,7 +178,7 @@ def test_a_lens_of_an_earlier_version_reads_as_text():
     old = saved(mv.LogitLensResult, "lens")
     assert old.states == tuple(range(9))
     assert not any("▁" in text or text.startswith("<0x") for _, text in old.vocabulary)
-    assert len(old.words(state=8, position=int(old.position[0]))) == 2
+    assert len(old.words(state=8, position=int(old.position[0]), example=0)) == 2
 
 
 def test_pieces_of_files_without_a_tokenizer():

@@ -15,6 +15,7 @@ from PIL import Image
 
 from mechvlm.datasets import Example
 from mechvlm.errors import InputError
+from mechvlm.results import as_text
 from mechvlm.study.curves import phases_of
 from mechvlm.study.record import GalleryView
 
@@ -176,6 +177,8 @@ def _counted_from_0(name: str, table: pd.DataFrame) -> pd.DataFrame:
     """A table of the first format, with states called so and layers counted from 0."""
     if name == "phases":
         return table.rename(columns={"first_layer": "first_state", "last_layer": "last_state"})
+    if "piece" in table:  # the first format holds the tokenizer's pieces
+        table = table.assign(piece=as_text(tuple(table["piece"])))
     if "layer" not in table:
         return table
     if "state" in COLUMNS.get(name, ()):

@@ -6,7 +6,7 @@
    output must be that of the weight that is read from it.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -84,19 +84,29 @@ def require_readable(model: nn.Module, record: Architecture) -> None:
             f"{len(away)} tensors of this {kind} ({away[0]}, ...) are not in memory: device_map offloaded them. Load it where "
             "it fits, in a smaller dtype, on more devices, or on NDIF with remote=True."
         )
-    for path in _frames(model, record):
+    for path in _present(model, _frames(model, record)):
         if package_of(part(model, path)) == "peft":
             raise ModelError(
                 f"{path} is wrapped as a whole by peft ({type(part(model, path)).__name__}), so its parts are not where "
                 f"{record.hf_class} has them. Merge it first: PeftModel.merge_and_unload() gives the model to load."
             )
     tried = set()
-    for path in _weighted(model, record):
+    for path in _present(model, _weighted(model, record)):
         module = part(model, path)
         alike = _kind(module)
         if not is_plain(module) and alike not in tried:
             _require_own_weight(module, path, is_embedding=path == record.embed)
             tried.add(alike)
+
+
+def _present(model: nn.Module, paths: Iterable[str]) -> Iterator[str]:
+    """The paths that lead to a module; `VLM` says of the others whether it can do without them."""
+    for path in paths:
+        try:
+            part(model, path)
+        except AttributeError:
+            continue
+        yield path
 
 
 def _is_compiled(module: nn.Module) -> bool:

@@ -28,7 +28,7 @@ def test_a_folder_that_cannot_be_made(llava_vlm, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"device": "nowhere"}, "device 'nowhere' cannot be used"),
+        ({"device": "nowhere"}, "cannot be put on the device 'nowhere'"),
         ({"batch_size": 0}, "at least 1"),
         ({"n": 0}, "at least 1"),
         ({"dataset": "imagenet"}, "no data set"),

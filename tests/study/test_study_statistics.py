@@ -68,8 +68,8 @@ def values_of(study, model: str, measure: str, layer: int) -> pd.Series:
 def test_each_point_of_a_curve_equals_the_examples_own(study, model, measure):
     rows = study.curves(measure)
     rows = rows[rows["model"] == model].set_index("layer")
-    first = 1 if "share" in measure else 0
-    assert sorted(rows.index) == list(range(first, MODELS[model] + 1))
+    # Shares are of layers, all else of the states between them, one more.
+    assert sorted(rows.index) == list(range(MODELS[model] + (0 if "share" in measure else 1)))
     for layer, row in rows.iterrows():
         values = values_of(study, model, measure, layer)
         assert row["n"] == values.notna().sum()
@@ -117,7 +117,7 @@ def test_phases_are_those_of_the_three_curves(study):
         for name, values in (("image", image), ("text", text)):
             for change, (first, last) in zip(got.changes[name], got.intervals, strict=True):
                 assert change.value == pytest.approx(values.mean(0)[last] - values.mean(0)[first])
-    assert phases_of(study.tables["contextualization"].query("layer < 2"), "deep", SEED) is None
+    assert phases_of(study.tables["contextualization"].query("state < 2"), "deep", SEED) is None
 
 
 def test_each_column_of_the_summary(study):

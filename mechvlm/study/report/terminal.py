@@ -8,6 +8,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from mechvlm.study.record import StudyRecord
+from mechvlm.study.report.captioned import short_name
 from mechvlm.study.report.page import format_interval, format_number
 from mechvlm.study.report.pairs import pair_lines
 from mechvlm.study.report.summary import summary
@@ -34,7 +35,7 @@ def print_summary(study: StudyRecord) -> None:
     for name in ("cosine\nlow (state)", "\nhigh (state)", "phases", "s"):
         table.add_column(name, justify="left" if name == "phases" else "right")
     for row in summary(study).to_dict("records"):
-        cells = [row["model"], row["layers"], row["n"]]
+        cells = [short_name(row["model"], list(study.models)), row["layers"], row["n"]]
         for measure, state in (("precision", "best_state"), ("recall", "recall_state")):
             best = f"{format_number(row[measure])} ({format_number(row[state], 0)})"
             cells += [f"{best}\n{format_interval(row, measure)}"]
