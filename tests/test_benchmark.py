@@ -17,6 +17,7 @@ import benchmark_rivals as rivals
 from benchmark_measure import peaks, times
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("family", ["llava", "instructblip"])
 def test_the_other_ways_give_the_same_numbers(family):
     vlm, hf = benchmark_models.build(family, layers=2, width=256)

@@ -9,6 +9,7 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 
 
+@pytest.mark.long
 def test_the_examples_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # it saves a figure
     code = "\n".join(re.findall(r"```python\n(.*?)```", README, re.S))

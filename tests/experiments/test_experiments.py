@@ -40,6 +40,7 @@ def close(got, want):
 # -- information flow ------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_information_flow_equals_a_whole_forward_per_window(deep, three):
     flows = (*FLOWS, "image -> question + last")
     result = mv.information_flow(deep, three, ANSWERS, window=2, flows=flows)
@@ -94,6 +95,7 @@ def test_without_the_image_all_images_answer_alike(deep):
 # -- causal trace ----------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("at", ["resid_pre", "attn_out", "mlp_out"])
 def test_a_causal_trace_equals_a_whole_forward_per_window(deep, three, at):
     result = mv.causal_trace(deep, three, ANSWERS, corrupt="noise", window=2, at=at, seed=3)

@@ -7,6 +7,8 @@ import torch
 import mechvlm as mv
 from mechvlm.datasets.naming import naming
 
+pytestmark = pytest.mark.long
+
 
 @pytest.fixture(scope="module")
 def questions():

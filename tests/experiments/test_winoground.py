@@ -229,6 +229,7 @@ def test_from_winogrounds_files(llava_vlm, tmp_path):
     assert len(result.scores.to_frame()) == 3
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("name", "swaps", "prompt", "low", "high"),
     [

@@ -169,6 +169,7 @@ def test_noise_shows_no_phases(kind, n_examples):
     assert max(numbers) <= 1
 
 
+@pytest.mark.long
 def test_intervals_cover_the_truth_at_about_the_nominal_rate():
     truth = np.array(list(TURNS)[1:-1])
     hits, widths = [], []

@@ -60,6 +60,7 @@ def test_the_frame_is_the_studies_curves_by_depth(made):
     assert "value" not in frame, "nothing is interpolated"
 
 
+@pytest.mark.long
 def test_a_folder_and_its_study_compare_alike(llava_vlm, blip_vlm, tmp_path):
     first = run([llava_vlm], "scenes", n=3, out=tmp_path / "one")
     second = run([blip_vlm], "scenes", n=3, out=tmp_path / "two")
@@ -146,6 +147,7 @@ def test_a_measure_that_is_not_there_is_refused(made):
         mv.compare([made]).plot(["precision", "colour"])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("n_models", [1, 2, 4, 9])
 def test_looks_differ_and_the_legend_fits(n_models):
     made = made_study({f"org/model-number-{i}": (3, 32)[i % 2] for i in range(n_models)}, n=3)

@@ -21,6 +21,7 @@ def broken_coco(folder) -> str:
     return f"coco:{folder}"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("make", "ids", "skipped"),
     [

@@ -90,6 +90,7 @@ def test_no_model_and_no_nnsight_is_needed(study):
 # --- the figures ---
 
 
+@pytest.mark.long
 def test_the_figures_are_those_of_the_run_byte_for_byte(study, opened, tmp_path):
     opened.save_figures(tmp_path / "again")
     # matplotlib names an SVG's clip paths after their place in memory.
@@ -195,6 +196,7 @@ def test_bands_are_the_deviation_and_the_interval():
         assert {(x, round(y, 9)) for x, y in enumerate(high)} <= corners
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "models", [{"one": 32}, {"a": 3, "b": 32}, {"org/a-long-name-of-a-model": 3, "b": 8, "c": 40, "d": 2}]
 )
