@@ -41,6 +41,7 @@ def call(capsys, *arguments) -> tuple[int, str, str]:
     return code, out, err
 
 
+@pytest.mark.long
 def test_study_of_two_folders(capsys, folders, tmp_path):
     out = tmp_path / "out"
     code, printed, bars = call(
@@ -292,6 +293,7 @@ def test_help_needs_no_torch(command, options):
     assert time.perf_counter() - started < 3
 
 
+@pytest.mark.long
 def test_images_may_be_odd(capsys, folders, tmp_path):
     """Grey images, palettes with transparency, and single pixels are read."""
     folder = tmp_path / "d"

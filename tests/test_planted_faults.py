@@ -62,6 +62,7 @@ def run(toy: Path, *options: str) -> tuple[int, str]:
     return done.returncode, done.stdout
 
 
+@pytest.mark.long
 def test_one_fault_is_caught_and_one_survives(toy):
     before = {path: path.read_bytes() for path in toy.rglob("*") if path.is_file()}
     code, said = run(toy, "--jobs", "2")

@@ -262,6 +262,7 @@ def test_a_study_draws_without_pyplot():
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
 
 
+@pytest.mark.long
 def test_a_notebook_shows_each_plot_once(tmp_path):
     flow().save(tmp_path / "flow.safetensors")
     cells = [

@@ -40,6 +40,7 @@ def test_float32_is_the_models_own(llava_vlm):
     torch.testing.assert_close(logprob, own, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.long
 def test_scores_of_the_bundled_model_in_bfloat16():
     """On twenty captions log-likelihoods are off by the states' rounding, not by the logits'."""
     whole, half = (mv.load("tiny-llava", dtype=dtype) for dtype in ("float32", "bfloat16"))

@@ -138,6 +138,7 @@ def test_patches_lie_where_the_grid_says(llava_vlm):
                 assert [x0 + c * dx, y0 + r * dy, x0 + (c + 1) * dx, y0 + (r + 1) * dy] == pytest.approx(box, abs=1e-3)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("spread", [1.5, 2.5])
 def test_under_a_megabyte_at_the_size_of_7b(spread):
     """32 layers x 32 heads x 620 tokens, both measures, a lens of 576 patches, 640 x 480 pixels."""
