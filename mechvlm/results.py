@@ -119,6 +119,7 @@ class Result:
         Raises:
             FileNotFoundError: when the folder does not exist.
         """
+        path = Path(path).expanduser()
         tensors, settings = {}, {}
         for f in fields(self):
             value = getattr(self, f.name)
@@ -126,8 +127,8 @@ class Result:
                 tensors[f.name] = value.detach().cpu().contiguous().clone()
             else:
                 settings[f.name] = value
-        if not Path(path).parent.is_dir():
-            raise FileNotFoundError(f"Nothing can be saved as {path}: the folder {Path(path).parent} is not there.")
+        if not path.parent.is_dir():
+            raise FileNotFoundError(f"Nothing can be saved as {path}: the folder {path.parent} is not there.")
         header = {"mechvlm": type(self).__name__, "format": str(RESULT_FORMAT), "fields": json.dumps(settings)}
         save_file(tensors, path, metadata=header)
 
@@ -138,6 +139,7 @@ class Result:
         Raises:
             ValueError: when the file holds another kind of result, or a newer mechvlm wrote it.
         """
+        path = Path(path).expanduser()
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
             if header.get("mechvlm") != cls.__name__:

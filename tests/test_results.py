@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from safetensors.torch import save_file
 from torch import Tensor
 
+import mechvlm as mv
 from helpers.uneven import uneven
 from mechvlm.errors import InputError
 from mechvlm.results import RESULT_FORMAT, Result, concat, long_frame, stack, to_cpu
@@ -39,6 +40,16 @@ class Worded(Result):
 @pytest.fixture
 def made() -> Made:
     return Made(uneven(2, 3, 4), (("x", 1), ("y", 2)), "m")
+
+
+def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    saved = mv.LikelihoodResult(torch.tensor([[-1.5]]), "m")
+    saved.save("~/x.safetensors")
+    assert (tmp_path / "x.safetensors").is_file()
+    assert torch.equal(mv.LikelihoodResult.load("~/x.safetensors").logprob, saved.logprob)
+    with pytest.raises(mv.InputError, match=rf"{tmp_path}/none is not there"):
+        mv.Study.open("~/none")
 
 
 def test_a_table_has_each_value_at_its_own_place(made):

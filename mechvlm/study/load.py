@@ -59,6 +59,7 @@ def load_study(folder: Path) -> dict[str, Any]:
     Raises:
         InputError: as `Study.open`.
     """
+    folder = folder.expanduser()
     record = _record(folder)
     tables = read_tables(folder, record.get("format", 1))
     for name in (*COLUMNS, *(PAIR_COLUMNS if record["dataset"].get("pairs") else ())):

@@ -110,7 +110,7 @@ class View:
         Raises:
             FileNotFoundError: when the folder does not exist.
         """
-        path = Path(path)
+        path = Path(path).expanduser()
         if not path.parent.is_dir():
             raise FileNotFoundError(f"Nothing can be saved as {path}: the folder {path.parent} is not there.")
         path.write_text(self.html(), encoding="utf-8")

@@ -114,6 +114,7 @@ def run(
     """
     started = time.perf_counter()
     progress = progress or (lambda stage, done, total: None)
+    out = None if out is None else Path(out).expanduser()
     names = _checked_names(models, batch_size, seed, device, device_map, remote, ray)
     cluster = cluster_of(models, ray, workers, gpus_per_worker, device, device_map)
     dtype_of(dtype, "auto")
