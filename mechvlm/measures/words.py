@@ -292,7 +292,6 @@ def _caption_counts(captions: str | Sequence[str], lemmas: bool, left_out: froze
         raise ValueError(f"captions must hold text to look for words in, got {captions!r}.")
     counts: Counter[str] = Counter()
     for caption in captions:
-        caption = unicodedata.normalize("NFC", caption)
         for run in "".join(character if _is_letter(character) else " " for character in caption).split():
             word = _letters(run)
             if word and (counted := _counted(word, lemmas, left_out, lang)):

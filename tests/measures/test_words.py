@@ -15,6 +15,10 @@ from mechvlm.measures.words import (
 )
 
 
+def test_a_caption_in_decomposed_accents_holds_the_same_words():
+    assert caption_words("a cafe\u0301 on sand") == caption_words("a café on sand") == {"café", "sand"}
+
+
 @pytest.mark.parametrize(
     ("piece", "word"),
     [
