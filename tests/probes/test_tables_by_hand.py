@@ -47,7 +47,7 @@ def test_queries_stand_before_the_instruction():
 
 
 def test_only_the_texts_own_tokens_count(llava_vlm):
-    """The first text has one token, the second three: two of the prompt's stand beside the first's."""
+    """The first text has one token, the second three."""
     logprob = torch.tensor([[-1.0, -2.0, -3.0], [-4.0, -5.0, -6.0]])
     inputs = llava_vlm.inputs([noise_image(0), noise_image(1)], "what is this")
     plan = LikelihoodPlan(3, torch.zeros(2, 3, dtype=torch.long))
