@@ -4,9 +4,12 @@
 examples: `Float[Tensor, "layer example head"]` is joined along its second.
 """
 
+import hashlib
 import json
+import shutil
+import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from os import PathLike
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar, get_args, get_type_hints
@@ -14,15 +17,19 @@ from typing import Any, ClassVar, TypeVar, get_args, get_type_hints
 import numpy as np
 import pandas as pd
 import torch
-from safetensors import safe_open
+from jaxtyping import jaxtyped
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from mechvlm.errors import InputError
+from mechvlm.outside.integrity import SEAL, check_size, check_type, digest, parse_json
 
-RESULT_FORMAT = 2
+RESULT_FORMAT = 3
 """Version of a saved result. Version 1, which names none, counts the layers of attention, heads and
 neurons from 1, and holds a tokenizer's pieces for the tokens' texts."""
+SEALED_FORMAT = 3
+"""From this version on a saved result carries a checksum."""
 EXAMPLE_AXES = {"example", "point", "pair"}
 """Names of axes along which results of several batches follow each other."""
 
@@ -116,6 +123,9 @@ class Result:
     def save(self, path: str | PathLike) -> None:
         """Write one .safetensors file: tensors as they are, other fields as JSON in the header.
 
+        The header also holds the SHA-256 of all that. The file appears whole or not at all: an
+        earlier one of that name is there until then.
+
         Raises:
             FileNotFoundError: when the folder does not exist.
         """
@@ -130,39 +140,102 @@ class Result:
         if not path.parent.is_dir():
             raise FileNotFoundError(f"Nothing can be saved as {path}: the folder {path.parent} is not there.")
         header = {"mechvlm": type(self).__name__, "format": str(RESULT_FORMAT), "fields": json.dumps(settings)}
-        save_file(tensors, path, metadata=header)
+        header[SEAL] = _digest_of_result(header, tensors)
+        unfinished = path.with_name(f".{path.name}.tmp")
+        shutil.rmtree(unfinished, ignore_errors=True)  # of a save that was killed
+        try:
+            unfinished.mkdir()
+            save_file(tensors, unfinished / path.name, metadata=header)
+            (unfinished / path.name).replace(path)
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
 
     @classmethod
     def load(cls, path: str | PathLike) -> Any:
         """Read a file that `save` wrote.
 
+        A file of an earlier version carries no checksum: it is read after a warning that says so.
+
         Raises:
-            ValueError: when the file holds another kind of result, or a newer mechvlm wrote it.
+            InputError: when the file is damaged, it holds another kind of result or other fields,
+                or a newer mechvlm wrote it.
+            FileNotFoundError: when there is no such file.
         """
         path = Path(path).expanduser()
-        with safe_open(path, framework="pt") as file:
-            header = file.metadata() or {}
-            if header.get("mechvlm") != cls.__name__:
-                kind = header.get("mechvlm", "no mechvlm result")
-                raise ValueError(f"{path} holds {kind}, not {cls.__name__}: load it with the class that saved it.")
-            values = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        file_format = int(header.get("format", 1))
-        if file_format > RESULT_FORMAT:
-            raise ValueError(
-                f"{path} was written by a newer mechvlm (format {file_format}; this one reads up to {RESULT_FORMAT}). "
-                "Update: pip install -U mechvlm."
+        try:
+            check_size(path)
+            with safe_open(path, framework="pt") as file:
+                header = file.metadata() or {}
+                if header.get("mechvlm") != cls.__name__:
+                    kind = header.get("mechvlm", "no mechvlm result")
+                    raise InputError(f"{path} holds {kind}, not {cls.__name__}: load it with the class that saved it.")
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            file_format = _format_of(header)
+            if file_format > RESULT_FORMAT:
+                raise InputError(
+                    f"{path} was written by a newer mechvlm (format {file_format}; this one reads up to {RESULT_FORMAT}). "
+                    "Update: pip install -U mechvlm."
+                )
+            if SEAL in header and header[SEAL] != _digest_of_result(header, tensors):
+                raise ValueError("its content does not match its checksum")
+            if SEAL not in header and file_format >= SEALED_FORMAT:
+                raise ValueError("it carries no checksum")
+            values = tensors | {key: _tuples(value) for key, value in parse_json(header.get("fields", "")).items()}
+            values = {cls.renamed.get(key, key): value for key, value in values.items()}
+            if file_format == 1:
+                values |= {name: as_text(values[name]) for name in cls.texts if name in values}
+                values = cls.counted_from_0(values)
+            _check_fields(cls, values)
+        except (InputError, FileNotFoundError):
+            raise
+        except (OSError, SafetensorError, LookupError, TypeError, ValueError) as error:
+            reason = str(error).strip().split("\n")[0]
+            raise InputError(f"{path} is damaged ({reason}). Copy it again, or save the result again.") from error
+        if SEAL not in header:
+            warnings.warn(
+                f"{path} is of an earlier mechvlm, which wrote no checksums: damage in it would not be seen.",
+                stacklevel=2,
             )
-        values |= {key: _tuples(value) for key, value in json.loads(header["fields"]).items()}
-        values = {cls.renamed.get(key, key): value for key, value in values.items()}
-        if file_format == 1:
-            values |= {name: as_text(values[name]) for name in cls.texts if name in values}
-            values = cls.counted_from_0(values)
         return cls(**values)
 
     @classmethod
     def counted_from_0(cls, values: dict[str, Any]) -> dict[str, Any]:
         """The fields of a file of format 1, with their layers counted from 0."""
         return values
+
+
+def _digest_of_result(header: dict[str, str], tensors: dict[str, Tensor]) -> str:
+    """The SHA-256 of a saved result: its header without the digest, and its tensors' bytes."""
+    sha = hashlib.sha256(digest({key: value for key, value in header.items() if key != SEAL}).encode())
+    for name in sorted(tensors):
+        value = tensors[name]
+        sha.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        sha.update(value.flatten().view(torch.uint8).numpy().data)
+    return sha.hexdigest()
+
+
+def _format_of(header: dict[str, str]) -> int:
+    text = header.get("format", "1")
+    if not (text.isdecimal() and len(text) < 9):
+        raise ValueError(f"its format is {text[:20]!r}, no number")
+    return int(text)
+
+
+def _check_fields(cls: type[Result], values: dict[str, Any]) -> None:
+    """Raise ValueError unless these are the fields of the class, each of its type."""
+    known = {f.name: f for f in fields(cls)}
+    if extra := [name for name in values if name not in known]:
+        raise ValueError(f"{cls.__name__} has no field {', '.join(extra)[:80]}")
+    with jaxtyped("context"):  # axes of the same name have the same length in all fields
+        for name, annotation in get_type_hints(cls).items():
+            value = values.get(name)
+            if isinstance(value, Tensor):
+                if not isinstance(value, annotation):
+                    raise ValueError(f"{name} is a tensor {list(value.shape)} of {value.dtype}, which does not fit")
+            elif name in values:
+                check_type(value, annotation, name)
+            elif name in known and known[name].default is MISSING:
+                raise ValueError(f"it lacks {name}")
 
 
 def as_text(pieces):

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from mechvlm.datasets.example import Example
-from mechvlm.datasets.files import ImageFolder, SetAside, none_usable, storable
+from mechvlm.datasets.files import ImageFolder, SetAside, listing_text, none_usable, storable
 from mechvlm.errors import InputError
 
 
@@ -77,14 +77,15 @@ def _captions_file(where: Path) -> Path:
 
 
 def _content(file: Path) -> tuple[list, list]:
+    text = listing_text(file)
     try:
-        content: Any = json.loads(file.read_bytes())
+        content: Any = json.loads(text)
     except json.JSONDecodeError as error:
         raise InputError(
             f"{file} is not JSON: {error.msg} at line {error.lineno}, column {error.colno} (character {error.pos:,} of "
             f"{len(error.doc):,}). If the file ends there, download it again."
         ) from None
-    except (OSError, ValueError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{file} cannot be read ({error}). It should be JSON in UTF-8.") from None
     shape = '{"images": [{"id", "file_name"}, ...], "annotations": [{"image_id", "caption"}, ...]}'
     if not isinstance(content, dict):

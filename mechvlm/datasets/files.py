@@ -9,7 +9,12 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, NamedTuple
 
 from mechvlm.errors import InputError
+from mechvlm.outside.files import require_regular
 
+LARGEST_LISTING = 100_000_000
+"""Bytes of a file that lists images: COCO's largest has 92 MB."""
+MOST_VALUES = 8_000_000
+"""Values in such a file: COCO's largest has about 4 million, and each takes up to 100 bytes."""
 CAPTION_COLUMNS = ("captions", "caption", "sentences", "text")
 """What data sets call the captions of an image."""
 CAPTION_TEXT = ("raw", "caption", "text")
@@ -121,6 +126,24 @@ def _composed(name: str) -> str:
     return unicodedata.normalize("NFC", name)
 
 
+def listing_text(listing: Path) -> str:
+    """The text of a file that lists images, of a bounded size and number of values.
+
+    Raises:
+        InputError: for a file that is larger, no regular file, or not text in UTF-8.
+    """
+    require_regular(listing, LARGEST_LISTING, "files that list images")
+    try:
+        text = listing.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{listing} cannot be read ({error}). It should be a text file in UTF-8.") from error
+    if (n_values := sum(map(text.count, "[{,\n"))) > MOST_VALUES:
+        raise InputError(
+            f"{listing} holds about {n_values:,} values; at most {MOST_VALUES:,} are read. Is it the right file?"
+        )
+    return text
+
+
 def json_rows(listing: Path) -> list[tuple[str, Any]]:
     """The rows of a file of JSON lines, each with its name for messages: "captions.jsonl line 3".
 
@@ -130,12 +153,7 @@ def json_rows(listing: Path) -> list[tuple[str, Any]]:
     Raises:
         InputError: for a file that cannot be read as text, or an array that is broken.
     """
-    try:
-        if listing.exists() and not listing.is_file():  # reading a pipe would wait for ever
-            raise OSError("it is not a regular file")
-        text = listing.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{listing} cannot be read ({error}). It should be a text file in UTF-8.") from error
+    text = listing_text(listing)
     if (rows := _rows_of_one_value(listing, text)) is not None:
         return [(f"{listing.name} entry {number}", row) for number, row in enumerate(rows, start=1)]
     # Not splitlines(): a caption may hold the other characters that end a line.

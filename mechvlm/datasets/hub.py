@@ -11,6 +11,7 @@ caption is a string, or a dict that holds one under "raw", "caption" or "text".
 """
 
 import os
+import sys
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,10 @@ from mechvlm.datasets.example import Example
 from mechvlm.datasets.files import CAPTION_COLUMNS, SetAside, none_usable, storable_captions, storable_id
 from mechvlm.errors import InputError
 from mechvlm.inputs.images import StoredImage
+from mechvlm.outside.files import require_regular
+
+MOST_ROWS = 5_000_000
+"""Rows of a data set. A Parquet file of a few megabytes can claim a thousand million."""
 
 
 def read_hub(
@@ -55,7 +60,7 @@ def read_hub(
         raise InputError(f"{name} has no column {', '.join(map(repr, missing))}. It has {_columns(table)}.")
     if not _holds_images(table, image):
         raise InputError(f"The column {image!r} of {name} holds no images. It has {_columns(table)}.")
-    images = stored_images(table, image)
+    images = stored_images(table, image, folders_of(name))
     texts = {column: table.select_columns([column])[column][:] for column in needed[1:]}
     examples: dict[str, Example] = {}
     aside = []
@@ -81,14 +86,44 @@ def read_hub(
     return list(examples.values()), aside
 
 
-def stored_images(table: Any, column: str) -> list[StoredImage]:
-    """The images of all rows. Each is read from the table when it is opened."""
+def stored_images(table: Any, column: str, folders: tuple[str, ...]) -> list[StoredImage]:
+    """The images of all rows. Each is read from the table when it is opened.
+
+    A row may name a file in one of the `folders` instead.
+    """
     import datasets
 
     if isinstance(table.features[column], datasets.Image):
         table = table.cast_column(column, datasets.Image(decode=False))
     table = table.select_columns([column])
-    return [StoredImage(table, row, column) for row in range(len(table))]
+    return [StoredImage(table, row, column, folders) for row in range(len(table))]
+
+
+def _refuse_long(path: Path) -> None:
+    """Raises InputError for local Parquet files with too many rows, before a row is read."""
+    import pyarrow.parquet as pq
+
+    for file in [path] if path.is_file() else path.rglob("*.parquet") if path.is_dir() else ():
+        require_regular(file, sys.maxsize, "tables")
+        if file.suffix.lower() == ".parquet":
+            try:
+                rows = pq.read_metadata(file).num_rows
+            except (OSError, ValueError) as error:  # pyarrow's errors are subclasses of these
+                raise InputError(f"{file} is no Parquet file ({str(error).splitlines()[0]}). Fetch it again.") from None
+            if rows > MOST_ROWS:
+                raise InputError(f"{file} has {rows:,} rows; at most {MOST_ROWS:,} are read.")
+
+
+def folders_of(name: str) -> tuple[str, ...]:
+    """The folders of a data set's files: its own, or those of what was fetched from the Hub."""
+    path = Path(os.path.expanduser(name))
+    if path.exists():
+        return (str(path.absolute() if path.is_dir() else path.absolute().parent),)
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    import datasets
+
+    return (str(datasets.config.HF_DATASETS_CACHE), str(datasets.config.DOWNLOADED_DATASETS_PATH), HF_HUB_CACHE)
 
 
 def open_table(name: str | PathLike, split: str | None = None, config: str | None = None) -> Any:
@@ -103,11 +138,17 @@ def open_table(name: str | PathLike, split: str | None = None, config: str | Non
         raise InputError(f"hf:NAME needs the library datasets ({error}): pip install datasets") from error
     name = os.path.expanduser(name)
     path = Path(name)
+    _refuse_long(path)
     try:
         if (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
             loaded = datasets.load_from_disk(str(path))
         elif path.suffix.lower() == ".parquet" and path.is_file():
-            loaded = datasets.load_dataset("parquet", data_files=str(path))
+            # Not load_dataset, which tells a server on the internet that Parquet was read.
+            loaded = datasets.DatasetDict({"train": datasets.Dataset.from_parquet(str(path))})
+        elif not path.exists() and (path.is_absolute() or name.startswith(".") or path.suffix.lower() == ".parquet"):
+            raise InputError(
+                f"There is no file or folder {name}: hf:PATH needs one, and hf:OWNER/NAME a name on the Hub."
+            )
         else:
             names = datasets.get_dataset_split_names(str(name), config)
             _choose_split(names, split, str(name))

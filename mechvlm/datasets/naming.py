@@ -1,4 +1,4 @@
-"""Scenes with a question about one object, and that object's box, for causal experiments."""
+"""What scenes know of their objects: the boxes of their words, and questions about one of them."""
 
 import random
 from collections.abc import Iterator, Sequence
@@ -7,7 +7,12 @@ from typing import NamedTuple
 
 from PIL import Image
 
+from mechvlm.datasets.example import Example
 from mechvlm.datasets.scenes import sample_scene
+from mechvlm.errors import InputError
+
+Box = tuple[float, float, float, float]
+"""(left, top, right, bottom) in pixels of the image."""
 
 
 class Naming(NamedTuple):
@@ -19,7 +24,31 @@ class Naming(NamedTuple):
     image: Image.Image
     prompt: str
     answer: str
-    box: tuple[float, float, float, float]
+    box: Box
+
+
+def word_boxes(example: Example) -> dict[str, list[Box]]:
+    """The boxes of the objects that each word of a scene names, by its shape and by its color.
+
+    >>> word_boxes(next(scenes(1)))
+    {'circle': [(20.1, 31.0, 80.3, 91.2)], 'red': [(20.1, 31.0, 80.3, 91.2)]}
+
+    Args:
+        example: one of `mechvlm.datasets.scenes.scenes`.
+
+    Returns:
+        For each word a list, since several objects may have the same shape or color.
+
+    Raises:
+        InputError: for an example that knows no objects.
+    """
+    if "objects" not in example.meta:
+        raise InputError(f"The example {example.id} knows no objects with boxes: only generated scenes do.")
+    boxes: dict[str, list[Box]] = {}
+    for thing in example.meta["objects"]:
+        for word in (thing["shape"], thing["color"]):
+            boxes.setdefault(word, []).append(tuple(thing["box"]))
+    return boxes
 
 
 def naming(n: int, seed: int = 0, split: str = "test", counts: Sequence[int] = (1, 2, 3)) -> list[Naming]:

@@ -109,7 +109,7 @@ def read_hub() -> tuple[list[Example], list[SetAside]]:
     missing = [name for name in (*image_columns, "caption_0", "caption_1") if name not in table.column_names]
     if missing:
         raise InputError(f"{HUB} has no columns {', '.join(missing)}; it has {', '.join(table.column_names)}.")
-    images = {column: hub.stored_images(table, column) for column in image_columns}
+    images = {column: hub.stored_images(table, column, hub.folders_of(HUB)) for column in image_columns}
     without_images = table.remove_columns(image_columns)
     entries = [(f"row {row}", {**entry, "row": row}) for row, entry in enumerate(without_images)]
     return _read(entries, lambda entry, column: images[column][entry["row"]], HUB)

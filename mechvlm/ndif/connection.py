@@ -1,15 +1,19 @@
 """The connection to NDIF: sends a request, waits for its job and fetches the result.
 
-Errors of the connection and of the server become a `RemoteError` in plain words. The API key goes
-into the headers of requests and nowhere else: no message holds it.
+Nothing that a server answers is trusted. Answers are measured while they arrive
+(`mechvlm.ndif.streams`), values are read without running code (`mechvlm.ndif.plain_values`), and
+whatever is wrong with an answer becomes a `RemoteError` in plain words. The API key goes into the
+headers of requests and nowhere else: no message, log or pickle holds it.
 """
 
-import io
-import json
-import socket
+import logging
+import re
+import sys
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from importlib.metadata import version
+from typing import Any, NoReturn, TypeVar
+from urllib.parse import quote
 
 import httpx
 import websocket
@@ -18,9 +22,12 @@ from nnsight.intervention.backends.remote import RemoteBackend
 from nnsight.intervention.backends.remote import RemoteError as ServersError
 from nnsight.schema.request import RequestModel
 from nnsight.schema.response import ResponseModel, Status
+from pydantic import BaseModel
 
 from mechvlm.errors import RemoteError
-from mechvlm.ndif.messages import STATUS_WORDS, in_plain_words, without_key
+from mechvlm.ndif.messages import STATUS_WORDS, in_plain_words, presentable, without_key
+from mechvlm.ndif.plain_values import plain_values
+from mechvlm.ndif.streams import LARGEST_ANSWER, exchange, refuse_large, require_private, subscription, unpacked
 from mechvlm.progress import StatusLine
 
 T = TypeVar("T")
@@ -32,14 +39,9 @@ LARGEST_RESULT = 1_000_000_000
 
 Results that are reduced inside the block come back in kilobytes: more is a mistake.
 """
-HTTP_TIMEOUT = httpx.Timeout(10.0, read=600.0)
-"""Seconds to connect (10), and between two chunks of the answer (600)."""
-KEEPALIVE = [(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)] + [
-    (socket.IPPROTO_TCP, getattr(socket, name), value)
-    for name, value in (("TCP_KEEPIDLE", 30), ("TCP_KEEPINTVL", 10), ("TCP_KEEPCNT", 6))
-    if hasattr(socket, name)
-]
-"""Socket options that probe a silent connection after 30 s: a dead one would never report."""
+JOB_ID = re.compile(r"[\w.-]{1,200}")
+LOGGERS = ("httpx", "httpcore.connection", "httpcore.http11", "httpcore.http2", "httpcore.proxy", "websocket")
+"""The loggers of what carries requests: at their lowest level they write a server's headers."""
 
 
 def retrying(work: Callable[[], T], waits: Sequence[float] | None = None) -> T:
@@ -68,14 +70,25 @@ def retrying(work: Callable[[], T], waits: Sequence[float] | None = None) -> T:
 class Connection(RemoteBackend):
     """nnsight's backend for NDIF, with a calm status line and errors that say what to do.
 
-    Go back to nnsight's own backend once that notices dead connections and keeps the key out of its
-    messages.
+    It trusts no answer. Go back to nnsight's own backend once that reads results without running
+    code, limits what it reads, notices dead connections, and keeps the key out of its messages.
+
+    Raises:
+        RemoteError: when the key and the results would go over plain http to another machine.
     """
 
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
+        require_private(self.host)
         self.sent = False
         self.display = JobDisplay(self, CONFIG.APP.REMOTE_LOGGING, self.verbose)  # type: ignore[assignment]
+        for name in LOGGERS:
+            logging.getLogger(name).addFilter(blot_out_key)
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            "A connection to NDIF holds the API key and is not pickled. Keep a job's id: vlm.job(id) finds it again."
+        )
 
     def request(self, request: RequestModel, tracer) -> Any:
         blob = self._serialize(tracer)  # errors in here are not the server's: they stay as they are
@@ -102,83 +115,127 @@ class Connection(RemoteBackend):
             self.status = response.status
         return super().note(response)
 
-    def download_result(self, url: str | bytes | None) -> Any:
+    def download_result(self, url: Any) -> Any:
         if isinstance(url, bytes | bytearray):
-            self._refuse_large(len(url))
+            refuse_large(len(url), LARGEST_RESULT)
             return self.finalize(bytes(url))
-        if not url:
-            return None
+        if not isinstance(url, str) or not url:
+            raise RemoteError("NDIF completed the job and gave no result. Send the request again.")
         # Fetching changes nothing: after a lost connection only the fetch is repeated, not the job.
         return self.finalize(retrying(lambda: self._with_plain_errors(self._fetch, url)))
 
+    def finalize(self, content: bytes) -> dict[str, Any]:
+        """The saved values by their names, read without running code."""
+        self._log(f"result: {len(content):,} bytes")
+        return plain_values(unpacked(content, LARGEST_RESULT) if self.compress else content, LARGEST_RESULT)
+
+    def parse(self, message: Any) -> ResponseModel:  # type: ignore[override]
+        """A status from one message: JSON, or a file of `torch.save` that holds the result too.
+
+        Where a server sends the key back, it is blotted out.
+        """
+        if isinstance(message, str):
+            response = ResponseModel.model_validate_json(message)
+        else:
+            response = ResponseModel.model_validate(plain_values(message, LARGEST_RESULT))
+        if not JOB_ID.fullmatch(response.id):
+            raise RemoteError("NDIF's answer names a job by what is no id.")
+        shown = {"id": response.id, "description": response.description}
+        if isinstance(response.data, str):
+            shown["data"] = response.data
+        cost = response.meta if without_key(repr(response.meta), self.api_key) == repr(response.meta) else None
+        clean = {name: without_key(text, self.api_key) for name, text in shown.items()}
+        return response.model_copy(update=clean | {"meta": cost})
+
     # -- steps that raise the libraries' own errors -----------------------------------------------
 
+    def _headers(self) -> dict[str, str]:
+        return {"ndif-api-key": self.api_key} if self.api_key else {}
+
     def _run(self, request: RequestModel, blob: bytes) -> Any:
-        header = {"ndif-api-key": self.api_key} if self.api_key else None
-        connection = websocket.create_connection(
-            f"{self.ws_host}/subscribe", timeout=10, header=header, sockopt=KEEPALIVE
-        )
-        try:
-            # Subscribe before sending, so that no message is missed.
-            request.session_id = json.loads(connection.recv())["session_id"]
+        # Subscribe before sending, so that no message is missed.
+        with subscription(f"{self.ws_host}/subscribe", self._headers(), LARGEST_RESULT) as (stream, greeting):
+            request.session_id = Greeting.model_validate_json(greeting).session_id
             self.send(request, blob)
-            connection.settimeout(None)
             while True:
-                message = connection.recv()
+                message = stream.recv()
                 if not message:
                     raise websocket.WebSocketConnectionClosedException("the server closed it")
                 response = self.parse(message)
                 result = self.handle(response)
                 if response.status == Status.COMPLETED:
                     return result
-        finally:
-            connection.close()
 
     def _post(self, request: RequestModel, blob: bytes) -> ResponseModel:
         self.sent = True
-        return super()._post(request, blob)
+        headers = self._headers() | {
+            "ndif-timestamp": repr(time.time()),
+            "nnsight-version": version("nnsight"),
+            "python-version": sys.version,
+        }
+        files = {"blob": ("request", blob, "application/octet-stream")}
+        answer = exchange(
+            "POST",
+            f"{self.host}/request",
+            LARGEST_ANSWER,
+            headers=headers,
+            data={"data": request.metadata()},
+            files=files,
+        )
+        return self.parse(answer.raise_for_status().text)
 
     def _get_response(self) -> ResponseModel | None:
-        headers = {"ndif-api-key": self.api_key} if self.api_key else None
-        answer = httpx.get(f"{self.host}/response/{self.job_id}", headers=headers, timeout=HTTP_TIMEOUT)
+        url = f"{self.host}/response/{quote(self.job_id or '', safe='')}"
+        answer = exchange("GET", url, LARGEST_ANSWER, headers=self._headers())
         if answer.status_code == 404:
             return None
-        answer.raise_for_status()
-        response = ResponseModel.model_validate_json(answer.text)
+        response = self.parse(answer.raise_for_status().text)
         self.status = response.status
         return response
 
     def _fetch(self, url: str) -> bytes:
-        content = io.BytesIO()
-        with httpx.stream("GET", url, timeout=HTTP_TIMEOUT) as answer:
-            if answer.status_code in (403, 404, 410):
-                raise RemoteError(
-                    "NDIF no longer keeps this result: it must be collected soon after its job ends. Send the request "
-                    "again."
-                )
-            answer.raise_for_status()
-            self._refuse_large(int(answer.headers.get("Content-Length", 0)))
-            for chunk in answer.iter_bytes():
-                content.write(chunk)
-                self._refuse_large(content.tell())
-        return content.getvalue()
-
-    def _refuse_large(self, size: int) -> None:
-        if size > LARGEST_RESULT:
+        require_private(url, of=self.host)
+        if without_key(url, self.api_key) != url:
             raise RemoteError(
-                f"The result is too large: {size / 1e6:,.1f} MB, and at most {LARGEST_RESULT / 1e6:,.1f} MB are "
-                "fetched. Save less: reduce inside the block (a mean, a top k, some positions), ask for fewer layers, "
-                "or send smaller batches. The limit is mechvlm.ndif.connection.LARGEST_RESULT, in bytes."
+                "NDIF says that the result lies at an address that holds your API key. It is not fetched."
             )
+        answer = exchange("GET", url, LARGEST_RESULT, "result")
+        if answer.status_code in (403, 404, 410):
+            raise RemoteError(
+                "NDIF no longer keeps this result: it must be collected soon after its job ends. Send the request again."
+            )
+        return answer.raise_for_status().content
 
     def _with_plain_errors(self, work: Callable, *args) -> Any:
         try:
             return work(*args)
+        except RemoteError as error:
+            plain_error = error.with_traceback(None)
         except (ServersError, OSError, websocket.WebSocketException, httpx.HTTPError) as error:
             plain_error = in_plain_words(error, self)
+        except Exception as error:  # whatever an odd answer leads the libraries to
+            plain_error = RemoteError(
+                f"NDIF at {self.host} gave an answer that makes no sense here ({type(error).__name__}). Is it a server of "
+                "NDIF, and of a version that fits nnsight's here?"
+            )
         # Raised outside of the except block, so that the original error, whose text can hold the
-        # key, does not become its context.
+        # key, does not become its context, nor the frames that hold it part of the traceback.
+        plain_error.__context__ = None
         raise plain_error
+
+
+class Greeting(BaseModel):
+    """The first message of a subscription."""
+
+    session_id: str
+
+
+def blot_out_key(record: logging.LogRecord) -> bool:
+    """A filter of loggers: no record holds the API key, even where a server sends it back."""
+    message = record.getMessage()
+    if without_key(message, "") != message:
+        record.msg, record.args = without_key(message, ""), ()
+    return True
 
 
 class JobDisplay:
@@ -197,7 +254,7 @@ class JobDisplay:
         del self.line
 
     def update(self, response: ResponseModel) -> None:
-        text = without_key(response.description, self.request.api_key)
+        text = presentable(response.description, self.request.api_key)
         if response.status is Status.LOG:
             if self.enabled:
                 print(text)  # a print inside the block

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 from nnsight.schema.response import Status
 
@@ -32,6 +32,12 @@ class Job:
 
     def __repr__(self) -> str:
         return f"Job({self.id!r})"
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            f"A job is not pickled: it holds the connection, and with it the API key. Keep its id, {self.id!r}: vlm.job(id) "
+            "finds it again."
+        )
 
     @property
     def status(self) -> str:

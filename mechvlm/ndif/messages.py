@@ -8,10 +8,12 @@ import httpx
 import websocket
 from nnsight import CONFIG
 from nnsight.intervention.backends.remote import RemoteError as ServersError
-from nnsight.ndif import CRITICAL_PACKAGES, EnvComparison, get_local_env, get_remote_env
+from nnsight.ndif import CRITICAL_PACKAGES, EnvComparison, get_local_env
 from nnsight.schema.response import Status
 
 from mechvlm.errors import RemoteError
+from mechvlm.ndif.streams import LARGEST_ANSWER, exchange
+from mechvlm.outside.files import printable
 
 STATUS_WORDS = {
     Status.RECEIVED: "received",
@@ -44,6 +46,12 @@ def without_key(text: str, key: str) -> str:
     return text
 
 
+def presentable(text: str, key: str) -> str:
+    """A server's text as it is shown: no key, no escapes of terminals, and not long."""
+    text = printable(without_key(text, key))
+    return text if len(text) <= 20_000 else f"{text[:5_000]}\n[...]\n{text[-15_000:]}"
+
+
 def in_plain_words(error: Exception, at: Attempt) -> RemoteError:
     """A connection's or a server's error as a `RemoteError`: what it means, and what to do."""
     cause = error.__cause__ if isinstance(error, ServersError) else error
@@ -55,7 +63,7 @@ def in_plain_words(error: Exception, at: Attempt) -> RemoteError:
         text, retryable = _failed(str(error), at)
     else:
         text, retryable = _lost(cause or error, at), True
-    return RemoteError(without_key(text, at.api_key), retryable=retryable)
+    return RemoteError(presentable(text, at.api_key), retryable=retryable)
 
 
 def _lost(error: BaseException, at: Attempt) -> str:
@@ -86,7 +94,7 @@ def _lost(error: BaseException, at: Attempt) -> str:
 def _detail(answer: httpx.Response) -> str:
     try:
         body = answer.json()
-    except ValueError:
+    except (ValueError, RecursionError):
         return answer.text.strip()[:500] or f"status {answer.status_code}"
     return str(body.get("detail") if isinstance(body, dict) else body)
 
@@ -94,7 +102,7 @@ def _detail(answer: httpx.Response) -> str:
 def _refused(code: int, detail: str, at: Attempt) -> tuple[str, bool]:
     """A request that the server did not take."""
     if "minimum supported" in detail or "version was not provided" in detail:
-        return f"NDIF at {at.host} does not work with the versions here: {detail} {_versions()}", False
+        return f"NDIF at {at.host} does not work with the versions here: {detail} {_versions(at)}", False
     if code in (401, 403) or "API key" in detail:
         get_one = (
             "Get one at https://login.ndif.us, and keep it with `nnsight login`, or in NDIF_API_KEY in the environment."
@@ -121,7 +129,7 @@ def _failed(text: str, at: Attempt) -> tuple[str, bool]:
             "positions, fewer new tokens."
         ), False
     if "payload could not be read" in text or "doesn't match the one your code was traced against" in text:
-        return f"NDIF could not read the request. {text.splitlines()[0]} {_versions()}", False
+        return f"NDIF could not read the request. {text.splitlines()[0]} {_versions(at)}", False
     if "try again later" in text or "cancelled or preempted" in text:
         return f"NDIF did not run the job: {text} Send it again.", True
     if "out of memory" in text.lower():
@@ -153,28 +161,29 @@ def _model(model_key: str) -> str:
 
 def _hosted(at: Attempt) -> str:
     try:
-        status = httpx.get(f"{at.host}/status", timeout=30).raise_for_status().json()
-        deployments = status["deployments"].values()
-    except (httpx.HTTPError, ValueError, KeyError):
+        status = exchange("GET", f"{at.host}/status", LARGEST_ANSWER).raise_for_status().json()
+        running = [d["repo_id"] for d in status["deployments"].values() if d.get("application_state") == "RUNNING"]
+        names = sorted({str(name)[:200] for name in running if name})
+    except Exception:  # a second odd answer must not hide the first
         return "`nnsight.status()` says what it hosts."
-    names = sorted({d["repo_id"] for d in deployments if d.get("application_state") == "RUNNING" and d.get("repo_id")})
     return f"It runs {', '.join(names) or 'no model'} at the moment; `nnsight.status()` says more."
 
 
-def _versions() -> str:
+def _versions(at: Attempt) -> str:
     """The versions that differ between here and the server, of the packages that matter."""
     try:
-        comparison = EnvComparison(get_local_env(), get_remote_env(force_refresh=True))
-    except (httpx.HTTPError, ValueError):
+        there = exchange("GET", f"{at.host}/env", LARGEST_ANSWER).raise_for_status().json()
+        comparison = EnvComparison(get_local_env(), there)
+        # Builds of one version, such as +cpu and +cu128, do not differ.
+        differ = [
+            f"{name} is {p['remote']} there and {p['local']} here"
+            for name, p in sorted(comparison.critical_mismatches.items())
+            if p["remote"].split("+")[0] != p["local"].split("+")[0]
+        ]
+        if not comparison.python_matches:
+            differ.append(f"Python is {comparison.remote_python} there and {comparison.local_python} here")
+    except Exception:  # a second odd answer must not hide the first
         return "`print(nnsight.compare())` says which versions differ."
-    # Builds of one version, such as +cpu and +cu128, do not differ.
-    differ = [
-        f"{name} is {p['remote']} there and {p['local']} here"
-        for name, p in sorted(comparison.critical_mismatches.items())
-        if p["remote"].split("+")[0] != p["local"].split("+")[0]
-    ]
-    if not comparison.python_matches:
-        differ.append(f"Python is {comparison.remote_python} there and {comparison.local_python} here")
     if not differ:
         return f"The versions of {', '.join(sorted(CRITICAL_PACKAGES))} are the same there and here."
     return f"The versions differ: {', '.join(differ)}. Install the server's; `print(nnsight.compare())` shows all."

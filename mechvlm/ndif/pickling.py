@@ -7,6 +7,7 @@ Some objects are cut down first:
 - a `VLM` travels as its `Decoder`: accessors and weights, without processor and tokenizer;
 - a probe travels as its settings and its `at_` methods: `RUN_HERE` names those that stay;
 - `Inputs` travel without the original images;
+- a function's file is named by its place in its package, not by its folder on this machine;
 - a module of mechvlm travels as a namespace of the parts that the block uses;
 - a class travels as the functions, properties and constants written in it. The methods that Python
   generates for a dataclass or a named tuple are generated again on the server, in its own bytecode.
@@ -23,9 +24,11 @@ import dataclasses
 import functools
 import inspect
 import io
+import sys
 import textwrap
 import types
 from collections.abc import Callable
+from pathlib import Path
 from types import FunctionType
 from typing import Any
 
@@ -34,6 +37,7 @@ from cloudpickle import cloudpickle
 from jaxtyping import AbstractArray
 from nnsight.intervention.serialization import DEFAULT_PROTOCOL, CustomCloudPickler, reduce_block
 from nnsight.ndif import pull_env
+from nnsight.tracing.util import SerializedFrame
 
 from mechvlm.decoder.decoder import Decoder
 from mechvlm.inputs.batch import Inputs
@@ -63,7 +67,11 @@ class Packer(CustomCloudPickler):
             return Decoder, (obj.model, obj.record, obj.name, obj.config, obj.d_vocab)
         if isinstance(obj, Inputs):
             no_images = tuple(() for _ in obj.images)
-            return Inputs, (obj.encoding, obj.token_maps, no_images, obj.prompts, obj.texts, obj.model)
+            fields = (obj.encoding, obj.token_maps, no_images, obj.prompts, obj.texts, obj.model, obj.ids, obj.parts)
+            return Inputs, fields
+        if isinstance(obj, SerializedFrame):  # where the block stands, for tracebacks
+            code = obj.f_code
+            return SerializedFrame, (shown_path(code.co_filename), code.co_firstlineno, code.co_name)
         if isinstance(obj, functools.cached_property):
             return functools.cached_property, (obj.func,)  # its lock cannot be pickled
         if isinstance(obj, type):
@@ -88,7 +96,20 @@ class Packer(CustomCloudPickler):
         if isinstance(args[0], str):  # travels as source, where annotations mean nothing
             scope = _without_modules(args[0], scope)
             args = tuple(None if value is plain.__annotations__ else value for value in args)
+            args = tuple(shown_path(value) if value == plain.__code__.co_filename else value for value in args)
         return constructor, args, scope, *rest
+
+
+def shown_path(filename: str) -> str:
+    """A file's place in its package, as tracebacks show it: nobody needs to know the folders here.
+
+    >>> shown_path("/home/me/venv/lib/python3.11/site-packages/mechvlm/methods.py")
+    'mechvlm/methods.py'
+    """
+    for folder in sorted(filter(None, sys.path), key=len, reverse=True):
+        if Path(filename).is_relative_to(folder):
+            return Path(filename).relative_to(folder).as_posix()
+    return Path(filename).name
 
 
 def _refuse_decorators(function: Callable) -> None:

@@ -1,5 +1,6 @@
 """Which backend runs a trace, here or on NDIF, and how one request holds many traces."""
 
+import ast
 import inspect
 import threading
 from collections.abc import Callable
@@ -11,7 +12,7 @@ from nnsight.modeling import huggingface
 from nnsight.schema.request import RequestModel
 from nnsight.tracing.backend import Backend
 
-from mechvlm.errors import ModelError
+from mechvlm.errors import ModelError, RemoteError
 from mechvlm.ndif.connection import Connection
 from mechvlm.ndif.pickling import dumps
 from mechvlm.ndif.unsaved import mark_unsaved
@@ -80,6 +81,10 @@ class Request(Connection):
 
     def request(self, request: RequestModel, tracer) -> Any:
         result = super().request(request, tracer)
+        # A server may set the names that the block speaks of, and no others of the code around it.
+        spoken = {node.id for part in tracer.node.body for node in ast.walk(part) if isinstance(node, ast.Name)}
+        if other := sorted(result.keys() - spoken):
+            raise RemoteError(f"NDIF's result holds {other[0]!r:.40}, which the block does not name. It is not used.")
         self._push(result, tracer)
         mark_unsaved(tracer.info.frame, tracer.node)
         return result
@@ -105,12 +110,11 @@ class Rehearsal(LocalSimulationBackend):
     def _run(self, tracer) -> None:
         blob = dumps(tracer)
         persistent = self.model._remoteable_persistent_objects()
-        filename = tracer.info.frame.f_code.co_filename
         hidden = self._hide_local_modules()
         try:
             restored = RequestModel.deserialize(blob, persistent)
         finally:
             self._restore(hidden)
-            inspect.linecache.cache.pop(filename, None)  # type: ignore[attr-defined]
+        inspect.linecache.cache.pop(restored.info.frame.f_code.co_filename, None)  # type: ignore[attr-defined]
         tracer.info.code = restored.info.code
         tracer.execute(tracer.info.code)

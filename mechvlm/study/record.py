@@ -9,8 +9,10 @@ import pandas as pd
 from PIL import Image
 
 from mechvlm.datasets import Example
+from mechvlm.errors import InputError
 from mechvlm.measures.phases import Phases
 from mechvlm.study import curves
+from mechvlm.study.answer_curves import answer_curves
 
 
 class GalleryView(NamedTuple):
@@ -31,7 +33,8 @@ class StudyRecord:
     Attributes:
         tables: each by the name of its file in `data/`: "contextualization", "baseline", "lens",
             "norm_attention", "attention_share", "phases", "answers", "words", and for Winoground
-            "pair_scores" and "pairs". The docstring of `mechvlm.study.save` describes them. In the
+            "pair_scores" and "pairs"; with answers "answer_tokens", "answer_attention" and
+            "answer_lens". The docstring of `mechvlm.study.save` describes them. In the
             large tables, with a value for each example and layer, the columns of text are
             categories (with pandas before 3, group by them with `observed=True`).
         phases: by model; None for a model of fewer than 3 states, too few for a curve.
@@ -115,6 +118,29 @@ class StudyRecord:
             >>> Study.open("results").curves("cosine_inter")
         """
         return _select(self._curves, measure).copy()
+
+    def answer_curves(self, measure: str | None = None) -> pd.DataFrame:
+        """The curves of the answers, for a study that read them (`answers=True`).
+
+        `mechvlm.study.answer_curves.answer_curves` says which measures there are, and what the
+        columns model, measure, group, at, n, mean, sd, low and high hold.
+
+        Args:
+            measure: one measure; by default all.
+
+        Raises:
+            InputError: for a study that read no answers, or a measure that is not there.
+
+        Example:
+            >>> Study.open("results").answer_curves("norm_share")  # by group of words
+        """
+        if "answer_tokens" not in self.tables:
+            raise InputError("This study read no answers: run it with answers=True (mechvlm study --answers).")
+        return _select(self._answer_curves, measure).copy()
+
+    @cached_property
+    def _answer_curves(self) -> pd.DataFrame:
+        return answer_curves(self.tables, self.settings["seed"])
 
     @cached_property
     def _curves(self) -> pd.DataFrame:

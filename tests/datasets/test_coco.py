@@ -123,7 +123,7 @@ CONTENT = coco(2)
 BROKEN = [
     (json.dumps(CONTENT)[:500], r"is not JSON: .* at line 1, column \d+ \(character \d+ of 500\)"),
     ('{"images": [],\n "annotations": [}', "line 2, column 18"),
-    (b'{"images": "\xff"}', "should be JSON in UTF-8"),
+    (b'{"images": "\xff"}', "should be a text file in UTF-8"),
     ("[" * 100_000, "cannot be read"),
     ("[1]", r"holds a list, not COCO's"),
     ('{"sentences": []}', "holds 'sentences', not COCO's"),

@@ -118,7 +118,7 @@ def test_links_are_followed_inside_the_folder_alone(tmp_path):
 
 def test_a_listing_that_is_a_pipe_does_not_hang(tmp_path):
     os.mkfifo(tmp_path / "captions.jsonl")
-    with pytest.raises(InputError, match=r"captions.jsonl cannot be read \(it is not a regular file\)"):
+    with pytest.raises(InputError, match=r"captions.jsonl cannot be read: it is not a regular file"):
         read_folder(tmp_path)
 
 

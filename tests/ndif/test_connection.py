@@ -27,7 +27,7 @@ MODEL = 'nnsight.modeling.transformers.TransformersModel:{"repo_id": "llava-hf/l
 
 @pytest.fixture
 def request_(monkeypatch):
-    monkeypatch.setattr(nnsight.CONFIG.API, "HOST", "http://ndif.test")
+    monkeypatch.setattr(nnsight.CONFIG.API, "HOST", "https://ndif.test")
     monkeypatch.setattr(nnsight.CONFIG.API, "APIKEY", KEY)
     return Connection(MODEL)
 

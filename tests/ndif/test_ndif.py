@@ -23,6 +23,9 @@ PROBES = {
     "norm attention, all pairs": lambda: mv.NormAttention(dst="all pairs"),
     "query reading": lambda: mv.QueryReading(),
     "logit attribution": lambda: mv.LogitAttribution("red", "blue"),
+    "shares of weights": lambda: mv.AttentionShare(("last", "last_image")),
+    "shares of norms": lambda: mv.AttentionShare(of="norm"),
+    "localization heads": lambda: mv.LocalizationHeads(),
 }
 OVERHEAD = 5_000
 """Bytes of a result beside its tensors: names, shapes and alignment, some hundred a layer."""
@@ -65,18 +68,26 @@ def test_probes(pair, user, traffic, name):
             mv.read(pair.there, pair.inputs, probe)
         assert traffic.requests == 0
         return
+    if name == "localization heads" and pair.there.record.visual_tokens != "patches":
+        with pytest.raises(ValueError, match="quer"):
+            mv.read(pair.there, pair.inputs, probe)
+        return
     (there,) = mv.read(pair.there, pair.inputs, probe)
     (here,) = mv.read(pair.here, pair.inputs, probe)
     assert difference(there, here) <= TOLERANCE
     assert traffic.requests == 1
     states = (pair.there.n_layers + 1) * len(pair.inputs) * len(pair.inputs.token_maps[0]) * pair.there.d_model * 4
     limit = tensor_bytes(there) + OVERHEAD
+    if name == "localization heads":  # the maps travel, and their entropy is computed here
+        limit = states / 4
     assert traffic.received[0] < limit, (traffic.received, limit)
     assert name.endswith("all pairs") or traffic.received[0] < states / 4
 
 
 def test_many_probes_are_one_request(pair, user, traffic):
-    probes = [make() for name, make in PROBES.items() if name != "query reading"]
+    # Queries have no places, and patches no Q-Former.
+    without = "query reading" if pair.there.record.visual_tokens == "patches" else "localization heads"
+    probes = [make() for name, make in PROBES.items() if name not in (without, "query reading")]
     there, here = mv.read(pair.there, pair.inputs, *probes), mv.read(pair.here, pair.inputs, *probes)
     assert difference(there, here) <= TOLERANCE
     assert traffic.requests == 1

@@ -72,6 +72,16 @@ def steered(vlm, inputs):
     return logits
 
 
+def reweighted(vlm, inputs):
+    with torch.no_grad(), vlm.trace(inputs):
+        images, last = [m.image for m in inputs.token_maps], torch.tensor([inputs.token_maps[0].last])
+        mv.reweight(vlm, images, last, layers=[1, 2], heads=[[0], None, [1, 2]], scale=3.0)
+        mv.reweight(vlm, None, last, layers=3, temperature=0.5)
+        weights = nnsight.save(vlm.pattern[3, last])
+        logits = nnsight.save(vlm.logits[:, -1])
+    return weights, logits
+
+
 INTERVENTIONS = {
     "knock_out": knocked_out,
     "ablate zero": ablated("zero", "resid_pre"),
@@ -80,6 +90,7 @@ INTERVENTIONS = {
     "every site": everywhere,
     "patch": patched,
     "steer": steered,
+    "reweight": reweighted,
 }
 
 
@@ -102,6 +113,12 @@ def test_run_with_cache(pair, user, traffic):
     assert difference([logits, *there.values()], [expected, *here.values()]) <= TOLERANCE
 
 
+def test_run_with_cache_of_every_hook(pair, user):
+    (logits, there), (expected, here) = (v.run_with_cache(pair.inputs) for v in (pair.there, pair.here))
+    assert list(there) == list(here)
+    assert difference([logits, *there.values()], [expected, *here.values()]) <= TOLERANCE
+
+
 def test_generate(pair, user, traffic):
     answers = pair.there.generate(pair.inputs, max_new_tokens=12)
     assert answers == pair.here.generate(pair.inputs, max_new_tokens=12)
@@ -110,7 +127,19 @@ def test_generate(pair, user, traffic):
     assert traffic.received[0] < 5_000
 
 
+def grid(vlm, p, **options):
+    """Patches from the same questions of the next picture."""
+    images = [p.inputs.images[(row + 1) % 3][0] for row in range(3)]
+    return mv.patch_grid(vlm, vlm.inputs(images, list(p.inputs.prompts)), p.inputs, metric="kl", **options)
+
+
+SETS = {"two": [(0, 1), (2, 3)], "one": [(1, 1)]}
 EXPERIMENTS = {
+    "head_ablation": (1, lambda vlm, p: mv.head_ablation(vlm, p.inputs, positions="last")),
+    "head_ablation, resample": (1, lambda vlm, p: mv.head_ablation(vlm, p.inputs, how="resample", sets=SETS, draws=2)),
+    "head_ablation, mean": (2, lambda vlm, p: mv.head_ablation(vlm, p.inputs, how="mean", sets=SETS, draws=2)),
+    "patch_grid": (1, lambda vlm, p: grid(vlm, p, positions=["image", "last"])),
+    "patch_grid, heads": (1, lambda vlm, p: grid(vlm, p, at="z")),
     "information_flow": (1, lambda vlm, p: mv.information_flow(vlm, p.inputs, window=3)),
     "causal_trace, image": (1, lambda vlm, p: mv.causal_trace(vlm, p.inputs, ["red", "a", "blue"], corrupt="image")),
     "causal_trace, words": (1, lambda vlm, p: mv.causal_trace(vlm, p.inputs, corrupt="words", at="mlp_out", window=3)),
@@ -125,14 +154,36 @@ EXPERIMENTS = {
 def test_experiments(pair, user, traffic, name):
     """All forwards of a batch's experiment run there, in one request.
 
-    object_ablation needs the mean token first, which is another request.
+    object_ablation needs the mean token first, and a mean of heads their mean: another request.
     """
     requests, run = EXPERIMENTS[name]
     there, here = run(pair.there, pair), run(pair.here, pair)
     assert difference(there, here) <= TOLERANCE
     assert traffic.requests == requests
     reading = pair.there.record.visual_tokens == "queries" and name == "object_ablation"
-    assert max(traffic.received) < (80_000 if reading else 10_000)
+    assert max(traffic.received) < (80_000 if reading or "mean" in name else 10_000)
+
+
+def test_contextualization_controls(pair, traffic, server):
+    """One request for the images' curve, and one for each control."""
+    there, here = (mv.contextualization_controls(vlm, pair.inputs) for vlm in (pair.there, pair.here))
+    assert difference(there, here) <= TOLERANCE
+    assert (there.controls - there.inter).abs().amax((1, 2)).min() > 1e-2
+    assert traffic.requests == 1 + 3
+
+
+def test_word_reading(pair, traffic, server):
+    """With answers that the model writes, and boxes: two requests for a batch, writing and reading.
+
+    Queries also need where each of them reads, in the same request.
+    """
+    boxes = [{answer: box} for answer, box in zip(pair.answers, pair.boxes, strict=True)]
+    there, here = (mv.word_reading(vlm, pair.inputs, boxes=boxes) for vlm in (pair.there, pair.here))
+    assert there.word == here.word
+    assert there.word
+    assert difference(there, here) <= TOLERANCE
+    assert traffic.requests == 2
+    assert max(traffic.received) < 80_000
 
 
 def test_multimodal_neurons(pair, traffic, server):

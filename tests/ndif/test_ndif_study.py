@@ -36,6 +36,16 @@ def test_a_study_of_twenty(pair, traffic):
     assert max(traffic.received) < 600_000
 
 
+def test_a_study_of_answers(pair, traffic):
+    """Each batch takes two requests: one writes the answers, one reads prompt and answer."""
+    there, here = (run([vlm], n=10, batch_size=8, seed=4, answers=True) for vlm in (pair.there, pair.here))
+    assert traffic.requests <= 2 * 2 + 1 + 1
+    assert {"answer_tokens", "answer_attention", "answer_lens"} <= set(here.tables)
+    for name, table in here.tables.items():
+        assert len(table), name
+        pd.testing.assert_frame_equal(there.tables[name], table, atol=TOLERANCE, rtol=1e-5, obj=name)
+
+
 def run_cli(*arguments) -> int:
     return main([str(argument) for argument in arguments])
 

@@ -1,0 +1,65 @@
+"""Parquet files of others, before they are read.
+
+They are measured by their footers, and held to the kinds of their columns.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+READ_ERRORS = (OSError, ValueError, LookupError, TypeError, AttributeError, pa.ArrowException)
+"""What pyarrow and pandas raise for a damaged file."""
+MOST_TABLE_ROWS = 5_000_000
+"""Rows that any table may have, beside those that its study's examples and states account for."""
+PLAIN_BYTES = 64 * 2**20
+EXPANSION = 30
+"""Snappy, which writes these files, makes them at most 21 times smaller."""
+NUMBERS = ("state", "layer", "value", "norm", "weight", "positions", "n", "src", "dest_position", "probability", "rank")
+"""Columns that hold numbers wherever they stand."""
+TEXTS = ("model", "example", "pair", "measure", "dest", "piece", "modality", "condition", "answer", "group", "file")
+"""Columns that hold text wherever they stand, but for `BOOLEANS`."""
+BOOLEANS = {"pair_scores": ("text", "image", "group")}
+
+
+def check_parquet(path: Path, most_rows: int = MOST_TABLE_ROWS) -> pa.Schema:
+    """The columns of a Parquet file whose footer promises no more than it may hold.
+
+    Raises:
+        one of READ_ERRORS: where the file is damaged, or too large once it is read.
+    """
+    footer = pq.read_metadata(path)
+    if footer.num_rows > most_rows:
+        raise ValueError(f"it has {footer.num_rows:,} rows, and at most {most_rows:,} belong there")
+    size = sum(footer.row_group(i).total_byte_size for i in range(footer.num_row_groups))
+    if size > (most := PLAIN_BYTES + EXPANSION * path.stat().st_size):
+        raise ValueError(f"its {path.stat().st_size:,} bytes become {size:,} once they are read, more than {most:,}")
+    return footer.schema.to_arrow_schema()
+
+
+def check_kinds(table: str, schema: pa.Schema) -> None:
+    """Raise ValueError where a column of numbers or of text holds something else."""
+    for field in schema:
+        kind, booleans = field.type, BOOLEANS.get(table, ())
+        kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+        if pa.types.is_null(kind):  # of a table without rows
+            continue
+        if field.name in booleans:
+            right = pa.types.is_boolean(kind)
+        elif field.name in NUMBERS:
+            right = pa.types.is_integer(kind) or pa.types.is_floating(kind)
+        else:
+            right = field.name not in TEXTS or pa.types.is_string(kind) or pa.types.is_large_string(kind)
+        if not right:
+            raise ValueError(f"its column {field.name} holds {field.type}")
+
+
+def read_columns(path: Path, names: Sequence[str], categories: Sequence[str]) -> pd.DataFrame:
+    """Columns of a file, read one by one: so the buffers beside the table are one column's."""
+
+    def column(name: str) -> pd.Series:
+        return pd.read_parquet(path, columns=[name], read_dictionary=[name] if name in categories else None)[name]
+
+    return pd.DataFrame({name: column(name) for name in names}, copy=False)
