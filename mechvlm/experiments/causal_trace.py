@@ -260,7 +260,9 @@ def _restore_groups(
         corrupted = run(vlm, other)
     else:
         corrupted = run(vlm, example.inputs, embeddings=_noisy_embeddings(example, clean.resid[0], corrupt, seed))
-    if torch.equal(corrupted.resid[0], clean.resid[0]):
+    # An image that is a memory changes no embedding, but later states.
+    states = zip([*corrupted.resid, corrupted.logits], [*clean.resid, clean.logits], strict=True)
+    if all(torch.equal(one, other) for one, other in states):
         raise InputError(f"corrupt={corrupt!r} changes nothing in example {example.number}: choose another corruption.")
 
     def change(layer: int, rows: list[Edit]) -> None:

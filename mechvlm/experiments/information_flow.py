@@ -25,11 +25,13 @@ from mechvlm.figures.style import LAYER, axes, style, text
 from mechvlm.inputs.batches import Answers
 from mechvlm.intervals import Interval, mean_interval
 from mechvlm.results import Result, float32, long_frame
-from mechvlm.tracing.interventions import knock_out
+from mechvlm.tracing.interventions import MEMORY_SOURCE, block_edges, close_memory
 from mechvlm.tracing.reading import Readable
 from mechvlm.vlm.vlm import VLM
 
 FLOWS = ("image -> question", "image -> last", "question -> last", "last -> last")
+MEMORY_FLOWS = tuple(flow.replace("image", MEMORY_SOURCE) for flow in FLOWS)
+"""The same of a model whose image is a memory that its cross-attention layers read."""
 FLOW_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 """Okabe and Ito's. Seven colors and four dashes have no common divisor: 28 flows look different."""
 FLOW_DASHES = ("-", "--", "-.", ":")
@@ -113,7 +115,7 @@ def information_flow(
     inputs: Readable,
     answers: Answers = None,
     window: int = 9,
-    flows: Sequence[str] = FLOWS,
+    flows: Sequence[str] | None = None,
 ) -> InformationFlowResult:
     """The answer's probability with attention between two groups of positions knocked out.
 
@@ -134,7 +136,9 @@ def information_flow(
             token.
         window: layers knocked out together; at the ends of the decoder fewer.
         flows: "source -> destination", in names of `TokenMap.select`; several are joined,
-            "image -> question + last".
+            "image -> question + last". By default `FLOWS`. Where the image is a memory (Mllama,
+            Idefics), its source is "memory", which is closed as by `mv.knock_out`, and the default
+            is `MEMORY_FLOWS`.
 
     Every window starts from the clean states at its first layer and computes only the positions
     that it can change. Tested: equals one whole forward per window.
@@ -145,6 +149,7 @@ def information_flow(
         ValueError: for an unknown flow or window.
     """
     spans = windows(vlm.n_layers, window)
+    flows = (MEMORY_FLOWS if vlm.memory_layers else FLOWS) if flows is None else flows
     if not flows or any(flow.count("->") != 1 for flow in flows):
         raise ValueError(f"A flow reads 'source -> destination', such as {FLOWS[0]!r}; got {list(flows)}.")
     examples = Examples(vlm, inputs, answers)
@@ -164,16 +169,21 @@ def information_flow(
 
 
 def _knock_out_flows(
-    vlm: VLM, example: Example, edges: list[tuple[list[int], list[int]]], spans: list[range]
+    vlm: VLM, example: Example, edges: list[tuple[list[int] | None, list[int]]], spans: list[range]
 ) -> tuple[int, float, list[list[float]]]:
     """The answer's token, and its probability clean and with each flow out [flow window]."""
     clean = run(vlm, example.inputs)
     token = example.token(clean.logits)
 
     def change(layer: int, rows: list[Edit]) -> None:
-        blocked = [edges[edit.key[0]] if layer in edit.layers else (None, None) for edit in rows]
-        if any(src for src, _ in blocked):
-            knock_out(vlm, [src for src, _ in blocked], [dst for _, dst in blocked], layer)
+        chosen = [edges[edit.key[0]] if layer in edit.layers else (None, None) for edit in rows]
+        if vlm.layer_parts[layer].kind.memory:
+            readers = [dst if src is None else None for src, dst in chosen]
+            if any(readers):
+                close_memory(vlm, readers, layer, may_be_idle=True)
+        elif any(src for src, _ in chosen):
+            sources, destinations = ([pair[i] if pair[0] else None for pair in chosen] for i in (0, 1))
+            block_edges(vlm, sources, destinations, layer, may_be_idle=True)
 
     # Near the ends of the decoder windows may be the same: each is run once.
     edits = [Edit((flow, span), span, min(dst)) for flow, (_, dst) in enumerate(edges) for span in dict.fromkeys(spans)]
@@ -182,10 +192,15 @@ def _knock_out_flows(
     return token, clean.p(token), knocked
 
 
-def _edges(example: Example, flow: str) -> tuple[list[int], list[int]]:
-    """The sources, and the destinations that stand at or after the first source."""
+def _edges(example: Example, flow: str) -> tuple[list[int] | None, list[int]]:
+    """The sources, and the destinations that stand at or after the first source.
+
+    The memory has no positions: None, and all destinations.
+    """
     source, _, destination = flow.partition("->")
     tokens = example.inputs.tokens
+    if source.strip() == MEMORY_SOURCE and tokens.is_memory:
+        return None, positions(tokens, destination).tolist()
     src = positions(tokens, source).tolist()
     dst = [d for d in positions(tokens, destination).tolist() if d >= src[0]]
     if not dst:

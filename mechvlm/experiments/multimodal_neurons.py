@@ -16,14 +16,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mechvlm.decoder.norms import gain
 from mechvlm.decoder.weights import weight_and_bias
 from mechvlm.errors import InputError, ModelError, NonFiniteError
 from mechvlm.experiments.multimodal_neurons_result import MultimodalNeuronsResult
 from mechvlm.families.record import part
 from mechvlm.inputs.batch import Inputs
 from mechvlm.inputs.batches import Answers, as_batches, by_batch
-from mechvlm.inputs.tokens import Modality
+from mechvlm.inputs.tokens import image_mask
 from mechvlm.measures.words import word_of
 from mechvlm.ndif.requests import in_one_request
 from mechvlm.tracing.memory import over_batches
@@ -144,10 +143,6 @@ class Neurons:
     words: tuple[tuple[str, ...], ...]
 
 
-def _down_proj(vlm: VLM, layer):
-    return getattr(getattr(layer, vlm.record.mlp), vlm.record.down_proj)
-
-
 def attribute_to_neurons(vlm: VLM, inputs: Inputs, tokens: Tensor) -> tuple[Tensor, Tensor]:
     """Every neuron's attribution to the logits of `tokens` [example], and its mean activation.
 
@@ -159,8 +154,7 @@ def attribute_to_neurons(vlm: VLM, inputs: Inputs, tokens: Tensor) -> tuple[Tens
             "multimodal_neurons needs gradients, and NDIF runs what you send in a sandbox, which has none. Ask NDIF to trust "
             "your key, or load the model here."
         )
-    image = torch.stack([m.modality == Modality.IMAGE for m in inputs.token_maps])
-    layers = vlm.layers
+    image = image_mask(inputs.token_maps)
     with torch.enable_grad(), vlm.trace(inputs, logits_to_keep=1):
         # The graph begins here, so that nothing of the vision encoder is kept and no parameter
         # gets a gradient.
@@ -168,13 +162,15 @@ def attribute_to_neurons(vlm: VLM, inputs: Inputs, tokens: Tensor) -> tuple[Tens
         vlm.resid_pre[0] = start
         acts = nnsight.save([])
         for layer in range(vlm.n_layers):
-            acts.append(_down_proj(vlm, layers[layer]).input)
+            # As the MLP itself reads it: a view of it would get no gradient.
+            acts.append(part(vlm.layers[layer], vlm.layer_parts[layer].has("down_proj")).input)
         logits = nnsight.save(vlm.logits[:, -1])
 
     shape = len(inputs), vlm.n_layers, acts[0].shape[-1]
-    attribution, activity = torch.empty(2, *shape, dtype=torch.float32)
+    attribution, activity = torch.full((2, *shape), torch.nan, dtype=torch.float32)
 
     def add_up(layer: int, act: Tensor, grad: Tensor) -> None:
+        act, grad = (x.reshape(*image.shape, -1) for x in (act, grad))  # OPT's are flat
         on_image = image.to(act.device)[..., None]
         attribution[:, layer] = (act * grad * on_image).sum(1, dtype=torch.float32).cpu()
         activity[:, layer] = ((act * on_image).sum(1, dtype=torch.float32) / on_image.sum(1)).cpu()
@@ -218,25 +214,27 @@ def choose_neurons(
 
 def _decode_neurons(vlm: VLM, neurons: list[tuple[int, int, int]], k_words: int) -> Int[Tensor, "neuron k"]:
     """The tokens that each neuron (layer, index, sign) raises most."""
-    norm, w_u = gain(part(vlm.hf, vlm.record.norm)), weight_and_bias(part(vlm.hf, vlm.record.unembed))[0]
-    layers = part(vlm.hf, vlm.record.layers)
+    final_norm, w_u = vlm.readout()[0], weight_and_bias(part(vlm.hf, vlm.record.unembed))[0]
     columns = torch.empty(vlm.d_model, len(neurons), dtype=w_u.dtype, device=w_u.device)
     with torch.no_grad():
         for layer in {layer for layer, _, _ in neurons}:  # each layer's weight is read once
-            w_out = weight_and_bias(_down_proj(vlm, layers[layer]))[0]
+            w_out = weight_and_bias(part(vlm.layers[layer]._module, vlm.layer_parts[layer].has("down_proj")))[0]
+            if (norm := vlm.mlp_norm(layer)) is not None:  # it divides all neurons' sum alike
+                w_out = w_out * norm.gain.to(w_out)[:, None]
             for column, (_, index, sign) in enumerate(neurons):
                 if neurons[column][0] == layer:
                     columns[:, column] = sign * w_out[:, index]  # its write at activation 1
-        return decode_columns(columns, norm.to(w_u.device), w_u, k_words)[0].cpu()
+        columns = final_norm.centred(columns.T).T
+        return decode_columns(columns, final_norm.gain.to(w_u.device), w_u, k_words)[0].cpu()
 
 
 def _activations(vlm: VLM, inputs: Inputs, chosen: Neurons) -> Float[Tensor, "example neuron image"]:
     """The chosen neurons' activations on the image, in float32; NaN past an example's last."""
-    layers, in_layer = vlm.layers, {int(layer): chosen.layer == layer for layer in chosen.layer.unique()}
+    in_layer = {int(layer): chosen.layer == layer for layer in chosen.layer.unique()}
     with torch.no_grad(), vlm.trace(inputs, logits_to_keep=1):
         acts = nnsight.save({})
         for layer, rows in in_layer.items():
-            act = _down_proj(vlm, layers[layer]).input
+            act = vlm.layer_parts[layer].read_neurons()
             acts[layer] = act[..., chosen.index[rows].to(act.device)]
     longest = max(len(m.image) for m in inputs.token_maps)
     activation = torch.full((len(inputs), len(chosen.index), longest), torch.nan, dtype=torch.float32)
@@ -249,9 +247,12 @@ def _activations(vlm: VLM, inputs: Inputs, chosen: Neurons) -> Float[Tensor, "ex
 
 def _grid_of(inputs: Inputs) -> tuple[int, ...]:
     """(rows, cols) of the patches, where every example has one image on the same grid; else ()."""
-    maps = inputs.token_maps
-    grids = {(g.rows, g.cols) for m in maps for g in m.grids}
-    return grids.pop() if len(grids) == 1 and all(m.patches and len(m.grids) == 1 for m in maps) else ()
+    views = [view for tokens in inputs.token_maps for of_image in tokens.views for view in of_image]
+    shapes = {(view.rows, view.cols) for view in views}
+    if len(shapes) != 1 or len(views) != len(inputs):
+        return ()
+    in_order = (torch.equal(v.positions.flatten(), m.image) for v, m in zip(views, inputs.token_maps, strict=True))
+    return shapes.pop() if all(in_order) else ()
 
 
 def _refuse_nonfinite(attribution: Float[Tensor, "example layer neuron"], vlm: VLM) -> None:

@@ -75,8 +75,8 @@ class MultimodalNeuronsResult(Result):
         if not self.grid:
             raise ValueError(
                 "These visual tokens do not lie on one grid: they are queries, which read the whole image "
-                "(mechvlm.query_reading says where), or patches of several images or grids. `activation` holds the neurons' "
-                "activations on them in order."
+                "(mechvlm.query_reading says where), or patches of several images, views or grids. `activation` holds "
+                "the neurons' activations on them in order."
             )
         return self.activation.unflatten(-1, self.grid)
 

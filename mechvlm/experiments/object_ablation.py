@@ -301,9 +301,9 @@ def _object_positions(
 ) -> list[list[int]]:
     """Positions of the object's tokens, for each margin."""
     tokens = example.inputs.tokens
-    if len(tokens.grids) != 1:
+    if len(tokens.layouts) != 1:
         raise InputError(
-            f"Example {example.number} holds {len(tokens.grids)} images, and a box lies on one: give one image per example."
+            f"Example {example.number} holds {len(tokens.layouts)} images, and a box lies on one: give one image per example."
         )
     grid = tokens.grids[0]
     covered = grid.covered(box)
@@ -316,9 +316,9 @@ def _object_positions(
             "(left, top, right, bottom) in pixels of the original image."
         )
     least = min(0.5, float(covered.max()))
-    by_margin = [grid.inside(box, least, margin) for margin in margins]
     if readings is None:
-        return [tokens.image[patches.flatten()].tolist() for patches in by_margin]
+        return [tokens.pos_in_box(box, covered=least, margin=margin).tolist() for margin in margins]
+    by_margin = [grid.inside(box, least, margin) for margin in margins]
     reading = readings[example.number]
     n = max(1, len(tokens.image) // QUERY_SHARE)
     return [tokens.image[(reading * patches).sum((1, 2)).topk(n).indices].tolist() for patches in by_margin]

@@ -4,10 +4,12 @@ An experiment runs hundreds of interventions on one example. Most of each forwar
 
 1. `run` records one whole forward of the example: the states that enter each layer, and each
    layer's keys and values.
-2. No layer below the first one that changes can differ. `run_from` skips those layers and starts
-   from the recorded state.
-3. No position before the first one that changes can differ. `run_from` computes the later positions
-   alone; the recorded keys and values stand for the earlier ones (`PrefixLayer`).
+2. No layer below the first one that changes can differ. `run_from` makes the decoder's own call
+   again (`mechvlm.decoder.replay`) and skips those layers, each with what it returned.
+3. Under a causal mask no position before the first one that changes can differ. `run_from` computes
+   the later positions alone; the recorded keys and values stand for the earlier ones
+   (`PrefixLayer`). Where an image's tokens see each other (Gemma 3, PaliGemma), or the decoder is
+   given more than embeddings, masks and positions, it computes all positions.
 4. `sweep` sorts many interventions (`Edit`) by where they start. Those that start close to each
    other are the rows of one forward.
 
@@ -16,6 +18,7 @@ Tested: equals one whole forward per intervention.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import nnsight
 import torch
@@ -23,6 +26,9 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
+from mechvlm.decoder.attention import is_causal
+from mechvlm.decoder.layer import first, with_first
+from mechvlm.decoder.replay import Call, can_start_late, recorded, repeated
 from mechvlm.families.record import part
 from mechvlm.inputs.batch import Inputs
 from mechvlm.vlm.vlm import VLM
@@ -42,18 +48,23 @@ class Run:
     Attributes:
         inputs: the example's.
         resid: the states that enter each layer, [1 pos d_model] each.
+        outputs: what each layer returned, as it was. Not always the next layer's `resid`: some
+            families add image features in between (deepstack).
         keys, values: of each layer's attention, [1 kv_head pos d_head] each, keys after the rotary
-            embedding.
+            embedding. Empty where forwards start at position 0.
         kept: the output of the accessor that `run` was told to keep, by layer.
         logits: of the last position, [d_vocab] in float32.
+        call: the decoder's own call; None on NDIF, where whole models are traced.
     """
 
     inputs: Inputs
     resid: list[Tensor]
+    outputs: list[Any]
     keys: list[Tensor]
     values: list[Tensor]
     kept: list[Tensor]
     logits: Tensor
+    call: Call | None = None
 
     def p(self, token: int) -> float:
         """The probability of a token at the last position."""
@@ -71,23 +82,30 @@ def run(
         keep: an accessor ("mlp_out", say) whose outputs are kept too.
         embeddings: enter the decoder instead of the example's own.
     """
-    if embeddings is None or not vlm.has_weights:
-        forward = vlm.trace(inputs, logits_to_keep=1)
-    else:
-        forward = part(vlm.model, vlm.record.decoder).trace(inputs_embeds=embeddings)
-    with torch.no_grad(), forward:
-        if embeddings is not None and not vlm.has_weights:
+    with torch.no_grad(), vlm.trace(inputs, logits_to_keep=1):
+        given = nnsight.save(part(vlm.model, vlm.record.decoder).inputs)
+        if embeddings is not None:
             vlm.resid_pre[0] = embeddings
-        resid, keys, values, kept = nnsight.save([]), nnsight.save([]), nnsight.save([]), nnsight.save([])
+        resid, outputs, kept = nnsight.save([]), nnsight.save([]), nnsight.save([])
+        keys, values, causal = nnsight.save([]), nnsight.save([]), nnsight.save([])
         for layer in range(vlm.n_layers):
             resid.append(vlm.resid_pre[layer])
-            attention = vlm.attention[layer]
-            keys.append(attention.k)
-            values.append(attention.v)
+            if vlm.record.kind(layer).v_proj is None or vlm.record.kind(layer).memory:
+                # No keys and values that a cache would hold stand for earlier positions: there is
+                # no attention to them, or it makes them out of what it caches (MLA).
+                causal.append(False)
+            else:
+                attention = vlm.attention[layer]
+                causal.append(is_causal(attention))
+                keys.append(attention.k)
+                values.append(attention.v)
             if keep is not None:
                 kept.append(resid[-1] if keep == "resid_pre" else getattr(vlm, keep)[layer])
+            outputs.append(with_first(vlm.layers[layer].output, vlm.resid_post[layer]))
         logits = nnsight.save(vlm.unembed(vlm.final_norm(vlm.resid_post[vlm.n_layers - 1][:, -1])))
-    return Run(inputs, resid, keys, values, kept, logits[0].float())
+    call = recorded(part(vlm.hf, vlm.record.decoder), *given) if vlm.has_weights else None
+    late = call is not None and all(causal) and can_start_late(call)
+    return Run(inputs, resid, outputs, keys if late else [], values if late else [], kept, logits[0].float(), call)
 
 
 class PrefixLayer(DynamicLayer):
@@ -127,14 +145,14 @@ def run_from(
 
     Tested: equals whole forwards with the same interventions.
     """
-    if not vlm.has_weights:
+    if base.call is None:
         return _run_all_positions(vlm, base, rows, layer, change)
-    start = base.resid[layer][:, pos:].expand(rows, -1, -1)
-    prefix = [PrefixLayer(k[:, :, :pos], v[:, :, :pos]) for k, v in zip(base.keys, base.values, strict=True)]
-    past = Cache(layers=prefix)
-    with torch.no_grad(), part(vlm.model, vlm.record.decoder).trace(inputs_embeds=start, past_key_values=past):
-        for below in range(layer):
-            vlm.layers[below].skip(start)
+    call = repeated(base.call, rows, pos)
+    if pos:
+        prefix = [PrefixLayer(k[:, :, :pos], v[:, :, :pos]) for k, v in zip(base.keys, base.values, strict=True)]
+        call["past_key_values"] = Cache(layers=prefix)
+    with torch.no_grad(), part(vlm.model, vlm.record.decoder).trace(**call):
+        _start(vlm, base, rows, layer, pos)
         for at in range(layer, vlm.n_layers):
             change(at)
         logits = nnsight.save(vlm.unembed(vlm.final_norm(vlm.resid_post[vlm.n_layers - 1][:, -1])))
@@ -146,17 +164,23 @@ def _run_all_positions(vlm: VLM, base: Run, rows: int, layer: int, change: Calla
 
     The sandbox traces whole models only, and passes on no cache of ours.
     """
-    start = base.resid[layer].expand(rows, -1, -1)
     encoding = {key: torch.cat([value] * rows) for key, value in base.inputs.encoding.items()}
     with torch.no_grad(), vlm.model.trace(**encoding, logits_to_keep=1):
-        for below in range(layer):
-            vlm.layers[below].skip(start)
-        if layer == 0:
-            vlm.resid_pre[0] = start
+        _start(vlm, base, rows, layer, 0)
         for at in range(layer, vlm.n_layers):
             change(at)
         logits = nnsight.save(vlm.unembed(vlm.final_norm(vlm.resid_post[vlm.n_layers - 1][:, -1])))
     return logits.float()
+
+
+def _start(vlm: VLM, base: Run, rows: int, layer: int, pos: int) -> None:
+    """Inside a trace: skip the layers below `layer`, each with what it returned in the base run."""
+    for below in range(layer):
+        out = base.outputs[below]
+        vlm.layers[below].skip(with_first(out, first(out)[:, pos:].expand(rows, -1, -1)))
+    if layer == 0:
+        # Not as the decoder's input: some families multiply that by a factor first.
+        vlm.resid_pre[0] = base.resid[0][:, pos:].expand(rows, -1, -1)
 
 
 @dataclass(frozen=True)
@@ -185,7 +209,7 @@ def sweep(
         edits: the interventions; those that share a forward are its rows.
         change: `change(layer, rows)` intervenes at a layer: in row i as `rows[i]` says.
     """
-    if not vlm.has_weights:
+    if not base.keys:
         edits = [Edit(edit.key, edit.layers, 0) for edit in edits]
     logits_of: dict[tuple, Tensor] = {}
     length = base.resid[0].shape[1]

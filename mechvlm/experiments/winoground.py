@@ -15,7 +15,8 @@ from torch import Tensor
 from mechvlm.datasets import Pair
 from mechvlm.errors import InputError, NonFiniteError
 from mechvlm.experiments.winoground_result import PAIR_MEASURES, WinogroundResult
-from mechvlm.inputs.batch import ImageLike, Inputs
+from mechvlm.inputs.batch import Inputs
+from mechvlm.inputs.images import ImageLike
 from mechvlm.measures.words import lens_precision_recall
 from mechvlm.probes.contextualization import ContextualizationPlan, mean_unit
 from mechvlm.probes.likelihood import Likelihood
@@ -55,8 +56,8 @@ def caption_logprob(
     totals = []
     for start in track(range(0, len(images), batch_size), "captions, batches"):
         batch = slice(start, start + batch_size)
-        inputs, n_tokens = vlm.answered(vlm.inputs(list(images[batch]), prompt), list(captions[batch]))
-        totals.append(read(vlm, inputs, Likelihood(n_tokens))[0].total)
+        inputs = vlm.inputs(list(images[batch]), prompt).answered(list(captions[batch]))
+        totals.append(read(vlm, inputs, Likelihood())[0].total)
     return torch.cat(totals)
 
 
@@ -134,8 +135,8 @@ def read_pairs(vlm: VLM, pairs: Sequence[Pair], prompt: str) -> Float[Tensor, "m
     combinations = [(pair, caption, image) for pair in pairs for caption in (0, 1) for image in (0, 1)]
     captions = [pair.captions[caption] for pair, caption, _ in combinations]
     inputs = vlm.inputs([pair.images[image] for pair, _, image in combinations], prompt)
-    inputs, n_tokens = vlm.answered(inputs, captions)
-    probes = Likelihood(n_tokens), LogitLens(k=1), _CaptionCosine(n_tokens), NormAttention(dst="last")
+    inputs = inputs.answered(captions)
+    probes = Likelihood(), LogitLens(k=1), _CaptionCosine(), NormAttention(dst="last")
     likelihood, lens, cosine, norms = read_batch(vlm, inputs, *probes)
     values = torch.full((len(PAIR_MEASURES), vlm.n_layers + 1, len(combinations)), torch.nan, dtype=torch.float32)
     for i, (caption, tokens) in enumerate(zip(captions, inputs.token_maps, strict=True)):
@@ -150,19 +151,13 @@ def read_pairs(vlm: VLM, pairs: Sequence[Pair], prompt: str) -> Float[Tensor, "m
 
 
 class _CaptionCosine:
-    """Probe: the mean cosine of an example's image tokens and its last `n_tokens` tokens.
-
-    The result is [state example].
-    """
-
-    def __init__(self, n_tokens: Sequence[int]):
-        self.n_tokens = n_tokens
+    """Probe: the mean cosine of an example's image tokens and its answer's, [state example]."""
 
     def prepare(self, vlm: Model, inputs: Inputs) -> ContextualizationPlan:
         """Find the positions of image and caption."""
         image, caption = (torch.zeros(inputs.encoding["input_ids"].shape, dtype=torch.bool) for _ in range(2))
-        for row, (tokens, n) in enumerate(zip(inputs.token_maps, self.n_tokens, strict=True)):
-            image[row, tokens.image], caption[row, -n:] = True, True
+        for row, tokens in enumerate(inputs.token_maps):
+            image[row, tokens.image], caption[row, tokens.answer] = True, True
         return ContextualizationPlan(image, caption)
 
     def at_state(self, plan: ContextualizationPlan, state: State) -> Row:

@@ -50,6 +50,9 @@ class Evidence(NamedTuple):
         error: squared error summed over layers, mean over the held-out examples.
         standard_error: of `error`.
         chosen: whether this number and direction were chosen.
+        smallest_turn: the smallest change of a segment in its direction, when they are fitted to
+            the mean curve, as a share of its range; 0 for a change the other way, 1 for no segment.
+        of_any_size: whether they would be chosen if a turn could have any size.
     """
 
     n_segments: int
@@ -57,6 +60,8 @@ class Evidence(NamedTuple):
     error: float
     standard_error: float
     chosen: bool
+    smallest_turn: float = math.nan
+    of_any_size: bool = False
 
 
 class Change(NamedTuple):
@@ -107,6 +112,8 @@ class Phases(Result):
         explanation: the finding in words.
         n_examples: number of examples.
         confidence: share of the resamples inside each interval.
+        min_turn: smallest change of a segment, as a share of the curve's range; 0 in results of
+            versions that counted turns of any size.
     """
 
     units = "cosine similarity"
@@ -129,6 +136,7 @@ class Phases(Result):
     explanation: str
     n_examples: int
     confidence: float
+    min_turn: float | int = 0.0
 
     def __post_init__(self):
         # A loaded file gives plain tuples: JSON does not keep the classes.

@@ -221,6 +221,49 @@ def explains_most(curve: Float[np.ndarray, " layer"], max_segments: int) -> tupl
     return n_segments, first
 
 
+def smallest_turn(curve: Float[np.ndarray, " layer"], n_segments: int, first: str | None) -> float:
+    """The smallest change among a curve's fitted segments, as a share of its range, 0 to 1.
+
+    The change of a segment is that of the curve itself between its ends, and counts as 0 if it goes
+    the other way. No segment (a flat line) has the share 1.
+
+    >>> smallest_turn(np.array([0.0, 1.0, 0.5, 0.75]), 3, "rise")
+    0.25
+    """
+    if first is None:
+        return 1.0
+    fitted = fit_segments(curve, n_segments, first)
+    steps = np.diff(curve[[0, *fitted.turning_layers, len(curve) - 1]])
+    signs = np.array([1 if direction == "rise" else -1 for direction in fitted.directions])
+    span = curve.max() - curve.min()
+    return abs(float(max((signs * steps).min(), 0) / span)) if span > 0 else 0.0
+
+
+def n_large_segments(curve: Float[np.ndarray, " layer"], share: float | int) -> int:
+    """How many segments a curve has, each of which changes it by at least a share of its range.
+
+    Smaller turns are passed over: the curve has turned once it has come back from its last extreme
+    by that much.
+
+    >>> n_large_segments(np.array([0.0, 1.0, 0.9, 1.0, 0.4]), 0.2)
+    2
+    """
+    enough = share * (curve.max() - curve.min())
+    n_segments, direction, extreme = 0, 0, curve[0]
+    low = high = curve[0]
+    for value in curve[1:]:
+        if not direction:  # no segment yet
+            low, high = min(low, value), max(high, value)
+            up, down = value > low and value - low >= enough, value < high and high - value >= enough
+            direction = 1 if up else -1 if down else 0
+            n_segments, extreme = abs(direction), value
+        elif direction * (value - extreme) > 0:
+            extreme = value
+        elif value != extreme and abs(value - extreme) >= enough:
+            n_segments, direction, extreme = n_segments + 1, -direction, value
+    return n_segments
+
+
 # --- over examples and resamples ---
 
 

@@ -99,7 +99,7 @@ def caption_words(
             language than English, for which there is no list.
         TypeError: for `stop_words` that is one string.
     """
-    return set(_caption_counts(captions, lemmas, _left_out(stop_words, lang), lang))
+    return set(caption_counts(captions, lemmas, _left_out(stop_words, lang), lang))
 
 
 def precision_recall(
@@ -156,7 +156,7 @@ def precision_recall(
             nested, or holds the pieces of a byte-level vocabulary instead of text.
     """
     pieces, left_out = _check_nested(decoded, by), _left_out(stop_words, lang)
-    counts = _caption_counts(captions, lemmas, left_out, lang)
+    counts = caption_counts(captions, lemmas, left_out, lang)
     return _score(pieces, _read_pieces(pieces, lemmas, left_out, lang), counts, by, non_words)
 
 
@@ -208,7 +208,7 @@ def lens_precision_recall(
     left_out = _left_out(stop_words, lang)
 
     def counts(by_image: Sequence[str | Sequence[str]]) -> list[Counter[str]]:
-        return [_caption_counts(image_captions, lemmas, left_out, lang) for image_captions in by_image]
+        return [caption_counts(image_captions, lemmas, left_out, lang) for image_captions in by_image]
 
     controls = {"captions": counts([captions]), "other captions": counts(other_captions)}
     if single:
@@ -285,7 +285,15 @@ def _counted(word: str, lemmas: bool, left_out: frozenset[str], lang: str) -> st
     return lemma if lemmas else form
 
 
-def _caption_counts(captions: str | Sequence[str], lemmas: bool, left_out: frozenset[str], lang: str) -> Counter[str]:
+def counted_word(piece: str) -> str | None:
+    """The word as which a token's text counts by default: its lemma, None for a stop word."""
+    word = _letters(piece)
+    return None if word is None else _counted(word, True, STOP_WORDS, "en")
+
+
+def caption_counts(
+    captions: str | Sequence[str], lemmas: bool = True, left_out: frozenset[str] = STOP_WORDS, lang: str = "en"
+) -> Counter[str]:
     """How often each word occurs in the captions together."""
     captions = [captions] if isinstance(captions, str) else list(captions)
     if not any(caption.strip() for caption in captions):

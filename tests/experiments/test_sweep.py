@@ -5,6 +5,8 @@ import pytest
 import torch
 
 import mechvlm as mv
+from helpers import families
+from helpers.forwards import forward
 from helpers.images import noise_image
 from mechvlm.experiments import sweep as sweep_module
 from mechvlm.experiments.sweep import Edit, run, sweep, windows
@@ -55,6 +57,24 @@ def test_a_sweep_equals_whole_forwards(deep, three, monkeypatch, tokens, rows):
         # In the last layer no other position reads what an edit writes.
         if edit.layers.start < 4 or edit.pos == tokens.last:
             assert (got[edit.key] - clean.logits).abs().max() > 1e-3
+
+
+def test_tokens_that_see_later_ones_are_computed_again():
+    """PaliGemma's image tokens see each other: an edit of the third changes the first."""
+    vlm = mv.load(*families.build("paligemma"))
+    inputs = vlm.inputs(families.picture(60, 44, seed=0), "what is this")
+    direction = 20 * torch.randn(vlm.d_model, generator=torch.Generator().manual_seed(0))
+    third, last = int(inputs.tokens.image[2]), inputs.tokens.last
+    edits = [Edit((pos,), range(1), pos) for pos in (third, last)]
+
+    def change(layer, rows):
+        if layer == 0:  # positions count from the first one that is computed
+            mv.steer(vlm, direction, [[edit.key[0] - edit.pos] for edit in rows], layer)
+
+    got = sweep(vlm, run(vlm, inputs), edits, change)
+    for pos in (third, last):
+        want = forward(vlm, inputs, lambda pos=pos: mv.steer(vlm, direction, pos, 0))
+        torch.testing.assert_close(got[pos,], want[0, -1], rtol=1e-4, atol=1e-5)
 
 
 def test_a_sweep_computes_no_layer_and_no_position_twice(llava_vlm, monkeypatch):

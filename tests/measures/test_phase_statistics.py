@@ -51,6 +51,14 @@ def test_cross_validation_of_six_examples_equals_the_naive_one():
         assert standard_errors[row] == pytest.approx(naive[1], rel=1e-7)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def three():
+    """At most three segments, so that the naive versions stay short."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(phase_fit, "MOST_SEGMENTS", 3)
+        yield
+
+
 class Captured(dict):
     """What a fit computed on its way: `fold`, `counts`, `errors`, `standard_errors`, `means`."""
 
@@ -76,7 +84,7 @@ def captured(monkeypatch) -> Captured:
 def test_folds_are_even_and_random(captured):
     folds = []
     for seed in range(3):
-        fit_phases(curves(25), n_bootstrap=3, max_segments=3, seed=seed)
+        fit_phases(curves(25), n_bootstrap=3, seed=seed)
         fold = captured["fold"]
         assert sorted(np.bincount(fold, minlength=10).tolist()) == [2] * 5 + [3] * 5
         assert fold.tolist() != [i % 10 for i in range(25)]
@@ -88,7 +96,7 @@ def test_folds_are_even_and_random(captured):
 
 def test_evidence_is_the_naive_cross_validation_of_the_examples(captured):
     values = curves(13)
-    phases = fit_phases(values, max_segments=3, n_bootstrap=3)
+    phases = fit_phases(values, n_bootstrap=3)
     centred = values - values.mean(1, keepdims=True)
     errors, standard_errors = naive_cross_validation(centred, [1] * 13, captured["fold"])
     assert [(e.n_segments, e.first) for e in phases.evidence] == CANDIDATES
@@ -96,23 +104,42 @@ def test_evidence_is_the_naive_cross_validation_of_the_examples(captured):
     assert [e.standard_error for e in phases.evidence] == pytest.approx(standard_errors)
 
 
-def naive_choice(errors, standard_errors) -> tuple[int, str | None]:
+def naive_choice(errors, standard_errors, allowed) -> tuple[int, str | None]:
     """The fewest segments within one standard error of the least error, in the better direction."""
-    best = min(range(len(errors)), key=lambda i: errors[i])
+    allowed = [i for i, candidate in enumerate(CANDIDATES) if candidate in allowed]
+    best = min(allowed, key=lambda i: errors[i])
     for n in range(4):
-        good = [i for i, (m, _) in enumerate(CANDIDATES) if m == n]
+        good = [i for i in allowed if CANDIDATES[i][0] == n]
         if any(errors[i] <= errors[best] + standard_errors[best] for i in good):
             return CANDIDATES[min(good, key=lambda i: errors[i])]
     raise AssertionError
 
 
-def test_the_fewest_segments_within_one_standard_error(captured):
+def naive_size(mean: np.ndarray, n_segments: int, first: str | None) -> float:
+    """The smallest change of a segment over the range, segment by segment."""
+    if first is None:
+        return 1.0
+    fitted = fit_segments(mean, n_segments, first)
+    ends = [0, *fitted.turning_layers, len(mean) - 1]
+    changes = []
+    for direction, (start, end) in zip(fitted.directions, pairwise(ends), strict=True):
+        step = mean[end] - mean[start]
+        changes.append(step if direction == "rise" else -step)
+    return max(0.0, min(changes)) / (max(mean) - min(mean))
+
+
+@pytest.mark.parametrize("min_turn", [0, 0.2, 0.45])
+def test_the_fewest_segments_within_one_standard_error(captured, min_turn):
     numbers = set()
     for seed, noise in enumerate([0.05, 0.15, 0.15, 0.3, 0.3]):
-        phases = fit_phases((-1) ** seed * curves(8, noise=noise, seed=seed), max_segments=3, n_bootstrap=60)
-        choices = [
-            naive_choice(*pair) for pair in zip(captured["errors"], captured["standard_errors"], strict=True)
-        ]  # fmt: skip
+        values = (-1) ** seed * curves(8, noise=noise, seed=seed)
+        phases = fit_phases(values, min_turn=min_turn, n_bootstrap=60)
+        sizes = {candidate: naive_size(values.mean(0), *candidate) for candidate in CANDIDATES}
+        assert [evidence.smallest_turn for evidence in phases.evidence] == pytest.approx(list(sizes.values()))
+        choices = []
+        for pair in zip(captured["errors"], captured["standard_errors"], strict=True):
+            most, _ = naive_choice(*pair, CANDIDATES)
+            choices.append(naive_choice(*pair, [c for c in CANDIDATES if sizes[c] >= min_turn and c[0] <= most]))
         chosen = phases.n_segments, phases.directions[0] if phases.directions else None
         assert chosen == choices[0]
         assert phases.support == pytest.approx(np.mean([choice == chosen for choice in choices[1:]]))
@@ -121,7 +148,7 @@ def test_the_fewest_segments_within_one_standard_error(captured):
 
 
 def test_the_number_is_chosen_again_in_resamples_with_replacement(captured):
-    fit_phases(curves(9), n_bootstrap=1000, max_segments=3)
+    fit_phases(curves(9), n_bootstrap=1000)
     first, *others = captured["counts"].tolist()
     assert first == [1] * 9
     assert len(others) == 100
@@ -144,7 +171,7 @@ def test_resampled_means_vary_as_means_of_draws_with_replacement():
 def test_intervals_are_the_quantiles_of_the_resamples(captured):
     """At the ends of 95 %, which are others than those of 90 %."""
     values, image = curves(6), curves(6, seed=5)
-    phases = fit_phases(values, image=image, max_segments=3, n_bootstrap=400)
+    phases = fit_phases(values, image=image, n_bootstrap=400)
     assert phases.directions == ("rise", "fall")
     for name in ("inter", "image"):
         means = captured["means"][name]
@@ -161,7 +188,7 @@ def test_boundaries_have_whole_layers_rounded_outwards(captured):
     """The interval of a turn, where one of its ends falls between two different layers."""
     plateau = np.interp(np.arange(7), [0, 2, 4, 6], [0, 0.5, 0.5, 0])
     values = plateau + 0.1 * np.random.default_rng(0).normal(size=(6, 7))
-    options, tested = {"max_segments": 3, "n_bootstrap": 101}, set()
+    options, tested = {"n_bootstrap": 101}, set()
     for curve in (values, values[:, ::-1]):
         fit_phases(curve, **options)
         turns = sorted(fit_segments(mean, 2, "rise").turning_layers[0] for mean in captured["means"]["inter"])
@@ -214,7 +241,7 @@ def test_a_curve_read_backwards_fits_as_well(curve, n_segments, first):
 @settings(max_examples=10)
 def test_phases_scale_with_their_curves(seed, scale, shift, flipped):
     """Turns stay, changes scale, and upside down each rise is a fall."""
-    values, options = curves(6, 5, seed=seed), {"n_bootstrap": 10, "max_segments": 3}
+    values, options = curves(6, 5, seed=seed), {"n_bootstrap": 10}
     sign = -scale if flipped else scale
     plain, scaled = fit_phases(values, **options), fit_phases(sign * values + shift, **options)
     assert scaled.boundaries == plain.boundaries

@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from jaxtyping import TypeCheckError
 from scipy.optimize import isotonic_regression
 
+from mechvlm.measures import phase_fit
 from mechvlm.measures.phase_fit import fit_phases
 from mechvlm.measures.phases import Phases
-from mechvlm.measures.segments import fit_segments, interval_errors
+from mechvlm.measures.segments import fit_segments, interval_errors, n_large_segments
 
 FOUR = ("I alignment", "II intra-modal encoding", "III inter-modal encoding", "IV output preparation")
 ORDER = {"rise": ("rise", "fall") * 6, "fall": ("fall", "rise") * 6}
@@ -154,8 +155,42 @@ def test_known_segments_are_found_and_not_forced_into_four(turns, directions, la
     assert [candidate.n_segments for candidate in phases.evidence if candidate.chosen] == [len(directions)]
 
 
+RIPPLED = {0: 0.1, 5: 0.35, 9: 0.31, 16: 0.5}
+"""A rise with a dip of 0.04 of its range 0.4, which is 10 %."""
+
+
+@pytest.mark.parametrize(("min_turn", "directions"), [
+    (0, ("rise", "fall", "rise")), (0.08, ("rise", "fall", "rise")), (0.12, ("rise",)), (0.2, ("rise",)), (1, ("rise",)),
+])  # fmt: skip
+def test_small_turns_do_not_count_however_sure(min_turn, directions):
+    phases = fit_phases(examples(piecewise(RIPPLED), noise=0.002), min_turn=min_turn, n_bootstrap=20)
+    assert phases.directions == directions
+    assert phases.min_turn == min_turn
+    assert ("3 segments predict held-out examples better" in phases.explanation) == (len(directions) == 1)
+    assert [e.n_segments for e in phases.evidence if e.of_any_size] == [3]
+    (dip,) = [e.smallest_turn for e in phases.evidence if (e.n_segments, e.first) == (3, "rise")]
+    assert dip == pytest.approx(0.1, abs=0.01)
+
+
+def test_a_ripple_on_four_phases_leaves_four():
+    """Sure turns of a tenth everywhere, on larger ones: without a smallest turn, no pattern."""
+    curves = examples(piecewise(TURNS), noise=0.001)
+    ripple = curves + 0.03 * (-1.0) ** np.arange(17)
+    assert fit_phases(ripple, n_bootstrap=20).labels == FOUR
+    assert not fit_phases(ripple, min_turn=0, n_bootstrap=20).shows_pattern
+
+
+@pytest.mark.parametrize("most", [5, 7, 9])
+def test_the_verdict_does_not_hang_on_how_many_are_tried(monkeypatch, most):
+    monkeypatch.setattr(phase_fit, "MOST_SEGMENTS", most)
+    curves = examples(piecewise(TURNS), noise=0.001) + 0.03 * (-1.0) ** np.arange(17)
+    assert fit_phases(curves, n_bootstrap=20).labels == FOUR
+    zigzag = piecewise({layer: 0.4 * (layer // 2 % 2) for layer in range(0, 17, 2)})
+    assert not fit_phases(examples(zigzag), n_bootstrap=10).shows_pattern
+
+
 @pytest.mark.parametrize("kind", ["layers", "walk", "exactly flat"])
-@pytest.mark.parametrize("n_examples", [5, 100])
+@pytest.mark.parametrize("n_examples", [5, pytest.param(100, marks=pytest.mark.long)])
 def test_noise_shows_no_phases(kind, n_examples):
     rng = np.random.default_rng(0)
     numbers = []
@@ -272,11 +307,23 @@ def test_two_examples_and_three_layers_are_enough():
     assert phases.boundary_intervals == ((1.0, 1.0),)
 
 
-def test_the_explanation_names_the_cap_on_segments():
+def test_as_many_segments_are_tried_as_the_curve_has():
     zigzag = piecewise({layer: 0.4 * (layer // 2 % 2) for layer in range(0, 21, 2)})
     phases = fit_phases(examples(zigzag), n_bootstrap=10)
-    assert phases.n_segments == 6
-    assert "No more than 6 segments were tried" in phases.explanation
+    assert phases.n_segments == 10
+    assert "10 segments, more than the paper's four" in phases.explanation
+
+
+@pytest.mark.parametrize(("curve", "share", "n"), [
+    ([0, 1, 0.9, 1, 0.4], 0.2, 2), ([0, 1, 0.9, 1, 0.4], 0.09, 4), ([0, 1, 0.9, 1, 0.4], 0.7, 1), ([0.3] * 4, 0.2, 0),
+    ([0.3] * 4, 0, 0), ([1, 0.9, 2, 0], 0.2, 2), ([1, 0.9, 2, 0], 0.04, 3), ([0, 1, 0, 1, 0], 0, 4), ([2, 2, 1, 1, 3], 1, 1),
+    ([0, 0.15, 0.3, 0.45], 0.9, 1),
+])  # fmt: skip
+def test_large_segments_are_counted(curve, share, n):
+    curve = np.array(curve, dtype=float)
+    assert n_large_segments(curve, share) == n
+    assert n_large_segments(-curve, share) == n
+    assert n_large_segments(3 * curve + 1, share) == n
 
 
 @pytest.mark.parametrize(
@@ -288,6 +335,8 @@ def test_the_explanation_names_the_cap_on_segments():
         (np.zeros((3, 5)), {"image": np.full((3, 5), math.nan)}, "image must be finite"),
         (np.zeros((3, 5)), {"confidence": 95.0}, "confidence between 0 and 1"),
         (np.zeros((3, 5)), {"n_bootstrap": 0}, "at least 1"),
+        (np.zeros((3, 5)), {"min_turn": 20.0}, "min_turn lies in 0 to 1"),
+        (np.zeros((3, 5)), {"min_turn": -0.1}, "min_turn lies in 0 to 1"),
     ],
 )
 def test_bad_curves_are_named(curves, options, message):

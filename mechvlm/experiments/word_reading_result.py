@@ -1,0 +1,201 @@
+"""Result of `word_reading`: each word's heat on the image, its scores, and their controls."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float, Int
+from matplotlib.axes import Axes
+from matplotlib.patches import Rectangle
+from torch import Tensor
+
+from mechvlm.figures.headings import ALONE, INTERVAL, heading, short_name
+from mechvlm.figures.style import HEAT, axes, style, text
+from mechvlm.inputs.images import ImageLike, open_image
+from mechvlm.intervals import Interval, mean_interval
+from mechvlm.results import Result
+
+READING_CONDITIONS = ("word", "other image", "other objects", "words of grammar", "even")
+SCORE_NAMES = ("inside", "hit")
+CONDITION_COLORS = ("#0072B2", "#E69F00", "#CC79A7", "#009E73", "#BBBBBB")
+SCORE_TITLES = ("heat inside the box (share)", "maximum inside the box (rate)")
+
+
+@dataclass(frozen=True, repr=False)
+class WordReadingResult(Result):
+    """Where the model read while it wrote words, one row a word, and whether its object is there.
+
+    Scores stand under five conditions, `READING_CONDITIONS`:
+
+    - "word": the word's heat, against its own box.
+    - "other image": the same heat against the boxes of another example's words, at their place on
+      that image; the mean over these words. NaN where no other example has a box.
+    - "other objects": the heats of words in the same answer whose boxes are others, against the
+      word's box; their mean. NaN where the answer names no other object with a box.
+    - "words of grammar": the heats of the stop words in the same answer, against the word's box;
+      their mean. NaN where the answer has none.
+    - "even": what an even heat would score, the share of the image that the box takes.
+
+    All are NaN for a word without a box.
+
+    Attributes:
+        heat: norms written from each patch of the image's first view to the positions that wrote
+            the word, mean over these and over `layers` (residual-stream units); NaN beyond an
+            example's own grid, and where a cell holds no token.
+        inside: share of the heat that lies in the word's box (0 to 1).
+        hit: whether the patch of most heat has its center in the box (1 or 0); of controls with
+            several words or boxes their mean.
+        example: the example of each word.
+        occurrence: which of equal words in the answer it is, 0 the first.
+        logprob: of the word, the sum over its tokens when they were written (nats).
+        shape: rows and cols of the example's heat.
+        area: what the heat covers, (left, top, right, bottom) in pixels of the original image.
+        word: the words.
+        boxes: the boxes of each word; empty where none is known.
+        answers: each example's answer.
+        layers: those that the heat is the mean of.
+        model: the model's name.
+    """
+
+    units: ClassVar[str] = "norm written (residual-stream units)"
+    apart: ClassVar[str] = (
+        "the control compares examples of all batches. Give word_reading all batches at once, as a list."
+    )
+
+    heat: Float[Tensor, "word row col"]
+    inside: Float[Tensor, "word condition"]
+    hit: Float[Tensor, "word condition"]
+    example: Int[Tensor, " word"]
+    occurrence: Int[Tensor, " word"]
+    logprob: Float[Tensor, " word"]
+    shape: Int[Tensor, "word 2"]
+    area: Float[Tensor, "word 4"]
+    word: tuple[str, ...]
+    boxes: tuple[tuple[tuple[float, ...], ...], ...]
+    answers: tuple[str, ...]
+    layers: tuple[int, ...]
+    model: str
+
+    def __len__(self) -> int:
+        return len(self.word)
+
+    def count_examples(self) -> int:
+        return len(self.answers)
+
+    def map(self, word: int) -> Float[Tensor, "row col"]:
+        """The heat of the word of this number, on its own grid."""
+        rows, cols = self.shape[word].tolist()
+        return self.heat[word, :rows, :cols]
+
+    @property
+    def by_example(self) -> Float[Tensor, "example score condition"]:
+        """The mean scores of each example's words with boxes; NaN for an example without any."""
+        scores = torch.stack([self.inside, self.hit], 1)
+        means = [scores[self.example == number].nanmean(0) for number in range(len(self.answers))]
+        return torch.stack(means)
+
+    @property
+    def interval(self) -> Interval:
+        """The mean scores over examples [score condition], with their 95 % bootstrap intervals."""
+        return mean_interval(self.by_example)
+
+    @property
+    def summary(self) -> pd.DataFrame:
+        """One row per score and condition: n (examples), mean, low, high."""
+        mean, low, high = self.interval
+        n = (~self.by_example.isnan()).sum(0)
+        return pd.DataFrame(
+            [
+                (score, condition, int(n[s, c]), float(mean[s, c]), float(low[s, c]), float(high[s, c]))
+                for s, score in enumerate(SCORE_NAMES)
+                for c, condition in enumerate(READING_CONDITIONS)
+            ],
+            columns=["score", "condition", "n", "mean", "low", "high"],
+        )
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row per word: example, word, occurrence, logprob, and both scores per condition.
+
+        The columns of the scores are "inside", "inside, other image" and so on.
+        """
+        frame = pd.DataFrame(
+            {
+                "example": self.example.numpy(), "word": self.word, "occurrence": self.occurrence.numpy(),
+                "logprob": self.logprob.numpy(),
+            }
+        )  # fmt: skip
+        for name, values in zip(SCORE_NAMES, (self.inside, self.hit), strict=True):
+            for number, condition in enumerate(READING_CONDITIONS):
+                frame[f"{name}, {condition}" if number else name] = values[:, number].numpy()
+        return self.with_ids(frame)
+
+    def plot_word(self, word: int, image: ImageLike | None = None, ax: Axes | None = None) -> Axes:
+        """The heat of the word of this number, over its image where one is given, with its boxes.
+
+        Raises:
+            IndexError: for a word that is not there.
+        """
+        if not 0 <= word < len(self):
+            raise IndexError(f"Word {word} was asked for; there are 0 to {len(self) - 1}.")
+        left, top, right, bottom = self.area[word].tolist()
+        with style():
+            ax = axes(ax, width=4.6, height=4.2)
+            if image is not None:
+                ax.imshow(open_image(image))
+            mesh = ax.imshow(
+                self.map(word).numpy(), extent=(left, right, bottom, top), cmap=HEAT, vmin=0, interpolation="nearest",
+                alpha=1 if image is None else 0.65,
+            )  # fmt: skip
+            for x0, y0, x1, y1 in self.boxes[word]:
+                ax.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor="#0072B2", linewidth=1.6))
+            ax.set_xlim(left, right)
+            ax.set_ylim(bottom, top)
+            ax.set_xticks([])
+            ax.set_yticks([])
+            ax.grid(False)
+            inside = "" if self.inside[word, 0].isnan() else f", {100 * float(self.inside[word, 0]):.0f} % in its box"
+            example = int(self.example[word])
+            heading(
+                ax,
+                f"Read to write “{text(self.word[word], 24)}”",
+                f"example {example}, {short_name(self.model)}{inside}",
+            )
+            ax.figure.colorbar(mesh, ax=ax, label="norm written (mean over layers)", pad=0.02)
+        return ax
+
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """Both scores, a bar for each condition: the word's own beside its controls.
+
+        Raises:
+            TypeError: where no word has a box; `plot_word(number)` draws a heat.
+        """
+        if self.inside[:, 0].isnan().all():
+            raise TypeError("No word of this result has a box, so there are no rates: plot_word(number) draws a heat.")
+        mean, low, high = (part.numpy() for part in self.interval)
+        n = int((~self.by_example[:, 0, 0].isnan()).sum())
+        with style():
+            ax = axes(ax, width=6.4, height=3.8)
+            self._draw_bars(ax, mean, low, high)
+            ax.set_xticks(range(len(SCORE_NAMES)), SCORE_TITLES)
+            ax.tick_params(axis="x", length=0)
+            ax.grid(False, axis="x")
+            ax.set_ylim(0, 1.05)
+            ax.set_ylabel("mean over examples")
+            ax.legend(
+                ncols=len(READING_CONDITIONS), loc="lower left", bbox_to_anchor=(-0.01, 1), borderpad=0, handlelength=1.2,
+                columnspacing=1.2,
+            )  # fmt: skip
+            note = f"n = {n} examples; bars are means, lines their {INTERVAL}" if n > 1 else ALONE
+            heading(ax, f"Reading while writing a word, {short_name(self.model)}", note, above=18)
+        return ax
+
+    def _draw_bars(self, ax: Axes, mean: np.ndarray, low: np.ndarray, high: np.ndarray) -> None:
+        width = 0.8 / len(READING_CONDITIONS)
+        looks: Sequence[tuple[str, str]] = list(zip(READING_CONDITIONS, CONDITION_COLORS, strict=True))
+        for number, (condition, color) in enumerate(looks):
+            x = np.arange(len(SCORE_NAMES)) + (number - (len(looks) - 1) / 2) * width
+            ax.bar(x, mean[:, number], 0.9 * width, label=condition, color=color)
+            ax.vlines(x, low[:, number], high[:, number], color="#222222", linewidth=1.2)
