@@ -21,16 +21,31 @@ GALLERY_ROOM = 4_000_000
 """The same on each page of the gallery: 7 destinations at 7B, all of them for a small model."""
 
 
+def with_answer(vlm: VLM, inputs: Inputs, answer: str | None = None) -> Inputs:
+    """One example's inputs with an answer: the model's own, of at most 40 tokens, or a given one.
+
+    Where the model ends its answer at once, they hold none: `tokens.n_answer` is 0.
+
+    Raises:
+        InputError: for an answer that is empty or cannot follow the prompt (`Inputs.answered`).
+    """
+    return vlm.generate(inputs)[0].inputs if answer is None else inputs.answered(answer)
+
+
 def destinations(vlm: VLM, tokens: TokenMap, room: int = PAGE_ROOM) -> Int[Tensor, " dest"]:
     """The positions to pick from on the page: those that can have read the image, in order.
 
-    They are the text after the image, and the last position. When `room` (characters) does not hold
-    the rows of all, the last ones are taken. A row takes at most four characters for each layer,
-    head and source, and hardly more than `mechvlm.view.packing.ROW_ROOM`.
+    They are the prompt's text after the image, its last position, and the positions that wrote the
+    answer. When `room` (characters) does not hold the rows of all, those of the answer go first,
+    from its beginning, and of the prompt the last ones are taken. A row takes at most four
+    characters for each layer, head and source, and hardly more than
+    `mechvlm.view.packing.ROW_ROOM`.
     """
-    positions = torch.cat([tokens.text[tokens.text > tokens.image[0]], torch.tensor([tokens.last])]).unique()
+    prompt = tokens.text[tokens.text > tokens.image[0]]
+    prompt = torch.cat([prompt[~torch.isin(prompt, tokens.answer)], tokens.prompt[-1:]]).unique()
+    wanted = torch.cat([tokens.writing, prompt[~torch.isin(prompt, tokens.writing)].flip(0)])
     row_room = min(ROW_ROOM, 4 * vlm.n_layers * vlm.n_heads * len(tokens))
-    return positions[-max(1, room // row_room) :]
+    return wanted[: max(1, room // row_room)].sort().values
 
 
 def patch_view(vlm: VLM, inputs: Inputs, dest: Int[Tensor, " dest"], k: int = 5) -> View:

@@ -14,6 +14,7 @@ from mechvlm.inputs.batches import Answers
 from mechvlm.probes.contextualization import Contextualization, ContextualizationResult
 from mechvlm.probes.logit_attribution import LogitAttribution, LogitAttributionResult
 from mechvlm.probes.logit_lens import LogitLens, LogitLensResult
+from mechvlm.probes.memory_attention import MemoryAttention, MemoryAttentionResult
 from mechvlm.probes.norm_attention import NormAttention, NormAttentionResult
 from mechvlm.probes.query_reading import QueryReading, QueryReadingResult
 from mechvlm.tracing.reading import Readable, read
@@ -79,6 +80,18 @@ def norm_attention(vlm: VLM, inputs: Readable, dst: Any = ("last_text", "last_im
     >>> norms = mv.norm_attention(vlm, inputs, dst="last")
     """
     return read(vlm, inputs, NormAttention(dst))[0]
+
+
+@names_options
+def memory_attention(vlm: VLM, inputs: Readable, dst: Any = "last_text") -> MemoryAttentionResult:
+    """Norm-based attention of chosen destinations to the image's memory (Mllama, Idefics).
+
+    Runs the probe `MemoryAttention` in a forward of its own; see there for the formula, the options
+    and the result.
+
+    >>> memory = mv.memory_attention(vlm, inputs, dst="last")
+    """
+    return read(vlm, inputs, MemoryAttention(dst))[0]
 
 
 @names_options

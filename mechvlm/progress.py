@@ -12,6 +12,8 @@ from rich.console import Console
 from rich.errors import LiveError
 from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+from mechvlm.outside.files import printable
+
 T = TypeVar("T")
 Progress = Callable[[str, int, int], None]
 """Called with the stage of long work, how much of it is done, and its total."""
@@ -35,7 +37,7 @@ def track(items: Sequence[T], label: str) -> Iterator[T]:
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     hidden = len(items) < 2 or not is_watched()
     with rich_progress.Progress(*columns, console=STDERR, transient=True, disable=hidden) as progress:
-        yield from progress.track(items, description=label)
+        yield from progress.track(items, description=printable(label))
 
 
 class StatusLine:
@@ -49,7 +51,7 @@ class StatusLine:
         self._line = rich_progress.Progress(
             *columns, console=STDERR, transient=True, disable=not (shown and is_watched())
         )
-        self._task = self._line.add_task(text, total=None)
+        self._task = self._line.add_task(printable(text), total=None)
         self.text = text
 
     def __enter__(self) -> "StatusLine":
@@ -64,9 +66,9 @@ class StatusLine:
     def update(self, text: str, also_print: bool = False) -> None:
         """Change the line's text; `also_print` prints it to stderr as well, where it stays."""
         if also_print and text != self.text:
-            print(text, file=sys.stderr)
+            print(printable(text), file=sys.stderr)
         self.text = text
-        self._line.update(self._task, description=text)
+        self._line.update(self._task, description=printable(text))
 
 
 def pace(done: int, left: int, seconds: float) -> str:
@@ -108,7 +110,7 @@ class StudyBar(rich_progress.Progress):
         now = time.monotonic()
         if stage != self.stage:
             self.finish()
-            self.line, self.stage = self.add_task(stage, total=total or None, pace=""), stage
+            self.line, self.stage = self.add_task(printable(stage), total=total or None, pace=""), stage
             self.reading = (now, done) if stage.endswith("reading") else None
         text = ""
         if self.reading is not None:

@@ -13,7 +13,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mechvlm.decoder.weights import has_weights, weight_and_bias
-from mechvlm.errors import ModelError
 
 ROWS_CAST_AT_ONCE = 4096
 """Rows of a weight that are held in float32 at once: 64 MB at a width of 4096."""
@@ -41,7 +40,7 @@ class Projection:
         The weight is cast some rows at a time, so that no second copy of it exists.
         """
         if self.weight.dtype == torch.float32:
-            return self(x.float())
+            return self.envoy(x.float())
         out = torch.cat([x.float() @ rows.float().T for rows in self.weight.split(ROWS_CAST_AT_ONCE)], dim=-1)
         return out if self.bias is None else out + self.bias.float()
 
@@ -68,30 +67,33 @@ class Projection:
         return (units - zeros).T, zeros[0]
 
 
-def child(module: Any, name: str) -> Any:
-    """A module's child by name.
+def in_columns(x: Tensor, columns: tuple[int, int] | None, n_heads: int | None, d_head: int) -> Tensor:
+    """Heads [*axes head d_head] out of the columns of a projection's output, as a view.
 
-    Raises:
-        ModelError: for an attention that has no such projection of its own.
+    columns: (start, step): head h lies in the columns from start + h * step on. None: the heads are
+        all columns, side by side.
+
+    >>> in_columns(torch.arange(6), (2, 2), 2, 1)  # of [q q k k v v] the second and the third head
+    tensor([[2],
+            [4]])
     """
-    try:
-        return getattr(module, name)
-    except AttributeError as error:
-        raise ModelError(
-            f"There is no {name} in this model's attention: queries, keys and values may come out of one matrix there. "
-            "vlm.attention[layer] gives them after the rotary embedding, and vlm.pattern[layer] the attention weights."
-        ) from error
+    if columns is None or n_heads is None:
+        return rearrange(x, "... (head d_head) -> ... head d_head", d_head=d_head)
+    start, step = columns
+    return x[..., start:].unfold(-1, d_head, step)[..., :n_heads, :]
+
+
+def write_columns(x: Tensor, columns: tuple[int, int], heads: Tensor) -> Tensor:
+    """A copy of a projection's output with heads [*axes head d_head] put into its columns."""
+    new = x.clone()
+    in_columns(new, columns, heads.shape[-2], heads.shape[-1])[:] = heads.to(new.dtype)
+    return new
 
 
 def output_for(envoy: Any, embed: Any, make: Callable[..., Tensor], width: int) -> Tensor:
     """The module's output for the tensor `make(width, width)`, in the model's dtype."""
     like = embed(torch.zeros(1, dtype=torch.long))
     return envoy(make(width, width, device=like.device, dtype=like.dtype))
-
-
-def in_heads(weight: Float[Tensor, "heads_d_head d_model"], d_head: int) -> Float[Tensor, "head d_model d_head"]:
-    """The weight of q, k or v by head, in TransformerLens' layout."""
-    return rearrange(weight, "(head d_head) d_model -> head d_model d_head", d_head=d_head)
 
 
 def out_heads(weight: Float[Tensor, "d_model heads_d_head"], d_head: int) -> Float[Tensor, "head d_head d_model"]:

@@ -19,6 +19,9 @@ from mechvlm.errors import ModelError
 DEQUANTIZED = ("bitsandbytes", "torchao")
 """Packages of quantized weights that this file turns into plain ones."""
 
+ADDITIONAL = ("additional_fc", "additional_embedding")
+"""Where Idefics keeps the last rows of its unembedding and its embedding: the tokens it added."""
+
 
 def has_weights(envoy: Any) -> bool:
     """Whether this process holds the module's weight: not on NDIF's clients, nor in its sandbox."""
@@ -49,6 +52,9 @@ def weight_and_bias(module: Any) -> tuple[Tensor, Tensor | None]:
         with torch.no_grad():
             return _adapted(module)
     weight, bias = module.weight, getattr(module, "bias", None)
+    if more := [getattr(module, name) for name in ADDITIONAL if getattr(module, name, None) is not None]:
+        weight = torch.cat([weight, more[0].weight])
+        bias = None if bias is None else torch.cat([bias, more[0].bias])
     if package_of(weight) not in DEQUANTIZED:
         return weight, bias
     with torch.no_grad():
@@ -67,6 +73,11 @@ def _dequantized(module: Any) -> Tensor:
     if module.weight.dtype.is_floating_point and getattr(module.weight, "quant_state", None) is None:
         raise ModelError(
             "The weights of this bitsandbytes module are not quantized yet: move the model to its device first, model.to(...)."
+        )
+    if getattr(getattr(module.weight, "quant_state", None), "packing_format_for_cpu", False):
+        raise ModelError(
+            "bitsandbytes has packed the 4-bit weights of this model for the CPU, in its first forward, and packed ones cannot "
+            "be read exactly. Load the model again, and give it to mechvlm.load before it runs."
         )
     from transformers.integrations.bitsandbytes import dequantize_bnb_weight
 

@@ -36,7 +36,7 @@ def array_image(array: np.ndarray | Tensor) -> Image.Image:
     if values.ndim not in (2, 3) or (values.ndim == 3 and values.shape[2] not in CHANNELS):
         advice = ""
         if values.ndim == 4:
-            advice = " Give several images as a list, list(array)."
+            advice = " Four axes are several images, list(array), or a video: give one of its frames."
         elif values.ndim == 3 and values.shape[0] in CHANNELS:
             advice = " Its channels come first: give array.transpose(1, 2, 0)."
         raise InputError(f"{named} is no image: it must be [height width] or [height width 3 or 4].{advice}")

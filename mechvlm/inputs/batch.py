@@ -1,31 +1,35 @@
-"""Images and prompts become one padded batch, with a `TokenMap` for each example.
+"""`Inputs`: a padded batch for the model, with a `TokenMap` for each example.
 
-1. Pair each image, or list of images, with its prompt.
-2. Put the prompt in the family's template.
-3. Run the Hugging Face processor on each pair alone.
-4. Pad the sequences to one length, and map what each position holds.
+`mechvlm.inputs.build` makes one out of images and prompts.
 """
 
-import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import accumulate
-from numbers import Integral
 from typing import Any
+from weakref import WeakMethod
 
 import torch
 from PIL import Image
 from torch import Tensor
 
 from mechvlm.errors import InputError
-from mechvlm.families.record import Architecture, part
-from mechvlm.inputs.grids import check_resize, patch_grid
-from mechvlm.inputs.images import ImageLike, open_image
-from mechvlm.inputs.pairs import images_and_prompt, named_by_example, pair_examples
-from mechvlm.inputs.pieces import spell, token_texts
-from mechvlm.inputs.prompts import Prompt, fill_template, is_bare
+from mechvlm.inputs.encodings import Parts, cut, take_rows
+from mechvlm.inputs.prompts import Prompt
 from mechvlm.inputs.rows import row_numbers
 from mechvlm.inputs.tokens import Modality, TokenMap
+
+
+class WeakLink:
+    """A method of an object that may go. Copied or pickled, it is None."""
+
+    def __init__(self, method: Callable):
+        self._method = WeakMethod(method)
+
+    def __call__(self) -> Callable | None:
+        return self._method()
+
+    def __reduce__(self):
+        return type(None), ()
 
 
 @dataclass(frozen=True)
@@ -36,13 +40,18 @@ class Inputs:
     >>> inputs.token_maps[0].image  # positions of the first example's visual tokens
 
     Attributes:
-        encoding: keyword arguments of the Hugging Face model; sequences are padded on the left.
+        encoding: keyword arguments of the Hugging Face model; sequences are padded on the left, and
+            images follow each other (`mechvlm.inputs.encodings`).
         token_maps: one `TokenMap` per example.
         images: the original images in RGB, one tuple per example, in the prompt's order.
         prompts: the prompts as they were given; of conversations, without their images.
         texts: the prompts in the family's template, as they were tokenized.
         model: name of the model that the batch was made for.
         ids: the examples' names, or None; results carry them.
+        parts: how the examples share each key of the encoding; a key that is not there has one
+            sequence an example.
+        equal_lengths: whether examples of a batch must have as many tokens each (the record says).
+        write: the way to what `answered` asks of the model; copies and pickles have none.
     """
 
     encoding: dict[str, Tensor] = field(repr=False)
@@ -52,6 +61,9 @@ class Inputs:
     texts: tuple[str, ...] = field(repr=False)
     model: str = ""
     ids: tuple[str, ...] | None = None
+    parts: dict[str, Parts] = field(default_factory=dict, repr=False)
+    equal_lengths: bool = field(default=False, repr=False)
+    write: WeakLink | None = field(default=None, repr=False, compare=False)
 
     def __len__(self) -> int:
         return len(self.token_maps)
@@ -76,20 +88,86 @@ class Inputs:
         Their positions are then those of the whole batch.
         """
         rows = list(rows)
-        masks = {key: self.encoding[key][rows].bool() for key in self.encoding if key.endswith("attention_mask")}
-        kept = {key: mask.any(0) if trim else torch.ones_like(mask[0]) for key, mask in masks.items()}
-        # pixel_values has one row per image: those of an example follow each other.
-        ends = list(accumulate(len(group) for group in self.images))
-        image_rows = [image for row in rows for image in range(ends[row] - len(self.images[row]), ends[row])]
-        encoding = {}
-        for key, value in self.encoding.items():
-            mask = "qformer_attention_mask" if key.startswith("qformer") else "attention_mask"
-            encoding[key] = value[image_rows] if key == "pixel_values" else value[rows][:, kept[mask]]
-        maps = tuple(_at(self.token_maps[row], kept["attention_mask"]) for row in rows)
+        kept = {}
+        for key in self.encoding:
+            mask = self.encoding["qformer_attention_mask" if key.startswith("qformer") else "attention_mask"][
+                rows
+            ].bool()
+            kept[key] = mask.any(0) if trim else torch.ones_like(mask[0])
+        encoding, parts = take_rows(self.encoding, self.parts, rows, kept, trim)
+        maps = tuple(_at(self.token_maps[row], kept["input_ids"]) for row in rows)
         names = None if self.ids is None else tuple(self.ids[row] for row in rows)
         images, prompts = tuple(self.images[row] for row in rows), tuple(self.prompts[row] for row in rows)
         texts = tuple(self.texts[row] for row in rows)
-        return Inputs(encoding, maps, images, prompts, texts, self.model, names)
+        return Inputs(encoding, maps, images, prompts, texts, self.model, names, parts, self.equal_lengths, self.write)
+
+    def answered(self, answers: str | Sequence[str]) -> "Inputs":
+        """The inputs with an answer written after each prompt, as if the model had written it.
+
+        What the model reads of the images stays as it was: a Q-Former still gets the prompt alone,
+        and where a prompt's tokens see each other, the answer's see what came before.
+
+        >>> answered = inputs.answered("a red circle")
+        >>> tokens = answered.tokens
+        >>> tokens.answer, tokens.holds("red"), tokens.wrote("red")
+        >>> mv.norm_attention(vlm, answered, dst="wrote:red")
+
+        Args:
+            answers: a text for all examples, or one for each.
+
+        Raises:
+            InputError: for another number of answers than examples, an answer that is empty, of
+                control tokens alone or too long, one whose first token the tokenizer joins with the
+                prompt, inputs that hold an answer, or a copy of inputs, which knows no model.
+        """
+        given = [answers] * len(self) if isinstance(answers, str) else list(answers)
+        if len(given) != len(self):
+            raise InputError(
+                f"{len(given)} answers were given for {len(self)} examples: give one for all, or one each."
+            )
+        return self._written(given)
+
+    def _written(self, answers: Sequence[str | Sequence[int]]) -> "Inputs":
+        write = None if self.write is None else self.write()
+        if write is None:
+            raise InputError(
+                f"These inputs are a copy, or their model ({self.model}) is gone, and answers are written by the model's own "
+                "rules: make them again by vlm.inputs(images, prompts)."
+            )
+        return write(self, answers)
+
+    def before(self, word: str | Sequence[str], occurrence: int = 0) -> "Inputs":
+        """The inputs up to where a word of the answer was written: what the model read by then.
+
+        The last position is the one that wrote the word's first token. So everything that measures
+        at the last position (attribution, ablations, knockouts) measures there.
+
+        >>> at_red = answer.inputs.before("red")
+        >>> mv.logit_attribution(vlm, at_red, "red", versus="blue")
+
+        Args:
+            word: a word or a phrase of the answers, for all examples or one for each.
+            occurrence: which of several, 0 the first.
+
+        Raises:
+            ValueError: where no answer was written, or it does not hold the word.
+            IndexError: for an occurrence that is not there.
+            InputError: for another number of words than examples.
+        """
+        words = [word] * len(self) if isinstance(word, str) else list(word)
+        if len(words) != len(self):
+            raise InputError(f"{len(words)} words were given for {len(self)} examples: give one for all, or one each.")
+        pairs = list(zip(self.token_maps, words, strict=True))
+        stops = [int(tokens.holds(own, occurrence)[0]) for tokens, own in pairs]
+        starts = [int(tokens.all[0]) for tokens in self.token_maps]
+        check_lengths([stop - start for start, stop in zip(starts, stops, strict=True)], self.equal_lengths)
+        keys = text_keys(self)
+        # Padding is masked. The word's own id fills it, which is no image's.
+        fill = {"input_ids": int(self.token_maps[0].ids[stops[0]])}
+        encoding = cut(self.encoding, keys, starts, stops, fill)
+        rows = zip(pairs, stops, encoding["input_ids"], strict=True)
+        maps = tuple(_until(tokens, stop, ids) for (tokens, _), stop, ids in rows)
+        return replace(self, encoding=encoding, token_maps=maps)
 
     @property
     def tokens(self) -> TokenMap:
@@ -112,176 +190,29 @@ def _at(tokens: TokenMap, kept: Tensor) -> TokenMap:
     return replace(tokens, ids=tokens.ids[kept], strings=strings, spelled=spelled, modality=tokens.modality[kept])
 
 
-def build_inputs(
-    images: ImageLike | Sequence[ImageLike | Sequence[ImageLike]] | None,
-    prompts: Prompt | Sequence[Prompt] | None,
-    *,
-    record: Architecture,
-    config,
-    processor,
-    model: str = "",
-    ids: tuple[str, ...] | None = None,
-    first: int = 0,
-) -> Inputs:
-    """Images and their prompts as a batch.
-
-    A single image goes with every prompt, and a single prompt with every image. A prompt that
-    already contains the image token is taken as it is: the template is not added.
-
-    Args:
-        images: one image for all examples, one per example, or one list of images per example; None
-            where conversations hold their images.
-        prompts: one prompt for all examples, or one per example: strings or conversations.
-        record: record of the model's class.
-        config: config of the model.
-        processor: the Hugging Face processor.
-        model: name of the model.
-        ids: the examples' names.
-        first: the number by which errors call the first example.
-
-    Raises:
-        InputError: for an image that cannot be read, numbers of images and prompts that do not
-            match, a prompt whose image tokens are more or fewer than its images, or a prompt that
-            leaves no room for the image. Of several examples it names the one.
-    """
-    pairs = pair_examples(images, prompts)
-    token = processor.tokenizer.convert_ids_to_tokens(part(config, record.image_token_id))
-    examples = []
-    for number, (group, prompt) in enumerate(pairs, first):
-        try:
-            examples.append(_encode(group, prompt, token, record, config, processor))
-        except InputError as error:
-            raise named_by_example(error, number, first + len(pairs)) from error
-    if any(is_bare(prompt, token, record, processor) for _, prompt, _, _ in examples):
-        warnings.warn(
-            f"The prompt holds {token} and nothing of the template, and is tokenized as it is (inputs.texts shows it). Leave "
-            f"{token} out to have the template put around it, or write the template as well.",
-            stacklevel=3,
-        )
-    opened, given, texts, encodings = zip(*examples, strict=True)
-    batch = _collate(list(encodings), record, processor, part(config, record.image_token_id))
-    maps = tuple(
-        _token_map(batch, row, encodings[row]["pixel_values"], opened[row], record, config, processor)
-        for row in range(len(pairs))
-    )
-    return Inputs(batch, maps, opened, given, texts, model, ids)
+def _until(tokens: TokenMap, stop: int, ids: Tensor) -> TokenMap:
+    """The map of a sequence that ends before `stop` and is padded as `ids` [pos] are."""
+    own = torch.arange(len(tokens)) < stop
+    own &= tokens.modality != Modality.PADDING
+    kept, n = _at(tokens, own), len(ids) - int(own.sum())
+    padding = torch.full((n,), int(Modality.PADDING))
+    return replace(
+        kept, ids=ids, strings=("",) * n + kept.strings, spelled=("",) * n + kept.spelled,
+        modality=torch.cat([padding, kept.modality]), n_answer=tokens.n_answer - (len(tokens) - stop),
+    )  # fmt: skip
 
 
-def _encode(
-    group, prompt, token: str, record: Architecture, config, processor
-) -> tuple[tuple[Image.Image, ...], Prompt, str, Any]:
-    """One example: its images, its prompt, the text that is tokenized, and its encoding."""
-    group, prompt = images_and_prompt(group, prompt)
-    pictures = tuple(open_image(image) for image in group)
-    for picture in pictures:
-        check_resize(picture.size, processor.image_processor)
-    text = fill_template(prompt, len(pictures), token, record, processor)
-    # One example at a time: in a batch, InstructBLIP's processor pads between image and text.
-    encoding = processor(images=list(pictures), text=[text], return_tensors="pt", **_bos(text, processor))
-    _check_room(encoding, text, record, config)
-    _check_end(encoding, text, processor.tokenizer)
-    return pictures, prompt, text, encoding
-
-
-def _bos(text: str, processor) -> dict[str, bool]:
-    """Options of the processor: a template that writes BOS itself must not get a second one.
-
-    The rule is that of Hugging Face's `apply_chat_template(tokenize=True)`.
-    """
-    bos = processor.tokenizer.bos_token
-    return {"add_special_tokens": False} if bos and text.startswith(bos) else {}
-
-
-def example_names(ids: Any, n_examples: int) -> tuple[str, ...] | None:
-    """The examples' ids as strings, or None where none are given.
-
-    Raises:
-        InputError: for another number of ids than examples, or ids that are no names or numbers.
-    """
-    if ids is None:
-        return None
-    names = [] if isinstance(ids, str) or not isinstance(ids, Iterable) else list(ids)
-    if not names or not all(isinstance(name, str | Integral) for name in names):
-        raise InputError(f"ids is a list with one name per example, not {ids!r}.")
-    if len(names) != n_examples:
-        raise InputError(f"{len(names)} ids were given for {n_examples} examples: give one each.")
-    return tuple(map(str, names))
-
-
-def _check_room(encoding, text: str, record: Architecture, config) -> None:
-    """Refuse an encoding that is longer than the model takes, or that holds no image token."""
-    image_token = part(config, record.image_token_id)
-    for key, path in record.max_lengths:
-        length, limit = encoding[key].shape[-1], part(config, path)
-        if length > limit:
-            visual = int((encoding["input_ids"] == image_token).sum())
-            raise InputError(
-                f"The prompt {text[:60]!r}... leaves no room: {length} tokens in {key}, "
-                f"{visual if key == 'input_ids' else 0} of them for the image. The model takes {limit}. "
-                "Shorten the prompt."
-            )
-    if not (encoding["input_ids"] == image_token).any():
-        raise InputError(f"The prompt {text[:60]!r} holds no image token ({image_token}).")
-
-
-def _check_end(encoding, text: str, tokenizer) -> None:
-    """Refuse a tokenizer that ends the prompt with EOS: no answer follows its last position."""
-    eos = tokenizer.eos_token
-    if eos and int(encoding["input_ids"][0, -1]) == tokenizer.eos_token_id and not text.endswith(eos):
+def check_lengths(lengths: Sequence[int], equal: bool) -> None:
+    """Raises InputError for a batch of unequal lengths, where the model would count padding."""
+    if equal and len(set(lengths)) > 1:
         raise InputError(
-            f"The tokenizer adds {eos} after the prompt, where the model would answer (add_eos_token is for training). Load the "
-            "processor with add_eos_token=False."
+            f"The examples have {', '.join(map(str, lengths))} tokens, and this class of models counts the padding of shorter "
+            "ones as positions: its numbers would be others than those of each example alone. Give examples of one length "
+            "together, or one at a time (batch_size=1)."
         )
 
 
-def padding_id(tokenizer, image_token: int) -> int:
-    """The id that fills padding. Padding is masked, so any id will do but the image's: features
-    would go there."""
-    ids = (tokenizer.pad_token_id or 0, 0, 1)
-    return next(id for id in ids if id != image_token)
-
-
-def _collate(encodings: list, record: Architecture, processor, image_token: int) -> dict[str, Tensor]:
-    """The encodings of all examples as one batch.
-
-    Sequences are padded to the longest: on the right if the record lists them in `right_padded`,
-    else on the left. Images are concatenated.
-    """
-    batch = {}
-    for key in encodings[0]:
-        rows = [e[key] for e in encodings]
-        if key == "pixel_values":
-            batch[key] = torch.cat(rows)
-            continue
-        right = key in record.right_padded
-        value = 0
-        if key.endswith("input_ids"):
-            tokenizer = processor.qformer_tokenizer if right else processor.tokenizer
-            value = padding_id(tokenizer, image_token)
-        longest = max(r.shape[-1] for r in rows)
-        pad = [(0, longest - r.shape[-1]) if right else (longest - r.shape[-1], 0) for r in rows]
-        batch[key] = torch.cat([torch.nn.functional.pad(r, p, value=value) for r, p in zip(rows, pad, strict=True)])
-    return batch
-
-
-def _token_map(batch, row, pixels, images, record, config, processor) -> TokenMap:
-    """The map of one row; `pixels` [image channel height width] are its pixel values."""
-    ids = batch["input_ids"][row]
-    tokenizer = processor.tokenizer
-    modality = torch.full_like(ids, Modality.TEXT)
-    modality[torch.isin(ids, torch.tensor(tokenizer.all_special_ids))] = Modality.SPECIAL
-    modality[ids == part(config, record.image_token_id)] = Modality.IMAGE
-    modality[batch["attention_mask"][row] == 0] = Modality.PADDING
-    size = (int(pixels.shape[-2]), int(pixels.shape[-1]))
-    grids = tuple(patch_grid(i.size, processor.image_processor, size, part(config, record.patch_size)) for i in images)
-    strings = token_texts(ids.tolist(), tokenizer)
-    spelled = spell(ids.tolist(), strings, tokenizer)
-    tokens = TokenMap(ids, strings, spelled, modality, grids, record.visual_tokens == "patches")
-    expected = sum(g.rows * g.cols for g in grids)
-    if tokens.patches and len(tokens.image) != expected:
-        raise InputError(
-            f"The processor made {len(tokens.image)} image tokens where the grid has {expected} patches. Either its patch_size, "
-            "num_additional_image_tokens or vision_feature_select_strategy does not fit the model, or the decoder sees more than "
-            "patches (the CLS token, with 'full'): that has no place on the image, and mechvlm cannot read it."
-        )
-    return tokens
+def text_keys(inputs: Inputs) -> list[str]:
+    """The encoding's sequences that an answer makes longer: not those of a Q-Former."""
+    own = {key for key, shared in inputs.parts.items() if shared.sequence} | {"input_ids", "attention_mask"}
+    return [key for key in inputs.encoding if key in own and not key.startswith("qformer")]

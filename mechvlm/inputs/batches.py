@@ -25,7 +25,7 @@ class Pending:
         pairs: (images, prompt) of each example.
         ids: the examples' names, or None.
         first: the number of the first example among those of all batches.
-        build: makes the batch, as `mechvlm.inputs.batch.build_inputs` does.
+        build: makes the batch, as `mechvlm.inputs.build.build_inputs` does.
     """
 
     pairs: list[tuple]

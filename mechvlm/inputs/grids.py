@@ -8,19 +8,15 @@ An image processor pads, resizes and crops, each of them or not. `patch_grid` fo
 4. `do_pad` of other processors adds pixels at the right and at the bottom.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-
-import torch
-from jaxtyping import Bool, Float
-from torch import Tensor
 
 from mechvlm.errors import InputError
 from mechvlm.inputs.images import MAX_PIXELS
+from mechvlm.inputs.views import Box, Grid
 
 
 @dataclass(frozen=True)
-class PatchGrid:
+class PatchGrid(Grid):
     """Where the vision encoder's patches lie on the original image.
 
     The processor pads the image to a square or leaves it as it is, resizes it and crops its centre;
@@ -62,61 +58,12 @@ class PatchGrid:
         # transformers rounds down the half of the padding that goes to the left and the top.
         return (width - self.image_size[0]) // 2, (height - self.image_size[1]) // 2
 
-    @property
-    def crop_box(self) -> tuple[float, float, float, float]:
-        """The part that the model sees, (left, top, right, bottom) in original pixels.
-
-        It reaches beyond the image where the processor pads.
-        """
-        (left, top, _, _), (_, _, right, bottom) = self.box(0, 0), self.box(self.rows - 1, self.cols - 1)
-        return left, top, right, bottom
-
-    @property
-    def visible_box(self) -> tuple[float, float, float, float]:
-        """The part of the image that the model sees: `crop_box` without padding."""
-        (left, top, right, bottom), (width, height) = self.crop_box, self.image_size
-        return max(left, 0.0), max(top, 0.0), min(right, float(width)), min(bottom, float(height))
-
-    def box(self, row: int, col: int) -> tuple[float, float, float, float]:
-        """One patch's (left, top, right, bottom) in original pixels.
-
-        Raises:
-            IndexError: for a row or column outside the grid.
-        """
-        if not (0 <= row < self.rows and 0 <= col < self.cols):
-            raise IndexError(f"row {row}, col {col} is outside the grid of {self.rows} rows x {self.cols} cols.")
+    def box(self, row: int, col: int) -> Box:
+        """One patch's (left, top, right, bottom) in original pixels; see `Grid.box`."""
+        self.check_cell(row, col)
         (sx, sy), (x, y) = self.scale, self.corner
         left, top = self.crop[0] + col * self.patch, self.crop[1] + row * self.patch
         return left * sx - x, top * sy - y, (left + self.patch) * sx - x, (top + self.patch) * sy - y
-
-    def boxes(self) -> Float[Tensor, "row col 4"]:
-        """All patches' boxes, (left, top, right, bottom) in original pixels."""
-        boxes = [[self.box(r, c) for c in range(self.cols)] for r in range(self.rows)]
-        return torch.tensor(boxes, dtype=torch.float32)
-
-    def covered(self, box: Sequence[float | int]) -> Float[Tensor, "row col"]:
-        """Share of each patch's area, 0 to 1, that lies inside a box given in original pixels."""
-        b = self.boxes()
-        width = (b[..., 2].clamp(max=box[2]) - b[..., 0].clamp(min=box[0])).clamp(min=0)
-        height = (b[..., 3].clamp(max=box[3]) - b[..., 1].clamp(min=box[1])).clamp(min=0)
-        return width * height / ((b[..., 2] - b[..., 0]) * (b[..., 3] - b[..., 1]))
-
-    def inside(self, box: Sequence[float | int], covered: float = 0.5, margin: int = 0) -> Bool[Tensor, "row col"]:
-        """Which patches lie in a box.
-
-        Args:
-            box: (left, top, right, bottom) in original pixels.
-            covered: share of a patch's area that must lie in the box.
-            margin: neighbours of these patches, up to so many patches away (diagonals as well), are
-                counted too.
-
-        Raises:
-            ValueError: for a margin below 0.
-        """
-        if margin < 0:
-            raise ValueError(f"A margin of {margin} patches was asked for; it must be 0 or more.")
-        is_covered = (self.covered(box) >= covered).float()[None]
-        return torch.nn.functional.max_pool2d(is_covered, 2 * margin + 1, stride=1, padding=margin)[0] > 0
 
 
 def patch_grid(image_size: tuple[int, int], processor, pixels: tuple[int, int], patch: int) -> PatchGrid:
@@ -154,6 +101,15 @@ def patch_grid(image_size: tuple[int, int], processor, pixels: tuple[int, int], 
             f"{image_size[1]}, where its settings say {cropped[0]} x {cropped[1]}: patches cannot be placed."
         )
     return PatchGrid(height // patch, width // patch, patch, image_size, resized, crop, square)
+
+
+def is_known(processor) -> bool:
+    """Whether `patch_grid` knows every step of an image processor."""
+    try:
+        _check_known(processor)
+    except InputError:
+        return False
+    return True
 
 
 def check_resize(image_size: tuple[int, int], processor) -> None:

@@ -8,8 +8,15 @@ where no space stands. Only the tokenizer's decoder reads them all, and only her
 2. `spell` puts characters together that are split over several tokens.
 """
 
+import threading
 from collections.abc import Sequence
+from typing import Any
+from weakref import WeakKeyDictionary
 
+TOKENIZING = threading.RLock()
+"""Held while a tokenizer works: Hugging Face's may be changed by a call, and then fail in another.
+
+A study prepares its next inputs in a thread of their own."""
 BROKEN = "\ufffd"
 """Stands for bytes that are no whole character, as in Unicode's own replacement of them."""
 LONGEST_SPLIT = 16
@@ -28,13 +35,20 @@ def token_texts(ids: Sequence[int], tokenizer) -> tuple[str, ...]:
 
     Tested: joined, the texts are `tokenizer.decode(ids)`, where no character is split.
     """
-    distinct = list(dict.fromkeys(ids))
-    pieces = tokenizer.convert_ids_to_tokens(distinct)
-    texts = _decode([[i] for i in distinct], tokenizer)
-    of = {
-        i: f"<{i}>" if piece is None else text or piece for i, piece, text in zip(distinct, pieces, texts, strict=True)
-    }
-    return tuple(of[i] for i in ids)
+    with TOKENIZING:
+        size, known = _KNOWN.get(tokenizer, (0, {}))
+        if size != len(tokenizer):  # tokens were added
+            known = {}
+            _KNOWN[tokenizer] = len(tokenizer), known
+        if new := [id for id in dict.fromkeys(ids) if id not in known]:
+            pieces = tokenizer.convert_ids_to_tokens(new)
+            for id, piece, text in zip(new, pieces, _decode([[id] for id in new], tokenizer), strict=True):
+                known[id] = f"<{id}>" if piece is None else text or piece
+    return tuple(known[id] for id in ids)
+
+
+_KNOWN: WeakKeyDictionary[Any, tuple[int, dict[int, str]]] = WeakKeyDictionary()
+"""By tokenizer: its length, and the texts of its tokens by id, each decoded once."""
 
 
 def spell(ids: Sequence[int], texts: Sequence[str], tokenizer) -> tuple[str, ...]:
@@ -53,7 +67,8 @@ def spell(ids: Sequence[int], texts: Sequence[str], tokenizer) -> tuple[str, ...
         end = at + 1
         while end < len(ids) and end - at < LONGEST_SPLIT and BROKEN in texts[at] and BROKEN in texts[end]:
             end += 1
-            (whole,) = _decode([ids[at:end]], tokenizer)
+            with TOKENIZING:
+                (whole,) = _decode([ids[at:end]], tokenizer)
             if BROKEN not in whole:
                 spelled[at:end] = [whole] + [""] * (end - at - 1)
                 break

@@ -12,6 +12,7 @@ from typing import Any
 
 from mechvlm.errors import InputError
 from mechvlm.families.record import Architecture
+from mechvlm.inputs.image_word import ImageWord
 from mechvlm.inputs.images import ImageLike
 
 Conversation = Sequence[Mapping[str, Any]]
@@ -65,6 +66,7 @@ def split_conversation(messages: Conversation) -> tuple[list[dict[str, Any]], li
                 raise InputError(
                     f"Message {number} holds an entry of type {kind!r}: entries are {{'type': 'image'}} and "
                     "{'type': 'text', 'text': '...'}."
+                    + (" Of a video give frames, as images." if kind == "video" else "")
                 )
         plain.append({"role": role, "content": written})
     return plain, images
@@ -95,13 +97,13 @@ def prompt_text(prompt: Prompt) -> str:
 # -- templates -------------------------------------------------------------------------------------
 
 
-def fill_template(prompt: Prompt, n_images: int, token: str, record: Architecture, processor) -> str:
+def fill_template(prompt: Prompt, n_images: int, word: ImageWord, record: Architecture, processor) -> str:
     """The text that is tokenized: the prompt in the processor's chat template, or the record's.
 
     Args:
         prompt: a string, or a conversation as `split_conversation` returns it.
         n_images: how many images the example has.
-        token: the image token.
+        word: what stands for an image.
         record: record of the model's class.
         processor: the Hugging Face processor.
 
@@ -114,16 +116,16 @@ def fill_template(prompt: Prompt, n_images: int, token: str, record: Architectur
     if record.images_per_prompt is not None and n_images > record.images_per_prompt:
         raise InputError(f"The example has {n_images} images; {record.hf_class} takes {record.images_per_prompt}.")
     if not isinstance(prompt, str):
-        text = _write_conversation(prompt, n_images, token, record, processor)
-    elif token in prompt:
-        text = _check_as_it_is(prompt, n_images, token, record)
+        text = _write_conversation(prompt, n_images, word, record, processor)
+    elif word.text in prompt:
+        text = _check_as_it_is(prompt, n_images, word, record)
     else:
-        text = _wrap(prompt, n_images, token, record, processor)
-        if marks := [mark for mark in template_marks(token, record, processor) if _holds(prompt, mark)]:
+        text = _wrap(prompt, n_images, word, record, processor)
+        if marks := [mark for mark in template_marks(word, record, processor) if _holds(prompt, mark)]:
             raise InputError(
-                f"The prompt {prompt[:60]!r} holds {marks[0]!r}, which the template writes, and no {token}: write {token} "
-                "where the image belongs, or give the question alone. Words that only look like the template's can be given in "
-                "a conversation, [{'role': 'user', 'content': [{'type': 'image'}, {'type': 'text', 'text': '...'}]}]."
+                f"The prompt {prompt[:60]!r} holds {marks[0]!r}, which the template writes, and no {word.text}: write "
+                f"{word.text} where the image belongs, or give the question alone. Words that only look like the template's can "
+                "be given in a conversation, [{'role': 'user', 'content': [{'type': 'image'}, {'type': 'text', 'text': '...'}]}]."
             )
     check_characters(text, "prompt")
     return text
@@ -144,21 +146,21 @@ def check_characters(text: str, what: str) -> None:
         ) from error
 
 
-def is_bare(prompt: Prompt, token: str, record: Architecture, processor) -> bool:
+def is_bare(prompt: Prompt, word: ImageWord, record: Architecture, processor) -> bool:
     """Whether a prompt holds the image token and nothing of the template."""
-    if not isinstance(prompt, str) or token not in prompt:
+    if not isinstance(prompt, str) or word.text not in prompt:
         return False
     try:
-        marks = template_marks(token, record, processor)
+        marks = template_marks(word, record, processor)
     except InputError:  # a template that cannot be used was not needed either
         return False
     return bool(marks) and not any(_holds(prompt, mark) for mark in marks)
 
 
-def template_marks(token: str, record: Architecture, processor) -> tuple[str, ...]:
+def template_marks(word: ImageWord, record: Architecture, processor) -> tuple[str, ...]:
     """What the template writes before and after a prompt, such as "USER:" and "ASSISTANT:"."""
-    before, _, after = _wrap("\0", 1, token, record, processor).partition("\0")
-    ends = [part.split()[-1:] for part in (before.split(token)[0], after)]
+    before, _, after = _wrap("\0", 1, word, record, processor).partition("\0")
+    ends = [part.split()[-1:] for part in (before.split(word.text)[0], after)]
     # Any prompt holds words and punctuation: a mark is both in one piece.
     return tuple(mark for end in ends for mark in end if re.search(r"\w", mark) and re.search(r"\W", mark))
 
@@ -167,24 +169,27 @@ def _holds(prompt: str, mark: str) -> bool:
     return re.search(rf"(?<!\w){re.escape(mark)}", prompt) is not None
 
 
-def _check_as_it_is(prompt: str, n_images: int, token: str, record: Architecture) -> str:
+def _check_as_it_is(prompt: str, n_images: int, word: ImageWord, record: Architecture) -> str:
     """The prompt itself, if it holds the image token once per image."""
-    if record.visual_tokens == "queries":
-        raise InputError(f"Leave {token} out of the prompt: {record.hf_class} puts its queries before the text.")
-    if (n_tokens := prompt.count(token)) != n_images:
-        raise InputError(f"The prompt {prompt!r} holds {n_tokens} {token}, but the example has {n_images} images.")
+    if word.inserted:
+        raise InputError(
+            f"Leave {word.text} out of the prompt: the processor of {record.hf_class} puts the image before the text."
+        )
+    if (n_words := prompt.count(word.text)) != n_images:
+        raise InputError(f"The prompt {prompt!r} holds {n_words} {word.text}, but the example has {n_images} images.")
     return prompt
 
 
-def _wrap(prompt: str, n_images: int, token: str, record: Architecture, processor) -> str:
+def _wrap(prompt: str, n_images: int, word: ImageWord, record: Architecture, processor) -> str:
     """A string in the chat template of the processor, or else in the record's template."""
     if not getattr(processor, "chat_template", None):
-        return record.template.format(images="\n".join([token] * n_images), prompt=prompt)
+        template = re.sub(r"{images}\s*", "", record.template) if word.inserted else record.template
+        return template.format(images="\n".join([word.text] * n_images), prompt=prompt)
     content = [{"type": "image"}] * n_images + [{"type": "text", "text": prompt}]
-    return _write([{"role": "user", "content": content}], n_images, token, record, processor)
+    return _write([{"role": "user", "content": content}], n_images, word, record, processor)
 
 
-def _write_conversation(messages: Conversation, n_images: int, token: str, record: Architecture, processor) -> str:
+def _write_conversation(messages: Conversation, n_images: int, word: ImageWord, record: Architecture, processor) -> str:
     """A conversation in the chat template of the processor."""
     if not getattr(processor, "chat_template", None):
         raise InputError(
@@ -197,10 +202,10 @@ def _write_conversation(messages: Conversation, n_images: int, token: str, recor
             f"The conversation holds {n_entries} entries {{'type': 'image'}}, but the example has {n_images} images: write "
             "one where each image belongs. Several images of one example are a list within the list: [[first, second]]."
         )
-    return _write(messages, n_images, token, record, processor)
+    return _write(messages, n_images, word, record, processor)
 
 
-def _write(messages: Conversation, n_images: int, token: str, record: Architecture, processor) -> str:
+def _write(messages: Conversation, n_images: int, word: ImageWord, record: Architecture, processor) -> str:
     """The messages as the chat template writes them, checked for what it may have left out.
 
     A last message of the assistant is left open, for the model to go on with; after any other the
@@ -217,13 +222,12 @@ def _write(messages: Conversation, n_images: int, token: str, record: Architectu
         )
     except Exception as error:  # a template can raise anything
         raise InputError(f"The processor's chat template cannot write the messages ({error}). {advice}") from error
-    # A processor of queries puts them before the text by itself.
-    expected = n_images if record.visual_tokens == "patches" else 0
+    expected = 0 if word.inserted else n_images
     texts = [entry["text"] for message in messages for entry in message["content"] if entry["type"] == "text"]
-    if (n_tokens := text.count(token)) != expected:
-        in_texts = " Leave it out of the text." if any(token in part for part in texts) else f" {advice}"
+    if (n_words := text.count(word.text)) != expected:
+        in_texts = " Leave it out of the text." if any(word.text in part for part in texts) else f" {advice}"
         raise InputError(
-            f"The processor's chat template wrote {token} {n_tokens} times where {expected} were expected.{in_texts}"
+            f"The processor's chat template wrote {word.text} {n_words} times where {expected} were expected.{in_texts}"
         )
     if lost := [part for part in texts if part.strip() not in text]:
         raise InputError(f"The processor's chat template leaves out the text {lost[0][:60]!r}. {advice}")

@@ -1,18 +1,19 @@
 """The map of a sequence: what each position holds, and which patch of the image."""
 
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import cached_property
-from itertools import accumulate
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 
-from mechvlm.inputs.grids import PatchGrid
+from mechvlm.errors import InputError
 from mechvlm.inputs.numbers import whole_numbers
+from mechvlm.inputs.occurrences import WORD, occurrences, spans
+from mechvlm.inputs.placed import Placed
+from mechvlm.inputs.views import MEMORY, Layout
 
 
 class Modality(IntEnum):
@@ -28,14 +29,15 @@ class Modality(IntEnum):
 
 
 POSITION_NAMES = {
-    **{group: group for group in ("image", "text", "question", "special", "all")},
-    "last": "all", "last_text": "text", "last_image": "image",
+    **{group: group for group in ("image", "text", "question", "special", "prompt", "answer", "writing", "all")},
+    "last": "all", "last_text": "text", "last_image": "image", "last_prompt": "prompt",
 }  # fmt: skip
 """Names of positions, and the group that each is of: a "last" one is the last of its group."""
+NO_ANSWER = "No answer was written into these inputs: take vlm.generate(inputs).inputs, or inputs.answered('a text')."
 
 
 @dataclass(frozen=True, repr=False)
-class TokenMap:
+class TokenMap(Placed):
     """What each position of one example's sequence holds.
 
     Positions count from the start of the padded sequence, so that they index the model's
@@ -51,17 +53,16 @@ class TokenMap:
         spelled: the same, with characters whole that are split over several tokens: the first of
             these holds their text, the others "".
         modality: one `Modality` a position.
-        grids: the vision encoder's patch grid, one per image.
-        patches: True if each visual token is one patch of its grid, False if it is a query that
-            reads the whole image.
+        layouts: how each image's visual tokens lie on it.
+        n_answer: how many of the last positions hold an answer; 0 where none was written.
     """
 
     ids: Int[Tensor, " pos"]
     strings: tuple[str, ...]
     spelled: tuple[str, ...]
     modality: Int[Tensor, " pos"]
-    grids: tuple[PatchGrid, ...]
-    patches: bool
+    layouts: tuple[Layout, ...]
+    n_answer: int = 0
 
     def __len__(self) -> int:
         return len(self.strings)
@@ -75,7 +76,13 @@ class TokenMap:
 
     @cached_property
     def image(self) -> Int[Tensor, " n"]:
-        """Positions of the visual tokens of all images, in order."""
+        """Positions of the visual tokens of all images, in order.
+
+        Raises:
+            InputError: where the image is a memory, and no position holds a visual token.
+        """
+        if self.is_memory:
+            raise InputError(MEMORY)
         return self._where(Modality.IMAGE)
 
     @cached_property
@@ -97,14 +104,33 @@ class TokenMap:
     def question(self) -> Int[Tensor, " n"]:
         """Positions of the prompt, its template and its control tokens, except the last position.
 
-        `image`, `question` and `last` together are every position once.
+        `image`, `question` and `last` together are every position once; with an answer it is
+        `image`, `question` and `answer`.
         """
-        prompt = self._where(Modality.SPECIAL, Modality.TEXT)
+        prompt = self.prompt[torch.isin(self.modality[self.prompt], torch.tensor([Modality.SPECIAL, Modality.TEXT]))]
         return prompt[prompt != self.last]
+
+    @cached_property
+    def prompt(self) -> Int[Tensor, " n"]:
+        """Every position before the answer, image included."""
+        return self.all[: len(self.all) - self.n_answer]
+
+    @cached_property
+    def answer(self) -> Int[Tensor, " n"]:
+        """Positions that hold the answer's tokens; none where no answer was written."""
+        return self.all[len(self.all) - self.n_answer :]
+
+    @cached_property
+    def writing(self) -> Int[Tensor, " n"]:
+        """Positions at which the model wrote the answer's tokens: each is the one before it.
+
+        The first is the prompt's last. The answer's own last position wrote nothing of it.
+        """
+        return self.answer - 1
 
     @property
     def last(self) -> int:
-        """The last position, where the model answers."""
+        """The last position, where the model goes on writing."""
         return int(self.all[-1])
 
     @property
@@ -117,28 +143,25 @@ class TokenMap:
         """Position of the last visual token."""
         return int(self.image[-1])
 
-    @property
-    def images(self) -> tuple[Int[Tensor, " n"], ...]:
-        """Positions of the visual tokens, one tensor per image."""
-        return self.image.chunk(len(self.grids))
-
     def select(self, where: str | int | Iterable[int] | Tensor) -> Int[Tensor, " n"]:
         """Positions by name, by a word or by number.
 
         Args:
-            where: one of `POSITION_NAMES`, a word or a phrase of the text (`pos_of`), or one or
-                several numbers: an int, a list, a range, an array, a tensor. Negative ones count
-                from the end.
+            where: one of `POSITION_NAMES`, a word or a phrase of the text (`pos_of`), one of the
+                answer as "holds:red" or "wrote:red" (`holds`, `wrote`), or one or several numbers:
+                an int, a list, a range, an array, a tensor. Negative ones count from the end.
 
         Raises:
             ValueError: for a string that is neither a name nor in the text, a number outside the
                 sequence or on padding, or an empty selection.
         """
         if isinstance(where, str):
-            group = POSITION_NAMES.get(where)
+            group, (kind, _, word) = POSITION_NAMES.get(where), where.partition(":")
             if group is None:
-                return self._pos_of_word(where)
+                return getattr(self, kind)(word) if kind in ("holds", "wrote") else self._pos_of_word(where)
             positions = getattr(self, group)[-1:] if group != where else getattr(self, group)
+            if not len(positions) and group in ("answer", "writing"):
+                raise ValueError(NO_ANSWER)
         else:
             numbers = whole_numbers(where, "A selection of positions")
             n, padding = len(self), (self.modality == Modality.PADDING).tolist()
@@ -161,83 +184,81 @@ class TokenMap:
                 f"There are no positions called {word!r} (names: {names}), and no such word. {error}"
             ) from None
 
-    def position(self, row: int, col: int, image: int = 0) -> int:
-        """The position of one patch's visual token.
-
-        Raises:
-            ValueError: when visual tokens are queries, which have no place on the image.
-            IndexError: for an image that does not exist, or a row or column outside the grid.
-        """
-        grid = self._grid(image)
-        grid.box(row, col)  # refuses a cell outside the grid
-        return int(self.images[image][row * grid.cols + col])
-
-    def cell(self, position: int) -> tuple[int, int, int]:
-        """(image, row, col) of the patch at a position.
-
-        Raises:
-            ValueError: when visual tokens are queries, or the position holds no visual token.
-        """
-        for image, positions in enumerate(self.images):
-            matches = (positions == position).nonzero()
-            if len(matches):
-                row, col = divmod(int(matches[0, 0]), self._grid(image).cols)
-                return image, row, col
-        raise ValueError(f"Position {position} holds no visual token; they are at {self.image.tolist()}.")
-
-    def pos_in_box(
-        self, box: Sequence[float | int], image: int = 0, covered: float = 0.5, margin: int = 0
-    ) -> Int[Tensor, " n"]:
-        """Positions of the patches that lie in a box.
-
-        Args:
-            box: (left, top, right, bottom) in pixels of the original image.
-            image: which image of the prompt.
-            covered: share of a patch's area that must lie in the box.
-            margin: neighbours of these patches, up to so many patches away (diagonals as well), are
-                included too.
-
-        Raises:
-            ValueError: when visual tokens are queries, which have no place on the image.
-            IndexError: for an image that does not exist.
-        """
-        return self.images[image][self._grid(image).inside(box, covered, margin).flatten()]
-
     def pos_of(self, word: str) -> Int[Tensor, " n"]:
         """Positions of the tokens that spell a word or a phrase, at every occurrence in the text.
 
-        Only whole words match, and only in the same case.
+        The text is the prompt's, and the answer's where one was written. Only whole words match,
+        and only in the same case.
 
         Raises:
             ValueError: when the text does not contain it; the message quotes the text.
         """
-        # Positions without text become a NUL, which no word or phrase contains.
-        is_text = (self.modality == Modality.TEXT).tolist()
-        texts = [s if t else "\0" for s, t in zip(self.spelled, is_text, strict=True)]
-        text = "".join(texts)
-        # Tokens that share a character have one span, which begins at their first letter.
-        stretches: list[tuple[int, int]] = []
-        for piece, end in zip(texts, accumulate(map(len, texts)), strict=True):
-            stretches.append((end - len(piece.lstrip()), end) if piece else stretches[-1])
-        spans = (
-            [m.span() for m in re.finditer(rf"(?<!\w){re.escape(word.strip())}(?!\w)", text)] if word.strip() else []
-        )
-        if not spans:
-            raise ValueError(f"The text holds no {word!r}. It reads: {text.replace(chr(0), '').strip()!r}.")
-        positions = [
-            i
-            for i, (start, end) in enumerate(stretches)
-            if is_text[i] and any(first < end and start < stop for first, stop in spans)
-        ]
-        return torch.tensor(positions)
+        spelled = occurrences(word, self._texts)
+        if not spelled:
+            text = "".join(self._texts).replace(chr(0), "").strip()
+            raise ValueError(f"The text holds no {word!r}. It reads: {text!r}.")
+        return torch.tensor(sorted({position for positions in spelled for position in positions}))
 
-    def _grid(self, image: int) -> PatchGrid:
-        """The grid of one image, if its visual tokens are patches."""
-        if not self.patches:
-            raise ValueError(
-                "This model's visual tokens are queries: each reads the whole image and has no place on it. "
-                "mechvlm.query_reading gives a map [query, row, col] of where each one reads."
+    def holds(self, word: str, occurrence: int | None = None) -> Int[Tensor, " n"]:
+        """Positions of the answer that hold the tokens of a word or a phrase.
+
+        >>> answer = vlm.generate(inputs)[0]    # "a red circle and a red cat"
+        >>> tokens = answer.inputs.tokens
+        >>> tokens.holds("red"), tokens.wrote("red", occurrence=1)
+
+        Args:
+            word: as it stands in the answer; only whole words match, and only in the same case.
+            occurrence: which of several, 0 the first; None for all of them.
+
+        Raises:
+            ValueError: where no answer was written, or it does not hold the word (the message says
+                which words it holds).
+            IndexError: for an occurrence that is not there.
+        """
+        if not self.n_answer:
+            raise ValueError(NO_ANSWER)
+        start = int(self.answer[0])
+        spelled = [own for own in occurrences(word, self._texts) if own[0] >= start]
+        if not spelled:
+            words = ", ".join(dict.fromkeys(own for own, _ in self.answer_words)) or "no word"
+            raise ValueError(f"The answer holds no {word!r}. It holds: {words}.")
+        if occurrence is not None and not -len(spelled) <= occurrence < len(spelled):
+            raise IndexError(
+                f"Occurrence {occurrence} of {word!r} was asked for; the answer has 0 to {len(spelled) - 1}."
             )
-        if not 0 <= image < len(self.grids):
-            raise IndexError(f"Image {image} was asked for; the prompt holds {len(self.grids)}.")
-        return self.grids[image]
+        chosen = spelled if occurrence is None else [spelled[occurrence]]
+        return torch.tensor(sorted({position for positions in chosen for position in positions}))
+
+    def wrote(self, word: str, occurrence: int | None = None) -> Int[Tensor, " n"]:
+        """Positions at which the model wrote the tokens of a word: each is the one before it.
+
+        What the model read there decided the token; see `holds` for the arguments and errors.
+        """
+        return self.holds(word, occurrence) - 1
+
+    @cached_property
+    def answer_words(self) -> tuple[tuple[str, Int[Tensor, " n"]], ...]:
+        """The answer's words in order, each with the positions that hold its tokens."""
+        if not self.n_answer:
+            return ()
+        start = int(self.answer[0])
+        texts = ("\0",) * start + self._texts[start:]
+        return tuple((word, torch.tensor(own)) for word, own in spans(WORD, texts))
+
+    @cached_property
+    def _texts(self) -> tuple[str, ...]:
+        """Each position's text, or a NUL, which no word or phrase contains."""
+        is_text = (self.modality == Modality.TEXT).tolist()
+        return tuple(s if t else "\0" for s, t in zip(self.spelled, is_text, strict=True))
+
+
+def image_mask(maps: Sequence[TokenMap]) -> Bool[Tensor, "example pos"]:
+    """Which positions of a batch hold visual tokens.
+
+    Raises:
+        InputError: where the image is a memory, and no position holds a visual token.
+    """
+    mask = torch.zeros(len(maps), len(maps[0]), dtype=torch.bool)
+    for row, tokens in enumerate(maps):
+        mask[row, tokens.image] = True
+    return mask

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from mechvlm.figures.style import LINES, axes, curve, state_axis, style
 from mechvlm.inputs.batch import Inputs
-from mechvlm.inputs.tokens import Modality
+from mechvlm.inputs.tokens import Modality, image_mask
 from mechvlm.probes.probe import Model, Row, State
 from mechvlm.results import Result, concat, long_frame, stack
 
@@ -125,7 +125,7 @@ class Contextualization:
         text = modality == Modality.TEXT
         if self.special:
             text |= modality == Modality.SPECIAL
-        masks = modality == Modality.IMAGE, text
+        masks = image_mask(inputs.token_maps), text
         for kind, mask in zip(("image", "text"), masks, strict=True):
             empty = (~mask.any(-1)).nonzero().squeeze(-1).tolist()
             if empty:

@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mechvlm.inputs.batch import Inputs
+from mechvlm.inputs.tokens import NO_ANSWER
 from mechvlm.probes.probe import Model, Row, State
 from mechvlm.results import Result, to_cpu
 
@@ -29,45 +30,55 @@ class LikelihoodPlan(NamedTuple):
 
 @dataclass(frozen=True)
 class Likelihood:
-    """Probe: log-probabilities of each example's last `n_tokens` tokens, each given all before it.
+    """Probe: log-probabilities of each example's last tokens, each given all before it.
 
     Logits are formed at these positions alone, in float32 whatever dtype the model runs in.
     Tested: in bfloat16 equal to the float32 readout of the model's own last states.
 
-    >>> inputs, n_tokens = vlm.answered(inputs, ["a red circle"])
-    >>> (likelihood,) = mv.read(vlm, inputs, mv.Likelihood(n_tokens))
+    >>> (likelihood,) = mv.read(vlm, inputs.answered("a red circle"), mv.Likelihood())
     >>> likelihood.total  # log p(text | image, prompt), [example], in nats
 
     Args:
-        n_tokens: how many tokens are measured, per example: what `vlm.answered` gives.
+        n_tokens: how many tokens are measured, per example; None for the answer that was written.
 
     Raises:
-        ValueError: from `read`, for other numbers of `n_tokens` than examples, or more tokens than
-            an example has.
+        ValueError: from `read`, for inputs without an answer, other numbers of `n_tokens` than
+            examples, or more tokens than an example has.
     """
 
-    n_tokens: Sequence[int]
+    n_tokens: Sequence[int] | None = None
 
     def part_of(self, numbers: range, n_examples: int) -> "Likelihood":
         """The probe for some of the examples."""
+        if self.n_tokens is None:
+            return self
         if len(self.n_tokens) != n_examples:
             raise ValueError(f"n_tokens holds {len(self.n_tokens)} numbers for {n_examples} examples.")
         return Likelihood(list(self.n_tokens)[numbers.start : numbers.stop])
 
     def prepare(self, vlm: Model, inputs: Inputs) -> LikelihoodPlan:
         """Find the measured tokens."""
-        if len(self.n_tokens) != len(inputs):
-            raise ValueError(f"n_tokens holds {len(self.n_tokens)} numbers for {len(inputs)} examples.")
+        n_tokens = self._measured(inputs)
+        if len(n_tokens) != len(inputs):
+            raise ValueError(f"n_tokens holds {len(n_tokens)} numbers for {len(inputs)} examples.")
         ids = inputs.encoding["input_ids"]
-        for number, (n, tokens) in enumerate(zip(self.n_tokens, inputs.token_maps, strict=True)):
+        for number, (n, tokens) in enumerate(zip(n_tokens, inputs.token_maps, strict=True)):
             if not 0 < n < len(tokens.all):
                 raise ValueError(
                     f"{n} tokens were asked for of example {number}, which has {len(tokens.all)}: choose 1 to "
                     f"{len(tokens.all) - 1}, since nothing predicts the first."
                 )
         # Padding is on the left: the last positions of all examples are tokens.
-        longest = max(self.n_tokens)
+        longest = max(n_tokens)
         return LikelihoodPlan(vlm.n_layers, ids[:, -longest:])
+
+    def _measured(self, inputs: Inputs) -> list[int]:
+        if self.n_tokens is not None:
+            return list(self.n_tokens)
+        n_tokens = [tokens.n_answer for tokens in inputs.token_maps]
+        if not all(n_tokens):
+            raise ValueError(NO_ANSWER)
+        return n_tokens
 
     def at_state(self, plan: LikelihoodPlan, state: State) -> Row | None:
         """At the last state, the log-probability of each token [example token]."""
@@ -84,7 +95,7 @@ class Likelihood:
         """The log-probabilities, NaN before each example's first measured token."""
         logprob = to_cpu(rows[0]["logprob"])
         longest = logprob.shape[1]
-        measured = torch.arange(longest) >= longest - torch.tensor(list(self.n_tokens))[:, None]
+        measured = torch.arange(longest) >= longest - torch.tensor(self._measured(inputs))[:, None]
         return LikelihoodResult(logprob.where(measured, torch.nan), vlm.name)
 
 

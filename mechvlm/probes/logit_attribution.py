@@ -25,13 +25,15 @@ from torch import Tensor
 
 from mechvlm.decoder.attention import Attention, attention_rows
 from mechvlm.decoder.norms import Norm
-from mechvlm.decoder.projections import Projection
+from mechvlm.decoder.unembedding import Unembedding
 from mechvlm.figures.headings import answer_label
 from mechvlm.figures.panels import above
 from mechvlm.figures.style import SIGNED, Line, axes, layer_axis, style
 from mechvlm.inputs.batch import Inputs
 from mechvlm.inputs.batches import Answers, answers_of
+from mechvlm.inputs.tokens import image_mask
 from mechvlm.intervals import Interval, mean_interval
+from mechvlm.measures.heads import rank_heads
 from mechvlm.probes.probe import Model, Row, State, Written
 from mechvlm.results import Result, long_frame, stack, to_cpu
 
@@ -62,7 +64,7 @@ def z_from(
     parts: Attention, dest: Int[Tensor, " batch"], src: Bool[Tensor, "batch src"]
 ) -> Float[Tensor, "batch head d_head"]:
     """The part of z at `dest` that comes from `src`: Σ α_h[dest, src] v_h[src]. Float32."""
-    alpha = attention_rows(parts.q, parts.k, parts.mask, parts.scale, dest[:, None])[:, :, 0]
+    alpha = attention_rows(parts, dest[:, None])[:, :, 0]
     v = parts.v.float().repeat_interleave(alpha.shape[1] // parts.v.shape[1], dim=1)
     return torch.einsum("bhs,bhse->bhe", alpha * src.to(alpha)[:, None], v)
 
@@ -90,10 +92,14 @@ class AttributionPlan(NamedTuple):
         """of(answers' ids) less of(subtracted ids), or the former alone. Float32."""
         return of(self.toward).float() if self.away is None else of(self.toward).float() - of(self.away).float()
 
-    def direction(self, final_norm: Norm, unembed: Projection) -> Float[Tensor, "example d_model"]:
-        """g * (W_U[a] - W_U[b]): what a write is multiplied with, apart from the norm's scale."""
+    def direction(self, final_norm: Norm, unembed: Unembedding) -> Float[Tensor, "example d_model"]:
+        """g * (W_U[a] - W_U[b]): what a write is multiplied with, apart from the norm's scale.
+
+        A norm that subtracts a state's mean from it is the same as a direction without its mean.
+        """
         w_u = unembed.weight
-        return self.difference(lambda ids: w_u[ids.to(w_u.device)]) * final_norm.gain.float()
+        direction = self.difference(lambda ids: w_u[ids.to(w_u.device)]) * final_norm.gain.to(w_u.device).float()
+        return final_norm.centred(direction) * unembed.scale
 
     def at_last(self, x: Float[Tensor, "batch pos *rest"]) -> Float[Tensor, "batch *rest"]:
         """x at each example's last position."""
@@ -144,9 +150,10 @@ class LogitAttribution:
                 f"`answers` and `versus` begin with the same token in these examples, {same}: there is no difference to "
                 "attribute. Give answers whose first tokens differ."
             )
-        image = torch.zeros(len(inputs), len(inputs.token_maps[0]), dtype=torch.bool)
-        for row, tokens in enumerate(inputs.token_maps):
-            image[row, tokens.image] = True
+        if vlm.memory_layers:  # no position holds the image
+            image = torch.zeros(len(inputs), len(inputs.token_maps[0]), dtype=torch.bool)
+        else:
+            image = image_mask(inputs.token_maps)
         last = torch.tensor([tokens.last for tokens in inputs.token_maps])
         return AttributionPlan(toward, away, answers, versus, last, image, vlm.n_layers)
 
@@ -157,9 +164,12 @@ class LogitAttribution:
         resid = plan.at_last(state.resid)
         if state.number == 0:
             return {"embed": (resid.float() * plan.direction(state.final_norm, state.unembed).to(resid.device)).sum(-1)}
-        logits = state.unembed(state.final_norm(resid))
-        bias = state.unembed.bias
+        logits = state.unembed.uncapped(state.final_norm(resid))
+        w_u, bias = state.unembed.weight, state.unembed.bias
         bias = torch.zeros_like(logits[0]) if bias is None else bias
+        if state.final_norm.bias.any():
+            bias = bias + w_u @ state.final_norm.bias.to(w_u)
+        bias = bias * state.unembed.scale
         return {
             "scale": state.final_norm.rms(resid)[:, 0],
             "logit": plan.difference(lambda ids: logits.gather(1, ids[:, None].to(logits.device))[:, 0]),
@@ -170,11 +180,16 @@ class LogitAttribution:
         """The parts of the layer's heads, their bias and its MLP, not yet divided by the scale."""
         z, w_o, mlp_out = plan.at_last(written.z), written.w_o, plan.at_last(written.mlp_out)
         direction = plan.direction(written.final_norm, written.unembed).to(z.device)
-        z_image = z_from(written.parts, plan.last.to(z.device), plan.image.to(z.device))
+        # A memory layer attends to the image alone.
+        on_image = torch.ones_like(plan.image[:, :1]) if written.memory else plan.image
+        z_image = z_from(written.parts, plan.last.to(z.device), on_image.to(z.device))
+        # [batch 1]: a norm after the attention divides what all heads write together
+        divisor = 1.0 if written.divisor is None else plan.at_last(written.divisor)
+        bias = torch.zeros_like(direction[:, :1]) if written.b_o is None else direction @ written.b_o.float()[:, None]
         return {
-            "heads": head_writes(z, w_o, direction),
-            "from_image": head_writes(z_image, w_o, direction),
-            "attn_bias": torch.zeros_like(direction[:, 0]) if written.b_o is None else direction @ written.b_o.float(),
+            "heads": head_writes(z, w_o, direction) / divisor,
+            "from_image": head_writes(z_image, w_o, direction) / divisor,
+            "attn_bias": (bias / divisor)[:, 0],
             "mlps": (mlp_out.float() * direction.to(mlp_out.device)).sum(-1),
         }
 
@@ -206,8 +221,8 @@ class LogitAttributionResult(Result):
     Attributes:
         embed: the part of what entered the decoder at the last position.
         heads: the parts of the heads' outputs, z_h W_O^h.
-        from_image: the share of `heads` that came from the image's positions; `from_rest` is the
-            other one.
+        from_image: the share of `heads` that came from the image: from its positions, or from its
+            memory in the layers that read one. `from_rest` is the other share.
         attn_bias: the part of W_O's bias, which belongs to no head (0 where there is none).
         mlps: the parts of the MLPs' outputs.
         bias: the part of the unembedding's bias (0 where there is none).
@@ -261,6 +276,26 @@ class LogitAttributionResult(Result):
             raise ValueError(f"There is no part {part!r}. Parts: {known}.")
         values = getattr(self, part)
         return mean_interval(values.transpose(0, 1) if part in by_layer else values)
+
+    def top_heads(self, top: int = 10, part: str = "from_image") -> pd.DataFrame:
+        """The heads that wrote most toward the answer, by default out of the image's positions.
+
+        Heads of one contribution follow each other by layer, then by head.
+
+        Args:
+            top: how many.
+            part: "from_image", "from_rest" or "heads", the sum of both.
+
+        Returns:
+            One row a head: layer, head, logits (the mean over examples), and low and high, its 95 %
+            bootstrap interval (the draws have seed 0).
+
+        Raises:
+            ValueError: for less than one head, or another part.
+        """
+        if part not in ("from_image", "from_rest", "heads"):
+            raise ValueError(f"There is no part {part!r} of heads: they have 'from_image', 'from_rest' and 'heads'.")
+        return rank_heads(getattr(self, part).transpose(0, 1), top, "logits")
 
     def to_frame(self) -> pd.DataFrame:
         """One row per part, layer, head and example.

@@ -21,39 +21,12 @@ from mechvlm.figures.style import STATE, axes, position_ticks, style, text
 from mechvlm.inputs.batch import Inputs
 from mechvlm.inputs.numbers import shortened, state_numbers, whole_numbers
 from mechvlm.inputs.selections import part_of_selection, positions_of
+from mechvlm.probes.likeliest import top_tokens
 from mechvlm.probes.probe import Model, Row, State
 from mechvlm.results import Result, stack
 
-POSITIONS_PER_CHUNK = 1024
-"""Positions unembedded at once, so that at most [POSITIONS_PER_CHUNK, d_vocab] logits exist.
-
-Fewer than some 300 cost time: every chunk reads the whole unembedding matrix.
-"""
-ROWS_IN_CACHE = 32
-"""Rows of logits that the CPU works on at once.
-
-As many as its cache holds: 4 MB, where the vocabulary has 32,000 tokens.
-"""
 WORDS_UP_TO = 80
 """Positions up to which a picture shows the words; with more of them they would overlap."""
-
-
-def top_tokens(
-    states: Float[Tensor, "point d_model"], unembed, k: int
-) -> tuple[Int[Tensor, "point k"], Float[Tensor, "point k"]]:
-    """The k likeliest tokens of each state and their probabilities, likeliest first.
-
-    softmax(unembed(state)), in float32. Logits are formed for `POSITIONS_PER_CHUNK` states at a
-    time and dropped.
-
-    Tested: equals softmax(unembed(states)).topk(k) of all states at once.
-    """
-    best = []
-    for chunk in states.split(POSITIONS_PER_CHUNK):
-        logits = unembed(chunk)
-        blocks = logits.split(ROWS_IN_CACHE if logits.device.type == "cpu" else POSITIONS_PER_CHUNK)
-        best += [block.float().softmax(-1).topk(k, dim=-1) for block in blocks]
-    return torch.cat([top.indices for top in best]), torch.cat([top.values for top in best])
 
 
 class LensPlan(NamedTuple):
@@ -121,7 +94,7 @@ class LogitLens:
     def result(self, plan: LensPlan, rows: list[Row], vlm: Model, inputs: Inputs) -> "LogitLensResult":
         """The tokens with their texts, and the points' places in the sequence and the image."""
         ids = stack([row["tokens"] for row in rows])
-        distinct = ids.unique()
+        distinct = torch.bincount(ids.flatten()).nonzero()[:, 0]  # no sort, of 10^6 ids perhaps
         vocabulary = tuple(zip(distinct.tolist(), vlm.to_str_tokens(distinct), strict=True))
         probs = stack([row["probs"] for row in rows])
         patches = all(tokens.patches for tokens in inputs.token_maps)
@@ -130,12 +103,16 @@ class LogitLens:
 
 
 def _cells(plan: LensPlan, inputs: Inputs) -> Int[Tensor, "point 3"]:
-    """(image, row, col) of each point; -1 where it is no patch."""
+    """(image, row, col) of each point in the view of the whole image; -1 where it is not there."""
     cells = torch.full((len(plan.position), 3), -1)
     for i, tokens in enumerate(inputs.token_maps):
-        of_image = (plan.example == i) & torch.isin(plan.position, tokens.image)
-        for point in of_image.nonzero()[:, 0].tolist() if tokens.patches else ():
-            cells[point] = torch.tensor(tokens.cell(int(plan.position[point])))
+        by_position = torch.full((len(tokens), 3), -1)
+        for image, views in enumerate(() if tokens.is_memory else tokens.views):
+            for grid in (view.positions for view in views[:1]):  # queries have no view
+                row, col = (grid >= 0).nonzero(as_tuple=True)
+                by_position[grid[row, col]] = torch.stack([torch.full_like(row, image), row, col], 1)
+        of_example = plan.example == i
+        cells[of_example] = by_position[plan.position[of_example]]
     return cells
 
 
@@ -160,7 +137,7 @@ class LogitLensResult(Result):
         model: the model's name.
         cells: (image, row, col) of each point's patch; -1 where it is none. None in files of
             earlier versions.
-        patches: False where visual tokens are queries, which have no place on the image.
+        patches: False where visual tokens have no place on the image, as queries.
         n_positions: the length of the padded sequences in which `position` counts; None in files of
             earlier versions.
     """
@@ -344,8 +321,8 @@ class LogitLensResult(Result):
     def _patches(self) -> Int[Tensor, "point 3"]:
         if not self.patches:
             raise ValueError(
-                "This model's visual tokens are queries: each reads the whole image, so no word has a row and a column. "
-                "Give a position, and see mechvlm.query_reading for where a query reads."
+                "These visual tokens have no row and column, as queries: each reads the whole image. Give a position, and see "
+                "mechvlm.query_reading for where a Q-Former's query reads."
             )
         if self.cells is None:
             raise ValueError("This lens was saved by an earlier version, without rows and columns: give a position.")

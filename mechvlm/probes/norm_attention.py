@@ -3,12 +3,11 @@
 A source with a large weight may still write next to nothing (Kobayashi et al. 2020). Head h writes
 α_h[dest, src] f_h(x_src) of a source to a destination, with f_h(x_j) = v_hj W_O^h.
 
-1. `value_gram` gives the dot products of the f_h of every source, [src head head].
-2. `norm_attention_sum` makes the norm of Σ_h α_h f_h out of them and the weights.
-
-So the vectors themselves, [dest src d_model], are never formed.
+The vectors themselves, [dest src d_model], are never formed: `mechvlm.probes.value_gram` has the
+formula.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, NamedTuple
 
@@ -25,70 +24,11 @@ from mechvlm.figures.style import axes, heatmap, position_ticks, style
 from mechvlm.inputs.batch import Inputs
 from mechvlm.inputs.selections import part_of_selection, parts_of
 from mechvlm.inputs.tokens import Modality
+from mechvlm.inputs.views import MEMORY
 from mechvlm.probes.probe import Attended, Model, Row
+from mechvlm.probes.shares import OF, AttentionShareResult, group_shares
+from mechvlm.probes.value_gram import items_per_chunk, norm_attention_sum, shared_gram
 from mechvlm.results import Result, long_frame, stack
-
-NUMBERS_IN_CACHE, NUMBERS_IN_MEMORY = 2**21, 2**26
-"""Numbers of an intermediate that exist at once.
-
-On the CPU as many as its cache holds (8 MB), elsewhere enough for full kernels (256 MB).
-"""
-
-
-def value_gram(
-    v: Float[Tensor, "batch kv_head src d_head"], w_o: Float[Tensor, "d_model head_d_head"]
-) -> Float[Tensor, "batch src head head"]:
-    """G_src[h, g] = f_h(x_src) · f_g(x_src), the dot products of what the heads would write.
-
-    f_h(x_j) = v_hj W_O^h is what head h would write of source j at weight 1. v includes W_V's bias;
-    W_O's bias is left out, since it belongs to no source (Kobayashi et al. 2020, eq. 2-4). Grouped
-    queries share their value. The sum over d_model is taken in chunks, so that f
-    [batch src head d_model] never exists as a whole.
-
-    Tested: equals f @ fᵀ, with f formed whole.
-    """
-    if len(v) > 1 and v.device.type == "cpu":
-        # One example at a time: chunks of all of them would be too narrow for the matrix product.
-        return torch.cat([value_gram(example[None], w_o) for example in v])
-    batch, kv_heads, n_src, d_head = v.shape
-    n_heads = w_o.shape[1] // d_head
-    v = v.float().repeat_interleave(n_heads // kv_heads, dim=1)
-    v = rearrange(v, "batch head src d_head -> head (batch src) d_head")
-    heads = rearrange(w_o, "d_model (head d_head) -> head d_head d_model", d_head=d_head)
-    gram = v.new_zeros(batch * n_src, n_heads, n_heads)
-    chunks = heads.split(items_per_chunk(batch * n_src * n_heads, v.device), dim=-1)
-    # Where no gradient needs f, every chunk is written into the same memory: new memory would cost
-    # as much as the product of f with itself.
-    buffer = None if torch.is_grad_enabled() else v.new_empty(n_heads, batch * n_src, chunks[0].shape[-1])
-    for chunk in chunks:
-        f = torch.bmm(v, chunk.float(), out=None if buffer is None else buffer[..., : chunk.shape[-1]])
-        f = rearrange(f, "head point d -> point head d")
-        gram.baddbmm_(f, f.transpose(-1, -2))
-    return rearrange(gram, "(batch src) h g -> batch src h g", batch=batch)
-
-
-def norm_attention_sum(
-    alpha: Float[Tensor, "batch head dest src"], gram: Float[Tensor, "batch src head head"]
-) -> Float[Tensor, "batch dest src"]:
-    """Norm of what each source wrote to each destination, summed over heads.
-
-    ‖Σ_h α_h[dest, src] f_h[src]‖ = sqrt(αᵀ G α), with G_src[h, g] = f_h[src] · f_g[src]
-    (`value_gram`), in residual-stream units: exact, and without a tensor of [dest, src, d_model].
-
-    Source: Kobayashi et al. 2020, eq. 5. Differs: x is the RMS-normed input of a pre-norm decoder.
-    Tested: equals the norm of the explicitly summed vectors.
-    """
-    # Laid out by source once: both products then run over memory as it lies.
-    a = rearrange(alpha, "batch head dest src -> batch src head dest").contiguous()
-    return rearrange((gram @ a).mul_(a).sum(2).clamp_(min=0).sqrt_(), "batch src dest -> batch dest src")
-
-
-def items_per_chunk(size: int, device: torch.device) -> int:
-    """How many items of `size` numbers are worked on at once.
-
-    At least 32, because matrix products need some width.
-    """
-    return max(32, (NUMBERS_IN_CACHE if device.type == "cpu" else NUMBERS_IN_MEMORY) // size)
 
 
 class NormPlan(NamedTuple):
@@ -124,7 +64,7 @@ class NormAttention:
 
     def part_of(self, numbers: range, n_examples: int) -> "NormAttention":
         """The probe for some of the examples."""
-        return NormAttention(part_of_selection(self.dst, numbers, n_examples, "dst"))
+        return replace(self, dst=part_of_selection(self.dst, numbers, n_examples, "dst"))
 
     def prepare(self, vlm: Model, inputs: Inputs) -> NormPlan:
         """Find the destinations of each example, and name them."""
@@ -153,8 +93,9 @@ class NormAttention:
         Also ‖f_h(x_src)‖ of every head and source, [example head src].
         """
         dest, _, padding = plan
-        q, k, v, mask, scale = attended.parts
-        gram = value_gram(v, attended.w_o)
+        parts = attended.parts
+        q, k = parts.q, parts.k
+        gram = shared_gram(attended)
         batch, n_heads, n_src, n_dest = len(q), q.shape[1], k.shape[2], dest.shape[1]
         weight = gram.new_zeros(batch, n_heads, n_dest, n_src)
         norm = gram.new_zeros(batch, n_dest, n_src)
@@ -162,23 +103,56 @@ class NormAttention:
         size = items_per_chunk(batch * n_heads * n_src, q.device)
         for rows, weights, norms in zip(dest.split(size, 1), weight.split(size, 2), norm.split(size, 1), strict=True):
             # No mask is the causal one: no row sees a source after the last of these destinations.
-            visible = slice(int(rows.max()) + 1 if mask is None else n_src)
-            alpha = attention_rows(q[:, :, visible], k[:, :, visible], mask, scale, rows)
+            visible = slice(max(map(max, rows.tolist())) + 1 if parts.mask is None and parts.causal else None)
+            alpha = attention_rows(parts._replace(q=q[:, :, visible], k=k[:, :, visible]), rows)
             if padding is not None:  # a destination on padding attends to arbitrary sources
                 alpha.masked_fill_(padding.gather(1, rows).to(alpha.device)[:, None, :, None], 0)
             weights[..., visible] = alpha
             norms[..., visible] = norm_attention_sum(alpha, gram[:, visible])
+        divisor = norm.new_ones(batch, n_dest)
+        if attended.divisor is not None:
+            divisor = attended.divisor.float().to(norm.device).gather(1, dest.to(norm.device)[..., None])[..., 0]
+            norm /= divisor[..., None]
         value_norm = rearrange(gram.diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt(), "batch src head -> batch head src")
-        return {"norm": norm, "weight": weight, "value_norm": value_norm}
+        return {"norm": norm, "weight": weight, "value_norm": value_norm, "divisor": divisor}
 
     def result(self, plan: NormPlan, rows: list[Row], vlm: Model, inputs: Inputs) -> "NormAttentionResult":
-        """The rows of all layers."""
+        """The rows of all layers; zeros for those that read no position."""
+        none = {name: torch.zeros_like(value) for name, value in rows[0].items()}
+        none["divisor"] = torch.ones_like(rows[0]["norm"][..., 0])
+        own = iter(rows)
+        rows = [none if layer in vlm.memory_layers else next(own) for layer in range(vlm.n_layers)]
         parts: dict[str, Any] = {name: stack([row[name] for row in rows]) for name in ("norm", "weight", "value_norm")}
+        # A job that an earlier version left has none.
+        divisor = stack([row["divisor"] for row in rows]) if all("divisor" in row for row in rows) else None
         padding = torch.stack([tokens.modality == Modality.PADDING for tokens in inputs.token_maps])
         parts["value_norm"].masked_fill_(padding[:, None], 0)
+        modality = torch.stack([tokens.modality for tokens in inputs.token_maps])
         return NormAttentionResult(
-            **parts, layers=tuple(range(vlm.n_layers)), dest=plan.dest, names=plan.names, model=vlm.name
+            **parts, layers=tuple(range(vlm.n_layers)), dest=plan.dest, names=plan.names, model=vlm.name,
+            modality=modality, divisor=divisor,
+        )  # fmt: skip
+
+
+def moved_destinations(
+    dest: Int[Tensor, "example dest"], names: tuple[str, ...], old: int, length: int
+) -> tuple[Int[Tensor, "example _"], tuple[str, ...], int]:
+    """Destinations in sequences padded on the left from `old` to `length` positions.
+
+    Returns:
+        (dest, names, n): also how many destinations come before them: with all pairs, the padding.
+
+    Raises:
+        InputError: for destinations by number, which mean other tokens then.
+    """
+    if names == tuple(map(str, range(old))):
+        return torch.arange(length).expand(len(dest), -1), tuple(map(str, range(length))), length - old
+    if numbers := [name for name in names if name.isdigit()]:
+        raise InputError(
+            f"dst={', '.join(numbers)} are positions by number, in batches that are padded to {old} and to {length} positions: "
+            "they mean other tokens. Give dst by name, or all examples as one batch."
         )
+    return dest + length - old, names, 0
 
 
 @dataclass(frozen=True, repr=False)
@@ -186,7 +160,8 @@ class NormAttentionResult(Result):
     """What each source wrote to chosen destinations, layer by layer, and the raw weights beside it.
 
     All examples are of one batch, so source positions are those of the padded sequence (0 on
-    padding, and after the destination). The attention of layer l reads state l.
+    padding, and after the destination). The attention of layer l reads state l. A layer that reads
+    an image's memory reads no position, and is 0 here (`mechvlm.memory_attention` has it).
 
     Attributes:
         norm: ‖Σ_h α_h f_h(x_src)‖, the heads' vectors summed first (residual-stream units).
@@ -196,6 +171,9 @@ class NormAttentionResult(Result):
         dest: the destination positions, per example; with all pairs, every position.
         names: what the destinations are called.
         model: the model's name.
+        modality: what each source position holds, a `Modality`; None in files of earlier versions.
+        divisor: what a norm after the attention divides each destination's sum by, in `norm`
+            already; 1 where there is none, and None in files of earlier versions.
     """
 
     units: ClassVar[str] = "norm of the vector written (residual-stream units)"
@@ -207,6 +185,8 @@ class NormAttentionResult(Result):
     dest: Int[Tensor, "example dest"]
     names: tuple[str, ...]
     model: str
+    modality: Int[Tensor, "example src"] | None = None
+    divisor: Float[Tensor, "layer example dest"] | None = None
 
     @classmethod
     def counted_from_0(cls, values: dict[str, Any]) -> dict[str, Any]:
@@ -232,26 +212,71 @@ class NormAttentionResult(Result):
         shift, pad = length - self.seq_length, torch.nn.functional.pad
         if not shift:
             return self
-        numbers = [name for name in self.names if name.isdigit()]
-        if numbers and not self.all_pairs:
-            raise InputError(
-                f"dst={', '.join(numbers)} are positions by number, in batches that are padded to {self.seq_length} and to "
-                f"{length} positions: they mean other tokens. Give dst by name, or all examples as one batch."
-            )
-        dest, names, rows = self.dest + shift, self.names, 0
-        if self.all_pairs:
-            dest, names, rows = torch.arange(length).expand(len(dest), -1), tuple(map(str, range(length))), shift
+        dest, names, rows = moved_destinations(self.dest, self.names, self.seq_length, length)
         norm, weight = (pad(x, (shift, 0, rows, 0)) for x in (self.norm, self.weight))
         value_norm = pad(self.value_norm, (shift, 0))
-        return replace(self, norm=norm, weight=weight, value_norm=value_norm, dest=dest, names=names)
+        modality = None if self.modality is None else pad(self.modality, (shift, 0), value=int(Modality.PADDING))
+        divisor = None if self.divisor is None else pad(self.divisor, (rows, 0), value=1)
+        return replace(
+            self,
+            norm=norm,
+            weight=weight,
+            value_norm=value_norm,
+            dest=dest,
+            names=names,
+            modality=modality,
+            divisor=divisor,
+        )
 
     @property
     def norm_head(self) -> Float[Tensor, "layer example head dest src"]:
         """‖α_h f_h(x_src)‖ = α_h ‖f_h(x_src)‖ per head, computed on demand.
 
-        In residual-stream units.
+        In residual-stream units: divided as `norm` is, where a norm follows the attention.
         """
-        return self.weight * self.value_norm[:, :, :, None]
+        return torch.stack([self.heads_of(example) for example in range(self.norm.shape[1])], 1)
+
+    def heads_of(self, example: int, rows: Sequence[int] | None = None) -> Float[Tensor, "layer head dest src"]:
+        """`norm_head` of one example, and of its destinations number `rows`; by default of all."""
+        chosen = slice(None) if rows is None else list(rows)
+        written = self.weight[:, example][:, :, chosen] * self.value_norm[:, example, :, None]
+        return written if self.divisor is None else written / self.divisor[:, example, chosen][:, None, :, None]
+
+    @property
+    def sink_share(self) -> Float[Tensor, "layer example head dest"]:
+        """What each row's weights lack of 1: the share of an attention sink without a value.
+
+        GPT-OSS has such sinks, one number a head. Without them it is 0, up to rounding; of
+        destinations on padding, and in layers that read an image's memory, it is 1.
+        """
+        return (1 - self.weight.sum(-1)).clamp(min=0)
+
+    def image_share(self, of: str = "norm") -> AttentionShareResult:
+        """The share of each head that goes to image, text, control tokens and the position itself.
+
+        >>> norms.image_share().image    # [layer example head dest], 0 to 1
+        >>> norms.image_share().heads(top=10)
+
+        Args:
+            of: "norm", of ‖α_h f_h(x_src)‖; or "weight", of the attention weights. Where only
+                shares are wanted, the probe `mv.AttentionShare` keeps no rows.
+
+        Raises:
+            ValueError: for another `of`, or a result that an earlier version saved, which does not
+                say what its positions hold.
+            InputError: for a model whose image is a memory that stands at no position.
+        """
+        if of not in OF:
+            raise ValueError(f"of={of!r} was asked for: shares are of {' or '.join(map(repr, OF))}.")
+        if self.modality is None:
+            raise ValueError("This result was saved without what its positions hold: read it again for shares.")
+        if not (self.modality == Modality.IMAGE).any():
+            raise InputError(MEMORY)
+        rows = self.weight if of == "weight" else self.norm_head
+        if of == "norm":
+            rows = rows / rows.sum(-1, keepdim=True).clamp(min=torch.finfo(rows.dtype).tiny)
+        share = torch.stack([group_shares(layer, self.modality, self.dest) for layer in rows])
+        return AttentionShareResult(share, None, of, self.names, self.model, example_ids=self.example_ids)
 
     def to_frame(self) -> pd.DataFrame:
         """One row per measure, layer, example, destination and source.

@@ -9,7 +9,8 @@
 
        at_queries(plan, Queried)      each cross-attention of the queries to the image
        at_state(plan, State)          each state, 0 (embeddings) to n_layers
-       at_attention(plan, Attended)   each layer's attention
+       at_attention(plan, Attended)   each layer's attention to positions
+       at_memory(plan, Attended)      each layer's attention to the image's memory, where it has one
        at_writes(plan, Written)       each layer's writes to the residual stream
 
 3. `result = probe.result(plan, rows, vlm, inputs)`, afterwards, with the rows in the order of the
@@ -44,12 +45,12 @@ from torch import Tensor
 
 from mechvlm.decoder.attention import Attention
 from mechvlm.decoder.norms import Norm
-from mechvlm.decoder.projections import Projection
+from mechvlm.decoder.unembedding import Unembedding
 from mechvlm.families.record import Architecture
 from mechvlm.inputs.batch import Inputs
 from mechvlm.inputs.batches import Answers
 
-READS = ("at_queries", "at_state", "at_attention", "at_writes")
+READS = ("at_queries", "at_state", "at_attention", "at_memory", "at_writes")
 """The methods with which a probe reads, in the order in which a forward calls them."""
 
 Row = Mapping[str, Tensor]
@@ -66,20 +67,27 @@ class State(NamedTuple):
     number: int
     resid: Tensor
     final_norm: Norm
-    unembed: Projection
+    unembed: Unembedding
 
 
 class Attended(NamedTuple):
     """The attention of one layer, which turns state `layer` into state `layer` + 1.
 
     layer: 0 to n_layers - 1.
-    parts: the tensors from which the attention is computed.
-    w_o: [d_model, head * d_head], the weight of the output projection.
+    parts: the tensors from which the attention is computed. Its sources are positions; in
+        `at_memory` they are the vectors of the image's memory.
+    w_o: [d_model, head * d_head], the weight by which the heads' outputs reach the residual stream,
+        gate and factors included.
+    divisor: [batch pos 1], what a norm in between divides each destination's sum by; infinity where
+        a position is closed to the memory; None without either.
+    shared: what one probe computed of this layer, for the others that read it; empty at first.
     """
 
     layer: int
     parts: Attention
     w_o: Tensor
+    divisor: Tensor | None
+    shared: dict[str, Tensor]
 
 
 class Written(NamedTuple):
@@ -89,8 +97,9 @@ class Written(NamedTuple):
     z: [batch pos head d_head], the outputs of the heads before W_O.
     attn_out, mlp_out: [batch pos d_model].
     parts: the tensors from which z is computed.
-    w_o, b_o: [d_model, head * d_head] and [d_model] or None, weight and bias of the output
-        projection.
+    memory: whether these attend to the image's memory, and to no position.
+    w_o, b_o, divisor: [d_model, head * d_head], [d_model] or None, [batch pos 1] or None: how z
+        becomes attn_out, (z w_o^T + b_o) / divisor (`mechvlm.decoder.decoder.WritePath`).
     final_norm, unembed: the model's own.
     """
 
@@ -102,7 +111,9 @@ class Written(NamedTuple):
     w_o: Tensor
     b_o: Tensor | None
     final_norm: Norm
-    unembed: Projection
+    unembed: Unembedding
+    divisor: Tensor | None = None
+    memory: bool = False
 
 
 class Queried(NamedTuple):
@@ -124,6 +135,9 @@ class Model(Protocol):
     record: Architecture
     n_layers: int
     d_vocab: int
+
+    @property
+    def memory_layers(self) -> tuple[int, ...]: ...
 
     @property
     def cross_attentions(self) -> list: ...

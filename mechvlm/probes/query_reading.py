@@ -43,6 +43,12 @@ class QueryReading:
 
     def prepare(self, vlm: Model, inputs: Inputs) -> QueryPlan:
         """Count the queries, and find the grid that they read."""
+        tokens = inputs.token_maps[0]
+        if not vlm.cross_attentions and not tokens.patches:
+            raise ValueError(
+                f"Where the visual tokens of {vlm.record.hf_class} read the image cannot be read: they come from no Q-Former. "
+                f"{tokens.layouts[0].reason}"
+            )
         if not vlm.cross_attentions:
             raise ValueError(
                 f"{vlm.record.hf_class} has no queries: its visual tokens are patches, and tokens.cell(position) says where "
@@ -54,7 +60,7 @@ class QueryReading:
 
     def at_queries(self, plan: QueryPlan, queried: Queried) -> Row:
         """The weights of the queries on the patches, [example query row col], means over heads."""
-        q, k, _, _, scale = queried.parts
+        q, k, scale = queried.parts.q, queried.parts.k, queried.parts.scale
         # q [batch head pos d_head] holds the queries first, then the instruction's tokens;
         # k [batch head src d_head] holds the encoder's class token first, then the patches.
         weights = (q[:, :, : plan.n_queries] @ k.transpose(-1, -2) * scale).float().softmax(-1).mean(1)

@@ -1,8 +1,8 @@
 """Reading a study's folder. It needs no model, and checks every file before it is used."""
 
-import json
 import os
-from collections.abc import Sequence
+import re
+import warnings
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -10,21 +10,27 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pyarrow as pa
-import pyarrow.parquet as pq
 from PIL import Image
 
 from mechvlm.datasets import Example
 from mechvlm.errors import InputError
+from mechvlm.measures.phases import Phases
+from mechvlm.outside.files import file_inside, printable, require_regular
+from mechvlm.outside.integrity import SEAL, check_file, check_seal, check_size, check_type, digest, read_json
 from mechvlm.results import as_text
 from mechvlm.study.curves import phases_of
+from mechvlm.study.parquet import MOST_TABLE_ROWS, READ_ERRORS, check_kinds, check_parquet, read_columns
 from mechvlm.study.record import GalleryView
+from mechvlm.study.schema import RunRecord
 
-FOLDER_FORMAT = 2
+FOLDER_FORMAT = 3
 """Version of the folder's layout, raised when older versions of mechvlm cannot read a new layout.
 
 A run.json without a version has the first layout. The first layout calls states layers, and counts
-the layers of attention from 1; `_counted_from_0` reads it.
+the layers of attention from 1; `_counted_from_0` reads it. From the third on run.json is sealed
+(`mechvlm.outside.integrity`) and holds the SHA-256 of every other file.
 """
+SEALED_FOLDER_FORMAT = 3
 
 COLUMNS = {
     "contextualization": ("model", "example", "pair", "state", "value"),
@@ -45,12 +51,22 @@ PAIR_COLUMNS = {
     "pairs": ("model", "pair", "image", "measure", "layer", "condition", "value"),
 }
 """The same for the further tables of a study of Winoground."""
-LARGE_TABLES = ("contextualization", "lens", "attention_share")
+ANSWER_COLUMNS = {
+    "answer_tokens": ("model", "example", "token", "piece", "word", "group"),
+    "answer_attention": ("model", "example", "token", "layer", "norm", "weight"),
+    "answer_lens": ("model", "example", "token", "state", "probability", "rank"),
+}
+"""The same for those of a study that read answers."""
+LARGE_TABLES = ("contextualization", "lens", "attention_share", "answer_attention", "answer_lens")
 """The tables with a value for each example and layer."""
 CATEGORIES = ["model", "example", "pair", "tokens", "captions", "measure", "dest"]
 """Columns of the large tables that repeat few texts. As categories, a table takes a fifth."""
-REQUIRED_KEYS = ("models", "dataset", "settings", "seconds")
-"""The keys that run.json must have."""
+READ_FILE = re.compile(r"data/\w+\.parquet|skipped\.csv|views/(gallery\.parquet|[^/\\]+\.html)")
+"""The files of a folder that are read when it is opened, beside run.json."""
+ROWS_PER_STATE = 100
+"""Most rows that a table has for one state of one example."""
+MOST_TEXT_BYTES, MOST_PIXELS = 64 * 2**20, 2**24
+"""Of skipped.csv or a patch view, and of a picture in the gallery."""
 
 
 def load_study(folder: Path) -> dict[str, Any]:
@@ -61,27 +77,21 @@ def load_study(folder: Path) -> dict[str, Any]:
     """
     folder = folder.expanduser()
     record = _record(folder)
-    tables = read_tables(folder, record.get("format", 1))
-    for name in (*COLUMNS, *(PAIR_COLUMNS if record["dataset"].get("pairs") else ())):
+    _check_files(folder, record)
+    tables = read_tables(folder, record)
+    with_pairs, with_answers = record["dataset"].get("pairs"), record["settings"].get("answers")
+    for name in (*COLUMNS, *(PAIR_COLUMNS if with_pairs else ()), *(ANSWER_COLUMNS if with_answers else ())):
         if name != "gallery" and name not in tables:
             raise InputError(f"{folder} is not whole: data/{name}.parquet is missing. Copy or run the study again.")
     for model, about in record["models"].items():
         for name in ("contextualization", "lens"):
-            n_examples = tables[name].loc[tables[name]["model"] == model, "example"].nunique()
-            if n_examples != about["n_examples"]:
-                raise InputError(
-                    f"{folder / 'data' / name}.parquet holds {n_examples} examples of {model}, but run.json counts "
-                    f"{about['n_examples']}: the two files are of different studies. Copy or run the study again."
-                )
-    settings = record["settings"]
-    gallery, views = _gallery(folder, record.get("format", 1))
+            _check_belongs(folder / "data" / f"{name}.parquet", tables[name], model, about)
+    gallery, views = _gallery(folder, record)
     return {
         "tables": tables,
-        "phases": {
-            model: phases_of(tables["contextualization"], model, settings["seed"]) for model in record["models"]
-        },
+        "phases": {model: _phases(folder, tables, model, record) for model in record["models"]},
         "skipped": _skipped(folder / "skipped.csv"),
-        "settings": settings,
+        "settings": record["settings"],
         "models": record["models"],
         "dataset": record["dataset"],
         "gallery": gallery,
@@ -91,35 +101,103 @@ def load_study(folder: Path) -> dict[str, Any]:
     }
 
 
-def read_tables(folder: Path, folder_format: int = FOLDER_FORMAT) -> dict[str, pd.DataFrame]:
-    """The tables in a study's `data/`, by name, as today's format has them."""
-    tables = {path.stem: _table(path, folder_format) for path in sorted((folder / "data").glob("*.parquet"))}
+def _check_files(folder: Path, record: dict[str, Any]) -> None:
+    """Raise InputError for a file that is read here and differs from its checksum in run.json."""
+    if SEAL not in record:
+        warnings.warn(
+            f"{folder} is of an earlier mechvlm, which wrote no checksums: damage in it would not be seen.",
+            stacklevel=4,
+        )
+        return
+    for name in filter(READ_FILE.fullmatch, {"skipped.csv": None, "views/gallery.parquet": None, **record["files"]}):
+        try:
+            check_file(folder / name, record["files"].get(name))
+        except (OSError, ValueError) as error:
+            raise _damaged(folder / name, error) from error
+
+
+def _check_belongs(path: Path, table: pd.DataFrame, model: str, about: dict[str, Any]) -> None:
+    """Raise InputError for a table of other examples or states than those that run.json names."""
+    rows = table[table["model"] == model]
+    n_examples, n_states = rows["example"].nunique(), rows["state"].nunique()
+    digest_of_ids, problem = examples_digest(table, model), ""
+    if n_examples != about["n_examples"]:
+        problem = f"holds {n_examples} examples of {model}, but run.json counts {about['n_examples']}"
+    elif n_states != about["n_layers"] + 1:
+        problem = f"holds {n_states} states of {model}, but run.json counts {about['n_layers']} layers"
+    elif about.get("examples", digest_of_ids) != digest_of_ids:
+        problem = f"holds other examples of {model} than run.json names"
+    if problem:
+        raise InputError(f"{path} {problem}: the two files are of different studies. Copy or run the study again.")
+
+
+def examples_digest(table: pd.DataFrame, model: str) -> str:
+    """The digest of the ids of a model's examples in a table, in order."""
+    return digest(table.loc[table["model"] == model, "example"].unique().tolist())
+
+
+def _phases(folder: Path, tables: dict[str, pd.DataFrame], model: str, record: dict[str, Any]) -> Phases | None:
+    try:
+        return phases_of(tables["contextualization"], model, record["settings"]["seed"])
+    except (ValueError, LookupError, TypeError, RuntimeError) as error:
+        raise _damaged(folder / "data" / "contextualization.parquet", error) from error
+
+
+def read_tables(folder: Path, record: dict[str, Any] | None = None) -> dict[str, pd.DataFrame]:
+    """The tables in a study's `data/`, by name, as today's format has them.
+
+    Args:
+        folder: of the study.
+        record: its run.json; None for tables that this process has just written.
+
+    Raises:
+        InputError: for a table that is damaged, or larger than the study that run.json describes.
+    """
+    if record is not None and SEAL in record:
+        names = [name for name in record["files"] if READ_FILE.fullmatch(name) and name.startswith("data/")]
+        paths = [folder / name for name in sorted(names)]
+    else:
+        paths = sorted((folder / "data").glob("*.parquet"))
+    tables = {path.stem: _table(path, record) for path in paths}
     # Arrow keeps its buffers for later reads, and they are larger than the tables.
     pa.default_memory_pool().release_unused()
     return tables
 
 
 def decode_png(data: bytes) -> Image.Image:
-    """The image in the bytes of a PNG file."""
-    image = Image.open(BytesIO(data))
-    image.load()
+    """The image in the bytes of a PNG file.
+
+    Raises:
+        OSError, ValueError: where it is damaged, or larger than a gallery's pictures.
+    """
+    try:
+        image = Image.open(BytesIO(data), formats=("PNG",))
+        if image.width * image.height > MOST_PIXELS:
+            raise ValueError(f"a picture has {image.width} x {image.height} pixels")
+        image.load()
+    except (SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(str(error)) from error
     return image
 
 
 def _gallery(
-    folder: Path, folder_format: int
+    folder: Path, record: dict[str, Any]
 ) -> tuple[list[tuple[Example, Image.Image]], dict[tuple[str, str], GalleryView]]:
     """The examples of the report's gallery, and their patch views by (model, example id)."""
-    path = folder / "views" / "gallery.parquet"
     gallery: dict[str, tuple[Example, Image.Image]] = {}
     views = {}
-    for row in _table(path, folder_format).itertuples():
+    for row in _table(folder / "views" / "gallery.parquet", record).itertuples():
         try:
-            image, html = decode_png(row.image), (folder / row.file).read_text(encoding="utf-8")
+            page = file_inside(folder, row.file)
+            if not READ_FILE.fullmatch(row.file) or (SEAL in record and row.file not in record["files"]):
+                raise ValueError("it is no page of this folder")
+            require_regular(page, MOST_TEXT_BYTES, "pages")
+            image, html = decode_png(row.image), page.read_text(encoding="utf-8")
             views[row.model, row.example] = GalleryView(html, decode_png(row.heat), row.token, row.layer)
-        except (OSError, ValueError) as error:
-            raise _damaged(folder / row.file, error) from error
-        gallery.setdefault(row.example, (Example(row.example, image, tuple(row.captions)), image))
+            example = Example(row.example, image, tuple(row.captions))
+        except (OSError, ValueError, TypeError) as error:
+            raise _damaged(f"{folder}/{printable(row.file)}", error) from error
+        gallery.setdefault(row.example, (example, image))
     return list(gallery.values()), views
 
 
@@ -137,37 +215,50 @@ def _record(folder: Path) -> dict[str, Any]:
             )
         raise InputError(f"{folder} holds no study: there is no run.json. `mechvlm study --out DIR` writes one.")
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = read_json(path)
+        folder_format = record.get("format", 1)
+        if isinstance(folder_format, int) and folder_format > FOLDER_FORMAT:
+            raise InputError(
+                f"{folder} was written by a newer mechvlm ({_version_of(record)}, folder format {folder_format}; this one reads "
+                f"up to {FOLDER_FORMAT}). Update: pip install -U mechvlm."
+            )
+        if SEAL in record or folder_format == SEALED_FOLDER_FORMAT:
+            check_seal(record)
+        check_type(record, RunRecord)
+    except InputError:
+        raise
     except (OSError, ValueError) as error:
         raise _damaged(path, error) from error
-    if not isinstance(record, dict):
-        raise _damaged(path, f"it holds a {type(record).__name__}")
-    folder_format = record.get("format", 1)
-    if isinstance(folder_format, int) and folder_format > FOLDER_FORMAT:
-        raise InputError(
-            f"{folder} was written by a newer mechvlm ({record.get('versions', {}).get('mechvlm', 'of unknown version')}, "
-            f"folder format {folder_format}; this one reads up to {FOLDER_FORMAT}). Update: pip install -U mechvlm."
-        )
-    if missing := [key for key in REQUIRED_KEYS if key not in record]:
-        raise _damaged(path, f"it lacks {', '.join(missing)}")
-    if "seed" not in record["settings"]:
-        raise _damaged(path, "its settings lack the seed")
-    for model, about in record["models"].items():
-        for key in ("n_layers", "n_examples", "dtype", "seconds"):
-            if key not in about:
-                raise _damaged(path, f"it lacks {key} of {model}")
     return record
 
 
-def _table(path: Path, folder_format: int) -> pd.DataFrame:
+def _version_of(record: dict[str, Any]) -> str:
+    versions = record.get("versions")
+    return (
+        str(versions.get("mechvlm", "of unknown version"))[:40] if isinstance(versions, dict) else "of unknown version"
+    )
+
+
+def _table(path: Path, record: dict[str, Any] | None) -> pd.DataFrame:
+    models = {} if record is None else record["models"]
+    n_states = sum(about["n_examples"] * (about["n_layers"] + 1) for about in models.values())
     try:
-        table = _columns(path, CATEGORIES if path.stem in LARGE_TABLES else ())
-    except (OSError, ValueError) as error:  # pyarrow's errors are subclasses of these
+        check_size(path)
+        schema = check_parquet(path, MOST_TABLE_ROWS + ROWS_PER_STATE * n_states)
+        check_kinds(path.stem, schema)
+        names = [column for column in schema.names if not column.startswith("__index_level_")]
+        table = read_columns(path, names, CATEGORIES if path.stem in LARGE_TABLES else ())
+    except READ_ERRORS as error:
         raise _damaged(path, error) from error
-    if folder_format == 1:
+    if record is not None and record.get("format", 1) == 1:
         table = _counted_from_0(path.stem, table)
-    if missing := [column for column in (COLUMNS | PAIR_COLUMNS).get(path.stem, ()) if column not in table]:
+    if missing := [
+        column for column in (COLUMNS | PAIR_COLUMNS | ANSWER_COLUMNS).get(path.stem, ()) if column not in table
+    ]:
         raise _damaged(path, f"it lacks the columns {', '.join(missing)}")
+    for column in table.columns.intersection([*CATEGORIES, "state", "layer"]):
+        if table[column].isna().any():
+            raise _damaged(path, f"its column {column} has rows without a value")
     for column in table.select_dtypes("category"):
         # Categories come in the order of first appearance; users expect a sort by text.
         table[column] = table[column].cat.reorder_categories(sorted(table[column].cat.categories))
@@ -188,18 +279,9 @@ def _counted_from_0(name: str, table: pd.DataFrame) -> pd.DataFrame:
     return table.assign(layer=table["layer"].where(~np.broadcast_to(of_attention, len(table)), table["layer"] - 1))
 
 
-def _columns(path: Path, categories: Sequence[str]) -> pd.DataFrame:
-    """A Parquet file, read column by column: so the buffers beside the table are one column's."""
-
-    def column(name: str) -> pd.Series:
-        return pd.read_parquet(path, columns=[name], read_dictionary=[name] if name in categories else None)[name]
-
-    names = [name for name in pq.read_schema(path).names if not name.startswith("__index_level_")]
-    return pd.DataFrame({name: column(name) for name in names}, copy=False)
-
-
 def _skipped(path: Path) -> pd.DataFrame:
     try:
+        check_size(path, MOST_TEXT_BYTES)
         # Read as text: a model may be "" (no model had read the example), an id "007" or "NA".
         return pd.read_csv(path, keep_default_na=False, dtype=str)[["model", "example", "reason"]]
     except (OSError, ValueError, KeyError) as error:

@@ -8,7 +8,7 @@
                             same with the heat that the page shows first), token and layer (of that
                             heat), file (the page)
     figures/*.png, *.svg    the four figures phases, lens, contextualization and norm_attention;
-                            for Winoground also pairs
+                            for Winoground also pairs, with answers also answers
     data/*.parquet          the tables described below
     data/README.txt         this description
     skipped.csv             the examples that were set aside: model (empty for an example set aside
@@ -16,15 +16,19 @@
     settings.json           every setting that determines the results; it is written first, and a
                             run that continues the study must have the same settings
     run.json                models and their revisions, versions of packages, seed, fingerprint of
-                            the data, all settings, findings, and the captions of the figures
+                            the data, all settings, findings, and the captions of the figures; the
+                            SHA-256 of every file above but settings.json, of the settings in it
+                            and of each model's example ids, and of run.json's own content
 
 While a study runs, its folder holds settings.json, a lock file (.lock) and the folder shards/. In
 shards/ there is one folder for each finished shard, a fixed number of consecutive examples:
 M-NNNNN is shard NNNNN of model M, M-pairs-NNNNN is a shard of Winoground's pairs, and M-gallery
 holds the gallery of model M. Models and shards are numbered from 0. Each of these folders holds
-Parquet tables and an about.json. Names that end in .tmp belong to unfinished files and folders. All
-other files are written at the end, run.json last. Then shards/ is deleted: the files above hold all
-of its content.
+Parquet tables and an about.json, with their SHA-256, that of the settings, and the ids of the
+examples. A run that continues the study checks them: a damaged shard is made again, and one of
+another study refused. Galleries are always made again. Names that end in .tmp belong to unfinished
+files and folders. All other files are written at the end, run.json last. Then the folders in
+shards/ are deleted: the files above hold all of their content.
 
 The tables. `example` is the id in the data set. A model has layers 0 to n_layers - 1; `layer` is
 what a layer does. `state` is what is read between layers, 0 (embeddings) to n_layers: state l is
@@ -56,6 +60,17 @@ of attention from 1. `Study.open` reads both.)
     words                model, example, state, word, positions: the words that most visual tokens
                          decode to, and the number of these tokens, for the gallery's examples
 
+For a study that read answers (`--answers`) also three tables. `token` counts an answer's tokens,
+from 0:
+
+    answer_tokens        model, example, token, piece (its text), word (that it is of, empty for
+                         none), group (of the word: "object", "color", "function" or "other", as
+                         `mechvlm.measures.word_groups` says)
+    answer_attention     model, example, token, layer, norm, weight: the image tokens' share, 0 to
+                         1, of the sums over all sources, at the position that wrote the token
+    answer_lens          model, example, token, state, probability, rank: those of the token at the
+                         position that wrote it, by the logit lens; rank 1 is the likeliest
+
 For Winoground also two tables of the pairs with both sides among the examples:
 
     pair_scores          model, pair, tag (empty where the data set has none), text, image, group:
@@ -83,6 +98,7 @@ import torch
 from PIL import Image
 
 from mechvlm.measures.phases import Phases
+from mechvlm.outside.integrity import digests_of_files, sealed
 from mechvlm.progress import Progress
 from mechvlm.study.load import FOLDER_FORMAT
 from mechvlm.study.record import StudyRecord
@@ -106,8 +122,10 @@ RECORDED_PACKAGES = (
 S = TypeVar("S", bound=StudyRecord)
 
 
-def save_study(study: S, to: Path, progress: Progress, started: float) -> S:
+def save_study(study: S, to: Path, progress: Progress, started: float, settings_key: str = "") -> S:
     """Write every file but the tables, which are in the folder `to` already.
+
+    `settings_key` is the digest of the settings in settings.json.
 
     Returns the study with the seconds of the whole run, counted from `started` (perf_counter).
     """
@@ -117,10 +135,10 @@ def save_study(study: S, to: Path, progress: Progress, started: float) -> S:
     captioned = figures.draw_all(study)
     figures.save_all(captioned, to / "figures")
     progress("report", 0, 0)
-    curves = study.curves()
+    computed = {name: value for name, value in vars(study).items() if name.endswith("_curves")}
     study = dataclasses.replace(study, seconds=round(time.perf_counter() - started, 2))
     # The copy has lost the cached curves, which take a second or more to compute.
-    vars(study)["_curves"] = curves
+    vars(study).update(computed)
     record = run_record(study)
     captions = record["figures"] = {name: caption for name, (_, caption) in captioned.items()}
     files = gallery.file_names(study.views)
@@ -131,7 +149,8 @@ def save_study(study: S, to: Path, progress: Progress, started: float) -> S:
     _write_gallery(study, files, to)
     html = page.render(study, record, captions, to / "figures", files)
     (to / "report.html").write_text(html, encoding="utf-8")
-    (to / "run.json").write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    record |= {"settings_digest": settings_key, "files": digests_of_files(to)}
+    (to / "run.json").write_text(json.dumps(sealed(record), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     return study
 
 

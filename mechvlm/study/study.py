@@ -27,15 +27,17 @@ class Study(StudyRecord):
     def open(cls, folder: str | os.PathLike) -> "Study":
         """Open a finished study from its folder alone, without its models and images.
 
-        The phases are fitted again, from the tables and with the recorded seed. So they equal those
-        of the run.
+        Every file that is read must match its SHA-256 in run.json. A folder of an earlier version
+        has none: it is opened after a warning that says so. The phases are fitted again, from the
+        tables and with the recorded seed. So they equal those of the run.
 
         Args:
             folder: the folder of a finished study.
 
         Raises:
             InputError: when there is no such folder, it holds no finished study, a file in it is
-                missing or damaged (the error names it), or a newer version of mechvlm wrote it.
+                missing, damaged or of another study (the error names it), or a newer version of
+                mechvlm wrote it.
         """
         return cls(**load_study(Path(folder)))
 
@@ -48,7 +50,7 @@ class Study(StudyRecord):
 
         Args:
             name: "phases", "lens", "contextualization" or "norm_attention"; for Winoground also
-                "pairs".
+                "pairs", with answers "answers".
 
         Raises:
             InputError: for another name.

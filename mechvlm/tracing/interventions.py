@@ -1,5 +1,7 @@
 """Interventions inside any `with vlm.trace(inputs):`: `knock_out`, `ablate`, `patch` and `steer`.
 
+`mechvlm.tracing.reweighting` has one more, `reweight`.
+
 **Positions** count from the start of the (padded) sequence, as a `TokenMap` gives them:
 `tokens.image`, `tokens.question`, `tokens.last`, `tokens.pos_in_box(box)`, `tokens.pos_of(word)`.
 One selection (a number, several, a tensor) is for every example. A list with one selection per
@@ -25,13 +27,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mechvlm.decoder.attention import replace_mask
+from mechvlm.decoder.attention import Attention, replace_mask
+from mechvlm.errors import ModelError
 from mechvlm.inputs.numbers import shortened
 from mechvlm.tracing.selections import Layers, Selection, heads_of, layer_numbers, rows_of, site
 from mechvlm.vlm.vlm import VLM
 
+MEMORY_SOURCE = "memory"
+"""The source of a knockout that is the image's memory, in models whose image is one."""
 
-def knock_out(vlm: VLM, src: Selection, dst: Selection, layers: Layers, heads: Selection | None = None) -> None:
+
+def knock_out(vlm: VLM, src: Selection | str, dst: Selection, layers: Layers, heads: Selection | None = None) -> None:
     """Attention knockout: at `layers`, the positions `dst` cannot attend to the positions `src`.
 
     The scores of these pairs are masked before the softmax (Geva et al. 2023): their weights are
@@ -42,9 +48,13 @@ def knock_out(vlm: VLM, src: Selection, dst: Selection, layers: Layers, heads: S
             mv.knock_out(vlm, src=tokens.image, dst=tokens.last, layers=range(10, 20))
             logits = nnsight.save(vlm.logits)
 
+    The image of a Flamingo (Mllama, Idefics) is a memory and holds no positions: `src="memory"`
+    closes it, at layers of `vlm.memory_layers`. All of a head's sources are gone then, so it writes
+    nothing at `dst` (z = 0). The layer's MLP goes on.
+
     Args:
         vlm: within its trace.
-        src: positions that are read from.
+        src: positions that are read from, or "memory".
         dst: positions that read.
         layers: one or several.
         heads: default all.
@@ -54,35 +64,95 @@ def knock_out(vlm: VLM, src: Selection, dst: Selection, layers: Layers, heads: S
             a destination, the positions are padding, or all is blocked already); for one that
             leaves a destination nothing to attend to; and under attention implementations that take
             no mask (flash, flex).
+        ModelError: for positions at a layer that reads the memory, or the memory at another.
         IndexError: for a layer, head or position that is not there.
     """
+    if isinstance(src, str) and src == MEMORY_SOURCE:
+        for layer in layer_numbers(vlm, layers, "knock_out"):
+            close_memory(vlm, dst, layer, heads)
+        return
+    require_mask(vlm, "knock_out")
+    for layer in layer_numbers(vlm, layers, "knock_out"):
+        block_edges(vlm, src, dst, layer, heads)
+
+
+def require_mask(vlm: VLM, what: str) -> None:
+    """Raises ValueError where the model's attention takes no mask; `what` replaces it."""
     kind = vlm.text_config._attn_implementation
     if kind not in ("eager", "sdpa"):
         raise ValueError(
-            f"knock_out needs an attention that takes a mask, sdpa or eager; {vlm.name} runs {kind}. "
+            f"{what} needs an attention that takes a mask, sdpa or eager; {vlm.name} runs {kind}. "
             "Set vlm.hf.set_attn_implementation('sdpa')."
         )
-    for layer in layer_numbers(vlm, layers, "knock_out"):
-        q, k, _, mask, _ = vlm.attention[layer]
-        replace_mask(vlm.attention_module(layer), vlm.record, _masked(q, k, mask, src, dst, heads))
 
 
-def _masked(q: Tensor, k: Tensor, mask: Tensor | None, src, dst, heads) -> Tensor:
+def block_edges(
+    vlm: VLM, src: Selection, dst: Selection, layer: int, heads: Selection | None = None, may_be_idle: bool = False
+) -> None:
+    """`knock_out` at one layer; with `may_be_idle` it may have no effect.
+
+    In a layer with a sliding window a destination may see none of the sources.
+    """
+    if may_be_idle and vlm.layer_parts[layer].kind.memory:
+        return  # it reads no position
+    mask = _masked(vlm.attention[layer], src, dst, heads, may_be_idle)
+    replace_mask(vlm.layer_parts[layer].attn, mask)
+
+
+def additive_mask(parts: Attention) -> Tensor:
+    """A copy of the mask as numbers that are added to the scores, [batch head or 1 dest src].
+
+    0 at open edges (or a bias of positions), the lowest number at closed ones.
+    """
+    q, mask = parts.q, parts.mask
+    (batch, _, n_dest, _), n_src = q.shape, parts.k.shape[2]
+    lowest = torch.finfo(q.dtype).min
+    if mask is None:
+        offset = n_src - n_dest
+        later = torch.ones(n_dest, n_src, dtype=torch.bool, device=q.device).triu(offset + 1) & parts.causal
+        return torch.zeros(batch, 1, n_dest, n_src, dtype=q.dtype, device=q.device).masked_fill_(later, lowest)
+    mask = mask[..., :n_src].expand(batch, -1, -1, -1)
+    if mask.dtype != torch.bool:
+        return mask.clone()
+    return torch.zeros_like(mask, dtype=q.dtype).masked_fill_(~mask, lowest)
+
+
+def close_memory(
+    vlm: VLM, dst: Selection, layer: int, heads: Selection | None = None, may_be_idle: bool = False
+) -> None:
+    """`knock_out` of the memory at one layer; with `may_be_idle` it may have no effect."""
+    block = vlm.layer_parts[layer]
+    if not block.kind.memory:
+        there = f"its layers {', '.join(map(str, vlm.memory_layers))} do" if vlm.memory_layers else "no layer does"
+        raise ModelError(f"knock_out: layer {layer} of {vlm.name} reads no memory of an image; {there}.")
+    z = vlm.z[layer]
+    is_open = block.is_open("attn_out")
+    rows = rows_of(dst, len(z), z.shape[1], "dst")
+    in_heads = heads_of(heads, "z", z, rows, "knock_out")
+    new = z.clone()
+    for row, positions in enumerate(rows):
+        if not positions:
+            continue
+        if not may_be_idle and is_open is not None and not is_open[row, positions].any():
+            raise ValueError(
+                f"knock_out of example {row}: the memory is closed to dst {shortened(positions)} as it is, since no image stands "
+                "before them."
+            )
+        new[row, positions] = z[row, positions].masked_fill(in_heads[row], 0)
+    vlm.z[layer] = new
+
+
+def _masked(parts: Attention, src, dst, heads, may_be_idle: bool) -> Tensor:
     """The additive mask with these edges blocked.
 
     [batch head dest src] where heads are given or the mask has them, else [batch 1 dest src].
     """
-    (batch, n_heads, n_dest, _), n_src = q.shape, k.shape[2]
+    # Without a mask all earlier positions are open: nothing is fetched from the device to know.
+    is_open = parts.mask is None and parts.causal
+    (batch, n_heads, n_dest, _), n_src = parts.q.shape, parts.k.shape[2]
     offset = n_src - n_dest  # a cache holds the first positions: destinations begin after them
-    lowest = torch.finfo(q.dtype).min
-    if mask is None:
-        later = torch.ones(n_dest, n_src, dtype=torch.bool, device=q.device).triu(offset + 1)
-        new = torch.zeros(batch, 1, n_dest, n_src, dtype=q.dtype, device=q.device).masked_fill_(later, lowest)
-    else:
-        new = mask[..., :n_src].expand(batch, -1, -1, -1)
-        new = (
-            torch.zeros_like(new, dtype=q.dtype).masked_fill_(~new, lowest) if new.dtype == torch.bool else new.clone()
-        )
+    lowest = torch.finfo(parts.q.dtype).min
+    new = additive_mask(parts)
     sources, dests = rows_of(src, batch, n_src, "src"), rows_of(dst, batch, n_src, "dst")
     in_heads = [list(range(n_heads))] * batch if heads is None else rows_of(heads, batch, n_heads, "heads")
     if heads is not None:
@@ -96,14 +166,13 @@ def _masked(q: Tensor, k: Tensor, mask: Tensor | None, src, dst, heads) -> Tenso
         if min(d) < offset:
             raise ValueError(f"{where}: this forward computes positions {offset} to {n_src - 1} only.")
         edges = torch.tensor(h)[:, None, None], torch.tensor(d)[:, None] - offset, torch.tensor(s)
-        # Without a mask all earlier positions are open: nothing is fetched from the device to know.
-        if min(s) > max(d) or (mask is not None and not (new[row][edges] > lowest / 2).any()):
+        if not may_be_idle and (min(s) > max(d) if is_open else not (new[row][edges] > lowest / 2).any()):
             raise ValueError(
                 f"{where} has no effect: a position attends to itself and those before it, without padding and what "
                 "was knocked out already, and none of these sources is among them."
             )
         new[row][edges] = lowest
-        sources_left = not _covers(s, d) if mask is None else (new[row][edges[:2]] > lowest / 2).any(-1).all()
+        sources_left = not _covers(s, d) if is_open else (new[row][edges[:2]] > lowest / 2).any(-1).all()
         if not sources_left:
             raise ValueError(
                 f"{where} leaves a destination nothing to attend to: leave it one source, itself for example."

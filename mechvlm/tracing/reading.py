@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from mechvlm.decoder.attention import read_attention
-from mechvlm.errors import InputError, NonFiniteError
+from mechvlm.errors import InputError, NonFiniteError, RemoteError
 from mechvlm.inputs.batch import Inputs
 from mechvlm.inputs.batches import Batches, as_batches
 from mechvlm.inputs.tokens import Modality
@@ -128,7 +128,7 @@ def read_batch(
     question = "" if blocking else _question(inputs, probes)
     if job_id is not None:
         request = backend_for(vlm, blocking=False, job_id=job_id)
-        return Job(request, lambda saved: results(_answer_to(question, saved)))
+        return Job(request, lambda saved: checked(results, _answer_to(question, saved), vlm))
 
     with torch.no_grad(), vlm.trace(inputs, logits_to_keep=1, blocking=blocking) as tracer:
         # A job's result holds these by their names: `_answer_to` compares `asked`.
@@ -143,8 +143,8 @@ def read_batch(
                     kept.append(without_autocast(getattr(probe, method), plan, reading))
 
     if not blocking:
-        return Job(tracer.backend, results)
-    return results({"rows": rows, "finite": finite})
+        return Job(tracer.backend, lambda saved: checked(results, saved, vlm))
+    return checked(results, {"rows": rows, "finite": finite}, vlm)
 
 
 def _plans(vlm: VLM, inputs: Inputs, probes: tuple, first: int) -> list:
@@ -185,18 +185,21 @@ def _readings(vlm, wanted: set[str]) -> Iterator[tuple[str, Any]]:
     norm, unembed = vlm.readout()
     if "at_queries" in wanted:
         for number, module in enumerate(vlm.cross_attentions):
-            yield "at_queries", Queried(number, read_attention(module, vlm.record))
+            yield "at_queries", Queried(number, read_attention(module))
     for layer in range(vlm.n_layers):
         yield "at_state", State(layer, vlm.resid_pre[layer], norm, unembed)
-        if not wanted & {"at_attention", "at_writes"}:
+        memory = vlm.layer_parts[layer].kind.memory
+        attention = "at_memory" if memory else "at_attention"
+        if not wanted & {attention, "at_writes"}:
             continue
-        o_proj = vlm.projection("o_proj", layer)
-        parts, w_o, b_o = vlm.attention[layer], o_proj.weight, o_proj.bias
-        if "at_attention" in wanted:
-            yield "at_attention", Attended(layer, parts, w_o)
-        if "at_writes" in wanted:
-            writes = vlm.z[layer], vlm.attn_out[layer], vlm.mlp_out[layer]
-            yield "at_writes", Written(layer, *writes, parts, w_o, b_o, norm, unembed)
+        parts = vlm.memory_attention[layer] if memory else vlm.attention[layer]
+        z = vlm.z[layer] if "at_writes" in wanted else None
+        w_o, b_o, divisor = vlm.write_path(layer)
+        if attention in wanted:
+            yield attention, Attended(layer, parts, w_o, divisor, {})
+        if z is not None:
+            writes = z, vlm.attn_out[layer], vlm.mlp_out[layer]
+            yield "at_writes", Written(layer, *writes, parts, w_o, b_o, norm, unembed, divisor, memory)
     yield "at_state", State(vlm.n_layers, vlm.resid_post[vlm.n_layers - 1], norm, unembed)
 
 
@@ -219,7 +222,13 @@ def _refuse_unreadable(probes: tuple) -> None:
 def _require_whole(saved: dict[str, Any], probes: tuple, vlm: VLM) -> None:
     """Refuse a forward of which readings are missing: the results would be of some layers only."""
     n_layers = vlm.n_layers
-    calls = {"at_state": n_layers + 1, "at_attention": n_layers, "at_writes": n_layers}
+    n_memory = len(vlm.memory_layers)
+    calls = {
+        "at_state": n_layers + 1,
+        "at_attention": n_layers - n_memory,
+        "at_memory": n_memory,
+        "at_writes": n_layers,
+    }
     calls["at_queries"] = len(vlm.cross_attentions)
     counts = {"finite": (len(saved["finite"]), n_layers + 1)}
     for probe, rows in zip(probes, saved["rows"], strict=True):
@@ -249,6 +258,23 @@ def _question(inputs: Inputs, probes: tuple) -> str:
             if hasattr(part, "tolist"):
                 digest.update(str(part.tolist()).encode())
     return digest.hexdigest()
+
+
+def checked(results: Callable, saved: dict[str, Any], vlm) -> tuple:
+    """results(saved); a `RemoteError` where a server sent something else than the block saves."""
+    if vlm.remote is not True:
+        return results(saved)
+    try:
+        return results(saved)
+    except (InputError, NonFiniteError, RemoteError):
+        raise
+    except Exception as error:
+        reason = type(error).__name__
+    # Raised outside of the except block: the error itself may show what a server sent.
+    raise RemoteError(
+        f"NDIF's result is not what the block saves, so nothing can be computed from it ({reason}). Is it a server of NDIF? "
+        "Send the request again, or to another one."
+    )
 
 
 def _answer_to(question: str, saved: dict[str, Any]) -> dict[str, Any]:

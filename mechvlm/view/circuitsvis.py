@@ -19,6 +19,7 @@ from mechvlm.view.page import View
 from mechvlm.view.pooling import (
     Pool,
     cell_map,
+    cell_names,
     pool_attention,
     pool_shape,
     position_rows,
@@ -298,7 +299,7 @@ def _layer_maps(
     `layer` is its place in `norms.layers`.
     """
     if measure == "norm":
-        return norms.norm[layer, example], norms.weight[layer, example] * norms.value_norm[layer, example, :, None]
+        return norms.norm[layer, example], norms.heads_of(example)[layer]
     return norms.weight[layer, example].mean(0), norms.weight[layer, example]
 
 
@@ -315,8 +316,7 @@ def _check_cost(token_map: TokenMap, n_maps: int, pool: Pool) -> None:
     """Refuse patterns that a browser would take long to draw, and say which pooling fits."""
 
     def n_tokens(pool: Pool) -> int:
-        down, across = pool_shape(token_map, pool)
-        return len(token_map.all) - len(token_map.image) + len(token_map.grids) * down * across
+        return len(token_map.all) - len(token_map.image) + len(set(cell_names(token_map, pool).values()))
 
     def cost(pool: Pool) -> int:
         return (n_maps + 1) * n_tokens(pool) ** 2

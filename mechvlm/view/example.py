@@ -1,9 +1,11 @@
 """One example with its results, checked to belong together and ordered as the patch view shows it.
 
 1. `match_example` compares inputs and results and picks one example.
-2. `ShownExample` orders the example's positions as the page counts them: visual tokens first, then
-   text and special tokens, without padding. In this order they are the page's sources.
-3. It gives the values, heat maps and images that the page draws, and what the page shows first.
+2. `ShownExample` orders the example's positions as the page counts them: the visual tokens that
+   its pictures show, view by view, then text and special tokens, then the visual tokens without a
+   place; no padding. In this order they are the page's sources.
+3. It lists what can be picked: positions of the prompt, and the answer's words (written.py).
+4. It gives the values, heat maps and images that the page draws, and what the page shows first.
 """
 
 from dataclasses import dataclass
@@ -19,7 +21,29 @@ from mechvlm.probes.logit_lens import LogitLensResult
 from mechvlm.probes.norm_attention import NormAttentionResult
 from mechvlm.probes.query_reading import QueryReadingResult
 from mechvlm.view import packing
-from mechvlm.view.match import check_example, check_lens, check_models, check_norms, load_images, query_maps
+from mechvlm.view.drawn import DrawnView, drawn_positions, drawn_views
+from mechvlm.view.match import (
+    check_example,
+    check_lens,
+    check_models,
+    check_norms,
+    load_images,
+    query_maps,
+)
+from mechvlm.view.written import Written, written_words
+
+
+@dataclass(frozen=True)
+class Pick:
+    """What can be picked on the page: a position that reads, or a word that was written.
+
+    Attributes:
+        positions: whose rows are shown; of several, their mean.
+        word: number of the word in `ShownExample.answer`; None for a position.
+    """
+
+    positions: tuple[int, ...]
+    word: int | None = None
 
 
 @dataclass(frozen=True)
@@ -44,9 +68,11 @@ class ShownExample:
 
     @cached_property
     def sources(self) -> np.ndarray:
-        """The positions without padding [src], visual tokens first, as the page counts them."""
+        """The positions without padding [src], in the order in which the page counts them."""
         rest = (self.tokens.modality != Modality.IMAGE) & (self.tokens.modality != Modality.PADDING)
-        return np.concatenate([self.tokens.image.numpy(), rest.nonzero()[:, 0].numpy()])
+        drawn = drawn_positions(self.tokens)
+        others = np.setdiff1d(self.tokens.image.numpy(), drawn)
+        return np.concatenate([drawn, rest.nonzero()[:, 0].numpy(), others])
 
     @cached_property
     def source_of(self) -> np.ndarray:
@@ -55,10 +81,20 @@ class ShownExample:
         numbers[self.sources] = np.arange(len(self.sources))
         return numbers
 
-    @property
+    @cached_property
     def n_visual(self) -> int:
-        """How many visual tokens there are: the first `n_visual` sources."""
-        return len(self.tokens.image)
+        """How many visual tokens the pictures show: the first `n_visual` sources."""
+        return len(drawn_positions(self.tokens))
+
+    @cached_property
+    def n_words(self) -> int:
+        """How many text and special tokens there are: the next `n_words` sources."""
+        return len(self.tokens.text) + len(self.tokens.special)
+
+    def piece(self, position: int) -> str:
+        """A token's text; "line break" for a visual token without a place."""
+        is_word = self.tokens.modality[position] != Modality.IMAGE or self.maps is not None
+        return self.tokens.strings[position] if is_word else "line break"
 
     @property
     def parts(self) -> list[slice]:
@@ -77,15 +113,32 @@ class ShownExample:
         return self.norms.dest[self.number].numpy()
 
     @cached_property
-    def rows(self) -> list[int]:
-        """Indices into `dest` of the tokens of this example, ordered by position, each once."""
-        first = {int(p): row for row, p in reversed(list(enumerate(self.dest))) if self.source_of[p] >= 0}
-        return [first[p] for p in sorted(first)]
+    def answer(self) -> list[Written]:
+        """The answer's words, and what stands between them, in order; empty without an answer."""
+        return written_words(self.tokens, set(self.dest.tolist()))
 
     @cached_property
-    def first_row(self) -> int:
-        """The destination shown first: the last one outside the image, or else the last one."""
-        return max(self.rows, key=lambda row: (self.source_of[self.dest[row]] >= self.n_visual, self.dest[row]))
+    def picks(self) -> list[Pick]:
+        """What can be picked: the destinations up to the prompt's end, then the answer's words.
+
+        An answer's token is no pick of its own, since what was read at its position wrote the next.
+        """
+        held = set(self.tokens.answer.tolist())
+        dest = {p for p in self.dest.tolist() if self.source_of[p] >= 0}
+        words = [Pick(word.wrote, n) for n, word in enumerate(self.answer) if dest.issuperset(word.wrote)]
+        return [*(Pick((p,)) for p in sorted(dest - held)), *words]
+
+    @cached_property
+    def first_pick(self) -> Pick:
+        """What is shown first: the answer's first word.
+
+        Without one it is the last destination outside the image, or else the last one.
+        """
+        words = range(self.n_visual, self.n_visual + self.n_words)
+        of_answer = [pick for pick in self.picks if pick.word is not None]
+        if of_answer:
+            return of_answer[0]
+        return max(self.picks, key=lambda pick: (self.source_of[pick.positions[0]] in words, pick.positions))
 
     @property
     def first_layer(self) -> int:
@@ -96,43 +149,62 @@ class ShownExample:
     def first_source(self) -> int:
         """The source whose words are shown first.
 
-        It is the visual token in the lens that `first_row` reads most from, at `first_layer`.
+        It is the visual token in the lens that `first_pick` reads most from, at `first_layer`.
         """
         read = self.source_of[self.lens.position.numpy()]
         read = read[read < self.n_visual]
-        norms = self.row_values(self.first_row)[1]
+        norms = self.row_values(self.first_pick)[1]
         return int(read[norms[self.first_layer, 0, read].argmax()])
 
-    def row_values(self, row: int) -> tuple[np.ndarray, np.ndarray]:
-        """A destination's weights and norms, each [layer, 1 + head, src].
+    def row_values(self, pick: Pick) -> tuple[np.ndarray, np.ndarray]:
+        """A pick's weights and norms, each [layer, 1 + head, src].
 
         Index 0 of the heads is all of them together: the mean of the weights, and the norm of the
-        summed vectors.
+        summed vectors. Each is the mean over the pick's positions.
         """
-        weights = self.norms.weight[:, self.number, :, row].double().numpy()[..., self.sources]
-        norms = weights * self.norms.value_norm[:, self.number].double().numpy()[..., self.sources]
-        summed = self.norms.norm[:, self.number, row].double().numpy()[..., self.sources]
+        rows = [self.dest.tolist().index(position) for position in pick.positions]
+        by_row = self.norms.weight[:, self.number][:, :, rows].double()
+        weights = by_row.mean(2).numpy()[..., self.sources]
+        norms = self.norms.heads_of(self.number, rows).double().mean(2).numpy()[..., self.sources]
+        summed = self.norms.norm[:, self.number][:, rows].double().mean(1).numpy()[..., self.sources]
         return (
             np.concatenate([weights.mean(1, keepdims=True), weights], 1),
             np.concatenate([summed[:, None], norms], 1),
         )
 
-    def heat(self, row: int, layer: int) -> list[np.ndarray]:
-        """A destination's norm-based heat, heads summed: [row, col] of patches for each image."""
-        visual = self.row_values(row)[1][layer, 0, : self.n_visual]
+    @cached_property
+    def views(self) -> list[DrawnView]:
+        """The views of the images, as pictures show them."""
+        return drawn_views(self.tokens)
+
+    def heat(self, pick: Pick, layer: int) -> list[np.ndarray]:
+        """A pick's norm-based heat, heads summed: [row, col] for each of `views`.
+
+        It is 0 in cells without a token.
+        """
+        by_source = self.row_values(pick)[1][layer, 0]
         if self.maps is not None:
-            return [np.einsum("q,qrc->rc", visual, self.maps)]
-        split = np.split(visual, np.cumsum([g.rows * g.cols for g in self.tokens.grids])[:-1])
-        return [v.reshape(g.rows, g.cols) for v, g in zip(split, self.tokens.grids, strict=True)]
+            return [np.einsum("q,qrc->rc", by_source[: self.n_visual], self.maps)]
+        heats = []
+        for view in self.views:
+            assert view.positions is not None  # only the patches that queries read hold no token
+            source = self.source_of[view.positions.numpy()]
+            heats.append(np.where(view.positions.numpy() < 0, 0.0, by_source[source]))
+        return heats
 
     def page_images(self) -> list[dict]:
-        """The images as the page holds them: data URL, size in pixels, place of the patch grid."""
+        """The images as the page holds them: data URL and size in pixels."""
+        return [{"src": packing.data_url(image), "size": list(image.size)} for image in self.pictures]
+
+    def page_views(self) -> list[dict]:
+        """The views as the page holds them: whose, where, and which cells hold no token."""
         return [
             {
-                "src": packing.data_url(image), "size": list(image.size), "rows": grid.rows, "cols": grid.cols,
-                "crop": list(grid.crop_box),
+                "image": view.image, "sheet": view.sheet, "name": view.name, "rows": view.grid.rows,
+                "cols": view.grid.cols, "crop": list(view.grid.crop_box),
+                "empty": [] if view.positions is None else (view.positions.flatten() < 0).nonzero()[:, 0].tolist(),
             }
-            for image, grid in zip(self.pictures, self.tokens.grids, strict=True)
+            for view in self.views
         ]  # fmt: skip
 
 

@@ -11,10 +11,11 @@ from torch import Tensor
 
 from mechvlm.errors import ViewError
 from mechvlm.inputs.batch import Inputs
-from mechvlm.inputs.tokens import Modality, TokenMap
+from mechvlm.inputs.tokens import POSITION_NAMES, Modality, TokenMap
 from mechvlm.probes.logit_lens import LogitLensResult
 from mechvlm.probes.norm_attention import NormAttentionResult
 from mechvlm.probes.query_reading import QueryReadingResult
+from mechvlm.view.drawn import drawn_positions
 
 READ_AGAIN = "Read the result from the inputs that it is shown with."
 
@@ -146,11 +147,11 @@ def check_lens(lens: LogitLensResult, tokens: TokenMap, example: int, n_examples
             f"lens was not read from these inputs: it holds positions {_shortened(wrong)}, which are no tokens of this "
             f"example ({tokens!r}). Read these inputs."
         )
-    visual = set(tokens.image.tolist())
-    if not visual & set(positions.tolist()):
+    visual = drawn_positions(tokens).tolist()
+    if not set(visual) & set(positions.tolist()):
         raise ViewError(
             f"lens read no visual token of these inputs (positions {_shortened(positions.tolist())}; visual tokens lie "
-            f"at {_shortened(tokens.image.tolist())}). Read LogitLens(positions='image')."
+            f"at {_shortened(visual)}). Read LogitLens(positions='image')."
         )
 
 
@@ -167,11 +168,11 @@ def check_norms(norms: NormAttentionResult, tokens: TokenMap, example: int, n_ex
             f"{n_examples} of {len(tokens)}. Read these inputs."
         )
     for name, position in zip(norms.names, norms.dest[example].tolist(), strict=True):
-        is_last = name in ("last", "last_text", "last_image")
-        if is_last and position != getattr(tokens, name):
+        here = _positions_called(name, tokens)
+        if here is not None and position not in here:
             raise ViewError(
                 f"norms was not read from these inputs: {name!r} is position {position} there and "
-                f"{getattr(tokens, name)} here. Read these inputs."
+                f"{here[0] if here else 'none'} here. Read these inputs."
             )
     if not bool((tokens.modality[norms.dest[example]] != Modality.PADDING).any()):
         raise ViewError(
@@ -181,6 +182,23 @@ def check_norms(norms: NormAttentionResult, tokens: TokenMap, example: int, n_ex
         raise ViewError(
             "norms was not read from these inputs: it has weight on positions that are padding here. Read these inputs."
         )
+
+
+def _positions_called(name: str, tokens: TokenMap) -> list[int] | None:
+    """The positions that a destination's name can mean; None for a number or a plain word.
+
+    Where a name means several positions, each is called by its number too: "writing 3".
+    """
+    group, _, number = name.rpartition(" ")
+    meanings = [(name, 0), *([(group, int(number))] if number.isdecimal() else [])]
+    named = [meant for meant in meanings if meant[0] in POSITION_NAMES or meant[0].startswith(("wrote:", "holds:"))]
+    here = []
+    for where, at in named:
+        try:
+            here += tokens.select(where).tolist()[at : at + 1]
+        except ValueError:  # no such positions, or no such word in the answer
+            continue
+    return here if named else None
 
 
 def query_maps(
@@ -198,6 +216,8 @@ def query_maps(
                 "reading is for models whose visual tokens are queries; here they are patches: leave it out."
             )
         return None
+    if tokens.layouts[0].grid is None:
+        raise ViewError(f"There is no picture to draw on. {tokens.layouts[0].reason}")
     if reading is None:
         raise ViewError(
             "This model's visual tokens are queries, which have no place on the image: also give where each one reads, "
@@ -222,20 +242,20 @@ def load_images(pictures: tuple[Image.Image, ...], tokens: TokenMap, example: in
         ViewError: when an image is missing, cannot be read, or has another size.
     """
     again = "Make the inputs again from the image file, vlm.inputs(image, prompt)."
-    if len(pictures) != len(tokens.grids):
+    if len(pictures) != len(tokens.layouts):
         raise ViewError(
-            f"The image of example {example} is gone: these inputs hold {len(pictures)} of {len(tokens.grids)}. {again}"
+            f"The image of example {example} is gone: these inputs hold {len(pictures)} of {len(tokens.layouts)}. {again}"
         )
-    for image, grid in zip(pictures, tokens.grids, strict=True):
+    for image, layout in zip(pictures, tokens.layouts, strict=True):
         try:
             image.load()
             image.getpixel((0, 0))
         except Exception as error:
             raise ViewError(f"The image of example {example} is gone: it cannot be read ({error}). {again}") from error
-        if image.size != grid.image_size:
+        if image.size != layout.image_size:
             raise ViewError(
                 f"The image of example {example} is {image.size[0]} x {image.size[1]}; the patches were laid on one of "
-                f"{grid.image_size[0]} x {grid.image_size[1]}. {again}"
+                f"{layout.image_size[0]} x {layout.image_size[1]}. {again}"
             )
     return pictures
 

@@ -41,11 +41,21 @@
 
   async function start(root) {
     const data = JSON.parse(root.querySelector("script[type='application/json']").textContent);
-    const { layers: L, heads: H, visual: V, images, rows, lens } = data;
+    const { layers: L, heads: H, visual: V, images, views, rows, lens, answer } = data;
     const S = data.positions.length, G = images.length + 2, parts = [[0, V], [V, S]];
-    const count = images.reduce((n, image) => n + image.rows * image.cols, 0);
-    const first = [];
-    images.reduce((n, image, i) => ((first[i] = n), n + image.rows * image.cols), 0);
+    // Cells of all views are counted through. `sourceOf` and `cellOf` turn a cell into the source that it holds and back, -1: none.
+    let count = 0;
+    for (const view of views) {
+      Object.assign(view, { first: count, dx: (view.crop[2] - view.crop[0]) / view.cols, dy: (view.crop[3] - view.crop[1]) / view.rows });
+      count += view.rows * view.cols;
+    }
+    const viewsOf = image => views.filter(view => view.image === image);
+    const sourceOf = new Int32Array(count), cellOf = new Int32Array(V);
+    for (const view of views) for (const c of view.empty) sourceOf[view.first + c] = -1;
+    if (!data.reading) {
+      let source = 0;
+      for (let c = 0; c < count; c++) if (sourceOf[c] === 0) { sourceOf[c] = source; cellOf[source++] = c; }
+    }
 
     // ---- numbers ---------------------------------------------------------------------------------------------------
     const fine = scale(255, 2);
@@ -77,9 +87,13 @@
 
     const solid = data.colors.map(hex => [1, 3, 5].map(i => parseInt(hex.slice(i, i + 2), 16)));
     const palette = solid.map((rgb, i) => [...rgb, 255 * (0.1 + 0.9 * Math.sqrt(i / 63))]);
+    const colorOf = palette.map(rgba => new Uint32Array(Uint8ClampedArray.from(rgba).buffer)[0]);
 
-    const decoded = rows.map(readRow);
-    const ready = [];
+    // A row is of a source, or of a word of the answer; one of the same positions as another is like that one.
+    const decoded = [], ready = [];
+    for (const row of rows) {
+      decoded.push(row.like === undefined ? readRow(row) : decoded[row.like].then(other => ({ ...other, source: row.source, word: row.word })));
+    }
     decoded.forEach((promise, i) => promise.then(row => { ready[i] = row; }));
     const [, words, maps] = await Promise.all([
       decoded[data.start.row],
@@ -103,7 +117,7 @@
     let preview = {};
     const look = () => ({ ...pinned, ...preview });
 
-    const rowOf = new Map(rows.map((row, i) => [row.source, i]));
+    const rowOf = new Map(rows.map((row, i) => [row.source, i])), rowOfWord = new Map(rows.map((row, i) => [row.word, i]));
 
     // ---- the page ----------------------------------------------------------------------------------------------------
     const slider = el("input", { type: "range", min: 0, max: L, step: 1, "aria-label": "layer" });
@@ -121,8 +135,9 @@
       el("label", { class: "strength" }, el("span", { class: "name" }, "Heat"), strength), el("span", { class: "note" }, data.model));
 
     const prompt = el("div", { class: "prompt", role: "group", "aria-label": "the prompt's tokens" });
-    const chips = chipList();
-    const stages = images.map(stage);
+    const written = el("div", { class: "prompt written", role: "group", "aria-label": "the answer's words" });
+    const chips = [...answerChips(), ...promptChips()];
+    const stages = images.flatMap(stagesOf);
     const legendBar = el("span", { class: "bar" }), legendTop = el("span", {}), legendUnit = el("span", { class: "note" });
     legendBar.style.background = `linear-gradient(90deg, ${data.colors.join(",")})`;
     const heading = el("h2", {});
@@ -137,6 +152,7 @@
     const mapNote = el("small", {}), mapTitle = el("h2", {}, "Share on the image", mapNote), mapLow = el("span", {}), mapTop = el("span", {});
     const mapLegend = el("div", { class: "legend" }, mapLow, legendBar.cloneNode(), mapTop);
     root.append(controls,
+      ...(answer.length ? [el("h2", { class: "prompt-title" }, "Answer", el("small", {}, "  pick a word: what was looked at while it was written")), written] : []),
       el("h2", { class: "prompt-title" }, "Prompt", el("small", {}, "  pick the token that reads; the bars show how much it reads from the others")), prompt,
       el("div", { class: "panels" },
         el("section", { class: "panel-image", "aria-label": "image" }, heading,
@@ -144,37 +160,62 @@
         el("section", { class: "panel-words", "aria-label": "logit lens" }, wordsTitle, table.node, follow),
         el("section", { class: "panel-map", "aria-label": "share of the image by layer and head" }, mapTitle,
           el("div", { class: "share" }, map.node, el("div", {}, mapLegend, facts)))),
-      el("p", { class: "keys" }, el("kbd", {}, "←"), " ", el("kbd", {}, "→"), " layer. On the image, arrows move the patch and ",
+      el("p", { class: "keys" }, el("kbd", {}, "←"), " ", el("kbd", {}, "→"), " layer. On the map, arrows move layer and head; on the image the patch, and ",
         el("kbd", {}, "Shift"), " with them the layer. Hover to preview, click or ", el("kbd", {}, "Enter"), " to pin, ",
         el("kbd", {}, "Esc"), " to unpin."));
     root.classList.toggle("tall", lens.states.length > 16);
 
     // ---- chips -------------------------------------------------------------------------------------------------------
-    function chipList() {
-      const made = [];
-      const order = [...data.positions.keys()].sort((a, b) => data.positions[a] - data.positions[b]);
+    // A chip that shows `to` when it is pointed at or picked; one that shows nothing is no button.
+    function makeChip(where, text, title, sources, to) {
+      const node = to ? el("button", { type: "button", class: "chip" }, text) : el("span", { class: "chip" }, text);
+      // One bar for each token, side by side.
+      const bars = sources.map((source, i) => {
+        const bar = el("i", {}), part = n => `calc(3px + (100% - 6px) * ${n / sources.length})`;
+        Object.assign(bar.style, { left: part(i), right: part(sources.length - 1 - i) });
+        node.append(bar);
+        return { bar, source };
+      });
+      node.dir = "auto";
+      node.title = title;
+      if (to) {
+        node.setAttribute("aria-label", title);
+        node.addEventListener("pointerenter", () => show(to));
+        node.addEventListener("pointerleave", () => show({}));
+        node.addEventListener("click", () => pin(to));
+      }
+      where.append(node);
+      return { node, bars, row: to?.row, query: to?.query ?? null };
+    }
+
+    function answerChips() {
+      return answer.map((word, i) => {
+        const row = rowOfWord.get(i), [last] = word.wrote.slice(-1);
+        const at = word.wrote.length > 1 ? `positions ${word.wrote[0]} to ${last}` : `position ${last}`;
+        const title = word.sources.length ? `while it wrote “${shown(word.text)}”, at ${at}` : `after the answer, at ${at}`;
+        const first = data.positions.indexOf(word.wrote[0]), says = point.has(first) ? { source: first } : {};
+        return makeChip(written, word.sources.length ? shown(word.text) : "…", title + (row === undefined ? ": no destination of norms" : ""),
+          word.sources, row === undefined ? null : { row, query: null, ...says });
+      });
+    }
+
+    function promptChips() {
+      const made = [], held = new Set(answer.flatMap(word => word.sources));
+      const order = [...data.positions.keys()].filter(source => !held.has(source)).sort((a, b) => data.positions[a] - data.positions[b]);
       const chip = (source, text, title) => {
         const row = rowOf.get(source), query = maps && source < V ? source : null;
         const active = row !== undefined || query !== null, words = !active && point.has(source);
-        const node = active || words ? el("button", { type: "button", class: "chip" }) : el("span", { class: "chip" });
-        const bar = el("i", {});
-        node.append(text, bar);
-        node.dir = "auto";
-        node.title = title + (active ? "" : words ? ": read by the lens; no destination of norms" : ": no destination of norms");
-        if (words) node.classList.add("words");
-        if (active || words) {
-          const to = { ...(active ? { row: row ?? null, query } : {}), ...(point.has(source) ? { source } : {}) };
-          node.setAttribute("aria-label", node.title);
-          node.addEventListener("pointerenter", () => show(to));
-          node.addEventListener("pointerleave", () => show({}));
-          node.addEventListener("click", () => pin(to));
-        }
-        made.push({ node, bar, source, row, query });
-        prompt.append(node);
+        const to = { ...(active ? { row: row ?? null, query } : {}), ...(point.has(source) ? { source } : {}) };
+        const one = makeChip(prompt, text, title + (active ? "" : words ? ": read by the lens; no destination of norms" : ": no destination of norms"),
+          [source], active || words ? to : null);
+        if (words) one.node.classList.add("words");
+        made.push(one);
       };
       let before = null;
       for (const source of order) {
         const position = data.positions[source];
+        // Visual tokens that no picture shows are many: they get a chip only where they are destinations.
+        if (source >= V + data.words && !rowOf.has(source)) continue;
         if (source >= V) {
           const piece = data.pieces[source - V];
           chip(source, shown(piece), `${JSON.stringify(piece)} at position ${position}`);
@@ -184,7 +225,7 @@
           chip(source, `q${source}`, `query ${source} at position ${position}`);
           continue;
         }
-        const { image, row, col } = cell(source);
+        const { image, row, col } = place(cellOf[source]);
         if (before !== image) {
           const node = el("span", { class: "chip image" });
           prompt.append(node);
@@ -193,84 +234,150 @@
         }
         // Patches that are destinations get chips too, unless they are many: the image is the place to pick from.
         if (rowOf.has(source) && rows.filter(r => r.source < V).length <= 8) {
-          chip(source, `r${row} c${col}`, `the patch at row ${row}, column ${col}, position ${position}`);
+          chip(source, `r${row} c${col}`, `the patch at ${patchName(cellOf[source])}, position ${position}`);
         }
       }
       return made;
     }
 
-    function cell(source) {
-      const image = first.findLastIndex(n => n <= source), { cols } = images[image];
-      return { image, row: Math.floor((source - first[image]) / cols), col: (source - first[image]) % cols };
+    // Where a cell lies.
+    function place(cell) {
+      const view = views.findLast(v => v.first <= cell), n = cell - view.first;
+      return { view, image: view.image, row: Math.floor(n / view.cols), col: n % view.cols };
+    }
+
+    // The cell of some views that lies at (x, y) and holds a token: the smallest, where they overlap.
+    function cellAt(own, x, y) {
+      let best = null;
+      for (const view of own) {
+        const row = Math.floor((y - view.crop[1]) / view.dy), col = Math.floor((x - view.crop[0]) / view.dx);
+        if (row < 0 || row >= view.rows || col < 0 || col >= view.cols || sourceOf[view.first + row * view.cols + col] < 0) continue;
+        if (!best || view.dx * view.dy < best.view.dx * best.view.dy) best = { view, cell: view.first + row * view.cols + col };
+      }
+      return best?.cell ?? null;
     }
 
     // ---- image -------------------------------------------------------------------------------------------------------
-    function stage(image, number) {
-      const [w, h] = image.size, [x0, y0, x1, y1] = image.crop;
+    // The views of an image lie on sheets, on which none overlaps another. Several sheets are drawn together, then apart.
+    function stagesOf(image, number) {
+      const own = viewsOf(number), sheets = [...new Set(own.map(view => view.sheet))].map(n => own.filter(view => view.sheet === n));
+      if (sheets.length === 1) return [stage(image, number, sheets, "")];
+      const name = sheet => sheet.length > 1 ? `${sheet.length} views: ${shapeOf(sheet)} patches` : `${sheet[0].name}: ${shapeOf(sheet)} patches`;
+      return [stage(image, number, sheets, "all views together"), ...sheets.map(sheet => stage(image, number, [sheet], name(sheet)))];
+    }
+
+    function shapeOf(own) {
+      const shapes = [...new Set(own.map(view => `${view.rows} × ${view.cols}`))];
+      return shapes.length > 1 ? String(own.reduce((n, view) => n + view.rows * view.cols, 0)) : own.length > 1 ? `${own.length} × ${shapes[0]}` : shapes[0];
+    }
+
+    function stage(image, number, sheets, caption) {
+      const own = sheets.flat(), [w, h] = image.size, bound = (pick, i) => pick(...own.map(view => view.crop[i]));
+      const x0 = bound(Math.min, 0), y0 = bound(Math.min, 1), x1 = bound(Math.max, 2), y1 = bound(Math.max, 3);
       const left = Math.min(0, x0), top = Math.min(0, y0), width = Math.max(w, x1) - left, height = Math.max(h, y1) - top;
-      const place = (node, a, b, c, d) => Object.assign(node.style, {
+      const lay = (node, a, b, c, d) => Object.assign(node.style, {
         left: `${(100 * (a - left)) / width}%`, top: `${(100 * (b - top)) / height}%`,
         width: `${(100 * (c - a)) / width}%`, height: `${(100 * (d - b)) / height}%`,
       });
       const picture = el("img", { src: image.src, alt: "", draggable: "false" });
-      const canvas = el("canvas", { width: image.cols, height: image.rows });
       const sees = el("div", { class: "sees" });
       const marks = Object.fromEntries(["query", "hover", "pin"].map(name => [name, el("div", { class: `mark ${name}`, hidden: "" })]));
       const which = images.length > 1 ? `image ${number}` : "the image";
-      const node = el("figure", { class: "stage", tabindex: 0, role: "application", "aria-roledescription": "patches of an image",
-        "aria-label": `${which}, ${image.rows} rows by ${image.cols} columns of patches; arrow keys move the patch` },
-      el("div", { class: "clip" }, picture, canvas, sees), ...Object.values(marks));
-      place(picture, 0, 0, w, h);
-      for (const over of [canvas, sees]) place(over, x0, y0, x1, y1);
-      const most = images.length > 1 ? 300 : 480;
-      node.style.aspectRatio = `${width} / ${height}`;
-      node.style.width = `min(100%, ${Math.round(Math.min(images.length > 1 ? 300 : 900, (most * width) / height))}px)`;
+      const parts = sheets.length > 1 ? [together(sheets, x0, y0, x1, y1)] : own.map(apart);
+      const surface = el("div", { class: "stage", tabindex: 0, role: "application", "aria-roledescription": "patches of an image",
+        "aria-label": `${which}${caption && `, ${caption}`}${own.length > 1 ? "" : `, ${own[0].rows} rows by ${own[0].cols} columns of patches`}; arrow keys move the patch` },
+      el("div", { class: "clip" }, picture, ...parts.map(part => part.canvas), sees), ...Object.values(marks));
+      const node = el("figure", { class: "look" }, surface, ...(caption ? [el("figcaption", {}, caption)] : []));
+      lay(picture, 0, 0, w, h);
+      for (const part of parts) lay(part.canvas, ...part.box);
+      lay(sees, x0, y0, x1, y1);
+      const alone = images.length === 1, part = alone && caption && sheets.length === 1, most = alone ? 480 : 300;
+      surface.style.aspectRatio = `${width} / ${height}`;
+      node.style.width = `min(${part ? "50% - 5px" : "100%"}, ${Math.round(Math.min(alone ? 900 : 300, (most * width) / height))}px)`;
 
       const at = event => {
-        const box = node.getBoundingClientRect();
-        const x = left + ((event.clientX - box.left) / box.width) * width, y = top + ((event.clientY - box.top) / box.height) * height;
-        const col = Math.floor(((x - x0) / (x1 - x0)) * image.cols), row = Math.floor(((y - y0) / (y1 - y0)) * image.rows);
-        return row >= 0 && row < image.rows && col >= 0 && col < image.cols ? first[number] + row * image.cols + col : null;
+        const box = surface.getBoundingClientRect();
+        return cellAt(own, left + ((event.clientX - box.left) / box.width) * width, top + ((event.clientY - box.top) / box.height) * height);
       };
-      node.addEventListener("pointermove", event => {
+      surface.addEventListener("pointermove", event => {
         const patch = at(event);
-        if (patch !== preview.patch) show(patch === null ? {} : { patch, ...(maps ? {} : { source: patch }) });
+        if (patch !== preview.patch) show(patch === null ? {} : { patch, ...(maps ? {} : { source: sourceOf[patch] }) });
       });
-      node.addEventListener("pointerleave", () => show({}));
-      node.addEventListener("click", event => {
+      surface.addEventListener("pointerleave", () => show({}));
+      surface.addEventListener("click", event => {
         const patch = at(event);
-        if (patch !== null && !maps) pin({ source: patch === pinned.source ? null : patch });
+        if (patch !== null && !maps) pin({ source: sourceOf[patch] === pinned.source ? null : sourceOf[patch] });
       });
-      node.addEventListener("keydown", event => {
+      surface.addEventListener("keydown", event => {
         const step = { ArrowLeft: [0, -1], ArrowRight: [0, 1], ArrowUp: [-1, 0], ArrowDown: [1, 0] }[event.key];
         if (!step || event.shiftKey || event.altKey || event.ctrlKey || event.metaKey) return;
         event.preventDefault();
         event.stopPropagation();
-        const held = maps ? preview.patch : pinned.source;
-        const here = held != null && held < count && cell(held).image === number;
-        const from = here ? cell(held) : { row: Math.floor(image.rows / 2) - step[0], col: Math.floor(image.cols / 2) - step[1] };
-        const row = clamp(from.row + step[0], 0, image.rows - 1), col = clamp(from.col + step[1], 0, image.cols - 1);
-        const patch = first[number] + row * image.cols + col;
+        const held = maps ? preview.patch : pinned.source != null && pinned.source < V ? cellOf[pinned.source] : null;
+        const from = held != null && own.includes(place(held).view) ? place(held) : null, { view } = from ?? { view: own[0] };
+        const row = from ? from.row + step[0] : Math.floor(view.rows / 2), col = from ? from.col + step[1] : Math.floor(view.cols / 2);
+        // Within its view, and else in the view beside it.
+        const inside = row >= 0 && row < view.rows && col >= 0 && col < view.cols;
+        const next = cellAt(inside ? [view] : own, view.crop[0] + (col + 0.5) * view.dx, view.crop[1] + (row + 0.5) * view.dy);
+        const patch = next ?? held;
+        if (patch == null) return;
         if (maps) show({ patch });
-        else pin({ source: patch });
+        else pin({ source: sourceOf[patch] });
       });
-      const context = canvas.getContext("2d"), pixels = context.createImageData(image.cols, image.rows);
       return {
-        node, canvas, picture,
-        paint(heat, top) {
-          const out = pixels.data, n = image.rows * image.cols;
+        node, picture, parts,
+        mark(name, patch) {
+          const { view, image, row, col } = patch == null ? {} : place(patch);
+          marks[name].hidden = image !== number;
+          if (image !== number) return;
+          const x = view.crop[0] + col * view.dx, y = view.crop[1] + row * view.dy;
+          lay(marks[name], x, y, x + view.dx, y + view.dy);
+        },
+      };
+    }
+
+    // One view's heat: a pixel a cell.
+    function apart(view) {
+      const canvas = el("canvas", { width: view.cols, height: view.rows }), n = view.rows * view.cols;
+      const context = canvas.getContext("2d"), pixels = context.createImageData(view.cols, view.rows);
+      return {
+        canvas, box: view.crop,
+        measure: () => largest(heat, view.first, view.first + n),
+        paint(top) {
+          const out = pixels.data;
           for (let i = 0; i < n; i++) {
-            const color = palette[top > 0 ? Math.round((heat[first[number] + i] / top) * 63) : 0];
-            out.set(color, 4 * i);
+            if (sourceOf[view.first + i] >= 0) out.set(palette[top > 0 ? Math.round((heat[view.first + i] / top) * 63) : 0], 4 * i);
           }
           context.putImageData(pixels, 0, 0);
         },
-        mark(name, patch) {
-          const here = patch != null && patch < count && cell(patch).image === number;
-          marks[name].hidden = !here;
-          if (!here) return;
-          const { row, col } = cell(patch), dx = (x1 - x0) / image.cols, dy = (y1 - y0) / image.rows;
-          place(marks[name], x0 + col * dx, y0 + row * dy, x0 + (col + 1) * dx, y0 + (row + 1) * dy);
+      };
+    }
+
+    // The heat of views that overlap, added up at each spot of a fine raster.
+    function together(sheets, x0, y0, x1, y1) {
+      const side = 320, longer = Math.max(x1 - x0, y1 - y0);
+      const across = Math.max(1, Math.round((side * (x1 - x0)) / longer)), down = Math.max(1, Math.round((side * (y1 - y0)) / longer));
+      const canvas = el("canvas", { width: across, height: down });
+      const context = canvas.getContext("2d"), pixels = context.createImageData(across, down);
+      const lies = sheets.map(sheet => {
+        const cells = new Int32Array(across * down).fill(-1);
+        for (let r = 0, i = 0; r < down; r++) {
+          for (let c = 0; c < across; c++, i++) cells[i] = cellAt(sheet, x0 + ((c + 0.5) / across) * (x1 - x0), y0 + ((r + 0.5) / down) * (y1 - y0)) ?? -1;
+        }
+        return cells;
+      });
+      const sums = new Float32Array(across * down), seen = lies[0].map((_, i) => lies.some(cells => cells[i] >= 0));
+      return {
+        canvas, box: [x0, y0, x1, y1],
+        measure() {
+          sums.fill(0);
+          for (const cells of lies) for (let i = 0; i < sums.length; i++) if (cells[i] >= 0) sums[i] += heat[cells[i]];
+          return largest(sums, 0, sums.length);
+        },
+        paint(top) {
+          const out = new Uint32Array(pixels.data.buffer);
+          for (let i = 0; i < sums.length; i++) if (seen[i]) out[i] = colorOf[top > 0 ? Math.round((sums[i] / top) * 63) : 0];
+          context.putImageData(pixels, 0, 0);
         },
       };
     }
@@ -327,16 +434,18 @@
 
     // ---- layers x heads ----------------------------------------------------------------------------------------------
     function headMap() {
-      const gap = H > 1 ? 1 : 0, space = 12, across = H > 1 ? H + 1 : 1;
-      const size = clamp(Math.floor(200 / L), 5, 20), wide = clamp(Math.floor(200 / across), 4, 24);
+      // One column for all heads and, behind an empty one, a column for each head. Cells are as wide as fit.
+      const gap = H > 1 ? 2 : 0, across = H > 1 ? H + 2 : 1, size = clamp(Math.floor(416 / L), 5, 20);
+      const left = n => `${(100 * n) / across}%`;
       const canvas = el("canvas", { width: H > 1 ? H : 1, height: L }), together = el("canvas", { width: 1, height: L });
       const mark = el("div", { class: "mark", hidden: "" });
       const node = el("div", { class: "map", tabindex: 0, role: "application", "aria-roledescription": "map of layers and heads",
         "aria-label": "share of the row that lies on the image, by layer and head; up and down change the layer, left and right the head" });
       const box = el("div", { class: "mapbox" }, node);
-      Object.assign(node.style, { width: `${across * wide + space * gap}px`, height: `${L * size}px` });
-      Object.assign(canvas.style, { position: "absolute", left: `${gap * (wide + space)}px`, width: `${canvas.width * wide}px`, height: "100%" });
-      Object.assign(together.style, { position: "absolute", left: 0, width: `${wide}px`, height: "100%" });
+      box.style.width = `${26 + 24 * across}px`;
+      node.style.height = `${L * size}px`;
+      Object.assign(canvas.style, { position: "absolute", left: left(gap), width: left(canvas.width), height: "100%" });
+      Object.assign(together.style, { position: "absolute", left: 0, width: left(1), height: "100%" });
       node.append(...(gap ? [together] : []), canvas, mark);
       const axis = (text, style) => {
         const made = el("span", { class: "axis", "aria-hidden": "true" }, text);
@@ -346,14 +455,14 @@
       const step = Math.ceil(L / Math.floor((L * size) / 22));
       for (let l = L - 1; l >= 0; l -= step) axis(String(l), { right: "calc(100% + 5px)", top: `${(L - l - 0.5) * size - 5}px` });
       if (gap) {
-        axis("all", { left: `${wide / 2 - 6}px`, top: "calc(100% + 5px)" });
-        const every = Math.ceil(24 / wide);
-        for (let h = 0; h < H; h += every * (H > 12 ? 2 : 1)) axis(String(h), { left: `${wide + space + (h + 0.5) * wide - 3}px`, top: "calc(100% + 5px)" });
+        axis("all", { left: left(0.5), top: "calc(100% + 5px)", transform: "translateX(-50%)" });
+        const every = Math.ceil(H / 8);
+        for (let h = 0; h < H; h += every) axis(String(h), { left: left(gap + h + 0.5), top: "calc(100% + 5px)", transform: "translateX(-50%)" });
       }
       const at = event => {
-        const area = node.getBoundingClientRect(), x = event.clientX - area.left;
+        const area = node.getBoundingClientRect(), col = Math.floor(((event.clientX - area.left) / area.width) * across);
         const layer = clamp(L - 1 - Math.floor((event.clientY - area.top) / size), 0, L - 1);
-        return { layer, head: !gap || x < wide + space / 2 ? 0 : clamp(Math.floor((x - wide - space) / wide) + 1, 1, H) };
+        return { layer, head: col < gap / 2 ? 0 : clamp(col - gap + 1, gap ? 1 : 0, gap ? H : 0) };
       };
       node.addEventListener("click", event => set(at(event)));
       node.addEventListener("pointermove", event => {
@@ -376,7 +485,7 @@
             const shares = [];
             for (let l = 0; l < L; l++) for (let h = 0; h <= H; h++) shares.push(row ? onImages(row, measure, l, h) : 0);
             [low, top] = [Math.min(...shares), Math.max(...shares)];
-            for (const [to, from, n] of [[canvas, gap, canvas.width], [together, 0, 1]]) {
+            for (const [to, from, n] of [[canvas, gap ? 1 : 0, canvas.width], [together, 0, 1]]) {
               const context = to.getContext("2d"), pixels = context.createImageData(n, L);
               for (let l = 0; l < L; l++) {
                 for (let h = 0; h < n; h++) {
@@ -389,8 +498,7 @@
             drawn = { row, measure };
           }
           mark.hidden = !row || state.layer === L;
-          const x = state.head ? gap * (wide + space) + (state.head - gap) * wide : 0;
-          Object.assign(mark.style, { left: `${x}px`, top: `${(L - 1 - state.layer) * size}px`, width: `${wide}px`, height: `${size}px` });
+          Object.assign(mark.style, { left: left(state.head ? gap + state.head - 1 : 0), top: `${(L - 1 - state.layer) * size}px`, width: left(1), height: `${size}px` });
           return [low, top];
         },
       };
@@ -401,16 +509,20 @@
       return h ? `head ${h - 1}` : H > 1 ? "all heads" : "head 0";
     }
 
+    function ofView(view, image) {
+      return (viewsOf(image).length > 1 ? ` of ${view.name}` : "") + (images.length > 1 ? ` of image ${image}` : "");
+    }
+
     function patchName(patch) {
-      const { image, row, col } = cell(patch);
-      return `row ${row}, column ${col}${images.length > 1 ? ` of image ${image}` : ""}`;
+      const { view, image, row, col } = place(patch);
+      return `row ${row}, column ${col}${ofView(view, image)}`;
     }
 
     function placeName(source) {
       if (source >= V) return `token “${shown(data.pieces[source - V])}”`;
       if (maps) return `query ${source}`;
-      const { image, row, col } = cell(source);
-      return `patch r${row} c${col}${images.length > 1 ? ` of image ${image}` : ""}`;
+      const { view, image, row, col } = place(cellOf[source]);
+      return `patch r${row} c${col}${ofView(view, image)}`;
     }
 
     const read_ = new Float32Array(S), heat = new Float32Array(count);
@@ -423,13 +535,15 @@
         return `Q-Former attention weight of query ${query}, mean of layers and heads`;
       }
       if (!row || state.layer === L) return null;
-      if (!maps) heat.set(read_.subarray(0, count));
+      if (!maps) for (let c = 0; c < count; c++) heat[c] = sourceOf[c] < 0 ? 0 : read_[sourceOf[c]];
       else {
         heat.fill(0);
         for (let q = 0; q < V; q++) for (let p = 0; p < count; p++) heat[p] += read_[q] * maps[q * count + p];
       }
       const one = state.head > 0 || H === 1, by = headName(state.head);
-      const what = state.measure ? `norm written${one ? ` by ${by}` : ", heads summed"}` : `attention weight${one ? ` of ${by}` : `, mean of ${H} heads`}`;
+      const n = row.word === undefined ? 1 : answer[row.word].wrote.length;
+      const what = (state.measure ? `norm written${one ? ` by ${by}` : ", heads summed"}` : `attention weight${one ? ` of ${by}` : `, mean of ${H} heads`}`)
+        + (n > 1 ? `, mean over the ${n} positions that wrote its tokens` : "");
       return maps ? `${what}: from each query × where that reads` : what;
     }
 
@@ -445,10 +559,10 @@
       const { row: r, query, source, patch } = look(), row = r == null ? undefined : ready[r];
       if (r != null && !row) decoded[r].then(draw);
       const reads = row && state.layer < L;
-      const key = [row?.source, query, state.layer, state.measure, state.head, pinned.row, pinned.query].join();
+      const key = [row && r, query, state.layer, state.measure, state.head, pinned.row, pinned.query].join();
       if (now.key !== key) {
         const unit = heatOf(row, query);
-        now = { key, unit, top: largest(heat, 0, count) };
+        now = { key, unit, top: Math.max(...stages.flatMap(one => one.parts.map(part => part.measure()))) };
         drawControls();
         drawHeat(row, query, reads);
         drawChips(row, reads);
@@ -456,11 +570,11 @@
       }
       for (const one of stages) {
         one.mark("hover", patch);
-        one.mark("pin", maps ? null : pinned.source);
-        one.mark("query", row && !maps && row.source < V ? row.source : null);
+        one.mark("pin", maps || pinned.source == null || pinned.source >= V ? null : cellOf[pinned.source]);
+        one.mark("query", row && !maps && row.source < V ? cellOf[row.source] : null);
       }
       drawWords(source);
-      const under = patch ?? (maps || source == null || source >= V ? null : source);
+      const under = patch ?? (maps || source == null || source >= V ? null : cellOf[source]);
       read.textContent = under === null ? "" : patchName(under)
         + (now.unit === null ? "" : `: ${number(heat[under])}, ${whole(now.top > 0 ? heat[under] / now.top : 0)} % of the largest`);
       drawFacts(row, reads, source);
@@ -475,22 +589,24 @@
       measures.forEach((button, i) => button.setAttribute("aria-pressed", i === state.measure));
     }
 
-    function rowName(row, query) {
-      if (query != null) return `query ${query}`;
+    function rowTitle(row, query) {
+      if (query != null) return `Where query ${query} reads`;
       if (!row) return "";
-      return row.source < V ? `the ${placeName(row.source)}` : `“${shown(data.pieces[row.source - V])}”`;
+      if (row.word === undefined) return `What ${row.source < V ? `the ${placeName(row.source)}` : `“${shown(data.pieces[row.source - V])}”`} reads`;
+      const { text, sources } = answer[row.word];
+      return sources.length ? `Looked at while it wrote “${shown(text)}”` : "Looked at after the answer";
     }
 
     function drawHeat(row, query) {
       const { layer } = state, { unit, top } = now;
-      for (const one of stages) {
-        one.canvas.hidden = unit === null;
-        if (unit !== null) one.paint(heat, top);
+      for (const part of stages.flatMap(one => one.parts)) {
+        part.canvas.hidden = unit === null;
+        if (unit !== null) part.paint(top);
       }
       const when = query != null ? "in the Q-Former, before layer 0"
-        : layer < L ? `attention of layer ${layer}, which reads state ${layer}`
+        : layer < L ? `attention of layer ${layer}${row?.word === undefined ? `, which reads state ${layer}` : ""}`
           : `no layer reads state ${L}, the output`;
-      heading.replaceChildren(`${query != null ? "Where" : "What"} ${rowName(row, query)} reads`, el("small", {}, `  ${when}`));
+      heading.replaceChildren(rowTitle(row, query), el("small", {}, `  ${when}`));
       legend.style.visibility = unit === null ? "hidden" : "visible";
       legend.title = query == null && state.measure ? "‖Σ α f(x)‖ of the vectors that the heads wrote, in residual-stream units" : "";
       legendTop.textContent = number(top);
@@ -499,14 +615,17 @@
 
     function drawChips(row, reads) {
       const most = parts.map(([a, b]) => largest(read_, a, b));
-      for (const { node, bar, source, row: own, query, image } of chips) {
+      for (const { node, bars, row: own, query, image } of chips) {
         if (image !== undefined) {
-          const share = reads ? ` · ${percent(shareOf(row, state.measure, state.layer, state.head, image))}` : "";
-          node.textContent = `${images.length > 1 ? `image ${image}` : "image"} · ${images[image].rows} × ${images[image].cols} patches${share}`;
+          // The share keeps its width, so that the chips behind it stay in their lines.
+          node.replaceChildren(`${images.length > 1 ? `image ${image}` : "image"} · ${shapeOf(viewsOf(image))} patches`,
+            el("span", {}, reads ? ` · ${percent(shareOf(row, state.measure, state.layer, state.head, image))}` : ""));
           continue;
         }
-        const part = source < V ? 0 : 1, length = reads && most[part] > 0 ? read_[source] / most[part] : 0;
-        bar.style.transform = `scaleX(${length < 0.02 ? 0 : length})`;
+        for (const { bar, source } of bars) {
+          const part = source < V ? 0 : 1, length = reads && most[part] > 0 ? read_[source] / most[part] : 0;
+          bar.style.transform = `scaleX(${length < 0.02 ? 0 : length})`;
+        }
         if (node.type !== "button") continue;
         node.setAttribute("aria-pressed", query !== null ? query === pinned.query : pinned.query === null && own === pinned.row);
       }
@@ -514,7 +633,8 @@
 
     function drawMap(row, query) {
       const [low, high] = map.draw(row, state.measure);
-      mapNote.textContent = row ? "  by layer and head" : `  ${rowName(row, query)} is no destination: pick a token that is`;
+      mapNote.textContent = query != null && !row ? `  query ${query} is no destination: pick a token that is`
+        : state.layer < L ? `  layer ${state.layer}, ${headName(state.head)}` : "  by layer and head";
       mapLegend.style.visibility = row ? "visible" : "hidden";
       mapLow.textContent = percent(low);
       mapTop.textContent = percent(high);

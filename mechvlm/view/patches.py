@@ -1,18 +1,21 @@
 """The patch view: an image's patches, what a token reads from each, and the words of each.
 
 1. `match_example` checks that inputs and results belong together.
-2. The destinations' rows, the lens's words and the images are packed (packing.py) into one JSON.
+2. The rows that can be picked, the lens's words and the images are packed (packing.py) into one
+   JSON.
 3. patches.js unpacks it in the browser and draws the page.
 """
 
 import io
 import warnings
 from importlib.resources import files
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
 from matplotlib.patches import Rectangle
 
 from mechvlm.errors import ViewError
@@ -24,7 +27,8 @@ from mechvlm.probes.logit_lens import LogitLensResult
 from mechvlm.probes.norm_attention import NormAttentionResult
 from mechvlm.probes.query_reading import QueryReadingResult
 from mechvlm.view import packing
-from mechvlm.view.example import ShownExample, match_example
+from mechvlm.view.drawn import added_up
+from mechvlm.view.example import Pick, ShownExample, match_example
 from mechvlm.view.page import PAGE_LIMIT, View, to_json
 
 
@@ -39,12 +43,25 @@ def patches(
     """One example to explore: a token's heat over the patches, and each patch's logit-lens words.
 
     Patches lie at their place on the original image; the part that the model does not see is
-    dimmed. A reader can pick the prompt's tokens that are destinations of `norms`. To pick from all
-    of them, read `NormAttention(dst=inputs.tokens.text.tolist())`.
+    dimmed. Views that overlap (the whole image, then its tiles) are drawn apart, and together: the
+    heat of all tokens that show a spot is added up there.
+
+    A reader can pick the prompt's tokens that are destinations of `norms`. To pick from all of
+    them, read `NormAttention(dst=inputs.tokens.text.tolist())`.
 
         >>> inputs = vlm.inputs(image, "What is left of the dog?")
         >>> lens, norms = mechvlm.read(vlm, inputs, mechvlm.LogitLens(), mechvlm.NormAttention())
         >>> mechvlm.view.patches(inputs, lens, norms).save("page.html")
+
+    Where the inputs hold an answer, its words can be picked too, if `norms` read the positions
+    that wrote them (`dst="writing"`). A word shows what was looked at while the model wrote it: the
+    row of the position before it. A word of several tokens shows the mean of their rows, norms and
+    weights each, and its shares are those of this mean.
+
+        >>> answer = vlm.generate(inputs)[0]
+        >>> probes = mechvlm.LogitLens(), mechvlm.NormAttention(dst="writing")
+        >>> results = mechvlm.read(vlm, answer.inputs, *probes)
+        >>> mechvlm.view.patches(answer.inputs, *results)
 
     The heat at layer l (0 to n_layers - 1) is what its attention reads of state l. Its color is
     linear, from 0 to the map's own maximum:
@@ -76,13 +93,7 @@ def patches(
             exceed 50 MB.
     """
     shown = match_example(inputs, lens, norms, reading, example)
-    rows, size = [], 0
-    for row in shown.rows:
-        packed, levels = packing.pack_rows(*shown.row_values(row), shown.parts, shown.groups)
-        rows.append({"source": int(shown.source_of[shown.dest[row]]), "levels": levels, "data": packed})
-        size += len(packed)
-        # Estimated from the rows so far, to refuse a large page before all of it is packed.
-        _check_size(size * len(shown.rows) // len(rows), shown)
+    rows = _pack_picks(shown)
     words = packing.pack_words(shown.lens.ids.numpy(), shown.lens.probs.numpy(), dict(lens.vocabulary))
     not_visual = shown.sources[shown.n_visual :]
     heat = mpl.colormaps[HEAT]
@@ -91,13 +102,23 @@ def patches(
         "layers": len(norms.layers),
         "heads": norms.weight.shape[2],
         "images": shown.page_images(),
+        "views": shown.page_views(),
         "positions": shown.sources.tolist(),
-        "pieces": [shown.tokens.strings[p] for p in not_visual],
+        "pieces": [shown.piece(p) for p in not_visual.tolist()],
+        "words": shown.n_words,
         "special": [bool(shown.tokens.modality[p] == Modality.SPECIAL) for p in not_visual],
         "visual": shown.n_visual,
+        "answer": [
+            {
+                "text": word.text,
+                "sources": shown.source_of[list(word.holds)].tolist(),
+                "wrote": list(word.wrote),
+            }
+            for word in shown.answer
+        ],
         "rows": rows,
         "start": {
-            "row": shown.rows.index(shown.first_row),
+            "row": shown.picks.index(shown.first_pick),
             "layer": shown.first_layer,
             "source": shown.first_source,
         },
@@ -114,13 +135,39 @@ def patches(
     _check_size(len(body), shown)
     folder = files("mechvlm.view")
     return View(
-        title=f"Patches, {norms.model}: {prompt_text(inputs.prompts[shown.number])}",
+        title=f"Patches, {norms.model}: {prompt_text(inputs.prompts[shown.number])}{_answer_text(shown)}",
         body=body,
         scripts=((folder / "patches.js").read_text("utf-8"),),
         styles=((folder / "patches.css").read_text("utf-8"),),
         preview=lambda: _preview(shown),
         height=_height(shown),
     )
+
+
+def _pack_picks(shown: ShownExample) -> list[dict]:
+    """One row for each pick, by its source or its word; those of one position are packed once."""
+    rows: list[dict] = []
+    size = 0
+    packed_at: dict[tuple[int, ...], int] = {}
+    for number, pick in enumerate(shown.picks):
+        at = int(shown.source_of[pick.positions[0]])
+        name: dict[str, Any] = {"source": at} if pick.word is None else {"word": pick.word}
+        if pick.positions in packed_at:
+            rows.append({**name, "like": packed_at[pick.positions]})
+            continue
+        packed, levels = packing.pack_rows(*shown.row_values(pick), shown.parts, shown.groups)
+        packed_at[pick.positions] = number
+        rows.append({**name, "levels": levels, "data": packed})
+        size += len(packed)
+        # Estimated from the rows so far, to refuse a large page before all of it is packed.
+        _check_size(size * len(shown.picks) // len(rows), shown)
+    return rows
+
+
+def _answer_text(shown: ShownExample) -> str:
+    """The answer as a title shows it, behind an arrow; nothing without one."""
+    answer = "".join(word.text for word in shown.answer).strip()
+    return f" → {answer}" if answer else ""
 
 
 def _pack_maps(maps: np.ndarray) -> str:
@@ -131,18 +178,30 @@ def _pack_maps(maps: np.ndarray) -> str:
 
 def _height(shown: ShownExample) -> int:
     """The page's height in pixels at a notebook's width of about 900, estimated."""
-    strings = [shown.tokens.strings[p] for p in shown.sources[0 if shown.maps is not None else shown.n_visual :]]
-    chips = sum(18 + 7 * min(len(s), 20) for s in strings) + 190 * len(shown.pictures)
+    first, end = 0 if shown.maps is not None else shown.n_visual, shown.n_visual + shown.n_words
+    held = set(shown.tokens.answer.tolist())
+    strings = [shown.tokens.strings[p] for p in shown.sources[first:end] if p not in held]
+    chips = _chip_lines(strings, 190 * len(shown.pictures))
+    answer = 35 + 29 * _chip_lines([word.text for word in shown.answer]) if shown.answer else 0
     n, (width, height) = len(shown.lens.states), shown.pictures[0].size
     image = min(480, 410 * height // width) + 80 if len(shown.pictures) == 1 else 380 * len(shown.pictures)
+    sheets = len({view.sheet for view in shown.views if view.image == 0})
+    if sheets > 1:
+        # All views together stand above the sheets, which lie two in a row.
+        image += -(-sheets // 2) * (25 + min(480, 205 * height // width))
     tall = n > 16  # patches.js then puts the map of heads under the image
-    columns = max(image + 270, 50 + 18 * n) if tall else max(image, 300 + 21 * n)
-    return 170 + 29 * min(4, -(-chips // 850)) + columns
+    columns = max(image + 620, 50 + 18 * n) if tall else max(image, 300 + 21 * n)
+    return 170 + answer + 29 * chips + columns
+
+
+def _chip_lines(strings: list[str], others: int = 0) -> int:
+    """Lines that chips of these texts take, beside `others` pixels: four at most, which scroll."""
+    return min(4, -(-(others + sum(18 + 7 * min(len(s), 20) for s in strings)) // 850))
 
 
 def _check_size(size: int, shown: ShownExample) -> None:
     if size > PAGE_LIMIT:
-        n = len(shown.rows)
+        n = len({p for p in shown.dest.tolist() if shown.source_of[p] >= 0})
         fit = max(1, n * PAGE_LIMIT // size * 9 // 10)
         raise ViewError(
             f"The page would have {size / 1e6:,.0f} MB, over the {PAGE_LIMIT / 1e6:.0f} MB that a browser opens well: "
@@ -154,31 +213,24 @@ def _check_size(size: int, shown: ShownExample) -> None:
 
 def _preview(shown: ShownExample) -> bytes:
     """A PNG of what the page shows first, for where its scripts do not run."""
-    heats = shown.heat(shown.first_row, shown.first_layer)
-    top = max(float(h.max()) for h in heats) or 1.0
+    heats = shown.heat(shown.first_pick, shown.first_layer)
+    stages = [
+        _Stage(
+            image, *zip(*[(v, h) for v, h in zip(shown.views, heats, strict=True) if v.image == number], strict=True)
+        )
+        for number, image in enumerate(shown.pictures)
+    ]
+    top = max(float(stage.heat.max()) for stage in stages) or 1.0
     with style():
-        n = len(heats)
+        n = len(stages)
         figure = Figure((4.2 * n + 4.6, max(4.6, 0.21 * len(shown.lens.states))), dpi=100, layout="constrained")
         *left, right = figure.subplots(1, n + 1, width_ratios=[4.2] * n + [4.6])
-        for ax, image, grid, heat in zip(left, shown.pictures, shown.tokens.grids, heats, strict=True):
-            x0, y0, x1, y1 = grid.crop_box
-            # How white each pixel is: more where the model does not see the image.
-            veil = np.full((image.height, image.width, 1), 0.8)
-            veil[max(0, round(y0)) : max(0, round(y1)), max(0, round(x0)) : max(0, round(x1))] = 0.35
-            ax.imshow(np.asarray(image) / 255 * (1 - veil) + veil)
-            mesh = ax.imshow(
-                heat, extent=(x0, x1, y1, y0), cmap=HEAT, vmin=0, vmax=top, alpha=0.15 + 0.7 * np.sqrt(heat / top),
-                interpolation="nearest",
-            )  # fmt: skip
-            ax.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, color="#444444", linewidth=0.8))
-            ax.set_xlim(min(0, x0), max(image.width, x1))
-            ax.set_ylim(max(image.height, y1), min(0, y0))
-            ax.set_axis_off()
+        for ax, stage in zip(left, stages, strict=True):
+            mesh = stage.draw(ax, top)
         figure.colorbar(
             mesh, ax=left, location="bottom", shrink=0.7, aspect=36, label="norm written (residual-stream units)"
         )
-        piece = text(shown.tokens.strings[shown.dest[shown.first_row]], 16)
-        left[0].set_title(f'What "{piece}" reads, layer {shown.first_layer}', fontsize=9.5)
+        left[0].set_title(f"{_heading(shown, shown.first_pick)}, layer {shown.first_layer}", fontsize=9.5)
         _draw_words(right, shown)
         file = io.BytesIO()
         with warnings.catch_warnings():
@@ -186,6 +238,45 @@ def _preview(shown: ShownExample) -> bytes:
             warnings.filterwarnings("ignore", message="Glyph .* missing")
             figure.savefig(file, format="png", dpi=100)
     return file.getvalue()
+
+
+class _Stage:
+    """One image with the heat of all of its views, added up where they overlap."""
+
+    def __init__(self, image, views, heats):
+        self.image = image
+        boxes = np.array([view.grid.crop_box for view in views])
+        self.box = x0, y0, x1, y1 = *boxes[:, :2].min(0), *boxes[:, 2:].max(0)
+        if len(views) == 1:
+            self.heat, self.seen = heats[0], np.ones_like(heats[0])
+        else:
+            fine = 2 * max(view.grid.rows + view.grid.cols for view in views)
+            steps = (np.arange(fine) + 0.5) / fine
+            self.heat, self.seen = added_up(views, heats, x0 + steps * (x1 - x0), y0 + steps * (y1 - y0))
+
+    def draw(self, ax: Axes, top: float) -> AxesImage:
+        """Draw the image, paler where the model does not see it, and the heat from 0 to `top`."""
+        image, (x0, y0, x1, y1) = self.image, self.box
+        veil = np.full((image.height, image.width, 1), 0.8)
+        veil[max(0, round(y0)) : max(0, round(y1)), max(0, round(x0)) : max(0, round(x1))] = 0.35
+        ax.imshow(np.asarray(image) / 255 * (1 - veil) + veil)
+        strength = np.where(self.seen, 0.15 + 0.7 * np.sqrt(self.heat / top), 0)
+        mesh = ax.imshow(
+            self.heat, extent=(x0, x1, y1, y0), cmap=HEAT, vmin=0, vmax=top, alpha=strength, interpolation="nearest"
+        )
+        ax.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, color="#444444", linewidth=0.8))
+        ax.set_xlim(min(0, x0), max(image.width, x1))
+        ax.set_ylim(max(image.height, y1), min(0, y0))
+        ax.set_axis_off()
+        return mesh
+
+
+def _heading(shown: ShownExample, pick: Pick) -> str:
+    """What is drawn of a pick, in the page's own words."""
+    if pick.word is None:
+        return f'What "{text(shown.piece(pick.positions[0]), 16)}" reads'
+    word = shown.answer[pick.word].text
+    return f'Looked at while it wrote "{text(word, 16)}"' if word else "Looked at after the answer"
 
 
 def _draw_words(ax: Axes, shown: ShownExample) -> None:
@@ -200,11 +291,11 @@ def _draw_words(ax: Axes, shown: ShownExample) -> None:
             color = "white" if probs[row, col] > 0.75 else "#222222"
             ax.text(col, row, text(word, 11), ha="center", va="center", fontsize=small, color=color)
     if shown.maps is None:
-        image, row, col = shown.tokens.cell(int(shown.sources[shown.first_source]))
-        ax.set_title(
-            f"Logit lens: patch at row {row}, col {col}" + (f" of image {image}" if len(shown.pictures) > 1 else ""),
-            fontsize=9.5,
-        )
+        place = shown.tokens.place(int(shown.sources[shown.first_source]))
+        assert place is not None  # it is drawn
+        of_view = f", {place.view}" if len(shown.tokens.views[place.image]) > 1 else ""
+        of_image = f" of image {place.image}" if len(shown.pictures) > 1 else ""
+        ax.set_title(f"Logit lens: patch at row {place.row}, col {place.col}{of_view}{of_image}", fontsize=9.5)
     else:
         ax.set_title(f"Logit lens: query {shown.first_source}", fontsize=9.5)
     ax.set_yticks(range(len(pieces)), [str(layer) for layer in shown.lens.states], fontsize=small)

@@ -63,20 +63,26 @@ def pool_shape(tokens: TokenMap, pool: Pool) -> tuple[int, int]:
 
 
 def cell_names(tokens: TokenMap, pool: Pool) -> dict[int, str]:
-    """Each visual token's cell, position to name: `▦r0c1`, or `q4–7` for a group of queries."""
+    """Each visual token's cell, position to name: `▦r0c1`, or `q4–7` for a group of queries.
+
+    The cells are those of the view of the whole image; every other view is one cell, `▦mosaic`, and
+    so are an image's tokens without a place, `▦breaks`.
+    """
     down, across = pool_shape(tokens, pool)
     names = {}
     for image, positions in enumerate(tokens.images):
         prefix = PATCH_SIGN if len(tokens.images) == 1 else f"{PATCH_SIGN}{image}:"
+        n = len(positions)
         for i, position in enumerate(positions.tolist()):
-            if tokens.patches:
-                grid = tokens.grids[image]
-                row, col = divmod(i, grid.cols)
-                names[position] = f"{prefix}r{row * down // grid.rows}c{col * across // grid.cols}"
-            else:
-                n = len(positions)
+            if not tokens.patches:
                 first, end = (-(-(i * across // n + step) * n // across) for step in (0, 1))
                 names[position] = f"q{first}" if end == first + 1 else f"q{first}–{end - 1}"
+                continue
+            place, whole = tokens.place(position), tokens.views[image][0]
+            if place is None or place.view != whole.name:
+                names[position] = prefix + ("breaks" if place is None else place.view)
+            else:
+                names[position] = f"{prefix}r{place.row * down // whole.rows}c{place.col * across // whole.cols}"
     return names
 
 
@@ -164,14 +170,19 @@ def cell_map(inputs: Inputs, example: int, pool: Pool) -> str:
 def token_labels(tokens: TokenMap) -> list[str]:
     """A label for each token that is not padding, in order.
 
-    A patch is a dot, a query its number. A label that ends in a line break ends a line: after each
-    row of patches, and around each image.
+    A patch is a dot, a query its number, a line break of the model's own "⏎". A label that ends in
+    a line break ends a line: after each row of patches, and around each image.
     """
     labels = {p: readable(tokens.strings[p]) for p in tokens.all.tolist()}
     for image, positions in enumerate(tokens.images):
-        width = tokens.grids[image].cols
         for i, p in enumerate(positions.tolist()):
-            labels[p] = (" · " if tokens.patches else f" q{i}") + "\n" * (tokens.patches and (i + 1) % width == 0)
+            labels[p] = " · " if tokens.patches else f" q{i}"
+        for view in tokens.views[image]:
+            for p in view.positions[:, -1].tolist():
+                labels[p] = " · \n"
+        for p in tokens.without_place.tolist() if tokens.patches else ():
+            labels[p] = " ⏎\n"
+            labels[p - 1] = labels[p - 1].removesuffix("\n")
         before, last = int(positions[0]) - 1, int(positions[-1])
         if before in labels:
             labels[before] += "\n" * (not labels[before].endswith("\n"))
@@ -182,19 +193,23 @@ def token_labels(tokens: TokenMap) -> list[str]:
 def position_rows(tokens: TokenMap, positions: list[int]) -> tuple[list[str], list[list[int]]]:
     """A result's positions in rows, as (names of the rows, indices into `positions` in each).
 
-    Where they are all patches of the image, rows are the rows of its grid; otherwise eight in a
-    row.
+    Where they are all visual tokens and have places, rows are the rows of the views, and those
+    without a place stand in the last row; otherwise eight in a row.
     """
     n = len(positions)
     names: list[str] = []
     rows: list[list[int]] = []
     if tokens.patches and positions == tokens.image.tolist():
-        start = 0
-        for image, grid in enumerate(tokens.grids):
-            for row in range(grid.rows):
-                names.append(f"row {row}" if len(tokens.grids) == 1 else f"image {image}, row {row}")
-                rows.append(list(range(start, start + grid.cols)))
-                start += grid.cols
+        point = {position: number for number, position in enumerate(positions)}
+        for image, views in enumerate(tokens.views):
+            for view in views:
+                prefix = f"image {image}, " * (len(tokens.views) > 1) + f"{view.name}, " * (len(views) > 1)
+                for row, of_row in enumerate(view.positions.tolist()):
+                    names.append(f"{prefix}row {row}")
+                    rows.append([point[position] for position in of_row if position >= 0])
+        if len(tokens.without_place):
+            names.append("line breaks")
+            rows.append([point[position] for position in tokens.without_place.tolist()])
         return names, rows
     # At least two rows: of a single one, CircuitsVis would show one column.
     size = 8 if n > 8 else -(-n // 2)

@@ -11,7 +11,8 @@ import copy
 from typing import Any
 
 import torch
-from torch import nn
+from PIL import Image
+from torch import Tensor, nn
 from transformer_lens.factories.architecture_adapter_factory import ArchitectureAdapterFactory
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.generalized_components import VisionProjectionBridge
@@ -23,6 +24,7 @@ from mechvlm.decoder.norms import fold
 from mechvlm.decoder.weights import package_of, weight_and_bias
 from mechvlm.errors import ModelError
 from mechvlm.families.record import Architecture, part
+from mechvlm.vlm.closeness import TOLERANCE, describe, difference_of
 from mechvlm.vlm.kinds import is_quantized
 
 
@@ -59,23 +61,91 @@ ArchitectureAdapterFactory.register_adapter("InstructBlipForConditionalGeneratio
 
 
 def build_bridge(
-    hf: nn.Module, record: Architecture, name: str, tokenizer, processor, fold_final_norm: bool = False
+    hf: nn.Module, record: Architecture, name: str, tokenizer, processor, fold_with_eps: float | None = None
 ) -> TransformerBridge:
     """A new bridge on the model's own weights; see `VLM.bridge`.
 
-    fold_final_norm: multiply the final norm's weight into a copy of the unembedding. The logits
-    stay the same, and `W_U` then holds the directions that TransformerLens expects in it.
+    fold_with_eps: multiply the final norm's gain into a copy of the unembedding; the number is the
+    norm's epsilon. The logits stay the same, and `W_U` then holds the directions that
+    TransformerLens expects in it.
     """
     twin = _twin(hf, record, name)
-    if fold_final_norm:
-        fold(part(twin, record.norm), part(twin, record.unembed))
-    bridge = build_bridge_from_module(twin, record.hf_class, hf_config=twin.config, model_name=name)
+    if fold_with_eps is not None:
+        fold(part(twin, record.norm), part(twin, record.unembed), fold_with_eps)
+    bridge = _built(twin, record, name)
     # TransformerLens would reload the tokenizer, with BOS, from the folder or hub id that it names.
     # This one may come from neither: set it as it is, and say how it treats BOS and EOS.
     bridge.tokenizer = copy.deepcopy(tokenizer)
     bridge.cfg.tokenizer_prepends_bos, bridge.cfg.tokenizer_appends_eos = detect_tokenizer_bos_eos(bridge.tokenizer)
     bridge.processor = processor
     return bridge
+
+
+def _built(twin: Any, record: Architecture, name: str) -> TransformerBridge:
+    """TransformerLens' bridge, or a ModelError that says what TransformerLens lacks."""
+    kind = f"{record.hf_class} with {twin.config.get_text_config(decoder=True).model_type} layers"
+    try:
+        return build_bridge_from_module(twin, record.hf_class, hf_config=twin.config, model_name=name)
+    except ImportError as error:
+        raise ModelError(
+            f"TransformerLens' adapter for {kind} needs a package that is not installed: {error}"
+        ) from error
+    except ValueError as error:
+        if "Unsupported architecture" not in str(error):
+            raise
+        raise ModelError(
+            f"TransformerLens has no adapter for {kind}, so there is no bridge to {name}. vlm.run_with_cache gives the "
+            "activations under TransformerLens' names without one."
+        ) from error
+    except (AttributeError, KeyError, TypeError) as error:  # an adapter for other layers
+        raise ModelError(
+            f"TransformerLens' adapter for {record.hf_class} does not fit {kind} ({error}), so there is no bridge to {name}. "
+            "vlm.run_with_cache gives the activations under TransformerLens' names without one."
+        ) from error
+
+
+def checked_bridge(vlm: Any, fold_with_eps: float | None = None) -> TransformerBridge:
+    """A new bridge of a loaded VLM that passed `check_bridge`; see `build_bridge`."""
+    bridge = build_bridge(vlm.hf, vlm.record, vlm.name, vlm.tokenizer, vlm.processor, fold_with_eps)
+    encoding = vlm.encoding(vlm.inputs(Image.new("RGB", (32, 32)), "a"))
+    with torch.no_grad():
+        check_bridge(bridge, encoding, vlm.hf(**encoding).logits, vlm.name)
+    return bridge
+
+
+def check_bridge(bridge: TransformerBridge, encoding: dict[str, Any], logits: Tensor, name: str) -> None:
+    """Hold a bridge to the model: its logits are the model's, and its layers add up.
+
+    Args:
+        bridge: the bridge.
+        encoding: of one example.
+        logits: the model's own, [1 pos d_vocab].
+        name: the model's name.
+
+    Raises:
+        ModelError: naming what differs.
+    """
+    encoding = dict(encoding)
+    with torch.no_grad():
+        theirs, cache = bridge.run_with_cache(encoding.pop("input_ids"), **encoding)
+    theirs = theirs if isinstance(theirs, Tensor) else theirs.logits
+    off = {"logits are the model's": difference_of(theirs, logits)}
+    for layer in range(bridge.cfg.n_layers):
+        at = f"blocks.{layer}"
+        names = [f"{at}.hook_{part}" for part in ("resid_pre", "attn_out", "mlp_out", "resid_post")]
+        if missing := [hook for hook in names if hook not in cache]:
+            off[f"{missing[0]} is there"] = float("inf")
+            continue
+        pre, attn_out, mlp_out, post = (cache[hook] for hook in names)
+        off[f"{at}: resid_post = resid_pre + attn_out + mlp_out"] = difference_of(pre + attn_out + mlp_out, post)
+    wrong = [f"{claim}: {describe(x)}" for claim, x in off.items() if not x <= TOLERANCE.get(logits.dtype, 1e-3)]
+    if wrong:
+        raise ModelError(
+            f"TransformerLens has an adapter for {name}, but its parts do not add up: "
+            + "; ".join(wrong[:3])
+            + (f" and {len(wrong) - 3} more" if len(wrong) > 3 else "")
+            + ". vlm.run_with_cache gives the activations under TransformerLens' names, and is checked."
+        )
 
 
 def _refuse_quantized(hf: nn.Module, name: str) -> None:

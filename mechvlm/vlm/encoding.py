@@ -7,6 +7,7 @@ from torch import Tensor
 
 from mechvlm.errors import InputError, ModelError
 from mechvlm.inputs.batch import Inputs
+from mechvlm.inputs.encodings import forward_keys
 
 
 def model_arguments(vlm: Any, inputs: Any) -> dict[str, Tensor]:
@@ -23,8 +24,8 @@ def model_arguments(vlm: Any, inputs: Any) -> dict[str, Tensor]:
             f"{vlm.name} is in training mode ({len(training)} modules, {training[-1]!r} among them): dropout would change "
             "its activations at random. Call vlm.hf.eval() first, and vlm.hf.train() when you go on training."
         )
-    text = {"input_ids", "attention_mask", *vlm.record.right_padded}
-    if {key for key in inputs.encoding if key.endswith(("input_ids", "attention_mask"))} != text:
+    needed = {"input_ids", "attention_mask", *vlm.record.right_padded}
+    if not needed <= set(inputs.encoding) or not set(inputs.encoding) <= forward_keys(vlm.record):
         raise InputError(
             f"These inputs were made for another family of models ({inputs.model or 'unknown'}): they hold "
             f"{', '.join(sorted(inputs.encoding))}. Make them again with {vlm.name}'s own vlm.inputs(image, prompt)."

@@ -12,7 +12,6 @@ from torch import Tensor
 from mechvlm.decoder.decoder import Decoder
 from mechvlm.decoder.mistakes import layer_number
 from mechvlm.decoder.norms import rms
-from mechvlm.families.record import part
 from mechvlm.inputs.batch import Inputs
 from mechvlm.vlm.habits import act_name, missing_in_cache
 
@@ -24,6 +23,9 @@ BLOCK_HOOKS = (
     "hook_resid_pre", "ln1.hook_scale", "attn.hook_q", "attn.hook_k", "attn.hook_v", "attn.hook_pattern", "attn.hook_z",
     "hook_attn_out", "hook_resid_mid", "ln2.hook_scale", "mlp.hook_post", "hook_mlp_out", "hook_resid_post",
 )  # fmt: skip
+
+
+MEMORY_PATTERN = "cross_attn.hook_pattern"
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,8 @@ class Cache(Mapping[str, Tensor]):
     - `hook_pattern`: [batch head dest src]
     - `hook_post`: [batch pos d_mlp]
     - `hook_scale`: [batch pos 1], in float32
+    - in layers that read an image's memory, `cross_attn.` stands for `attn.`, and `hook_k`,
+      `hook_v` are [batch memory kv_head d_head], `hook_pattern` [batch head dest memory]
 
     Rows of padding mean nothing. Short names are TransformerLens' too:
 
@@ -99,27 +103,52 @@ def _by_layers(names: Iterable[str]) -> list[str]:
 
 
 def hook_readers(vlm: Decoder) -> dict[str, Callable[[], Tensor]]:
-    """Functions that read the hooks inside a trace, by hook name, in the order of the forward."""
-    eps = vlm.norm_eps
+    """Functions that read the hooks inside a trace, by hook name, in the order of the forward.
+
+    A layer that lacks a part has no such hook. A function reads by `vlm` alone: it runs on NDIF's
+    server with the decoder that is there, and what else it holds would be this machine's.
+    """
+    eps, centres = vlm.norm_eps, vlm.record.norm_centres
 
     def reader(hook: str, layer: int) -> Callable[[], Tensor]:
         match hook:
             case "ln1.hook_scale":
-                return lambda: rms(vlm.resid_pre[layer], eps)
+                return lambda: rms(vlm.resid_pre[layer], eps, centres)
             case "ln2.hook_scale":
-                return lambda: rms(vlm.resid_mid[layer], eps)
+                return lambda: rms(vlm.resid_mid[layer], eps, centres)
             case "mlp.hook_post":
-                return lambda: part(vlm.layers[layer], f"{vlm.record.mlp}.{vlm.record.down_proj}").input
+                return lambda: vlm.layer_parts[layer].read_neurons()
             case _:
-                accessor = getattr(vlm, hook.split("hook_")[1])
-                return lambda: accessor[layer]
+                site = "memory_pattern" if hook == MEMORY_PATTERN else hook.split("hook_")[1]
+                return lambda: getattr(vlm, site)[layer]
 
     # The decoder's whole input: the words' embeddings, with the image's features in their places.
     readers: dict[str, Callable[[], Tensor]] = {"hook_embed": lambda: vlm.resid_pre[0]}
     for layer in range(vlm.n_layers):
-        readers |= {f"blocks.{layer}.{hook}": reader(hook, layer) for hook in BLOCK_HOOKS}
-    readers["ln_final.hook_scale"] = lambda: rms(vlm.resid_post[-1], eps)
+        readers |= {f"blocks.{layer}.{hook}": reader(hook, layer) for hook in _hooks_of(vlm, layer)}
+    readers["ln_final.hook_scale"] = lambda: rms(vlm.resid_post[-1], eps, centres)
     return readers
+
+
+NEEDS = {
+    "hook_q": "q_proj", "hook_k": "k_proj", "hook_v": "v_proj", "hook_z": "attention", "hook_pattern": "attention",
+    "hook_attn_out": "attn_out", "hook_resid_mid": "mid_norm", "hook_mlp_out": "mlp_out", "hook_post": "down_proj",
+}  # fmt: skip
+"""The part of a layer's kind without which it lacks a hook."""
+
+
+def _hooks_of(vlm: Decoder, layer: int) -> list[str]:
+    """The hooks of `BLOCK_HOOKS` that one layer has."""
+    block, norm = vlm.layer_parts[layer], type(vlm.final_norm._module)
+    kind = block.kind
+    norms = {name for name, module in block.envoy._module.named_children() if type(module) is norm}
+    lacking = {hook for hook, needed in NEEDS.items() if getattr(kind, needed) is None}
+    if not norms - {kind.mid_norm, kind.attn_out, kind.mlp_out} and not (kind.mid_norm is None and norms):
+        lacking.add("ln1.hook_scale")  # the attention reads the state as it is
+    if kind.mid_norm not in norms:
+        lacking.add("ln2.hook_scale")
+    hooks = [hook for hook in BLOCK_HOOKS if hook not in lacking and hook.split(".")[-1] not in lacking]
+    return [hook.replace("attn.hook", "cross_attn.hook") for hook in hooks] if kind.memory else hooks
 
 
 def run_with_cache(vlm: Decoder, inputs: Inputs, names: Names = None) -> tuple[Tensor, dict[str, Tensor]]:
@@ -140,6 +169,8 @@ def _wanted_names(names: Names, readers: Mapping[str, Any], vlm: Decoder) -> set
         return set(readers)
     block_names = ", ".join(f"blocks.l.{hook}" for hook in BLOCK_HOOKS)
     known = f"hook_embed, ln_final.hook_scale, and for l = 0 to {vlm.n_layers - 1} {block_names}"
+    if vlm.memory_layers:
+        known += f" (in layers {', '.join(map(str, vlm.memory_layers))} cross_attn for attn)"
     wanted = {n for n in readers if names(n)} if callable(names) else {names} if isinstance(names, str) else set(names)
     if unknown := sorted(wanted - readers.keys(), key=str):
         raise ValueError(f"There is no activation named {', '.join(map(repr, unknown))}. There are: {known}.")

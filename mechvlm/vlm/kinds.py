@@ -15,13 +15,7 @@ from torch.nn.functional import linear
 
 from mechvlm.decoder.weights import DEQUANTIZED, is_plain, package_of, weight_and_bias
 from mechvlm.errors import ModelError
-from mechvlm.families.record import Architecture, part
-
-TOLERANCE = {torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 2e-1, torch.float64: 1e-6}
-"""Largest difference allowed in a check, relative to the largest entry.
-
-Far above rounding, far below the effect of a wrong part.
-"""
+from mechvlm.families.record import Architecture, layer_paths, part
 
 QUANTIZED_TOLERANCE = 5e-2
 """The same for quantized modules, which may round their inputs to 8 bits.
@@ -65,7 +59,7 @@ def refuse_adapter(config: Any, name: str) -> None:
         )
 
 
-def require_readable(model: nn.Module, record: Architecture) -> None:
+def require_readable(model: nn.Module, record: Architecture | None) -> None:
     """Refuse a model whose weights are not those that it computes with, or are not here.
 
     Raises:
@@ -84,6 +78,9 @@ def require_readable(model: nn.Module, record: Architecture) -> None:
             f"{len(away)} tensors of this {kind} ({away[0]}, ...) are not in memory: device_map offloaded them. Load it where "
             "it fits, in a smaller dtype, on more devices, or on NDIF with remote=True."
         )
+    _keep_unpacked(model)
+    if record is None:  # one is to be derived
+        return
     for path in _present(model, _frames(model, record)):
         if package_of(part(model, path)) == "peft":
             raise ModelError(
@@ -97,6 +94,16 @@ def require_readable(model: nn.Module, record: Architecture) -> None:
         if not is_plain(module) and alike not in tried:
             _require_own_weight(module, path, is_embedding=path == record.embed)
             tried.add(alike)
+
+
+def _keep_unpacked(model: nn.Module) -> None:
+    """Have bitsandbytes leave 4-bit weights as they are on CPUs with AVX512-BF16.
+
+    There the first forward would pack them in place, into an order that is not undone exactly.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
 
 
 def _present(model: nn.Module, paths: Iterable[str]) -> Iterator[str]:
@@ -142,18 +149,21 @@ def _refuse_unread_quantization(model: nn.Module) -> None:
 def _frames(model: nn.Module, record: Architecture) -> Iterator[str]:
     """Paths of the modules that hold the decoder's parts."""
     yield record.decoder
-    for layer in range(len(part(model, record.layers))):
-        at = f"{record.layers}.{layer}"
-        yield from (at, f"{at}.{record.attention}", f"{at}.{record.mlp}")
+    for layer, at in enumerate(layer_paths(record, model)):
+        kind = record.kind(layer)
+        yield from (at, *(f"{at}.{path}" for path in (kind.attention, kind.attn_out, kind.mlp_out) if path))
 
 
 def _weighted(model: nn.Module, record: Architecture) -> Iterator[str]:
     """Paths of the modules whose weights are read."""
     yield from (record.embed, record.norm, record.unembed)
-    attention = [f"{record.attention}.{name}" for name in (record.q_proj, record.k_proj, record.v_proj, record.o_proj)]
-    for layer in range(len(part(model, record.layers))):
-        for name in (*attention, f"{record.mlp}.{record.down_proj}"):
-            yield f"{record.layers}.{layer}.{name}"
+    for layer, at in enumerate(layer_paths(record, model)):
+        kind = record.kind(layer)
+        if kind.attention is not None:
+            projections = dict.fromkeys((kind.q_proj, kind.k_proj, kind.v_proj, kind.o_proj))
+            yield from (f"{at}.{kind.attention}.{name}" for name in projections if name)
+        if kind.down_proj is not None:
+            yield f"{at}.{kind.down_proj}"
 
 
 def _kind(module: Any) -> tuple:

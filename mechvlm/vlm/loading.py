@@ -2,6 +2,7 @@
 
 import difflib
 import os
+from contextlib import nullcontext
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -10,16 +11,20 @@ import torch
 import transformers
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoProcessor
+from transformers import AutoConfig, PreTrainedModel
 
 from mechvlm import bundled
 from mechvlm.errors import ModelError
 from mechvlm.families.known import architecture_of
 from mechvlm.families.record import Architecture, part
+from mechvlm.inputs.build import image_token_of
 from mechvlm.ndif.requests import register_folder
 from mechvlm.vlm.adapters import apply_adapter, base_of, has_processor, is_adapter
 from mechvlm.vlm.devices import device_of, dtype_of, warn_of_idle_gpu
+from mechvlm.vlm.foreign import refuse_kernels, require_sound_folder, settings_of
 from mechvlm.vlm.kinds import quantization_of, refuse_quantization, require_readable, unwrapped
+from mechvlm.vlm.processors import load_processor
+from mechvlm.vlm.records import record_of, require_fitting, require_readable_class
 from mechvlm.vlm.verify import check_model
 from mechvlm.vlm.vlm import VLM
 
@@ -33,6 +38,7 @@ def load(
     device_map: str | dict | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    record: Architecture | None = None,
     check: bool = True,
     remote: bool | str = False,
 ) -> VLM:
@@ -54,6 +60,8 @@ def load(
         device_map: as in transformers, to spread a model over devices ("auto").
         revision: of a hub id.
         trust_remote_code: run code that comes with a repository. Off by default.
+        record: says where the model keeps its parts (`mechvlm check` prints one); on NDIF needed
+            for a class without a known one. Default the known record, or a derived one.
         check: compare the model with its record by one tiny forward
             (`mechvlm.vlm.verify.check_model`); not done for a model on NDIF.
         remote: True runs every trace on NDIF (host and API key are those of nnsight's
@@ -61,10 +69,10 @@ def load(
             loads the model here and packs every trace as for NDIF.
 
     Raises:
-        ModelError: for an unknown model, a class without a record, weights that are not
-            safetensors, a model that is not what its record says, or one whose weights cannot be
-            read: offloaded, compiled in place, of another quantization, or with an adapter that is
-            no change of weights.
+        ModelError: for an unknown model, a class of which no record can be derived, a processor of
+            another family, weights that are not safetensors, a model that is not what its record
+            says, or one whose weights cannot be read: offloaded, compiled in place, of another
+            quantization, or with an adapter that is no change of weights.
     """
     if isinstance(model, VLM):
         raise ModelError(f"{model.name} is loaded already, as a VLM.")
@@ -90,15 +98,10 @@ def load(
                 f"A loaded model needs its processor: mechvlm.load(model, processor). Got {type(model).__name__}."
             )
         model = unwrapped(model)
-        record = architecture_of(type(model).__name__)
         if used := _used({"dtype": dtype, "device_map": device_map, "revision": revision}):
             raise ModelError(f"The model is loaded already: give {used} to its `from_pretrained`, not to mechvlm.load.")
-        _require_decoder_only(model.config, record)
-        _require_parts(processor)
-        _require_settings(processor, model.config, record)
-        require_readable(model, record)
         name = getattr(model, "name_or_path", "") or type(model).__name__
-        vlm = VLM(model.eval(), processor, name=name, remote=remote)
+        vlm = VLM(model.eval(), processor, record=_checked(model, processor, name, record), name=name, remote=remote)
     else:
         name = os.path.expanduser(str(model))
         adapter = name if is_adapter(name) else None
@@ -106,30 +109,37 @@ def load(
         source, is_bundled = (str(bundled.path(base)), True) if base in bundled.NAMES else (base, False)
         dtype = dtype_of(dtype, "float32" if is_bundled else "auto")
         source_options = {"revision": revision, "trust_remote_code": trust_remote_code}
-        hf_class = class_of(name, revision, trust_remote_code)
-        try:
-            beside = adapter if adapter is not None and has_processor(adapter) else source
-            processor = processor or AutoProcessor.from_pretrained(beside, **source_options)
-        except (OSError, ValueError) as error:
-            raise ModelError(
-                f"{name} comes without a usable processor ({str(error).splitlines()[0]}). Save one beside the weights with "
-                "`processor.save_pretrained`, or pass it: mechvlm.load(model, processor)."
-            ) from error
-        _require_parts(processor)
-        if remote is True:
+        with settings_of(name):
+            hf_class = class_of(name, revision, trust_remote_code)
+            try:
+                beside = adapter if adapter is not None and has_processor(adapter) else source
+                processor = processor or load_processor(beside, **source_options)
+            except ModelError:  # it says already what is missing
+                raise
+            except (OSError, ValueError) as error:
+                raise ModelError(
+                    f"{name} comes without a usable processor ({str(error).splitlines()[0]}). Save one beside the weights with "
+                    "`processor.save_pretrained`, or pass it: mechvlm.load(model, processor)."
+                ) from error
+            _require_parts(processor)
+            if remote is True:
+                if adapter is not None:
+                    raise ModelError(
+                        f"{name} holds an adapter, and NDIF hosts none: load it here, without remote=True."
+                    )
+                if Path(source).is_dir():
+                    source = str(Path(source).resolve())
+                    register_folder(source)
+                return VLM(source, processor, name=name, record=record, revision=revision, remote=True)
+            _require_settings(
+                processor, _load_config(source, base, revision, trust_remote_code), architecture_of(hf_class)
+            )
+            hf = _load_weights(source, name, hf_class, dtype=dtype, device_map=device_map, **source_options)
             if adapter is not None:
-                raise ModelError(f"{name} holds an adapter, and NDIF hosts none: load it here, without remote=True.")
-            if Path(source).is_dir():
-                source = str(Path(source).resolve())
-                register_folder(source)
-            return VLM(source, processor, name=name, revision=revision, remote=True)
-        _require_settings(processor, _load_config(source, base, revision, trust_remote_code), architecture_of(hf_class))
-        hf = _load_weights(source, name, hf_class, dtype=dtype, device_map=device_map, **source_options)
-        if adapter is not None:
-            hf = apply_adapter(hf, adapter)
-        require_readable(hf, architecture_of(hf_class))
-        commit = getattr(hf.config, "_commit_hash", None) or revision
-        vlm = VLM(hf.eval(), processor, name=name, revision=commit, remote=remote)
+                hf = apply_adapter(hf, adapter)
+            record = _checked(hf.eval(), processor, name, record)
+            commit = getattr(hf.config, "_commit_hash", None) or revision
+            vlm = VLM(hf, processor, record=record, name=name, revision=commit, remote=remote)
     if place is not None:
         try:
             vlm.hf.to(place)
@@ -139,9 +149,27 @@ def load(
     elif device_map is None and remote is not True and not isinstance(model, nn.Module):
         warn_of_idle_gpu(vlm.name)
     if check:
-        with torch.device("cpu"):  # the model may have been loaded under another default device
+        guard = nullcontext() if isinstance(model, nn.Module) else settings_of(vlm.name)
+        with guard, torch.device("cpu"):  # the default device may be another one
             check_model(vlm)
     return vlm
+
+
+def _checked(hf: nn.Module, processor, name: str, record: Architecture | None) -> Architecture:
+    """The record of a model that is here, once the model and its processor can be used at all."""
+    base = record or architecture_of(type(hf).__name__)
+    if not isinstance(hf, PreTrainedModel) or type(hf).__module__.startswith("transformers."):
+        require_readable_class(type(hf).__name__)
+    _require_decoder_only(hf.config)
+    _require_parts(processor)
+    if record is not None:
+        require_fitting(record, hf, name)
+    _require_settings(processor, hf.config, base)
+    if base.derived:
+        require_readable(hf, None)
+    record = record or record_of(hf, processor, name)
+    require_readable(hf, record)
+    return record
 
 
 def _used(options: dict[str, Any]) -> str:
@@ -194,14 +222,24 @@ def _require_parts(processor) -> None:
 
 def _require_settings(processor, config, record: Architecture) -> None:
     """Old checkpoints lack settings of the processor, and a processor may be another model's."""
-    if part(config, record.image_token_id) is None:
+    if record.image_token_id and not hasattr(config, record.image_token_id.split(".")[0]):
+        raise ModelError(
+            f"A {type(config).__name__} names no image token ({record.image_token_id}): mechvlm reads vision-language models "
+            "whose visual tokens stand in the sequence of the text's, where the config says which token holds their place."
+        )
+    image_token = image_token_of(record, config)
+    if record.image_token_id and image_token is None:
         raise ModelError(
             f"The model's {record.image_token_id} is not set: its checkpoint is older than image tokens in prompts. Set "
             f"config.{record.image_token_id} = processor.tokenizer.convert_tokens_to_ids('<image>'), and resize its embeddings "
             "where they have no such row (model.resize_token_embeddings)."
         )
-    token, image_token = str(getattr(processor, "image_token", "<image>")), part(config, record.image_token_id)
-    if (id := processor.tokenizer.convert_tokens_to_ids(token)) != image_token:
+    token = str(getattr(processor, "image_token", "<image>"))
+    is_token = image_token is not None and record.image_word in (
+        "image_token",
+        "",
+    )  # else a word that stands for many tokens
+    if is_token and (id := processor.tokenizer.convert_tokens_to_ids(token)) != image_token:
         raise ModelError(
             f"The processor marks an image by {token!r}, token {id}; the model by token {image_token} ({record.image_token_id}). "
             "Give the processor of this model."
@@ -212,7 +250,7 @@ def _require_settings(processor, config, record: Architecture) -> None:
         )
     for name, path in record.processor_settings:
         given, needed = getattr(processor, name, None), part(config, path)
-        if given != needed:
+        if hasattr(processor, name) and given != needed:
             raise ModelError(
                 f"The processor's {name} is {given}, the model's {path} is {needed}: it would make another number of image "
                 f"tokens. Set processor.{name} = {needed}, or give the processor of this model."
@@ -231,7 +269,14 @@ def class_of(name: str, revision: str | None = None, trust_remote_code: bool = F
     config = _load_config(source, name, revision, trust_remote_code)
     refuse_quantization(quantization_of(config), name)
     hf_class = (getattr(config, "architectures", None) or ["(no class named in config.json)"])[0]
-    _require_decoder_only(config, architecture_of(hf_class))
+    if not hasattr(transformers, hf_class) and getattr(config, "auto_map", None):
+        raise ModelError(
+            f"{name} is a {hf_class}, a class of its own code, which mechvlm does not look for. Load it by that code, and give "
+            f"the model and its processor: model = AutoModelForImageTextToText.from_pretrained({name!r}, trust_remote_code=True"
+            "); mechvlm.load(model, processor)."
+        )
+    require_readable_class(hf_class)
+    _require_decoder_only(config)
     return hf_class
 
 
@@ -245,10 +290,12 @@ def _load_config(source: str, name: str, revision: str | None, trust_remote_code
             f"There is no model {name!r}: it is neither bundled ({', '.join(bundled.NAMES)}) nor a folder here, and a "
             "hub id reads owner/name." + (f" Did you mean {near[0]}?" if near else "")
         )
+    if Path(source).is_dir():
+        require_sound_folder(Path(source))
     try:
-        return AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+        config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)
+    except Exception as error:  # a hostile config.json leads transformers to errors of many types
+        reason = f"{error or type(error).__name__}".splitlines()[0]
         if "custom code" in reason:
             raise ModelError(
                 f"{name} comes with code of its own, which is not run by default. Read it, and pass "
@@ -260,11 +307,14 @@ def _load_config(source: str, name: str, revision: str | None, trust_remote_code
             f"There is no model {name!r}: it is neither bundled ({', '.join(bundled.NAMES)}), nor a folder here, nor a hub id "
             f"that can be reached. The hub's client says: {reason}"
         ) from error
+    refuse_kernels(config, name, trust_remote_code)
+    return config
 
 
-def _require_decoder_only(config, record: Architecture) -> None:
-    if getattr(config, "use_decoder_only_language_model", True) is False:
-        model_type = part(config, record.text_config).model_type
+def _require_decoder_only(config) -> None:
+    text = config.get_text_config(decoder=True)
+    if getattr(config, "use_decoder_only_language_model", True) is False or getattr(text, "is_encoder_decoder", False):
+        model_type = text.model_type
         raise ModelError(
             f"This {type(config).__name__} has an encoder-decoder language model ({model_type}). mechvlm reads decoders that "
             "hold image and text in one sequence: InstructBLIP with Vicuna, for instance."

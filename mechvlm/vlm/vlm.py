@@ -12,25 +12,30 @@ from nnsight import TransformersModel
 from PIL import Image
 from torch import Tensor
 
-from mechvlm.decoder.attention import attention_call
 from mechvlm.decoder.decoder import Decoder
 from mechvlm.decoder.norms import Norm
 from mechvlm.decoder.projections import Projection
+from mechvlm.decoder.unembedding import Unembedding, n_logits
 from mechvlm.errors import ModelError
-from mechvlm.families.known import architecture_of
-from mechvlm.families.record import part
-from mechvlm.inputs.batch import Inputs, build_inputs, example_names
+from mechvlm.families.known import known_record
+from mechvlm.families.record import Architecture, part
+from mechvlm.inputs.answer import AnswerList
+from mechvlm.inputs.batch import Inputs, WeakLink, check_lengths
 from mechvlm.inputs.batches import Answers, Batches, build_batches
+from mechvlm.inputs.build import build_inputs, example_names, image_token_of, longest_sequences
 from mechvlm.inputs.images import ImageLike
 from mechvlm.inputs.pairs import pair_examples
 from mechvlm.inputs.pieces import token_texts
 from mechvlm.inputs.prompts import Prompt
 from mechvlm.ndif.jobs import Job
-from mechvlm.ndif.requests import ONE_AT_A_TIME, backend_for
-from mechvlm.vlm.answers import GREEDY, first_tokens, write_answers
+from mechvlm.ndif.requests import backend_for
+from mechvlm.vlm.answers import first_tokens, write_answers
+from mechvlm.vlm.circuits import factored_ov, factored_qk
 from mechvlm.vlm.encoding import model_arguments, require_cpu_default
+from mechvlm.vlm.generating import write
 from mechvlm.vlm.habits import missing_in_vlm
 from mechvlm.vlm.hook_cache import Cache, run_with_cache
+from mechvlm.vlm.records import require_fitting
 
 
 class VLM(Decoder):
@@ -51,6 +56,8 @@ class VLM(Decoder):
       before the rotary embedding, as TransformerLens' hook_q and hook_k are.
     - `pattern`: [batch head dest src].
     - `attention`: what the attention weights are computed from, after the rotary embedding.
+    - `memory_pattern`, `memory_attention`: of `memory_layers`, [batch head dest memory]; they have
+      `gates`, and `k`, `v` [batch memory kv_head d_head].
     - `logits`, without a layer: [batch pos d_vocab].
 
     **Weights** are read anywhere, or for a model on NDIF inside a trace only:
@@ -61,8 +68,7 @@ class VLM(Decoder):
     - `W_E`: [d_vocab d_model]; `W_U`: [d_model d_vocab].
 
     Attributes:
-        model: the nnsight model, for anything that has no name here.
-        hf: the Hugging Face model.
+        model, hf: the nnsight model, for anything that has no name here; the Hugging Face model.
         processor, tokenizer: its own.
         record: where the family keeps its parts.
         name, revision: what was loaded.
@@ -71,7 +77,10 @@ class VLM(Decoder):
         n_layers, n_heads, n_kv_heads, d_model, d_head, d_vocab: of the decoder.
     """
 
-    def __init__(self, hf: Any, processor, *, name: str, revision: str | None = None, remote: bool | str = False):
+    def __init__(
+        self, hf: Any, processor: Any, *, name: str, record: Architecture | None = None,
+        revision: str | None = None, remote: bool | str = False,
+    ):  # fmt: skip
         self.processor, self.revision, self.remote = processor, revision, remote
         self.tokenizer = processor.tokenizer
         self._dtype: torch.dtype | None = None
@@ -80,23 +89,24 @@ class VLM(Decoder):
             warnings.filterwarnings("ignore", message=".*nnsight already serves.*")
             model = TransformersModel(hf, task="image-text-to-text", processor=processor, revision=revision)
         hf = model._module
-        record = architecture_of(type(hf).__name__)
-        try:
-            super().__init__(model, record, name, hf.config, part(hf, record.unembed).out_features)
-            for module in [*map(self.attention_module, range(self.n_layers)), *self.cross_attentions]:
-                attention_call(module, record)  # nnsight must rewrite the forward before any runs
-        except AttributeError as error:  # the class takes decoders of every kind
+        record = record or known_record(hf)
+        if record is None:
             raise ModelError(
-                f"{name} is a {record.hf_class} with a language model ({part(hf.config, record.text_config).model_type}) that is "
-                f"not built as a Llama decoder ({error}), so mechvlm cannot read it."
-            ) from error
+                f"{name} is a {type(hf).__name__} with {hf.config.get_text_config(decoder=True).model_type} layers, for which "
+                "mechvlm/families/known.py has no record. One is derived from a model's weights: load it where they fit, without "
+                "remote=True, and give that record: mechvlm.load(name, remote=True, record=vlm.record)."
+            )
+        require_fitting(record, hf, name)
+        super().__init__(model, record, name, hf.config, n_logits(part(hf, record.unembed)))
+        self.prepare()
 
     def __repr__(self) -> str:
         devices = " and ".join(sorted({str(p.device) for p in self.hf.parameters()}))
         where = f"{str(self.dtype).removeprefix('torch.')}, {devices}" if self.has_weights else "on NDIF"
+        memory = f"memory_layers={self.memory_layers}, " if self.memory_layers else ""
         return (
             f"VLM({self.name!r}, {self.record.hf_class}, n_layers={self.n_layers}, n_heads={self.n_heads}, "
-            f"d_model={self.d_model}, {where})"
+            f"d_model={self.d_model}, {memory}{where})"
         )
 
     def __getattr__(self, name: str):
@@ -133,7 +143,7 @@ class VLM(Decoder):
         self.require_weights("W_E")
         return super().W_E
 
-    def readout(self) -> tuple[Norm, Projection]:
+    def readout(self) -> tuple[Norm, Unembedding]:
         self.require_weights("W_U")
         return super().readout()
 
@@ -142,7 +152,7 @@ class VLM(Decoder):
         return super().projection(name, layer)
 
     def require_weights(self, what: str) -> None:
-        """Raises ModelError where the weights are on NDIF; `what` needs them here."""
+        """Raises ModelError where the weights are on NDIF; `what` needs them."""
         if not self.has_weights:
             raise ModelError(
                 f"{what} was asked for, and {self.name} runs on NDIF: no weights are here. Read them inside a trace, `with "
@@ -200,7 +210,11 @@ class VLM(Decoder):
         require_cpu_default()
         pairs = pair_examples(images, prompts)
         names = example_names(ids, len(pairs))
-        build = partial(build_inputs, record=self.record, config=self.config, processor=self.processor, model=self.name)
+        build = partial(
+            build_inputs, record=self.record, config=self.config, processor=self.processor, model=self.name,
+            # Weakly: inputs that are kept must not keep a model's memory.
+            write=WeakLink(self._write_answers),
+        )  # fmt: skip
         return (
             build(images, prompts, ids=names) if batch_size is None else build_batches(pairs, batch_size, names, build)
         )
@@ -211,24 +225,22 @@ class VLM(Decoder):
         `kwargs` go to the model's forward: `logits_to_keep=1` computes the logits of the last
         position alone.
 
-        What the block saves, by `value = nnsight.save(...)`, is there after it. A name that was not
-        saved keeps what it held before the block; one that held nothing raises NameError.
+        What the block saves, by `value = nnsight.save(...)`, is there after it; a name that was not
+        saved keeps what it held before.
 
         Raises:
             InputError: for anything but inputs of this family of models.
             ValueError: within the trace, for an accessor of another model, which is not traced.
             nnsight's OutOfOrderError: for an activation that the forward has passed already.
 
-        For a model on NDIF, `with vlm.trace(inputs, blocking=False) as tracer:` leaves the job
-        there, and `vlm.job(tracer.backend.job_id)` finds it again.
+        On NDIF, `with vlm.trace(inputs, blocking=False) as tracer:` leaves the job there, and
+        `vlm.job(tracer.backend.job_id)` finds it again.
         """
         backend = backend_for(self, kwargs.pop("remote", None), kwargs.pop("blocking", True))
         return self.model.trace(**self.encoding(inputs), backend=backend, **kwargs)
 
     def job(self, job_id: str) -> Job:
-        """The job that a trace left on NDIF.
-
-        Its `result()` is a dict of what the block saved, by the names in the block.
+        """The job that a trace left on NDIF; its `result()` is a dict of what the block saved.
 
         Raises:
             ModelError: for a model that runs here.
@@ -245,15 +257,14 @@ class VLM(Decoder):
     def to_str_tokens(self, ids: Int[Tensor, " n"]) -> tuple[str, ...]:
         """The text of each token, with the space that it begins with (`mechvlm.inputs.pieces`).
 
-        A part of a character reads "\\ufffd". Vocabularies are padded: an id past the tokenizer's
-        last reads `<id>`.
+        A part of a character reads "\\ufffd"; an id past the tokenizer's last reads `<id>`.
         """
         return token_texts(ids.tolist(), self.tokenizer)
 
     def answer_tokens(self, inputs: Inputs, answers: Answers = None) -> Int[Tensor, " example"]:
         """Token ids of the answers' FIRST tokens, as the tokenizer writes them after the prompts.
 
-        A space separates prompt and answer, except after a prompt that ends in a line break.
+        A space separates prompt and answer, except after one that ends in a space or a line break.
 
         >>> red, blue = vlm.answer_tokens(inputs, ["red", "blue"])    # for two examples
 
@@ -264,67 +275,58 @@ class VLM(Decoder):
                 write first (one forward).
 
         Raises:
-            InputError: for another number of answers than examples, an empty answer, an id outside
-                the vocabulary, or a word whose first token the tokenizer joins with the prompt.
+            InputError: for another number of answers than examples, an empty answer, an unknown id,
+                or a word whose first token the tokenizer joins with the prompt.
         """
         if answers is None:
             return self.next_tokens(inputs)
         return first_tokens(inputs, answers, self.tokenizer, self.d_vocab)
 
     def answered(self, inputs: Inputs, answers: Sequence[str]) -> tuple[Inputs, tuple[int, ...]]:
-        """The inputs with each example's answer written after its prompt, and the answers' lengths.
+        """`inputs.answered(answers)`, and how many tokens each answer has."""
+        written = inputs.answered(answers)
+        return written, tuple(tokens.n_answer for tokens in written.token_maps)
 
-        The answer's tokens are the last ones of its example. A Q-Former still gets the prompt
-        alone, as it does when the model writes the answer itself.
-
-        Returns:
-            (inputs, lengths): new inputs, and the number of tokens of each answer.
-
-        Raises:
-            InputError: for another number of answers than examples, an empty answer, one whose
-                first token the tokenizer joins with the prompt, or one that leaves no room.
-        """
-        max_length = part(self.config, dict(self.record.max_lengths)["input_ids"])
-        image_token = part(self.config, self.record.image_token_id)
-        return write_answers(inputs, answers, self.tokenizer, image_token, max_length)
+    def _write_answers(self, inputs: Inputs, answers: Sequence[str | Sequence[int]]) -> Inputs:
+        max_length = longest_sequences(self.record, self.config).get("input_ids")
+        image_token = image_token_of(self.record, self.config)
+        written = write_answers(inputs, answers, self.tokenizer, self.hf, image_token, max_length)
+        check_lengths([len(tokens.all) for tokens in written.token_maps], self.record.equal_lengths)
+        return written
 
     def encoding(self, inputs: Inputs) -> dict[str, Tensor]:
         """The arguments of the Hugging Face model's forward, on its device.
 
         Raises:
-            InputError: for inputs that a model of another family made, for what is no `Inputs`, or
-                where torch's default device is not the CPU.
+            InputError: for inputs of another family, or where torch's default device is no CPU.
             ModelError: for a model in training mode.
         """
         return model_arguments(self, inputs)
-
-    # -- TransformerLens, imported on first use ---------------------------------------------------
 
     def bridge(self):
         """A new TransformerLens `TransformerBridge` on these weights: the same memory, no copy.
 
         Modules with an adapter are the exception: the bridge has a merged copy of their weights.
-
         It runs on what `encoding` holds:
 
             encoding = vlm.encoding(inputs)
             logits, cache = bridge.run_with_cache(encoding.pop("input_ids"), **encoding)
 
-        Its modules are its own: nothing done with its hooks reaches this VLM.
-        `bridge.enable_compatibility_mode()` and `bridge.to(...)` give the bridge new weights and
-        leave these as they are. A change in place of the bridge's weights changes these too. When
-        `hf` was moved or cast, make a new bridge.
+        Nothing done with its hooks reaches this VLM. `bridge.enable_compatibility_mode()` and
+        `bridge.to(...)` give it new weights; a change of its weights in place changes these too.
+        When `hf` was moved or cast, make a new bridge.
 
         Raises:
-            ModelError: for a model on several devices, or one with quantized weights.
+            ModelError: for a model on several devices, one with quantized weights, one for which
+                TransformerLens has no adapter, or one whose adapter's parts do not add up.
         """
         return self._bridge()
 
     def _bridge(self, fold_final_norm: bool = False):
-        from mechvlm.vlm.bridge import build_bridge
+        from mechvlm.vlm.bridge import checked_bridge
 
         self.require_weights("A TransformerLens bridge")
-        return build_bridge(self.hf, self.record, self.name, self.tokenizer, self.processor, fold_final_norm)
+        return checked_bridge(self, self.norm_eps if fold_final_norm else None)
 
     def run_with_cache(self, inputs: Inputs, names_filter=None):
         """The logits and the activations under TransformerLens' hook names, from one forward.
@@ -342,9 +344,9 @@ class VLM(Decoder):
                 each name whether to keep it; None keeps all. Nothing else is read.
 
         Returns:
-            (logits, cache): logits are [batch pos d_vocab]. The cache is a
-            `mechvlm.vlm.hook_cache.Cache`, a read-only mapping from name to tensor in the order of
-            the forward; `cache.to_transformer_lens()` makes it TransformerLens' `ActivationCache`.
+            (logits, cache): [batch pos d_vocab], and a `mechvlm.vlm.hook_cache.Cache`, a mapping
+            from name to tensor in the order of the forward; `cache.to_transformer_lens()` makes it
+            TransformerLens' `ActivationCache`.
 
         Raises:
             ValueError: for a name that is not there, or none at all; the message lists the names.
@@ -355,11 +357,9 @@ class VLM(Decoder):
     def OV(self, layer: int):
         """W_V W_O of a layer's heads, a TransformerLens `FactoredMatrix` [head d_model d_model].
 
-        `state @ OV` is what a head writes for a normed state that it attends to, without biases.
+        `state @ OV` is what a head writes for a normed state, without biases.
         """
-        from transformer_lens import FactoredMatrix
-
-        return FactoredMatrix(self.W_V[layer], self.W_O[layer])
+        return factored_ov(self, layer)
 
     def QK(self, layer: int):
         """W_Q W_K^T of a layer's heads, a TransformerLens `FactoredMatrix` [head d_model d_model].
@@ -371,30 +371,30 @@ class VLM(Decoder):
             ModelError: for an attention that norms its queries and keys: its scores are no product
                 of the two states with a matrix.
         """
-        from transformer_lens import FactoredMatrix
+        return factored_qk(self, layer)
 
-        factors = self.W_Q[layer], self.W_K[layer].transpose(-2, -1)
-        norms = [child for child, _ in self.attention_module(layer)._module.named_children() if "norm" in child]
-        if norms:
-            raise ModelError(
-                f"The attention of {self.name} norms its queries and keys ({', '.join(norms)}) after W_Q and W_K: its scores are "
-                "no product with W_Q W_K^T. Read vlm.pattern[layer], or W_Q and W_K by themselves."
-            )
-        return FactoredMatrix(*factors)
+    def generate(self, inputs: Inputs | Batches | Sequence[Inputs], max_new_tokens: int = 40, **options) -> AnswerList:
+        """The model's own answers, greedy unless options say otherwise.
 
-    @torch.no_grad()
-    def generate(self, inputs: Inputs, max_new_tokens: int = 40) -> list[str]:
-        """The model's greedy answers, one per example, without prompt and special tokens.
+        >>> answers = vlm.generate(inputs)              # prints as its texts; answers[0].logprobs
+        >>> mv.norm_attention(vlm, answers.inputs[0], dst="writing")    # what each was written from
 
-        Each token is the one of the largest logit, whatever the model's `generation_config` says of
-        penalties, forbidden tokens and limits; of it only the tokens that end an answer are used.
+        Greedy: each token is the one of the largest logit, whatever the model's `generation_config`
+        says of penalties and limits. Of it only the tokens that end an answer are used, and, when
+        sampling, temperature, top_k and top_p.
+
+        Args:
+            inputs: one batch or several.
+            max_new_tokens: the most tokens of an answer, with the one that ends it.
+            options: of sampling and search, as Hugging Face's `generate` names them: `do_sample`,
+                `temperature`, `top_k`, `top_p`, `num_beams`, ... `torch.manual_seed` seeds draws.
+
+        Returns:
+            A list of one `Answer` an example: a str with `strings`, `ids`, `logprobs`, `ended`, and
+            `inputs`, prompt and answer as they were run.
+
+        Raises:
+            InputError: for an option about the generation's outputs, or several answers an example.
+            ValueError: for an option that Hugging Face does not know.
         """
-        options = {**GREEDY, "max_new_tokens": max_new_tokens, "pad_token_id": self.tokenizer.pad_token_id}
-        if self.remote:
-            with self.model.generate(**self.encoding(inputs), **options, backend=backend_for(self)) as tracer:
-                out = nnsight.save(tracer.result)
-        else:
-            with ONE_AT_A_TIME:
-                out = self.hf.generate(**self.encoding(inputs), **options)
-        new = out[:, inputs.encoding["input_ids"].shape[1] :]
-        return [text.strip() for text in self.tokenizer.batch_decode(new, skip_special_tokens=True)]
+        return write(self, inputs, max_new_tokens, options)

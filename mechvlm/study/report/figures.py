@@ -13,6 +13,7 @@ from mechvlm.measures.phase_fit import N_BOOTSTRAP
 from mechvlm.measures.phases import shade
 from mechvlm.probes.contextualization import MODALITY_PAIRS
 from mechvlm.study.record import StudyRecord
+from mechvlm.study.report.answer_figure import answer_figure, has_answers
 from mechvlm.study.report.captioned import (
     DOTTED,
     GREY,
@@ -37,7 +38,7 @@ def draw(study: StudyRecord, name: str) -> CaptionedFigure:
     """Draw one figure.
 
     Raises:
-        InputError: for a name that is not in `FIGURES`, or "pairs" of a study without pairs.
+        InputError: for a name that is not in `FIGURES`, or "pairs" or "answers" of a study without.
     """
     figures = _figures_of(study)
     if name not in figures:
@@ -52,11 +53,17 @@ def draw_all(study: StudyRecord) -> dict[str, CaptionedFigure]:
 
 
 def save_all(figures: dict[str, CaptionedFigure], folder: Path) -> None:
-    """Save each figure as PNG (200 dpi) and SVG. A missing folder is made."""
+    """Save each figure as PNG (200 dpi) and SVG. A missing folder is made.
+
+    Both have the same layout: finding one takes as long as drawing, so it is found once.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     for name, captioned in figures.items():
         captioned.save(folder / f"{name}.png")
+        layout = captioned.figure.get_layout_engine()
+        captioned.figure.set_layout_engine("none")
         captioned.save(folder / f"{name}.svg")
+        captioned.figure.set_layout_engine(layout)
 
 
 def phase_figure(study: StudyRecord) -> CaptionedFigure:
@@ -155,8 +162,13 @@ FIGURES = {
 
 
 def _figures_of(study: StudyRecord) -> Mapping[str, Callable[[StudyRecord], CaptionedFigure]]:
-    """`FIGURES`, and "pairs" for a study that read pairs."""
-    return FIGURES | ({"pairs": pair_figure} if len(study.tables.get("pairs", ())) else {})
+    """`FIGURES`, "pairs" for a study that read pairs, and "answers" for one that read answers."""
+    further: dict[str, Callable[[StudyRecord], CaptionedFigure]] = {}
+    if len(study.tables.get("pairs", ())):
+        further["pairs"] = pair_figure
+    if has_answers(study):
+        further["answers"] = answer_figure
+    return FIGURES | further
 
 
 def _draw_similarity(ax: Axes, curves: pd.DataFrame, pair: str, thin: bool = False) -> None:

@@ -1,17 +1,23 @@
 """The report's gallery: an example's patch view, and a small picture of its heat."""
 
 import re
+import warnings
 from collections.abc import Iterable
 
 import matplotlib as mpl
 import numpy as np
+import torch
 from PIL import Image
 
+from mechvlm.errors import InputError
 from mechvlm.explore import GALLERY_ROOM, destinations, read_for_page
 from mechvlm.figures.style import HEAT
-from mechvlm.inputs.batch import ImageLike
+from mechvlm.inputs.answer import Answer
+from mechvlm.inputs.batch import Inputs
+from mechvlm.inputs.images import ImageLike
 from mechvlm.study.record import GalleryView
-from mechvlm.view.example import ShownExample, match_example
+from mechvlm.view.drawn import added_up
+from mechvlm.view.example import Pick, ShownExample, match_example
 from mechvlm.view.patches import patches
 from mechvlm.vlm.vlm import VLM
 
@@ -19,13 +25,30 @@ HEAT_SIDE = 256
 """Longer side of the small pictures, in pixels."""
 
 
-def read_view(vlm: VLM, image: ImageLike, prompt: str) -> GalleryView:
-    """Read one example of the gallery, in one forward."""
-    inputs = vlm.inputs(image, prompt)
-    results = read_for_page(vlm, inputs, destinations(vlm, inputs.tokens, GALLERY_ROOM), k=5)
+def read_view(vlm: VLM, inputs: Inputs) -> GalleryView:
+    """Read one example of the gallery, prompt and answer, in one forward.
+
+    The small picture shows what the prompt's last token reads, which wrote the answer's first.
+    """
+    last = int(inputs.tokens.prompt[-1])
+    dest = destinations(vlm, inputs.tokens, GALLERY_ROOM)
+    results = read_for_page(vlm, inputs, torch.cat([dest, torch.tensor([last])]).unique(), k=5)
     shown = match_example(inputs, *results, example=None)
-    token = shown.tokens.strings[shown.dest[shown.first_row]]
-    return GalleryView(patches(inputs, *results).html(), _heat(shown), token, shown.first_layer)
+    page = patches(inputs, *results).html()
+    return GalleryView(page, _heat(shown, Pick((last,))), shown.tokens.strings[last], shown.first_layer)
+
+
+def page_inputs(vlm: VLM, image: ImageLike, prompt: str, answer: Answer) -> Inputs:
+    """What a page of the gallery is read from: prompt and answer.
+
+    It is the prompt alone, with a warning, where the answer cannot be read back: a model may write
+    its image token.
+    """
+    try:
+        return answer.inputs
+    except InputError as error:
+        warnings.warn(f"{error} Its patch view in the gallery shows the prompt alone.", stacklevel=2)
+        return vlm.inputs(image, prompt)
 
 
 def file_names(keys: Iterable[tuple[str, str]]) -> dict[tuple[str, str], str]:
@@ -41,25 +64,22 @@ def file_names(keys: Iterable[tuple[str, str]]) -> dict[tuple[str, str], str]:
     return names
 
 
-def _heat(shown: ShownExample) -> Image.Image:
-    """A small copy of the first image, with the heat that the page shows first.
+def _heat(shown: ShownExample, pick: Pick) -> Image.Image:
+    """A small copy of the first image, with the heat of a pick at the layer shown first.
 
     Darker is more. Parts of the image that the model does not see are paler.
     """
     image = shown.pictures[0].copy()
     image.thumbnail((HEAT_SIDE, HEAT_SIDE))
-    grid, heat = shown.tokens.grids[0], shown.heat(shown.first_row, shown.first_layer)[0]
+    heats = shown.heat(pick, shown.first_layer)
+    views, heats = zip(*[(v, h) for v, h in zip(shown.views, heats, strict=True) if v.image == 0], strict=True)
+    # The place of each pixel on the original image, and what the cells there hold.
+    width, height = shown.pictures[0].size
+    x = (np.arange(image.width) + 0.5) * width / image.width
+    y = (np.arange(image.height) + 0.5) * height / image.height
+    heat, seen = added_up(views, heats, x, y)
     share = heat / (heat.max() or 1.0)
-    # The place of each pixel on the original image, and the patch that lies there.
-    left, top, right, bottom = grid.crop_box
-    x = (np.arange(image.width) + 0.5) * grid.image_size[0] / image.width
-    y = (np.arange(image.height) + 0.5) * grid.image_size[1] / image.height
-    col, row = (
-        ((x - left) / (right - left) * grid.cols).astype(int),
-        ((y - top) / (bottom - top) * grid.rows).astype(int),
-    )
-    in_crop = ((y >= top) & (y < bottom))[:, None] & ((x >= left) & (x < right))
-    share = share[row.clip(0, grid.rows - 1)][:, col.clip(0, grid.cols - 1)]
+    in_crop = seen > 0
     veil = np.where(in_crop, 0.35, 0.8)[..., None]
     pixels = np.asarray(image) / 255 * (1 - veil) + veil
     strength = (np.where(in_crop, 0.15 + 0.7 * np.sqrt(share), 0))[..., None]

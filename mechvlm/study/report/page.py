@@ -12,6 +12,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from mechvlm import bundled
 from mechvlm.study.record import StudyRecord
+from mechvlm.study.report.answer_figure import answer_sentence
 from mechvlm.study.report.pairs import pair_section
 from mechvlm.study.report.summary import summary
 from mechvlm.view.packing import data_url
@@ -57,6 +58,7 @@ def render(
             for name, title in FIGURE_TITLES.items()
         ],
         pairs=_pairs(study, captions, figures),
+        answers=_answers(study, captions, figures),
         phases=[_phases(study, model) for model in study.models],
         gallery=_gallery(study, views),
         skipped=study.skipped.head(MOST_SKIPPED).to_dict("records"),
@@ -91,6 +93,15 @@ def training_note(model: str) -> str:
     paragraphs = (" ".join(p.split()) for p in training.partition("\n## ")[0].split("\n\n"))
     # The page shows plain text, so Markdown's marks of emphasis go.
     return " ".join(re.sub(r"[*`]+", "", p) for p in paragraphs if re.search(r"\bloss is on\b|\blens reads\b", p))
+
+
+def _answers(study: StudyRecord, captions: dict[str, str], figures: Path) -> dict | None:
+    """The section on the models' answers, or None for a study that read none."""
+    if "answers" not in captions:
+        return None
+    return {
+        "sentence": answer_sentence(study), "caption": captions["answers"], "source": _svg(figures / "answers.svg"),
+    }  # fmt: skip
 
 
 def _pairs(study: StudyRecord, captions: dict[str, str], figures: Path) -> dict | None:

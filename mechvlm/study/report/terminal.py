@@ -7,7 +7,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from mechvlm.outside.files import printable
 from mechvlm.study.record import StudyRecord
+from mechvlm.study.report.answer_figure import answer_sentence
 from mechvlm.study.report.captioned import short_name
 from mechvlm.study.report.page import format_interval, format_number
 from mechvlm.study.report.pairs import pair_lines
@@ -45,13 +47,15 @@ def print_summary(study: StudyRecord) -> None:
         for name in ("lowest", "highest"):
             cells += [f"{row[name]:.2f} ({row[f'{name}_state']})\n{format_interval(row, name)}"]
         cells += [row["phases"], f"{row['seconds']:.0f}"]
-        table.add_row(*(escape(str(cell)) for cell in cells))
+        table.add_row(*(escape(printable(cell)) for cell in cells))
     # Without a terminal rich assumes 80 columns, which would cut the table.
     console = Console(width=None if sys.stdout.isatty() else 160)
     console.print(table)
     print("Beneath each mean, its 95 % bootstrap interval over examples.")
     for line in pair_lines(study):
-        print(line)
+        print(printable(line))
+    if sentence := answer_sentence(study):
+        print(printable(sentence))
     if len(study.skipped):
-        print(f"{len(study.skipped)} set aside; the reasons are in {study.out / 'skipped.csv'}")
-    print(f"{study.seconds:.0f} s. Open {study.out / 'report.html'}")
+        print(printable(f"{len(study.skipped)} set aside; the reasons are in {study.out / 'skipped.csv'}"))
+    print(printable(f"{study.seconds:.0f} s. Open {study.out / 'report.html'}"))

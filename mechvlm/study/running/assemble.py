@@ -11,7 +11,7 @@ from mechvlm.datasets import Example
 from mechvlm.inputs.images import open_image
 from mechvlm.progress import Progress
 from mechvlm.study.curves import phases_of
-from mechvlm.study.load import decode_png, read_tables
+from mechvlm.study.load import decode_png, examples_digest, read_tables
 from mechvlm.study.record import GalleryView
 from mechvlm.study.running import merge
 from mechvlm.study.running.atomic import read_about, read_table
@@ -56,6 +56,7 @@ def assemble_study(
     tables["phases"].to_parquet(staging / "data" / "phases.parquet", index=False)
     models = {
         name: _model_record(plan, model, weights.get(name, {}), load_seconds[model])
+        | {"examples": examples_digest(tables["contextualization"], name)}
         for model, name in enumerate(plan.names)
     }
     gallery, views = _gallery(plan)
@@ -73,9 +74,10 @@ def assemble_study(
 
 
 def seconds_so_far(plan: Plan) -> float:
-    """What earlier runs spent on the shards and galleries that are written."""
-    folders = list(plan.folder.iterdir()) if plan.folder.is_dir() else []
-    return sum((read_about(folder)["seconds"] for folder in folders), 0.0)
+    """What earlier runs spent on the shards that are written."""
+    numbers = (*range(len(plan)), *plan.pair_shards)
+    folders = [plan.shard_folder(model, number) for model in range(len(plan.names)) for number in numbers]
+    return sum((read_about(folder)["seconds"] for folder in folders if folder.is_dir()), 0.0)
 
 
 def _model_record(plan: Plan, model: int, weights: dict[str, Any], load_seconds: float) -> dict[str, Any]:

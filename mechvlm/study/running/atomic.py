@@ -4,7 +4,8 @@
 2. They are brought to the disk (fsync).
 3. Only then are they renamed to their own name.
 
-A study's shards and galleries are such folders: Parquet tables and an about.json.
+A study's shards and galleries are such folders: Parquet tables and an about.json, which is sealed
+(`mechvlm.outside.integrity`) and holds the SHA-256 of each table.
 """
 
 import json
@@ -19,6 +20,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mechvlm.errors import InputError
+from mechvlm.outside.integrity import check_file, check_seal, check_type, digests_of_files, read_json, sealed
+from mechvlm.study.parquet import READ_ERRORS, check_parquet
+from mechvlm.study.schema import GalleryAbout, ShardAbout
 
 try:
     import fcntl
@@ -31,7 +35,7 @@ LOCK = ".lock"
 
 
 def write_folder(folder: Path, tables: dict[str, pa.Table], about: dict) -> None:
-    """Write each table as NAME.parquet, and `about` as about.json.
+    """Write each table as NAME.parquet, and `about` with their checksums as about.json.
 
     A folder that exists already is left as it is.
     """
@@ -39,7 +43,8 @@ def write_folder(folder: Path, tables: dict[str, pa.Table], about: dict) -> None
         for name, table in tables.items():
             with (unfinished / f"{name}.parquet").open("wb") as file:
                 pq.write_table(table, file)
-        (unfinished / "about.json").write_text(json.dumps(about), encoding="utf-8")
+        content = sealed(about | {"files": digests_of_files(unfinished)})
+        (unfinished / "about.json").write_text(json.dumps(content), encoding="utf-8")
 
 
 def write_files(folder: Path, files: dict[str, bytes]) -> None:
@@ -77,30 +82,57 @@ def read_table(folder: Path, name: str) -> pa.Table:
     """One table of a folder that `write_folder` wrote.
 
     Raises:
-        InputError: where it is damaged.
+        InputError: where it is damaged, which its checksum tells.
     """
+    path = folder / f"{name}.parquet"
     try:
-        return pq.read_table(folder / f"{name}.parquet", partitioning=None)
-    except (OSError, pa.ArrowException) as error:
-        raise _damaged(folder, error) from error
+        check_file(path, read_about(folder)["files"].get(path.name))
+        check_parquet(path)
+        return pq.read_table(path, partitioning=None)
+    except InputError:
+        raise
+    except READ_ERRORS as error:
+        raise _damaged(path, error) from error
 
 
 def read_about(folder: Path) -> dict:
     """The about.json of a folder that `write_folder` wrote.
 
     Raises:
-        InputError: where it is damaged.
+        InputError: where it is damaged, or not what `write_folder` wrote.
     """
+    path = folder / "about.json"
     try:
-        return json.loads((folder / "about.json").read_text(encoding="utf-8"))
+        content = read_json(path)
+        check_seal(content)
+        check_type(content, GalleryAbout if folder.name.endswith("-gallery") else ShardAbout)
     except (OSError, ValueError) as error:
-        raise _damaged(folder, error) from error
+        raise _damaged(path, error) from error
+    return content
 
 
-def _damaged(folder: Path, error: Exception) -> InputError:
-    return InputError(
-        f"{folder} is damaged ({error}). Delete that folder and give the same command again: it is made anew."
-    )
+def damage(folder: Path) -> str | None:
+    """What is wrong with a folder that `write_folder` wrote; None where nothing is."""
+    try:
+        for name, expected in read_about(folder)["files"].items():
+            check_file(folder / name, expected)
+    except InputError as error:
+        return str(error)
+    except (OSError, ValueError) as error:
+        return f"{folder / name} is damaged ({error})"
+    return None
+
+
+def _damaged(path: Path, error: Exception) -> InputError:
+    return InputError(f"{path} is damaged ({error}). Give the same command again: its folder is made anew.")
+
+
+def remove(path: Path) -> None:
+    """Delete a file, a folder with all in it, or a link, whose target stays."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -14,23 +14,21 @@ def read_or_halve(
     vlm: VLM,
     items: Sequence[Example] | Sequence[Pair],
     batch: range,
-    read_batch: Callable[[list], Any],
+    read_part: Callable[[range], Any],
     set_aside: list[dict],
     halved: list[dict],
 ) -> Iterator[tuple[range, Any]]:
     """Read the items at the indices `batch` in one forward; where that fails, each half by itself.
 
-    Gives (indices, what `read_batch` gave) for each part that could be read. Halving ends at single
+    Gives (indices, what `read_part` gave) for each part that could be read. Halving ends at single
     items: one that cannot be read alone is appended to `set_aside`, with its reason. Batches that
     were halved for lack of memory are appended to `halved`.
     """
     kind = "pair" if isinstance(items[batch[0]], Pair) else "example"
 
-    def work(part: range) -> Any:
-        members = [items[index] for index in part]
-        return retrying(lambda: read_batch(members))
-
-    for part, outcome in in_halves(batch, work, refused=(InputError, NonFiniteError)):
+    for part, outcome in in_halves(
+        batch, lambda part: retrying(lambda: read_part(part)), refused=(InputError, NonFiniteError)
+    ):
         name = items[part[0]].id
         if not isinstance(outcome, Failed):
             yield part, outcome

@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import torch
 
 from mechvlm.probes.contextualization import MODALITY_PAIRS, anisotropy_baseline
+from mechvlm.study.running.answer_rows import ANSWER_SCHEMAS
 from mechvlm.study.running.atomic import read_about, read_table
 from mechvlm.study.running.plan import GALLERY_EXAMPLES, Plan
 from mechvlm.study.running.rows import SHARD_SCHEMAS
@@ -21,12 +22,15 @@ from mechvlm.study.running.shards import PAIR_SCHEMAS
 def write_tables(plan: Plan, data: Path) -> None:
     """Write every table but "phases" into the folder `data`, as Parquet.
 
-    The tables of pairs are written only where the plan has pairs.
+    The tables of pairs are written only where the plan has pairs, those of answers only where it
+    reads answers.
     """
     shard_numbers = dict.fromkeys(("contextualization", "lens", "attention_share"), range(len(plan)))
+    if plan.answers:
+        shard_numbers |= dict.fromkeys(ANSWER_SCHEMAS, range(len(plan)))
     if plan.pairs:
         shard_numbers |= dict.fromkeys(PAIR_SCHEMAS, plan.pair_shards)
-    schemas = SHARD_SCHEMAS | PAIR_SCHEMAS
+    schemas = SHARD_SCHEMAS | PAIR_SCHEMAS | ANSWER_SCHEMAS
     models = range(len(plan.names))
     for name, numbers in shard_numbers.items():
         with (data / f"{name}.parquet").open("wb") as file, pq.ParquetWriter(file, schemas[name]) as writer:

@@ -4,12 +4,13 @@ A shard is a run of consecutive examples, read by one model. Where the examples 
 sides of pairs, further shards hold runs of pairs; their numbers continue those of the examples.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
-from mechvlm.datasets import Dataset, Pair, pairs_of
+from mechvlm.datasets import Dataset, Example, Pair, pairs_of
 from mechvlm.errors import InputError
 from mechvlm.study.running.settings import pair_shard_size
 
@@ -29,6 +30,8 @@ class Plan:
         batch_size: examples in a forward.
         shard_size: examples in a shard; a model's last shard may hold fewer.
         views: whether the gallery has patch views.
+        answers: whether the models' answers are read too.
+        settings: the digest of the study's settings; empty for a study without a folder.
     """
 
     folder: Path
@@ -38,6 +41,8 @@ class Plan:
     batch_size: int
     shard_size: int
     views: bool
+    answers: bool = False
+    settings: str = ""
 
     def __len__(self) -> int:
         """The number of each model's shards of examples."""
@@ -77,6 +82,23 @@ class Plan:
             return range(number * self.shard_size, min((number + 1) * self.shard_size, len(self.data)))
         ids = {self.pairs[index].id for index in self.pair_indices(number)}
         return [index for index, example in enumerate(self.data.examples) if example.meta.get("pair") in ids]
+
+    def identity(self, folder: Path, examples: Iterable[Example]) -> dict[str, Any]:
+        """What a shard's or a gallery's about.json says on where it belongs."""
+        return {"part": folder.name, "settings": self.settings, "examples": [example.id for example in examples]}
+
+    def shard_identity(self, model: int, number: int) -> dict[str, Any]:
+        """The same of the shard `number` of model number `model`."""
+        examples = (self.data.examples[index] for index in self.example_indices(number))
+        return self.identity(self.shard_folder(model, number), examples)
+
+    def batches(self, number: int) -> list[range]:
+        """The indices in `data` of each batch of a shard of examples; none of a shard of pairs."""
+        if number not in range(len(self)):
+            return []
+        indices = self.example_indices(number)
+        starts = range(indices[0], indices[-1] + 1, self.batch_size)
+        return [range(start, min(start + self.batch_size, indices[-1] + 1)) for start in starts]
 
     def pair_indices(self, number: int) -> range:
         """The indices in `pairs` of the pairs in a shard of pairs."""

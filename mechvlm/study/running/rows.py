@@ -3,20 +3,25 @@
 Each class gathers the rows of one shard. `mechvlm.study.running.merge` puts the shards together.
 """
 
-from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
 import torch
+from torch import Tensor
 
 from mechvlm.datasets import Example
 from mechvlm.inputs.tokens import Modality, TokenMap
-from mechvlm.measures.words import lens_precision_recall, word_of
+from mechvlm.measures.vocabulary import NO_WORD, LensCurves, VocabularyWords, caption_groups, lens_curves
 from mechvlm.probes.contextualization import MODALITY_PAIRS, ContextualizationResult
 from mechvlm.probes.logit_lens import LogitLensResult
-from mechvlm.probes.norm_attention import NormAttentionResult
+from mechvlm.probes.norm_attention import NormAttention, NormAttentionResult, NormPlan
+from mechvlm.probes.probe import Attended, Row
 from mechvlm.results import concat, long_frame
+from mechvlm.study.running.answer_rows import AnswerRows
+from mechvlm.study.running.plan import GALLERY_EXAMPLES
 
 GALLERY_WORDS = 6
 """Words per state that the gallery shows of an example."""
@@ -66,44 +71,67 @@ class LensRows:
     Each example is compared with its own captions and with those of the data set's next example
     (the last with the first's), whether or not the next one's image can be read. So both conditions
     see the same captions, and no example's row depends on what happened to another.
+
+    Tested: equals `lens_precision_recall` on the texts of each example's tokens.
     """
 
-    def __init__(self, model: str):
-        self.model = model
-        self.frames: list[pd.DataFrame] = []
+    def __init__(self, model: str, words: VocabularyWords):
+        self.model, self.words = model, words
+        self.blocks: list[dict[str, np.ndarray]] = []
 
-    def add(self, example: Example, other: Example, tokens: TokenMap, lens: LogitLensResult) -> None:
+    def add(self, example: Example, other: Example, tokens: TokenMap, lens: LogitLensResult, row: int) -> None:
         """Add one example.
 
         Args:
             example: the one that was read.
             other: the data set's next example; `example` itself where there is no other.
             tokens: of the example.
-            lens: of this example alone, at every position.
+            lens: of the example's batch, at every position.
+            row: the example's number in the batch.
         """
-        image, text = lens.at(tokens.image).pieces(), lens.at(tokens.text).pieces()
-        single = len(example.captions) > 1
-        self._append(example, "image", "own", lens_precision_recall(image, example.captions, single=single))
-        self._append(example, "text", "own", lens_precision_recall(text, example.captions))
+        own = caption_groups(tuple(example.captions))
+        groups = own if other is example else own + caption_groups(tuple(other.captions))
+        image = lens_curves(self.words, ids_at(lens, row, tokens.image), groups)
+        text = lens_curves(self.words, ids_at(lens, row, tokens.text), own[:1])
+        self._append(example, "image", "own", lens.states, image, range(len(own)))
+        self._append(example, "text", "own", lens.states, text, range(1))
         if other is not example:
-            single = len(other.captions) > 1
-            self._append(example, "image", "other", lens_precision_recall(image, other.captions, single=single))
+            self._append(example, "image", "other", lens.states, image, range(len(own), len(groups)))
 
     def frame(self) -> pd.DataFrame:
         """Columns: model, example, tokens, captions, measure, state, value."""
-        return pd.concat(self.frames, ignore_index=True) if self.frames else pd.DataFrame()
+        if not self.blocks:
+            return pd.DataFrame()
+        columns = {name: np.concatenate([block[name] for block in self.blocks]) for name in self.blocks[0]}
+        return pd.DataFrame({"model": self.model, **columns})
 
-    def _append(self, example: Example, tokens: str, captions: str, scores: pd.DataFrame) -> None:
+    def _append(
+        self, example: Example, tokens: str, captions: str, states: tuple[int, ...], scores: LensCurves, groups: range
+    ) -> None:
         # The union of several captions holds more words than one caption does. So beside the score
         # against the union stands the mean over single captions.
-        names = {"captions": captions, "single captions": SINGLE_CAPTION_NAMES[captions]}
-        if captions == "other":  # the share of words is the same whatever they are compared with
-            scores = scores[scores["measure"] != "word_share"]
-        keys = {
-            "model": self.model, "example": example.id, "tokens": tokens, "captions": scores["control"].map(names)
-        }  # fmt: skip
-        scores = scores[["measure", "state", "value"]]
-        self.frames.append(scores.assign(**keys)[[*keys, *scores.columns]])
+        curves: dict[tuple[str, str], np.ndarray] = {}
+        for name, group in zip((captions, SINGLE_CAPTION_NAMES[captions]), groups, strict=False):
+            curves |= {(name, "precision"): scores.precision[group], (name, "recall"): scores.recall[group]}
+            if name == "own":  # the share of words is the same for all captions
+                curves[name, "word_share"] = scores.word_share
+        n = len(states) * len(curves)
+        names, measures = (np.array(labels, object) for labels in zip(*curves, strict=True))
+        self.blocks.append(
+            {
+                "example": np.full(n, example.id, object), "tokens": np.full(n, tokens, object),
+                "captions": np.tile(names, len(states)), "measure": np.tile(measures, len(states)),
+                "state": np.repeat(states, len(curves)), "value": np.stack(list(curves.values()), 1).reshape(-1),
+            }
+        )  # fmt: skip
+
+
+def ids_at(lens: LogitLensResult, row: int, positions: Tensor) -> np.ndarray:
+    """The likeliest token at positions of one example, [state point]; every position was read."""
+    point_of = torch.full((lens.n_positions or 0,), -1)
+    own = (lens.example == row).nonzero()[:, 0]
+    point_of[lens.position[own]] = own
+    return lens.ids[:, point_of[positions], 0].numpy()
 
 
 class ContextRows:
@@ -139,6 +167,20 @@ class ContextRows:
         return rows, sums
 
 
+@dataclass(frozen=True)
+class MeanOfHeads(NormAttention):
+    """Norm-based attention with the mean over heads of weights and value norms, as one head.
+
+    A study's tables hold no single head, and 32 heads' weights of every layer are most of what a
+    batch would move from a GPU.
+    """
+
+    def at_attention(self, plan: NormPlan, attended: Attended) -> Row:
+        """As of `NormAttention`, with the axis of heads of length 1."""
+        row = NormAttention.at_attention(self, plan, attended)  # super() does not travel to NDIF
+        return {**row, **{name: row[name].mean(1, keepdim=True) for name in ("weight", "value_norm")}}
+
+
 class NormRows:
     """Norm-based attention: per example the image's share, per position the sum over examples.
 
@@ -150,7 +192,9 @@ class NormRows:
     def __init__(self, model: str) -> None:
         self.model = model
         self.sums: dict[tuple, dict] = {}
-        self.shares: list[pd.DataFrame] = []
+        self.ids: list[str] = []
+        self.shares: list[np.ndarray] = []
+        self.axes: dict[str, tuple] = {}
 
     def add(self, examples: list[Example], maps: tuple[TokenMap, ...], result: NormAttentionResult) -> None:
         for row, (example, tokens) in enumerate(zip(examples, maps, strict=True)):
@@ -164,9 +208,9 @@ class NormRows:
             both = np.stack([norm, weight])  # [measure layer dest src]
             # [dest measure layer]
             shares = (both[..., is_image].sum(-1) / both.sum(-1)).transpose(2, 0, 1)
-            axes = {"dest": result.names, "measure": ("norm", "weight"), "layer": result.layers}
-            rows = long_frame(torch.from_numpy(shares), **axes)
-            self.shares.append(rows.assign(model=self.model, example=example.id))
+            self.shares.append(shares.astype(np.float32))
+            self.ids.append(example.id)
+            self.axes = {"dest": result.names, "measure": ("norm", "weight"), "layer": result.layers}
             if layout not in self.sums:
                 self.sums[layout] = {
                     "n": 0, "ids": list(layout), "norm": np.zeros_like(norm), "weight": np.zeros_like(weight),
@@ -181,7 +225,11 @@ class NormRows:
 
     def share(self) -> pd.DataFrame:
         """Columns: model, example, dest, measure, layer, value."""
-        return pd.concat(self.shares, ignore_index=True) if self.shares else pd.DataFrame()
+        if not self.ids:
+            return pd.DataFrame()
+        frame = long_frame(torch.from_numpy(np.stack(self.shares)), example=self.ids, **self.axes)
+        frame.insert(0, "model", self.model)
+        return frame
 
     def frame(self) -> pd.DataFrame:
         """One row per layout of tokens.
@@ -193,20 +241,77 @@ class NormRows:
         return pd.DataFrame(flat)
 
 
-def frequent_words(model: str, example: Example, tokens: TokenMap, lens: LogitLensResult) -> list[dict]:
+def frequent_words(
+    model: str, example: Example, tokens: TokenMap, lens: LogitLensResult, row: int, words: VocabularyWords
+) -> list[dict]:
     """The words that most visual tokens of one example decode to, by state.
 
     Returns:
         Rows with the keys model, example, state, word, positions: the `GALLERY_WORDS` most frequent
         words of each state, with the number of positions that decode to them.
     """
-    rows = []
-    for state, points in lens.at(tokens.image).pieces().items():
-        counts = Counter(word for point in points.values() for word in {word_of(piece) for piece in point} if word)
-        ranked = sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:GALLERY_WORDS]
+    rows, by_state = [], words.form_numbers(ids_at(lens, row, tokens.image))
+    names = list(words.forms)
+    for state, own in zip(lens.states, by_state, strict=True):
+        numbers, counts = np.unique(own, return_counts=True)
+        numbers, counts = numbers[numbers != NO_WORD], counts[numbers != NO_WORD]
+        # Only words as frequent as the last one shown need sorting.
+        least = np.sort(counts)[-GALLERY_WORDS:].min(initial=len(own))
+        often = zip(counts[counts >= least].tolist(), numbers[counts >= least].tolist(), strict=True)
+        ranked = sorted(((names[number], n) for n, number in often), key=lambda item: (-item[1], item[0]))
         keys = {"model": model, "example": example.id, "state": state}
-        rows += [{**keys, "word": word, "positions": n} for word, n in ranked]
+        rows += [{**keys, "word": word, "positions": n} for word, n in ranked[:GALLERY_WORDS]]
     return rows
+
+
+class ShardRows:
+    """All rows of one shard, out of the results of its batches.
+
+    Args:
+        model: the model's name.
+        examples: of the whole data set.
+        words: of the model's vocabulary.
+    """
+
+    def __init__(self, model: str, examples: Sequence[Example], words: VocabularyWords):
+        self.model, self.examples, self.words = model, examples, words
+        self.lens, self.context = LensRows(model, words), ContextRows(model)
+        self.norms, self.answers = NormRows(model), AnswerRows(model)
+        self.frequent: list[dict] = []
+        self.n_with_words = 0
+
+    def add(self, part: range, maps: tuple[TokenMap, ...], results: tuple, answers: tuple | None) -> None:
+        """Add the examples with these indices.
+
+        Args:
+            part: their indices in the data set.
+            maps: of each.
+            results: of the study's three probes.
+            answers: the answers' token maps and their reading, or None.
+        """
+        lens, context, norms = results
+        examples = [self.examples[index] for index in part]
+        for row, (index, example, tokens) in enumerate(zip(part, examples, maps, strict=True)):
+            self.lens.add(example, self.examples[(index + 1) % len(self.examples)], tokens, lens, row)
+            # The gallery shows the first examples that could be read. Which shards they come from
+            # is not known here, so each shard keeps as many as it might need.
+            if self.n_with_words < GALLERY_EXAMPLES:
+                self.frequent += frequent_words(self.model, example, tokens, lens, row, self.words)
+                self.n_with_words += 1
+        self.context.add(examples, context)
+        self.norms.add(examples, maps, norms)
+        if answers is not None:
+            self.answers.add(examples, *answers)
+
+    def frames(self, set_aside: list[dict]) -> dict[str, pd.DataFrame]:
+        """The tables of `SHARD_SCHEMAS`, by name."""
+        curves, sums = self.context.frames()
+        return {
+            "contextualization": curves, "context_sums": sums, "lens": self.lens.frame(),
+            "norm_sums": self.norms.frame(), "attention_share": self.norms.share(),
+            "words": pd.DataFrame(self.frequent),
+            "skipped": pd.DataFrame([{"model": self.model, **row} for row in set_aside]),
+        }  # fmt: skip
 
 
 def as_tables(frames: dict[str, pd.DataFrame]) -> dict[str, pa.Table]:

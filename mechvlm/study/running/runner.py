@@ -17,13 +17,17 @@ from mechvlm import bundled
 from mechvlm.datasets import Dataset, SetAside, fingerprint, load_dataset
 from mechvlm.errors import InputError, RemoteError, StoppedError
 from mechvlm.experiments.winoground import PROMPT
+from mechvlm.families.known import architecture_of
+from mechvlm.inputs.views import MEMORY
 from mechvlm.measures.words import caption_words
 from mechvlm.progress import Progress
 from mechvlm.study.running import merge
+from mechvlm.study.running.answer_rows import ANSWER_SETTINGS
 from mechvlm.study.running.assemble import assemble_study, seconds_so_far
 from mechvlm.study.running.plan import Plan, missing_shards
 from mechvlm.study.running.ray_workers import cluster_of
-from mechvlm.study.running.settings import MEASURE_SETTINGS, settings_of, shard_size
+from mechvlm.study.running.resume import check_shards
+from mechvlm.study.running.settings import MEASURE_SETTINGS, settings_digest, settings_of, shard_size
 from mechvlm.study.running.workers import LocalWorker, Workers
 from mechvlm.study.running.workspace import SHARDS, claim_folder, publish_results, remove_working_files
 from mechvlm.study.save import save_study
@@ -50,6 +54,7 @@ def run(
     ray: str | None = None,
     workers: int | None = None,
     gpus_per_worker: float | None = None,
+    answers: bool = False,
 ) -> Study:
     """The four-phase study: logit lens, contextualization and norm-based attention, by layer.
 
@@ -64,7 +69,8 @@ def run(
     lost, and the same call goes on where it stopped. The tables are, byte for byte, those of a run
     that never stopped (on the same kind of machine, since a sum's last bits depend on it). Work is
     kept in shards of `mechvlm.study.running.settings.EXAMPLES_PER_SHARD` examples. The same call on
-    a finished study gives the content of its folder.
+    a finished study gives the content of its folder. A shard whose content does not match its
+    checksum is made again, after a warning; one of another study is refused.
 
     Args:
         models: bundled names, hub ids, folders, or models from `mechvlm.load`.
@@ -76,7 +82,8 @@ def run(
         dtype: as `mechvlm.load` takes it.
         device_map: as `mechvlm.load` takes it, instead of `device`: "auto" spreads one large model
             over several GPUs.
-        remote: read on NDIF, with one request per batch. Where a connection is lost, requests that
+        remote: read on NDIF, with one request per batch (with `answers` two: the first writes).
+            Where a connection is lost, requests that
             change nothing there are sent again after a while. Where it does not come back, the
             study stops, and can be resumed like any other.
         batch_size: examples in a forward. It changes speed, memory, and the last bits of results.
@@ -90,6 +97,12 @@ def run(
             run. Tables, folder and resuming are the same with and without a cluster.
         workers: with `ray`, how many; each one holds the model.
         gpus_per_worker: with `ray`; by default 1 with a `device` "cuda" or a `device_map`, else 0.
+        answers: also read each model's answer to every example, token by token: the image's share
+            of what wrote it, and its probability at each state. The answer is written first,
+            greedily, by at most `mechvlm.study.running.answer_rows.ANSWER_TOKENS` tokens; then one
+            forward of prompt and answer reads both, instead of that of the prompt alone. The
+            prompt's tables stay the same, up to the last bits. (Where two tokens are nearly as
+            likely, another batch size may write another one.)
 
     With Winoground, each pair with both sides drawn is also measured as `mechvlm.winoground` does,
     in further forwards with the same prompt. Tables, report and figures then hold the pairs' scores
@@ -125,29 +138,35 @@ def run(
     recorded_settings = {
         "models": list(names), "dataset": data.name, "prompt": prompt, "n": len(data), "seed": seed, "device": device,
         "dtype": dtype, "device_map": device_map, "batch_size": batch_size, "out": None if out is None else str(out),
-        "remote": remote, "measures": MEASURE_SETTINGS,
+        "remote": remote, "measures": MEASURE_SETTINGS, **({"answers": ANSWER_SETTINGS} if answers else {}),
     }  # fmt: skip
     with ExitStack() as stack:
         weights: dict[str, dict] = {}
+        settings_key = ""
         if out is None:
             folder = Path(stack.enter_context(TemporaryDirectory(prefix="mechvlm-")))
         else:
             folder = Path(out)
             progress("settings", 0, 0)
-            settings = settings_of(models, data, prompt=prompt, seed=seed, batch_size=batch_size, **load_options)
+            settings = settings_of(
+                models, data, prompt=prompt, seed=seed, batch_size=batch_size, answers=answers, **load_options
+            )
             weights = settings["weights"]
             if stack.enter_context(claim_folder(folder, settings)):
                 return Study.open(folder)
-        plan = Plan(folder / SHARDS, names, data, prompt, batch_size, shard_size(batch_size), views=out is not None)
-        started -= seconds_so_far(plan)  # the study's seconds include those of earlier runs
+            settings_key = settings_digest(settings)
+        size = shard_size(batch_size)
+        plan = Plan(folder / SHARDS, names, data, prompt, batch_size, size, out is not None, answers, settings_key)
         with _stops_explained(out):
+            check_shards(plan)
+            started -= seconds_so_far(plan)  # the study's seconds include those of earlier runs
             local = LocalWorker(plan, models, weights, load_options)
             with local if cluster is None else cluster.workers(local) as makers:
                 load_seconds = [_make_missing(plan, model, makers, progress) for model in range(len(names))]
             with publish_results(folder) as staging:
                 study = assemble_study(plan, staging, recorded_settings, weights, load_seconds, progress, started)
                 if out is not None:
-                    study = save_study(replace(study, out=folder), staging, progress, started)
+                    study = save_study(replace(study, out=folder), staging, progress, started, settings_key)
         if out is not None:
             remove_working_files(folder)
     return study
@@ -175,9 +194,12 @@ def _checked_names(
         raise InputError(f"A batch of {batch_size} examples was asked for; at least 1 is needed.")
     if seed < 0:
         raise InputError(f"The seed {seed} was given; seeds are 0 or more.")
-    for model in models:
-        if isinstance(model, str):
-            class_of(model)  # checked now for all, not after the first model has run for hours
+    for model in models:  # checked now for all, not after the first model has run for hours
+        hf_class = model.record.hf_class if isinstance(model, VLM) else class_of(str(model))
+        if architecture_of(hf_class).visual_tokens == "memory":
+            raise InputError(
+                f"{hf_class} cannot be studied: a study compares visual tokens with those of the text. {MEMORY}"
+            )
     if device is not None and device_map is not None:
         raise InputError(f"Give device ({device}) or device_map ({device_map}), not both.")
     if remote and ray is not None:
@@ -226,14 +248,12 @@ def _stops_explained(out: str | Path | None) -> Iterator[None]:
 
 
 def _make_missing(plan: Plan, model: int, makers: Workers, progress: Progress) -> float:
-    """Have one model's missing shards and gallery made; gives the seconds that loading took.
+    """Have one model's missing shards and its gallery made; gives the seconds that loading took.
 
     Raises:
         InputError: where the model could read none of the examples.
     """
     name, missing = plan.names[model], missing_shards(plan, model)
-    if not missing and plan.gallery_folder(model).is_dir():
-        return 0.0
     clock = time.perf_counter()
     makers.load(model, lambda: progress(f"{name}: loading", 0, 0))
     load_seconds = time.perf_counter() - clock
@@ -243,8 +263,7 @@ def _make_missing(plan: Plan, model: int, makers: Workers, progress: Progress) -
         raise InputError(
             f"None of the {len(plan.data)} examples could be read by {name}. The first, {first.example}: {first.reason}"
         )
-    if not plan.gallery_folder(model).is_dir():
-        _make_gallery(plan, model, makers, progress)
+    _make_gallery(plan, model, makers, progress)
     return load_seconds
 
 

@@ -5,7 +5,6 @@ the same ones.
 """
 
 import hashlib
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -19,12 +18,14 @@ from mechvlm import bundled
 from mechvlm.datasets import N_SCENES, Dataset
 from mechvlm.decoder.weights import package_of
 from mechvlm.errors import InputError
+from mechvlm.outside.integrity import digest, read_json
+from mechvlm.study.running.answer_rows import ANSWER_SETTINGS
 from mechvlm.vlm.adapters import base_of, is_adapter
 from mechvlm.vlm.loading import class_of
 from mechvlm.vlm.vlm import VLM
 
 SETTINGS_FILE = "settings.json"
-SHARD_FORMAT = 2
+SHARD_FORMAT = 3
 """Counted up when shards are cut or written in another way."""
 EXAMPLES_PER_SHARD = 32
 """Most examples in a shard, unless one batch is larger: about as many are lost by a kill."""
@@ -37,7 +38,7 @@ MEASURE_SETTINGS = {
     "words": {"by": "word", "lemmas": True, "stop_words": "left out", "non_words": "left out"},
     "contextualization": {"self_pairs": True, "special_tokens": False, "baseline_subtracted": False},
     "norm-based attention": {"destinations": ["last_text", "last_image"], "heads": "summed before the norm"},
-    "phases": {"max_segments": 6, "n_bootstrap": 1000, "confidence": 0.95},
+    "phases": {"min_turn": 0.2, "n_bootstrap": 1000, "confidence": 0.95},
 }
 
 
@@ -68,6 +69,7 @@ def settings_of(
     batch_size: int,
     device_map: str | dict | None = None,
     remote: bool = False,
+    answers: bool = False,
 ) -> dict[str, Any]:
     """Everything that determines the results, for settings.json.
 
@@ -87,6 +89,7 @@ def settings_of(
         "batch_size": batch_size,
         "shard": shard_size(batch_size),
         "measures": MEASURE_SETTINGS,
+        **({"answers": ANSWER_SETTINGS} if answers else {}),
         "versions": {package: _version(package) for package in RESULT_PACKAGES},
     }
 
@@ -169,6 +172,12 @@ def differences(was: dict[str, Any], now: dict[str, Any]) -> list[str]:
     return [f"{key} was {_shortened(before.get(key))}, is {_shortened(after.get(key))}" for key in keys]
 
 
+def settings_digest(settings: dict[str, Any]) -> str:
+    """The digest of the settings, without the data set's name: the same data may lie elsewhere."""
+    dataset = {key: value for key, value in settings["dataset"].items() if key != "name"}
+    return digest(settings | {"dataset": dataset})
+
+
 def read_settings(folder: Path) -> dict[str, Any] | None:
     """The content of settings.json; None where there is no such file.
 
@@ -176,7 +185,7 @@ def read_settings(folder: Path) -> dict[str, Any] | None:
         InputError: where it cannot be read.
     """
     try:
-        return json.loads((folder / SETTINGS_FILE).read_text(encoding="utf-8"))
+        return read_json(folder / SETTINGS_FILE)
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
@@ -186,14 +195,20 @@ def read_settings(folder: Path) -> dict[str, Any] | None:
 def was_begun_with(folder: Path, dataset: str, n: int | None, settings: dict[str, Any]) -> bool:
     """Whether a study was begun in `folder` for the same examples and with these settings.
 
-    Compares the data set's name and size, since no data are read here.
+    Compares the data set's name and size, since no data are read here. A setting of None is one
+    that the folder must not have.
     """
     try:
         earlier = read_settings(folder) or {}
     except InputError:
         return False
-    data, n = earlier.get("dataset", {}), N_SCENES if n is None and dataset == "scenes" else n
-    return data.get("name") == dataset and n in (None, data.get("n")) and settings.items() <= earlier.items()
+    data, n = earlier.get("dataset"), N_SCENES if n is None and dataset == "scenes" else n
+    data = data if isinstance(data, dict) else {}
+    return (
+        data.get("name") == dataset
+        and n in (None, data.get("n"))
+        and all(earlier.get(key) == value for key, value in settings.items())
+    )
 
 
 def _flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:

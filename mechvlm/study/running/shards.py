@@ -6,7 +6,7 @@ examples it holds.
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from io import BytesIO
@@ -20,21 +20,31 @@ from mechvlm.datasets import Example, Pair
 from mechvlm.errors import InputError
 from mechvlm.experiments.winoground import read_pairs
 from mechvlm.experiments.winoground_result import PairScores, WinogroundResult
+from mechvlm.inputs.answer import Answer
+from mechvlm.inputs.batch import Inputs
 from mechvlm.inputs.tokens import TokenMap
+from mechvlm.measures.vocabulary import VocabularyWords
 from mechvlm.ndif.connection import retrying
 from mechvlm.probes.contextualization import Contextualization
 from mechvlm.probes.logit_lens import LogitLens
-from mechvlm.probes.norm_attention import NormAttention
 from mechvlm.study.report import gallery
+from mechvlm.study.running.answer_rows import read_with_answers
 from mechvlm.study.running.atomic import write_folder
+from mechvlm.study.running.beside import Beside
 from mechvlm.study.running.memory import read_or_halve
 from mechvlm.study.running.plan import GALLERY_EXAMPLES, Plan
-from mechvlm.study.running.rows import ContextRows, LensRows, NormRows, as_tables, frequent_words
+from mechvlm.study.running.rows import MeanOfHeads, ShardRows, as_tables
 from mechvlm.study.running.settings import pairs_per_batch
 from mechvlm.tracing.memory import first_line, out_of_memory
 from mechvlm.tracing.reading import read_batch
 from mechvlm.vlm.vlm import VLM
 
+PROBES = (
+    LogitLens(k=1, positions="all"),
+    Contextualization(),
+    MeanOfHeads(dst=("last_text", "last_image")),
+)
+"""What reads the prompt of every example."""
 SMALL_MODEL = 20_000_000
 """Parameters below which a model runs on one thread."""
 ANSWER_SCHEMA = pa.schema([(name, pa.string()) for name in ("model", "example", "answer")])
@@ -70,9 +80,10 @@ PAIR_SCHEMAS = {
 
 
 def make_shard(
-    plan: Plan, vlm: VLM, model: int, number: int, progress: Callable[[int], None] = lambda done: None
-) -> None:
-    """Read the examples, or the pairs, of one shard and write it.
+    plan: Plan, vlm: VLM, model: int, number: int, progress: Callable[[int], None], beside: Beside[Inputs],
+    words: VocabularyWords,
+) -> None:  # fmt: skip
+    """Read the examples, or the pairs, of one shard, and have it written beside what follows.
 
     An example that cannot be read is set aside with its reason. So is one that does not fit into
     memory alone, after its batch was halved down to it.
@@ -82,57 +93,53 @@ def make_shard(
         vlm: the model.
         model: its number in the plan.
         number: of the shard.
-        progress: called with the number of examples done so far.
+        progress: called with the number of examples read so far.
+        beside: prepares the batches' inputs and collects their rows while the model reads.
+        words: of the model's vocabulary.
     """
     if number not in range(len(plan)):
+        beside.finish()  # shards are written in their order
         _make_pair_shard(plan, vlm, model, number, progress)
         return
     clock = time.perf_counter()
-    name, all_examples, indices = plan.names[model], plan.data.examples, plan.example_indices(number)
-    probes = LogitLens(k=1, positions="all"), Contextualization(), NormAttention(dst=("last_text", "last_image"))
-    lens_rows, context_rows, norm_rows = LensRows(name), ContextRows(name), NormRows(name)
+    rows = ShardRows(plan.names[model], plan.data.examples, words)
     set_aside: list[dict] = []
     halved: list[dict] = []
-    words: list[dict] = []
-    n_with_words = done = 0
+    done = 0
 
-    def read_examples(examples: Sequence[Example]) -> tuple:
-        inputs = vlm.inputs([e.image for e in examples], plan.prompt)
-        return inputs.token_maps, read_batch(vlm, inputs, *probes)
+    def read_part(part: range) -> tuple:
+        inputs = beside.inputs(part)
+        if plan.answers:
+            return read_with_answers(vlm, inputs, PROBES)
+        return inputs.token_maps, read_batch(vlm, inputs, *PROBES), None
 
-    with threads_for(vlm):
-        stop = indices[-1] + 1
-        for start in range(indices[0], stop, plan.batch_size):
-            batch = range(start, min(start + plan.batch_size, stop))
-            parts = read_or_halve(vlm, all_examples, batch, read_examples, set_aside, halved)
-            for part, (maps, (lens, context, norms)) in parts:
-                for row, (index, tokens) in enumerate(zip(part, maps, strict=True)):
-                    example, other = all_examples[index], all_examples[(index + 1) % len(all_examples)]
-                    own = lens.of(row)
-                    lens_rows.add(example, other, tokens, own)
-                    # The gallery shows the first examples that could be read. Which shards they
-                    # come from is not known here, so each shard keeps as many as it might need.
-                    if n_with_words < GALLERY_EXAMPLES:
-                        words += frequent_words(name, example, tokens, own)
-                        n_with_words += 1
-                examples = [all_examples[i] for i in part]
-                context_rows.add(examples, context)
-                norm_rows.add(examples, maps, norms)
-            done += len(batch)
-            progress(done)
-    curves, sums = context_rows.frames()
-    frames = {
-        "contextualization": curves, "context_sums": sums, "lens": lens_rows.frame(), "norm_sums": norm_rows.frame(),
-        "attention_share": norm_rows.share(),
-        "words": pd.DataFrame(words), "skipped": pd.DataFrame([{"model": name, **row} for row in set_aside]),
-    }  # fmt: skip
-    about = {
-        "read": len(context_rows.ids),
-        "first": context_rows.ids[:GALLERY_EXAMPLES],
+    for batch in plan.batches(number):
+        for part, read in read_or_halve(vlm, plan.data.examples, batch, read_part, set_aside, halved):
+            beside.collect(partial(rows.add, part, *read))
+        done += len(batch)
+        progress(done)
+    seconds = time.perf_counter() - clock
+    beside.collect(lambda: write_shard(plan, model, number, rows, set_aside, halved, seconds))
+
+
+def write_shard(
+    plan: Plan, model: int, number: int, rows: ShardRows, set_aside: list[dict], halved: list[dict], seconds: float
+) -> None:
+    """Write a shard of examples, once all its rows are collected."""
+    ids = rows.context.ids
+    about = plan.shard_identity(model, number) | {
+        "read": len(ids),
+        "first": ids[:GALLERY_EXAMPLES],
         "halved": halved,
-        "seconds": round(time.perf_counter() - clock, 3),
+        "seconds": round(seconds, 3),
     }
-    write_folder(plan.shard_folder(model, number), as_tables(frames), about)
+    tables = as_tables(rows.frames(set_aside)) | (rows.answers.tables() if plan.answers else {})
+    write_folder(plan.shard_folder(model, number), tables, about)
+
+
+def inputs_of(plan: Plan, vlm: VLM, batch: range) -> Inputs:
+    """The inputs of the examples with these indices."""
+    return vlm.inputs([plan.data.examples[index].image for index in batch], plan.prompt)
 
 
 def _make_pair_shard(plan: Plan, vlm: VLM, model: int, number: int, progress: Callable[[int], None]) -> None:
@@ -148,16 +155,16 @@ def _make_pair_shard(plan: Plan, vlm: VLM, model: int, number: int, progress: Ca
     pairs_read: list[Pair] = []
     values: list[torch.Tensor] = []  # each [measure layer pair caption image]
     size = pairs_per_batch(plan.batch_size)
-    with threads_for(vlm):
-        for start in range(indices.start, indices.stop, size):
-            batch = range(start, min(start + size, indices.stop))
-            parts = read_or_halve(
-                vlm, plan.pairs, batch, lambda pairs: read_pairs(vlm, pairs, plan.prompt), set_aside, halved
-            )
-            for part, part_values in parts:
-                pairs_read += [plan.pairs[index] for index in part]
-                values.append(part_values)
-            progress(2 * (batch.stop - indices.start))
+    for start in range(indices.start, indices.stop, size):
+        batch = range(start, min(start + size, indices.stop))
+        parts = read_or_halve(
+            vlm, plan.pairs, batch, lambda part: read_pairs(vlm, plan.pairs[part.start : part.stop], plan.prompt),
+            set_aside, halved,
+        )  # fmt: skip
+        for part, part_values in parts:
+            pairs_read += [plan.pairs[index] for index in part]
+            values.append(part_values)
+        progress(2 * (batch.stop - indices.start))
     frames = {table: pd.DataFrame(columns=schema.names) for table, schema in PAIR_SCHEMAS.items()}
     if pairs_read:
         ids = tuple(pair.id for pair in pairs_read)
@@ -172,7 +179,7 @@ def _make_pair_shard(plan: Plan, vlm: VLM, model: int, number: int, progress: Ca
         table: pa.Table.from_pandas(frames[table][schema.names], schema, preserve_index=False).replace_schema_metadata()
         for table, schema in PAIR_SCHEMAS.items()
     }
-    about = {
+    about = plan.shard_identity(model, number) | {
         "read": len(pairs_read),
         "aside": set_aside,
         "halved": halved,
@@ -200,7 +207,8 @@ def make_gallery(plan: Plan, vlm: VLM, model: int, examples: list[Example], prog
                 if example.id not in texts:
                     raise MemoryError("its answer does not fit into memory")
                 if plan.views:
-                    page = retrying(partial(gallery.read_view, vlm, example.image, plan.prompt))
+                    inputs = gallery.page_inputs(vlm, example.image, plan.prompt, texts[example.id])
+                    page = retrying(partial(gallery.read_view, vlm, inputs))
                     heat = BytesIO()
                     page.heat.save(heat, "PNG")
                     keys = {"model": name, "example": example.id, "heat": heat.getvalue()}
@@ -210,7 +218,7 @@ def make_gallery(plan: Plan, vlm: VLM, model: int, examples: list[Example], prog
                 if not out_of_memory(error):
                     raise
                 left_out.append({"example": example.id, "reason": first_line(error)})
-    about = {
+    about = plan.identity(plan.gallery_folder(model), examples) | {
         "class": vlm.record.hf_class, "revision": vlm.revision,
         "dtype": str(retrying(lambda: vlm.dtype)).removeprefix("torch."),
         "device": str(vlm.device) if vlm.has_weights else "ndif", "n_layers": vlm.n_layers, "threads": threads,
@@ -224,9 +232,9 @@ def make_gallery(plan: Plan, vlm: VLM, model: int, examples: list[Example], prog
     write_folder(plan.gallery_folder(model), tables, about)
 
 
-def _answers(vlm: VLM, examples: list[Example], prompt: str, batch_size: int) -> dict[str, str]:
+def _answers(vlm: VLM, examples: list[Example], prompt: str, batch_size: int) -> dict[str, Answer]:
     """The model's answers by example id, without those that do not fit into memory."""
-    texts: dict[str, str] = {}
+    texts: dict[str, Answer] = {}
     for start in range(0, len(examples), batch_size):
         batch = examples[start : start + batch_size]
         try:

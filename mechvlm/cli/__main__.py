@@ -1,0 +1,7 @@
+"""`python -m mechvlm.cli`."""
+
+import sys
+
+from mechvlm.cli import main
+
+sys.exit(main())

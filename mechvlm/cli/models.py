@@ -1,0 +1,33 @@
+"""The commands `models` and `check`: what can be read, and whether one model can."""
+
+import argparse
+
+from mechvlm.cli.console import quiet_libraries, say
+
+
+def list_models(arguments: argparse.Namespace) -> int:
+    """Print the bundled models, and the families with what works on each."""
+    from mechvlm import bundled
+    from mechvlm.families.table import load_table, row_text
+
+    say("Bundled models:")
+    for name in bundled.NAMES:
+        size = sum(f.stat().st_size for f in bundled.path(name).rglob("*") if f.is_file()) / 1e6
+        say(f"  {name:<20} {f'{size:.1f} MB' if size else 'not in this installation'}")
+    say(
+        "Families of vision-language models, with their Hugging Face class and language model, as tried on tiny models.\n"
+        "Any other class is read if its parts can be derived: mechvlm check MODEL."
+    )
+    for name, row in load_table().items():
+        say(f"  {row_text(name, row)}")
+    return 0
+
+
+def check_model(arguments: argparse.Namespace) -> int:
+    """Derive a model's record anew, print it, and how each of its claims came out."""
+    quiet_libraries()
+    from mechvlm.vlm.inspection import inspect_model
+
+    report = inspect_model(arguments.model, device=arguments.device, dtype=arguments.dtype)
+    say(report.text())
+    return 0 if report.holds else 1
