@@ -13,6 +13,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import (
+    CONFIG_MAPPING,
     BertTokenizer,
     BlipImageProcessor,
     CLIPImageProcessor,
@@ -22,10 +23,10 @@ from transformers import (
     InstructBlipProcessor,
     InstructBlipQFormerConfig,
     InstructBlipVisionConfig,
-    LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaProcessor,
+    PreTrainedConfig,
     PreTrainedTokenizerFast,
 )
 from transformers.initialization import no_init_weights
@@ -54,17 +55,30 @@ class Built(NamedTuple):
     hf: Any
 
 
+FAMILIES = ("llava", "instructblip", "qwen2_5_vl", "gemma3", "phi3")
+"""LLaVA and InstructBLIP with LLaMA's layers, and LLaVA with those of Qwen2.5-VL (grouped queries,
+biases), of Gemma 3 (norms after attention and MLP, normed queries and keys), and of Phi-3 (fused
+matrices, whose record is derived at load)."""
+
+
 def build(family: str, layers: int, width: int, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Built:
     """A model with LLaMA's proportions.
 
     Heads of 128, an MLP of 2.6875 times the width (11008 at 4096).
     """
-    make = {"llava": llava, "instructblip": instructblip}[family]
+    model, processor = unread(family, layers, width, device, dtype)
+    # The memo makes the copy share the parameters.
+    bare = copy.deepcopy(model, {id(weight): weight for weight in model.parameters()})
+    return Built(mv.load(model, processor), bare)
+
+
+def unread(family: str, layers: int, width: int, device: str = "cpu", dtype: torch.dtype = torch.float32) -> tuple:
+    """The model, in evaluation mode, and its processor, before mechvlm has seen them."""
     torch.set_default_dtype(dtype)
     try:
         # The model's own initialisation would take most of a minute at width 2048.
         with torch.device(device), no_init_weights():
-            model, processor = make(layers, width)
+            model, processor = instructblip(layers, width) if family == "instructblip" else llava(layers, width, family)
     finally:
         torch.set_default_dtype(torch.float32)
     torch.manual_seed(0)
@@ -74,19 +88,17 @@ def build(family: str, layers: int, width: int, device: str = "cpu", dtype: torc
                 weight.fill_(1)
             else:
                 weight.normal_(0, 0.02)
-    # The memo makes the copy share the parameters.
-    bare = copy.deepcopy(model.eval(), {id(weight): weight for weight in model.parameters()})
-    return Built(mv.load(model, processor), bare)
+    return model.eval(), processor
 
 
-def llava(layers: int, width: int) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
+def llava(layers: int, width: int, text: str = "llava") -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
     """LLaVA-1.5's visual tokens: 24 x 24 patches of an image of 336 pixels."""
     config = LlavaConfig(
         vision_config=CLIPVisionConfig(
             **_vision(width, hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16),
             image_size=336, patch_size=14, projection_dim=64,
         ),
-        text_config=_text(layers, width), image_token_index=IMAGE, vision_feature_layer=-2,
+        text_config=_text(layers, width, text), image_token_index=IMAGE, vision_feature_layer=-2,
         vision_feature_select_strategy="default",
     )  # fmt: skip
     processor = LlavaProcessor(
@@ -122,11 +134,25 @@ def _vision(width: int, **full: int) -> dict[str, int]:
     return full if width >= FULL_WIDTH else small
 
 
-def _text(layers: int, width: int) -> LlamaConfig:
-    return LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=width, intermediate_size=int(width * 2.6875), num_hidden_layers=layers,
-        num_attention_heads=width // 128, max_position_embeddings=2048, bos_token_id=1, eos_token_id=2,
-    )  # fmt: skip
+def _text(layers: int, width: int, kind: str = "llava") -> PreTrainedConfig:
+    heads = width // 128
+    shared = {
+        "vocab_size": VOCABULARY, "hidden_size": width, "intermediate_size": int(width * 2.6875), "num_hidden_layers": layers,
+        "num_attention_heads": heads, "max_position_embeddings": 2048, "bos_token_id": 1, "eos_token_id": 2,
+        "pad_token_id": 0, "tie_word_embeddings": False,
+    }  # fmt: skip
+    if kind == "qwen2_5_vl":
+        rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}
+        return CONFIG_MAPPING["qwen2_5_vl_text"](**shared, num_key_value_heads=max(1, heads // 4), rope_parameters=rope)
+    if kind == "gemma3":
+        return CONFIG_MAPPING["gemma3_text"](
+            **shared,
+            num_key_value_heads=max(1, heads // 2),
+            head_dim=128,
+            query_pre_attn_scalar=128,
+            sliding_window=1024,
+        )
+    return CONFIG_MAPPING["phi3" if kind == "phi3" else "llama"](**shared)
 
 
 def _tokenizer() -> PreTrainedTokenizerFast:

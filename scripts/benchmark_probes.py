@@ -10,7 +10,7 @@ from benchmark_models import QUESTION, build, noise
 
 import mechvlm as mv
 from mechvlm.families.record import part
-from mechvlm.probes.norm_attention import norm_attention_sum, value_gram
+from mechvlm.probes.value_gram import norm_attention_sum, value_gram
 
 BARS = {"Contextualization": 1.05, "LogitLens": 1.08, "NormAttention, 2 rows": 1.15, "all three in one read": 1.15}
 """Largest ratio of a case's time to its floor, for a batch of one."""
@@ -46,7 +46,7 @@ def probes(
     """
     vlm, hf = build(family, layers, width, device, dtype)
     inputs = vlm.inputs([noise(i) for i in range(batch)], QUESTION)
-    encoding, bridge = vlm.encoding(inputs), vlm.bridge()
+    encoding = vlm.encoding(inputs)
     measures: dict[str, rivals.Measures] = {}
 
     def read(*wanted):
@@ -61,6 +61,14 @@ def probes(
 
     products = _products(hf, vlm, inputs)
     three = "all three in one read"
+    ways = {three: lambda: rivals.read(vlm, inputs)}
+    if family in ("llava", "instructblip"):  # the others' formulas are written for LLaMA's layers
+        bridge = vlm.bridge()
+        ways |= {
+            "(a) Hugging Face, eager": lambda: rivals.hugging_face(hf, vlm, inputs),
+            "(b) TransformerBridge": lambda: rivals.transformer_lens(bridge, vlm, inputs),
+            "(d) plain hooks": lambda: rivals.plain_hooks(hf, vlm, inputs),
+        }
     cases = {
         "bare forward": bare,
         "empty read": read(Nothing()),
@@ -68,15 +76,7 @@ def probes(
         "LogitLens": read(mv.LogitLens(k=rivals.K)),
         "NormAttention, 2 rows": read(mv.NormAttention()),
         "NormAttention, all pairs": read(mv.NormAttention(dst="all pairs")),
-        **dict(
-            keeping(name, way)
-            for name, way in {
-                three: lambda: rivals.read(vlm, inputs),
-                "(a) Hugging Face, eager": lambda: rivals.hugging_face(hf, vlm, inputs),
-                "(b) TransformerBridge": lambda: rivals.transformer_lens(bridge, vlm, inputs),
-                "(d) plain hooks": lambda: rivals.plain_hooks(hf, vlm, inputs),
-            }.items()
-        ),
+        **dict(keeping(name, way) for name, way in ways.items()),
     }
     if device == "cpu" and batch > 1:
         # A batch of 8 would hold 8 x 620² weights per head and layer, twice: too much for a CPU.

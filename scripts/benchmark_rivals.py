@@ -99,7 +99,7 @@ def plain_hooks(hf, vlm: mv.VLM, inputs: mv.Inputs) -> Measures:
         )
         q, k = apply_rotary_pos_emb(q, k, *kwargs["position_embeddings"])
         parts = Attention(q, k, v, kwargs.get("attention_mask"), module.scaling)
-        rows[2].append(norms.at_attention(plans[2], Attended(number + 1, parts, module.o_proj.weight)))
+        rows[2].append(norms.at_attention(plans[2], Attended(number + 1, parts, module.o_proj.weight, None, {})))
 
     handles = []
     for number, layer in enumerate(layers):

@@ -1,4 +1,4 @@
-"""Sweeps of the causal experiments over all windows, against one whole forward per window."""
+"""Sweeps over all windows, and over all heads, against one whole forward per window or head."""
 
 from collections.abc import Callable
 
@@ -8,6 +8,9 @@ from benchmark_measure import times
 from benchmark_models import QUESTION, build, noise
 
 import mechvlm as mv
+
+MOST = 0.6
+"""Bar of a sweep over all heads, in whole forwards of each."""
 
 
 def sweeps(layers: int, width: int, repeats: int) -> list[dict]:
@@ -87,5 +90,57 @@ def sweeps(layers: int, width: int, repeats: int) -> list[dict]:
         if name in experiments:
             by_forwards = answers[f"{name}, whole forwards"]
             row["apart"] = max(abs(a / b - 1) for a, b in zip(answers[name], by_forwards, strict=True))
+        rows.append(row)
+    return rows
+
+
+def heads(layers: int, width: int, repeats: int) -> list[dict]:
+    """All heads ablated, and all patched, one by one: as mechvlm does it, and by whole forwards.
+
+    Every position of a head changes, so nothing is saved but the layers below: half of the work.
+    Every time includes the experiment's clean forward, and the grid's corrupted one.
+
+    Args:
+        layers: layers of the decoder.
+        width: d_model; heads are 128 wide.
+        repeats: runs of the bare forward; the sweeps of n forwards run once.
+    """
+    vlm, hf = build("llava", layers, width)
+    inputs, other = vlm.inputs(noise(0), QUESTION), vlm.inputs(noise(1), QUESTION)
+    encoding = vlm.encoding(inputs)
+    n = layers * vlm.n_heads
+    measured: dict[str, list[float]] = {}
+
+    def ablate() -> None:
+        measured["all heads ablated"] = mv.head_ablation(vlm, inputs, 7).logit_ablated.flatten().tolist()
+
+    def patch() -> None:
+        mv.patch_grid(vlm, inputs, other, 7, versus=9, at="z")
+
+    def ablate_by_forwards() -> None:
+        logits = []
+        for layer in range(layers):
+            for head in range(vlm.n_heads):
+                with torch.no_grad(), vlm.trace(inputs, logits_to_keep=1, use_cache=False):
+                    mv.ablate(vlm, inputs.tokens.all, layer, at="z", heads=head)
+                    logit = nnsight.save(vlm.logits[0, -1, 7])
+                logits.append(float(logit))
+        measured["all heads ablated, whole forwards"] = logits
+
+    @torch.no_grad()
+    def bare() -> None:
+        hf(**encoding, logits_to_keep=1, use_cache=False)
+
+    ours = {"all heads ablated": ablate, "all heads patched": patch}
+    whole = {"all heads ablated, whole forwards": ablate_by_forwards}
+    seconds = times({"bare forward": bare}, repeats) | times(ours | whole, 1)
+    rows = []
+    for name, s in seconds.items():
+        row: dict = {"case": name, "seconds": s, f"of {n} bare forwards": s / seconds["bare forward"] / n}
+        if name in ours:
+            row["most"] = MOST
+        if name == "all heads ablated":
+            by_forwards = measured["all heads ablated, whole forwards"]
+            row["apart"] = max(abs(a - b) for a, b in zip(measured[name], by_forwards, strict=True))
         rows.append(row)
     return rows

@@ -89,6 +89,12 @@ class Fault:
         """Options with which pytest selects the tests that see this file."""
         return ("-m", "browser") if self.file.endswith(".js") else ()
 
+    @property
+    def module(self) -> str:
+        """What tests import of it: the package of the file, or a script by its own name."""
+        path = Path(self.file)
+        return path.stem if path.parts[0] == "scripts" else path.parts[0]
+
 
 @dataclass(frozen=True)
 class Trial:
@@ -165,7 +171,7 @@ def _link(folder: Path, copy: Path) -> None:
             (copy / path.name).symlink_to(path)
 
 
-def _run_tests(copy: Path, package: str, tests: Sequence[str], output: Path) -> None:
+def _run_tests(copy: Path, module: str, tests: Sequence[str], output: Path) -> None:
     """In a child: run the tests in the copy, and leave with pytest's exit code."""
     os.setsid()  # what the tests start ends with the child
     stream = os.open(output, os.O_WRONLY | os.O_CREAT)
@@ -175,13 +181,13 @@ def _run_tests(copy: Path, package: str, tests: Sequence[str], output: Path) -> 
     sys.path[:] = [str(copy), *(entry for entry in sys.path if entry not in ("", str(ROOT), str(ROOT / "scripts")))]
     os.environ["PYTHONPATH"] = str(copy)
     sys.argv = ["pytest"]
-    if package in sys.modules:
-        raise RuntimeError(f"{package} was loaded before the fault was planted.")
+    if module in sys.modules:
+        raise RuntimeError(f"{module} was loaded before the fault was planted.")
     import pytest
 
     xdist = ["-n", "0"] if importlib.util.find_spec("xdist") else []
     code = int(pytest.main(["-x", "-q", *xdist, "-p", "no:cacheprovider", *tests]))
-    loaded = getattr(sys.modules.get(package), "__file__", None)
+    loaded = getattr(sys.modules.get(module), "__file__", None)
     if loaded is not None and not Path(loaded).is_relative_to(copy):
         raise RuntimeError(f"The tests ran {loaded}, and not the faulty copy.")
     sys.stdout.flush()
@@ -206,8 +212,7 @@ class Child:
         copy.mkdir()
         plant(fault, root, copy)
         self.output = copy.parent / "output.txt"
-        package = Path(fault.file).parts[0]
-        arguments = (copy, package, (*fault.lane, *fault.tests), self.output)
+        arguments = (copy, fault.module, (*fault.lane, *fault.tests), self.output)
         self.process = multiprocessing.get_context("fork").Process(target=_run_tests, args=arguments)
         self.process.start()
 

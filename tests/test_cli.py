@@ -16,6 +16,8 @@ from helpers.images import noise_image
 from helpers.models import instructblip, llava
 from helpers.patch_results import large_inputs
 from mechvlm import bundled, cli, explore
+from mechvlm.cli.console import free_name
+from mechvlm.families.table import load_table
 
 
 @pytest.fixture(scope="module")
@@ -71,25 +73,41 @@ def picture(tmp_path):
     return path
 
 
-@pytest.mark.parametrize("family", [0, 1])
-def test_view_writes_the_patch_view_of_all_text_after_the_image(capsys, folders, picture, tmp_path, family):
+@pytest.mark.parametrize(
+    ("family", "options"), [(0, []), (1, []), (0, ["--answer", "a red cat"]), (0, ["--no-answer"])]
+)
+def test_view_writes_the_patch_view_of_all_text_after_the_image(capsys, folders, picture, tmp_path, family, options):
     out = tmp_path / "page.html"
     code, printed, _ = call(
         capsys, "view", folders[family], picture, "--prompt", "what is this", "--k", 3, "--device", "cpu", "--dtype",
-        "float32", "--out", out,
+        "float32", "--out", out, *options,
     )  # fmt: skip
     assert code == 0
-    assert printed.endswith(f"MB. Open {out}\n")
     vlm = mv.load(folders[family])
     inputs = vlm.inputs(picture, "what is this")
     text = [p for p in inputs.tokens.text.tolist() if p > inputs.tokens.image[0]]
     assert len(text) > 2
     if family == 0:
         assert len(text) < len(inputs.tokens.text), "text before the image cannot read it"
+    answer = "" if options == ["--no-answer"] else "a red cat" if options else str(vlm.generate(inputs)[0])
+    if options != ["--no-answer"]:
+        inputs = inputs.answered("a red cat") if options else vlm.generate(inputs)[0].inputs
+        text = sorted({*text, *inputs.tokens.writing.tolist()})
+        assert text[-1] == inputs.tokens.last - 1, "what the answer's last token read wrote nothing of it"
     results = mv.read(
         vlm, inputs, mv.LogitLens(k=3), mv.NormAttention(dst=text), *([mv.QueryReading()] if family else [])
     )
     assert out.read_text(encoding="utf-8") == mv.view.patches(inputs, *results).html()
+    *said, size = printed.splitlines()
+    assert size.endswith(f"MB. Open {out}")
+    assert said == ([f"Answer: {answer}"] if answer else [])
+
+
+def test_a_view_of_an_answer_that_ended_at_once_is_of_the_prompt(capsys, folders, picture, tmp_path, monkeypatch):
+    monkeypatch.setattr("mechvlm.explore.with_answer", lambda vlm, inputs, answer: inputs)
+    code, printed, _ = call(capsys, "view", folders[0], picture, "--prompt", "a", "--out", tmp_path / "x.html")
+    assert code == 0
+    assert printed.startswith("Answer: none. The model ended it at once, and the page shows the prompt alone.\n")
 
 
 def test_a_view_without_room_for_all_its_text_says_so(capsys, folders, picture, tmp_path, monkeypatch):
@@ -104,12 +122,13 @@ def test_a_view_without_room_for_all_its_text_says_so(capsys, folders, picture, 
     tokens = large_inputs().tokens
     n_dest = [len(explore.destinations(vlm, tokens, room)) for room in (explore.PAGE_ROOM, explore.GALLERY_ROOM)]
     assert (n_dest, len(tokens.text)) == ([28, 7], 43), "at the size of 7B"
-    monkeypatch.setattr("mechvlm.explore.destinations", lambda vlm, tokens: text[-2:])
-    code, printed, _ = call(
-        capsys, "view", folders[0], picture, "--prompt", "what is this", "--out", tmp_path / "x.html"
-    )
-    assert code == 0
-    assert f"The last 2 of {len(text)} text tokens can be picked" in printed
+    monkeypatch.setattr("mechvlm.explore.destinations", lambda vlm, tokens, room=0: text if room else text[-2:])
+    for option, which in (("--no-answer", "the prompt's last"), ("--answer=a cat", "the answer's before the prompt's")):
+        code, printed, _ = call(
+            capsys, "view", folders[0], picture, "--prompt", "what is this", "--out", tmp_path / f"{which}.html", option
+        )
+        assert code == 0
+        assert f"2 of {len(text)} tokens can be picked, {which}; with all, the page would be too large." in printed
 
 
 def test_view_without_out_writes_over_nothing(capsys, folders, picture, tmp_path, monkeypatch):
@@ -133,6 +152,8 @@ def test_view_without_out_writes_over_nothing(capsys, folders, picture, tmp_path
         (["MODEL", "IMAGE", "--device", "abacus"], "cannot be put on the device 'abacus'"),
         (["MODEL", "IMAGE", "--dtype", "float33"], "Error: There is no dtype 'float33'"),
         (["MODEL", "IMAGE", "--prompt", "word " * 3000], "leaves no room"),
+        (["MODEL", "IMAGE", "--answer", " "], "Error: --answer is empty. Give the words to read"),
+        (["MODEL", "IMAGE", "--answer", "word " * 3000], "leaves no room"),
         (["MODEL", "IMAGE", "--out", "nowhere/view.html"], "Error: The folder nowhere is not there. Make it first"),
         (["MODEL", "IMAGE", "--out", "there.html"], "Error: there.html is there already, and is not written over"),
         (["MODEL", "IMAGE", "--out", "."], "Error: . is a folder"),
@@ -159,7 +180,12 @@ def test_a_view_that_cannot_be_made_gives_one_message(
 
 def test_errors_come_before_the_model_is_loaded(capsys, picture, tmp_path, monkeypatch):
     monkeypatch.setattr("mechvlm.vlm.loading.load", lambda *_, **__: pytest.fail("the model was loaded"))
-    for wrong in (["gone.png"], [picture, "--out", tmp_path], [picture, "--device", "abacus"]):
+    for wrong in (
+        ["gone.png"],
+        [picture, "--out", tmp_path],
+        [picture, "--device", "abacus"],
+        [picture, "--answer", ""],
+    ):
         assert call(capsys, "view", "tiny-llava", *wrong, "--prompt", "a")[0] == 1
 
 
@@ -213,6 +239,7 @@ def test_a_full_folder_is_left_alone(capsys, folders, tmp_path):
     [
         ["study", "--n", "many"], ["study", "--colour"], ["studdy"], ["view", "tiny-llava", "a.png"],
         ["view", "tiny-llava", "--prompt", "a"], ["view", "tiny-llava", "a.png", "--prompt", "a", "--k", "0"],
+        ["view", "tiny-llava", "a.png", "--prompt", "a", "--no-answer", "--answer", "a"],
     ],
 )  # fmt: skip
 def test_usage(capsys, arguments):
@@ -229,12 +256,12 @@ def test_no_command_shows_the_help(capsys):
 
 def test_without_out_no_study_is_written_over(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert cli._free_name("s") == "s"
+    assert free_name("s") == "s"
     (tmp_path / "s").mkdir()
-    assert cli._free_name("s") == "s", "an empty folder is free"
+    assert free_name("s") == "s", "an empty folder is free"
     (tmp_path / "s" / "run.json").touch()
     (tmp_path / "s-2").touch()
-    assert cli._free_name("s") == "s-3"
+    assert free_name("s") == "s-3"
 
 
 def test_an_interrupt_is_130(capsys, monkeypatch):
@@ -270,7 +297,7 @@ def test_too_little_memory_says_what_to_try(capsys, monkeypatch):
 def test_models_lists_models_and_classes(capsys):
     code, out, _ = call(capsys, "models")
     assert code == 0
-    for name in (*bundled.NAMES, "LlavaForConditionalGeneration", "InstructBlipForConditionalGeneration"):
+    for name in (*bundled.NAMES, *load_table(), "Llava ", "InstructBlip "):
         assert name in out
 
 
@@ -278,7 +305,7 @@ def test_models_lists_models_and_classes(capsys):
     ("command", "options"),
     [
         ("study", ["model", "dataset", "prompt", "n", "seed", "device", "dtype", "batch-size", "out", "resume"]),
-        ("view", ["prompt", "k", "device", "dtype", "out"]),
+        ("view", ["prompt", "answer", "no-answer", "k", "device", "dtype", "out"]),
     ],
 )
 def test_help_needs_no_torch(command, options):

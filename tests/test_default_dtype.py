@@ -31,6 +31,10 @@ READ = {
     "information flow": lambda vlm, inputs: mv.information_flow(vlm, inputs, "red", window=1, flows=["image -> last"]),
     "causal trace": lambda vlm, inputs: mv.causal_trace(vlm, inputs, "red", groups=["image"]),
     "object ablation": lambda vlm, inputs: mv.object_ablation(vlm, inputs, [BOX] * 2, "red", margins=(0,), draws=1),
+    "head ablation": lambda vlm, inputs: mv.head_ablation(vlm, inputs, "red", "mean", sets={"a": [(0, 1)]}, draws=2),
+    "patch grid": lambda vlm, inputs: mv.patch_grid(
+        vlm, inputs[0], vlm.inputs(noise_image(7, (640, 480)), "what is this"), 7, 9, positions=["image", "last"]
+    ),
     "winoground": lambda vlm, inputs: mv.winoground(
         vlm, [Pair("one", (noise_image(0), noise_image(1)), ("a red cat", "a cat red"))]
     ),

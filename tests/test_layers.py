@@ -1,7 +1,8 @@
 """One numbering: the layer that a result names is the layer of accessors and interventions.
 
 Each case picks the place that a result ranks first. Its number must be the one with which the
-model's own forward shows the same value, or with which an intervention has the effect.
+model's own forward shows the same value, or with which an intervention has the effect. Twelve
+layers are among the depths: there, numbers that were sorted or matched as text would be others.
 """
 
 import pytest
@@ -10,12 +11,12 @@ from PIL import Image
 
 import mechvlm as mv
 from helpers.images import noise_image
-from helpers.models import llava
+from helpers.uneven import N_LAYERS, layered_vlm
 
 
-@pytest.fixture(scope="module")
-def vlm():
-    return mv.load(*llava(layers=5))
+@pytest.fixture(scope="module", params=N_LAYERS)
+def vlm(request):
+    return layered_vlm(request.param)
 
 
 @pytest.fixture(autouse=True)
@@ -79,7 +80,7 @@ def test_the_neuron_that_is_ranked_first_is_that_of_its_layer(vlm, inputs):
     neurons = mv.multimodal_neurons(vlm, inputs, k=3)
     layer, index = int(neurons.layer[0]), int(neurons.index[0])
     with vlm.trace(inputs):
-        down = getattr(vlm.layers[layer], vlm.record.mlp).down_proj
+        down = vlm.layers[layer].mlp.down_proj
         acts = down.input[0, inputs.tokens.image, index].save()
     torch.testing.assert_close(neurons.activation[0, 0], acts.float(), rtol=1e-5, atol=1e-6)
 
@@ -109,10 +110,35 @@ def test_the_layer_of_a_flow_is_that_of_a_knockout(vlm, inputs):
     assert flow.windows[layer] == (layer, layer + 1)
 
 
+def test_the_head_that_ablation_ranks_first_is_that_of_a_trace(vlm, inputs):
+    first = mv.head_ablation(vlm, inputs, positions="last").heads(top=1, by="logit").iloc[0]
+    layer, head, token = int(first["layer"]), int(first["head"]), vlm.next_tokens(inputs)
+    clean, ablated = last_logits(vlm, inputs), last_logits(vlm, inputs, layers=layer, heads=head)
+    assert float(ablated[token] - clean[token]) == pytest.approx(first["effect"], abs=1e-5)
+
+
+def test_the_layer_and_head_of_a_grid_are_those_of_a_patch(vlm, inputs):
+    other = vlm.inputs(noise_image(4), "what is this")
+    for at in ("z", "resid_pre"):
+        columns = {"positions": "last"} if at == "z" else {"positions": ["last"]}
+        grid = mv.patch_grid(vlm, inputs, other, 7, versus=9, at=at, **columns)
+        layer, column = divmod(int(grid.restored[..., 0].abs().argmax()), len(grid.columns))
+        with vlm.trace(inputs):
+            clean = getattr(vlm, at)[layer].save()
+        with vlm.trace(other):
+            mv.patch(vlm, clean, other.tokens.last, layer, at=at, heads=column if at == "z" else None)
+            logits = vlm.logits[0, -1].save()
+        assert float(logits[7] - logits[9]) == pytest.approx(float(grid.m_patched[layer, column, 0]), abs=1e-5)
+
+
 def test_a_state_of_the_lens_is_what_the_layer_of_its_number_reads(vlm, inputs):
     lens = mv.logit_lens(vlm, inputs, k=1, positions="all")
     norm, unembed = vlm.readout()
+    layer = vlm.n_layers - 2
     with vlm.trace(inputs):
-        entering = vlm.resid_pre[3].save()
+        entering = vlm.resid_pre[layer].save()
     best = unembed(norm(entering[0])).float().softmax(-1).max(-1)
-    torch.testing.assert_close(lens.probs[3, :, 0], best.values, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(lens.probs[layer, :, 0], best.values, rtol=1e-4, atol=1e-6)
+    assert lens.states == tuple(range(vlm.n_layers + 1))
+    frame = lens.to_frame().query("state == @layer and rank == 1")
+    assert frame["probability"].to_numpy() == pytest.approx(best.values.numpy(), rel=1e-4)

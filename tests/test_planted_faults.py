@@ -92,6 +92,28 @@ def test_a_test_that_fails_anyway_catches_nothing(toy):
     assert "as ever" in said
 
 
+@pytest.mark.long
+def test_a_fault_in_a_script_is_run_from_its_copy(toy):
+    """Tests import a script by its own name, and a package's file with the package."""
+    for name, text in {
+        "scripts/steps/half.py": "def half(a):\n    return a / 2\n",
+        "tests/test_half.py": (
+            "import pathlib\nimport sys\n\nimport toy\n\n"
+            'sys.path.insert(0, str(pathlib.Path(toy.__file__).parents[1] / "scripts" / "steps"))\n'
+            "import half\n\n\ndef test_half():\n    assert half.half(4) == 2\n"
+        ),
+        "scripts/planted_faults/steps.toml": LIST.split("[[fault]]")[0].replace("sums", "half")
+        + '[[fault]]\nname = "third"\nfile = "scripts/steps/half.py"\ntext = "a / 2"\ninto = "a / 3"\nbreaks = "halves"\n',
+    }.items():
+        (toy / name).parent.mkdir(exist_ok=True)
+        (toy / name).write_text(text)
+    modules = {fault.name: fault.module for fault in read_lists(toy)}
+    assert modules == {"caught": "toy", "survives": "toy", "third": "half"}
+    code, said = run(toy, "--only", "third")
+    assert code == 0, said
+    assert "1 of    1 caught, 100.0%" in said
+
+
 def test_bad_lists_are_named(toy):
     lists = toy / "scripts" / "planted_faults"
     (lists / "more.toml").write_text(LIST)

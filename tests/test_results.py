@@ -131,7 +131,7 @@ def test_a_file_of_a_newer_version_is_refused(tmp_path):
     path = tmp_path / "worded.safetensors"
     header = {"mechvlm": "Worded", "fields": "{}", "format": str(RESULT_FORMAT + 1)}
     save_file({"layer": torch.tensor([3, 1])}, path, metadata=header)
-    with pytest.raises(ValueError, match=r"newer mechvlm \(format 3; this one reads up to 2\)"):
+    with pytest.raises(ValueError, match=r"newer mechvlm \(format 4; this one reads up to 3\)"):
         Worded.load(path)
 
 

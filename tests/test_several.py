@@ -30,6 +30,11 @@ def made(vlm, batch_size=None):
     return vlm.inputs(PICTURES, PROMPTS, batch_size, NAMES)
 
 
+def others(vlm, batch_size):
+    """The same questions of other pictures."""
+    return vlm.inputs([noise_image(i) for i in range(4, 8)], PROMPTS, batch_size)
+
+
 def likelihood(vlm, inputs, numbers):
     answered, lengths = vlm.answered(inputs, [["a", "what is", "this", "scene ."][i] for i in numbers])
     return mv.read(vlm, answered, mv.Likelihood(lengths))[0]
@@ -45,11 +50,15 @@ METHODS = {
     "attribution": lambda vlm, inputs, i: mv.logit_attribution(vlm, inputs, [ANSWERS[n] for n in i], "a"),
     "flow": lambda vlm, inputs, i: mv.information_flow(vlm, inputs, [ANSWERS[n] for n in i], window=2),
     "trace": lambda vlm, inputs, _: mv.causal_trace(vlm, inputs, "a", corrupt="blank"),
+    "heads": lambda vlm, inputs, i: mv.head_ablation(vlm, inputs, [ANSWERS[n] for n in i], positions="last"),
 }  # fmt: skip
 ALL_AT_ONCE = {
     "other image": lambda vlm, inputs: mv.causal_trace(vlm, inputs, ANSWERS, corrupt="image"),
     "noise": lambda vlm, inputs: mv.causal_trace(vlm, inputs),
     "ablation": lambda vlm, inputs: mv.object_ablation(vlm, inputs, BOXES, ANSWERS, margins=[0], draws=2),
+    "mean heads": lambda vlm, inputs: mv.head_ablation(vlm, inputs, ANSWERS, "mean", sets={"a": [(0, 1), (1, 2)]}, draws=1),
+    "resampled heads": lambda vlm, inputs: mv.head_ablation(vlm, inputs, ANSWERS, "resample", sets={"a": [(0, 1)]}, draws=1),
+    "grid": lambda vlm, inputs: mv.patch_grid(vlm, inputs, others(vlm, len(inputs)), 7, 9, positions=["image", "last"]),
     "neurons": lambda vlm, inputs: mv.multimodal_neurons(vlm, inputs, ANSWERS, k=2),
 }  # fmt: skip
 
@@ -84,7 +93,7 @@ def test_joined_parts_are_the_whole(vlm, four, name):
     if name == "reading" and not vlm.cross_attentions:
         return
     whole = method(vlm, four, range(4))
-    for cuts in ([1], [2], [1, 3]) if name not in ("flow", "trace") else ([2],):
+    for cuts in ([1], [2], [1, 3]) if name not in ("flow", "trace", "heads") else ([2],):
         if name == "less baseline" and cuts != [2]:
             continue  # a single example has no baseline
         ends = [0, *cuts, 4]

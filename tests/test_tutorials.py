@@ -30,8 +30,8 @@ def printed(notebook) -> list[str]:
     return [re.sub(r"\d\.?\d*e[-+]\d+", "", t) for t in text]
 
 
-def test_there_are_seven():
-    assert [path.stem[0] for path in TUTORIALS] == list("1234567")
+def test_there_are_eight():
+    assert [path.stem[0] for path in TUTORIALS] == list("12345678")
 
 
 @pytest.mark.tutorial

@@ -14,7 +14,7 @@ from ndif.services.ray.deployments.controller.controller import _ControllerActor
 from ndif.services.ray.sandbox.model import SandboxModelDeployment
 from nnsight.modeling.huggingface import HuggingFaceModel
 from nnsight.modeling.mixins.remotable import CheckpointInfo, Remotable
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
 
 
 class OnCPU(SandboxModelDeployment):
@@ -27,8 +27,19 @@ class OnCPU(SandboxModelDeployment):
     CACHEABLE = False
 
     def load_from_disk(self):
+        # Inputs come encoded, so no processor is used. Many need torchvision, which is not installed
+        # here: their parts stand for them.
+        folder = json.loads(self.model_key.partition(":")[2])["repo_id"]
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        parts = {"tokenizer": tokenizer, "image_processor": AutoImageProcessor.from_pretrained(folder)}
         model = HuggingFaceModel.from_model_key(
-            self.model_key, dispatch=True, dtype=self.dtype_name, device="cpu", **self.kwargs
+            self.model_key,
+            dispatch=True,
+            dtype=self.dtype_name,
+            device="cpu",
+            processor=tokenizer,
+            **parts,
+            **self.kwargs,
         )
         model._module.requires_grad_(False)
         return model

@@ -11,3 +11,8 @@ pip=$NDIF_LAB/venv/bin/pip
 # ndif 0.1.2 requires Python 3.12 but runs on 3.11.
 "$pip" install -q --no-deps --ignore-requires-python --python-version 3.12 --only-binary=:all: --upgrade \
   --target "$NDIF_LAB/ndif" ndif==0.1.2
+# The process that runs a block has 30 s to start, and a busy machine takes longer. The server then
+# loses it, and the request that waits for it waits for ever.
+host=$NDIF_LAB/ndif/ndif/services/ray/sandbox/host.py
+sed -i 's/^    timeout: float = 30.0,$/    timeout: float = 600.0,/' "$host"
+grep -q '^    timeout: float = 600.0,$' "$host"

@@ -5,13 +5,17 @@ import math
 import pytest
 import torch
 
-from mechvlm.decoder.attention import attention_rows
+from mechvlm.decoder.attention import Attention, attention_rows
 
 SCALE = 0.37
 
 
 def randn(*shape, seed: int) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def rows_of(q, k, mask, rows=None, **more) -> torch.Tensor:
+    return attention_rows(Attention(q, k, k, mask, SCALE, **more), rows)
 
 
 def naive(q, k, open_: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -53,7 +57,7 @@ def causal(n_dest: int) -> torch.Tensor:
 @pytest.mark.parametrize("n_dest", [7, 3, 1])
 def test_behind_a_cache_destinations_are_the_last_positions(n_dest):
     q, k = tensors(n_dest)
-    torch.testing.assert_close(attention_rows(q, k, None, SCALE), naive(q, k, causal(n_dest)), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(rows_of(q, k, None), naive(q, k, causal(n_dest)), rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("n_dest", [7, 3])
@@ -64,7 +68,7 @@ def test_flashs_padding_is_added_to_the_causal_mask(n_dest):
     open_ = causal(n_dest)
     open_[1, :, :, :3] = False
     first = 0 if n_dest == 3 else 3  # rows of padding mean nothing
-    got, want = attention_rows(q, k, padding, SCALE), naive(q, k, open_ | ~open_.any(-1, keepdim=True))
+    got, want = rows_of(q, k, padding), naive(q, k, open_ | ~open_.any(-1, keepdim=True))
     torch.testing.assert_close(got[0], want[0], rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(got[1, :, first:], want[1, :, first:], rtol=1e-4, atol=1e-6)
 
@@ -75,13 +79,13 @@ def test_masks_of_four_axes(heads):
     open_ = randn(BATCH, heads, 5, SRC, seed=2) > -0.5
     open_[..., 0] = True
     want = naive(q, k, open_.expand(-1, HEADS, -1, -1))
-    torch.testing.assert_close(attention_rows(q, k, open_, SCALE), want, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(rows_of(q, k, open_), want, rtol=1e-4, atol=1e-6)
     bias = randn(BATCH, heads, 5, SRC, seed=3)
     want = naive(q, k, torch.ones(BATCH, HEADS, 5, SRC, dtype=torch.bool), bias.expand(-1, HEADS, -1, -1))
-    torch.testing.assert_close(attention_rows(q, k, bias, SCALE), want, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(rows_of(q, k, bias), want, rtol=1e-4, atol=1e-6)
     # A static cache's mask is longer than its keys.
     longer = torch.cat([bias, bias + 1 + bias.flip(-1)], dim=-1)
-    torch.testing.assert_close(attention_rows(q, k, longer, SCALE), want, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(rows_of(q, k, longer), want, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("n_dest", [7, 4])
@@ -92,6 +96,6 @@ def test_chosen_rows_are_those_of_all_rows(n_dest, kind):
     padding[1, :2] = 0
     mask = {"none": None, "padding": padding, "bias": randn(BATCH, 1, n_dest, SRC, seed=4)}[kind]
     rows = torch.tensor([[3, 2, 3], [2, 3, 2]])
-    every = attention_rows(q, k, mask, SCALE)
+    every = rows_of(q, k, mask)
     want = torch.stack([every[b][:, rows[b]] for b in range(BATCH)])
-    torch.testing.assert_close(attention_rows(q, k, mask, SCALE, rows), want)
+    torch.testing.assert_close(rows_of(q, k, mask, rows), want)

@@ -1,5 +1,7 @@
 """Forwards to compare interventions with: Hugging Face's own with a mask, and plain traces."""
 
+from contextlib import contextmanager
+
 import nnsight
 import torch
 
@@ -17,6 +19,17 @@ def forward(vlm, inputs, change=lambda: None):
 def decoder_of(vlm):
     hf = vlm.hf
     return hf.language_model.model if type(hf).__name__.startswith("InstructBlip") else hf.model.language_model
+
+
+@contextmanager
+def decoder_calls(vlm):
+    """A list that gets the number of positions of every call of the decoder meanwhile."""
+    calls: list[int] = []
+    hook = decoder_of(vlm).layers[0].register_forward_pre_hook(lambda _, args: calls.append(args[0].shape[1]))
+    try:
+        yield calls
+    finally:
+        hook.remove()
 
 
 def with_mask(vlm, inputs, blocked):

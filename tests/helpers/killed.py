@@ -31,7 +31,7 @@ from mechvlm.datasets import Dataset, Example, fingerprint
 from mechvlm.study import run
 from mechvlm.study.report import figures
 from mechvlm.study.report.captioned import CaptionedFigure
-from mechvlm.study.running import merge, settings, shards
+from mechvlm.study.running import merge, rows, settings, shards
 from mechvlm.study.running.workspace import SHARDS, STAGING
 
 EXAMPLES, BATCH, FIGURES = 7, 2, b"a figure"
@@ -107,7 +107,7 @@ def main(kills: int | None, seed: int, home: Path) -> dict:
     vlm = mv.load(*llava(layers=2))
     # Shards of one batch, so that there are several.
     settings.EXAMPLES_PER_SHARD = BATCH
-    shards.GALLERY_EXAMPLES = merge.GALLERY_EXAMPLES = 2
+    shards.GALLERY_EXAMPLES = rows.GALLERY_EXAMPLES = merge.GALLERY_EXAMPLES = 2
     figures.save_all = small_figures
     figures.draw_all = lambda *_: {name: CaptionedFigure(None, "") for name in figures.FIGURES}
     examples = tuple(Example(f"e{i}", noise_image(i), (f"a picture number {i} of a dog",)) for i in range(EXAMPLES))

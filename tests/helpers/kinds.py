@@ -68,6 +68,7 @@ def in_4_bits(hf):
         new = bnb.nn.Linear4bit(linear.in_features, linear.out_features, linear.bias is not None, torch.float32)
         new.weight = bnb.nn.Params4bit(linear.weight.data, requires_grad=False, quant_type="nf4", module=new)
         new.bias = linear.bias
+        new.support_avx512bf16_for_cpu = False  # it would pack the weights
         return new.to("cpu")
 
     return replaced(hf, make)

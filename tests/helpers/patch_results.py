@@ -9,8 +9,10 @@ from PIL import Image, ImageDraw
 
 import mechvlm as mv
 from helpers.models import llava
+from helpers.uneven import query_layouts
 from mechvlm.inputs.grids import PatchGrid
 from mechvlm.inputs.tokens import Modality, TokenMap
+from mechvlm.inputs.views import one_grid
 
 WORDS = 4000
 
@@ -64,13 +66,14 @@ def synthetic(
     return lens, norms
 
 
-def large_inputs(n: int = 620) -> mv.Inputs:
-    """Inputs with 576 patches and `n` tokens in all, in LLaMA's tokenizer."""
+def large_inputs(n: int = 620, answer: str | None = None) -> mv.Inputs:
+    """Inputs with 576 patches and a prompt of `n` tokens in all, in LLaMA's tokenizer."""
     vlm = mv.load(*llava(image=336, layers=2))
     prompt = "what is this"
     while len(vlm.inputs(photo(), prompt).tokens) < n:
         prompt += " a"
-    return vlm.inputs(photo(), prompt)
+    inputs = vlm.inputs(photo(), prompt)
+    return inputs if answer is None else inputs.answered(answer)
 
 
 def gradient(width: int, height: int) -> Image.Image:
@@ -86,27 +89,29 @@ UNEVEN_DEST = (19, 20, 13, 17)
 """Destinations out of order, a patch among them."""
 
 
-def uneven(patches: bool = True, turned: bool = False, dest: Sequence[int] = UNEVEN_DEST):
+def uneven(patches: bool = True, turned: bool = False, dest: Sequence[int] = UNEVEN_DEST, answer: Sequence[str] = ()):
     """(inputs, lens, norms) by hand, so that no two axes, parts or rows can be exchanged unseen.
 
     Grids are not square: image 0 is padded above and below, image 1 is cut at the left and right;
     `turned` exchanges the two. Layers, heads, destinations and kinds of tokens have values of
     different sizes. The lens holds the visual tokens and " or", at every other state. With
     patches=False the visual tokens are queries of image 0 alone, and a fourth value is `reading`.
+    `answer` are the tokens of an answer, from position 21 on.
     """
     rng, n_layers, n_heads = np.random.default_rng(5), 11, 3
     grids = (
         PatchGrid(2, 3, 20, (300, 150), (60, 30), (0, -5)),
         PatchGrid(3, 2, 20, (250, 300), (50, 60), (5, 0)),
     )[:: -1 if turned else 1]
-    strings = ("<pad>",) * 2 + UNEVEN
+    strings = ("<pad>",) * 2 + UNEVEN + tuple(answer)
     kinds = {"<pad>": Modality.PADDING, "<s>": Modality.SPECIAL, "</s>": Modality.SPECIAL, "<image>": Modality.IMAGE}
     modality = torch.tensor([kinds.get(piece, Modality.TEXT) for piece in strings])
     if not patches:
         grids, modality[11:17] = grids[:1], Modality.TEXT
         strings = tuple(piece if i < 11 else piece.replace("<image>", f" w{i}") for i, piece in enumerate(strings))
     n = len(strings)
-    tokens = TokenMap(torch.arange(n) + 500, strings, strings, modality, grids, patches)
+    layouts = tuple(map(one_grid, grids)) if patches else query_layouts(6, grids)
+    tokens = TokenMap(torch.arange(n) + 500, strings, strings, modality, layouts, len(answer))
     pictures = tuple(gradient(*grid.image_size) for grid in grids)
     encoding = {"attention_mask": (modality != Modality.PADDING).long()[None]}
     inputs = mv.Inputs(encoding, (tokens,), (pictures,), ("made",), ("made",), "made")

@@ -14,6 +14,7 @@ from helpers.images import noise_image
 from helpers.models import LLAVA_TEMPLATE, llava
 from mechvlm.inputs.grids import PatchGrid
 from mechvlm.inputs.tokens import Modality, TokenMap
+from mechvlm.inputs.views import QUERIES, Layout, one_grid
 
 GROUPS = ((0, 1), (2,), (3, 4, 5))
 """Seeds of the images of three prompts: groups of 2, 1 and 3."""
@@ -66,4 +67,10 @@ def token_map(kinds: str, grids: tuple[PatchGrid, ...] = (), patches: bool = Tru
     modality = torch.tensor([".sti".index(kind) for kind in kinds])
     pieces = {Modality.PADDING: "<pad>", Modality.SPECIAL: "<s>", Modality.IMAGE: "<image>"}
     strings = tuple(pieces.get(Modality(int(kind)), f" w{i}") for i, kind in enumerate(modality))
-    return TokenMap(torch.arange(len(kinds)), strings, strings, modality, grids, patches)
+    layouts = tuple(map(one_grid, grids)) if patches else query_layouts(kinds.count("i"), grids)
+    return TokenMap(torch.arange(len(kinds)), strings, strings, modality, layouts)
+
+
+def query_layouts(n_tokens: int, grids: tuple[PatchGrid, ...]) -> tuple[Layout, ...]:
+    """Layouts of images whose visual tokens are queries, equally many each."""
+    return tuple(Layout(n_tokens // len(grids), grid.image_size, grid=grid, reason=QUERIES) for grid in grids)

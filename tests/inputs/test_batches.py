@@ -13,7 +13,7 @@ import mechvlm as mv
 from helpers.forwards import forward
 from helpers.images import noise_image
 from helpers.unchecked import unchecked
-from mechvlm.inputs import batch as batch_module
+from mechvlm.inputs import build as batch_module
 from mechvlm.inputs.batches import Batches, by_batch
 
 PROMPTS = ["what is this", "describe the scene . a what is this", "a", "is this a what"]
@@ -167,7 +167,7 @@ def test_one_batch_is_in_memory_at_a_time(llava_vlm, monkeypatch):
         gc.collect()
         assert sum(ref() is not None for ref in alive) == 0, "an earlier batch is still held"
         made = collate(*args)
-        alive.append(weakref.ref(made["pixel_values"]))
+        alive.append(weakref.ref(made[0]["pixel_values"]))
         return made
 
     monkeypatch.setattr(batch_module, "_collate", watched)

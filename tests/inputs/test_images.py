@@ -216,7 +216,7 @@ def test_tensors_that_need_gradients_and_strided_arrays():
     ("array", "message"),
     [
         (np.zeros((3, 12, 20), np.uint8), r"array of shape \(3, 12, 20\) is no image.*channels come first.*transpose\(1, 2, 0\)"),
-        (np.zeros((2, 12, 20, 3), np.uint8), r"\(2, 12, 20, 3\) is no image.*as a list, list\(array\)"),
+        (np.zeros((2, 12, 20, 3), np.uint8), r"\(2, 12, 20, 3\) is no image.*several images, list\(array\)"),
         (np.zeros((12, 20, 5), np.uint8), r"\(12, 20, 5\) is no image"),
         (np.zeros(12, np.uint8), r"\(12,\) is no image"),
         (np.zeros((0, 20, 3), np.uint8), r"\(0, 20, 3\) holds no pixels"),

@@ -114,9 +114,9 @@ def test_what_came_from_the_image_and_from_the_rest(vlm, batch):
     norm, w_u = part(vlm.hf, vlm.record.norm), part(vlm.hf, vlm.record.unembed).weight
     last = activations(vlm, batch)["last"]
     u = norm.weight * w_u[A] / (last.pow(2).mean(-1, keepdim=True) + norm.variance_epsilon).sqrt()
-    for layer, (q, k, v, mask, scale) in enumerate(parts):
-        alpha = attention_rows(q, k, mask, scale)[:, :, -1]
-        v = v.repeat_interleave(vlm.n_heads // v.shape[1], dim=1)
+    for layer, attention in enumerate(parts):
+        alpha = attention_rows(attention)[:, :, -1]
+        v = attention.v.repeat_interleave(vlm.n_heads // attention.v.shape[1], dim=1)
         for i, tokens in enumerate(batch.token_maps):
             for head in range(vlm.n_heads):
                 with torch.no_grad():

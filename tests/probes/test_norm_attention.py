@@ -10,7 +10,8 @@ import torch
 import mechvlm as mv
 from mechvlm.families.record import part
 from mechvlm.probes import norm_attention as norm_module
-from mechvlm.probes.norm_attention import norm_attention_sum, value_gram
+from mechvlm.probes import value_gram as gram_module
+from mechvlm.probes.value_gram import norm_attention_sum, value_gram
 
 
 def written(vlm, inputs, layer):
@@ -109,17 +110,44 @@ def test_gram_by_hand():
 
 
 @pytest.mark.parametrize("cached", [1, 2**12, 2**30])
-def test_the_gram_in_chunks_is_that_of_the_whole(cached, monkeypatch):
-    monkeypatch.setattr(norm_module, "NUMBERS_IN_CACHE", cached)
+@pytest.mark.parametrize("columns", [3, 100])
+@pytest.mark.parametrize("d_model", [100, 13], ids=["by vectors", "by weights"])
+def test_the_gram_in_chunks_is_that_of_the_whole(cached, columns, d_model, monkeypatch):
+    """With fewer points than d_model, by the vectors f; with more, by the products of weights."""
+    monkeypatch.setattr(gram_module, "NUMBERS_IN_CACHE", cached)
+    monkeypatch.setattr(gram_module, "COLUMNS_AT_ONCE", columns)
     torch.manual_seed(0)
-    v, w_o = torch.randn(2, 2, 7, 8), torch.randn(100, 32)  # 4 heads, 2 key-value heads
-    f = torch.einsum("bhse,dhe->bshd", v.repeat_interleave(2, dim=1), w_o.view(100, 4, 8))
+    v, w_o = torch.randn(2, 2, 7, 8), torch.randn(d_model, 32)  # 4 heads, 2 key-value heads
+    f = torch.einsum("bhse,dhe->bshd", v.repeat_interleave(2, dim=1), w_o.view(d_model, 4, 8))
     wanted = torch.einsum("bshd,bsgd->bshg", f, f)
     torch.testing.assert_close(value_gram(v, w_o), wanted, rtol=1e-5, atol=1e-3)
     with torch.no_grad():  # every chunk of f then goes into the same memory
         torch.testing.assert_close(value_gram(v, w_o), wanted, rtol=1e-5, atol=1e-3)
     value_gram(v, w_o.requires_grad_()).sum().backward()
     assert w_o.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("n_src", [20, 200], ids=["by vectors", "by weights"])
+def test_half_precision_is_summed_in_float32(dtype, n_src):
+    """Norms within 1e-5 of those in float64 of the same numbers: nothing is rounded on the way."""
+    torch.manual_seed(0)
+    v, w_o = torch.randn(1, 4, n_src, 16).to(dtype), torch.randn(64, 64).to(dtype)
+    f = torch.einsum("bhse,dhe->bshd", v.double(), w_o.double().view(64, 4, 16))
+    alpha = torch.rand(1, 4, 3, n_src)
+    wanted = torch.einsum("bhts,bshd->btsd", alpha.double(), f).norm(dim=-1)
+    got = norm_attention_sum(alpha, value_gram(v, w_o))
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got.double(), wanted, rtol=1e-5, atol=0)
+
+
+def test_norm_probes_of_one_read_share_the_gram(vlm, single, monkeypatch):
+    calls = []
+    counted = lambda *parts: calls.append(1) or value_gram(*parts)  # noqa: E731
+    monkeypatch.setattr(gram_module, "value_gram", counted)
+    one, both = mv.read(vlm, single, mv.NormAttention("last"), mv.NormAttention(("last", "last_image")))
+    assert len(calls) == vlm.n_layers
+    torch.testing.assert_close(one.norm[:, :, 0], both.norm[:, :, 0])
 
 
 def test_destinations_by_name_and_number(vlm, single):

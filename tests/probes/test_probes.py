@@ -7,7 +7,7 @@ import mechvlm as mv
 from helpers.images import noise_image
 from helpers.models import llava
 from mechvlm.families.record import part
-from mechvlm.probes import logit_lens as lens_module
+from mechvlm.probes import likeliest
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +55,7 @@ def test_the_last_layer_is_the_models_own_output(vlm, single):
 
 def test_chunks_change_nothing(vlm, single, monkeypatch):
     whole = mv.logit_lens(vlm, single, k=2, positions="all")
-    monkeypatch.setattr(lens_module, "POSITIONS_PER_CHUNK", 3)
+    monkeypatch.setattr(likeliest, "POSITIONS_PER_CHUNK", 3)
     parts = mv.logit_lens(vlm, single, k=2, positions="all")
     assert torch.equal(whole.ids, parts.ids)
     torch.testing.assert_close(whole.probs, parts.probs, rtol=0, atol=1e-6)
@@ -67,7 +67,7 @@ def test_logits_of_all_layers_never_exist_at_once(llava_vlm, monkeypatch):
     shapes = []
     head = part(llava_vlm.hf, llava_vlm.record.unembed)
     handle = head.register_forward_hook(lambda m, args, out: shapes.append(out.shape))
-    monkeypatch.setattr(lens_module, "POSITIONS_PER_CHUNK", 8)
+    monkeypatch.setattr(likeliest, "POSITIONS_PER_CHUNK", 8)
     mv.logit_lens(llava_vlm, inputs, k=2, positions="image")
     handle.remove()
     # 16 patches in chunks of 8, and the model's own.

@@ -100,13 +100,18 @@ def test_the_labels_name_what_is_drawn():
     study = made_study({"m": 4}, n=3)
     lens = study.tables["lens"]
     single = lens[lens["captions"].isin(["own", "other"])].assign(
-        captions=lambda rows: rows["captions"].map({"own": "single", "other": "other_single"})
+        captions=lambda rows: rows["captions"].map({"own": "single", "other": "other_single"}),
+        value=lambda rows: rows["value"] / 2,
     )
     study.tables["lens"] = pd.concat([lens, single], ignore_index=True)
     share, words, *controls = mv.compare([study]).plot(["norm_share_last_text", "precision_single"]).figure.axes
     assert share.get_ylabel() == "image tokens' share"
     assert words.get_ylabel() == "share of words"
     assert [len(ax.lines) for ax in controls] == [0, 2], "each caption alone of another image, and of text tokens"
+    rows = single[single["measure"] == "precision"]
+    for line, keys in zip(controls[1].lines, (("image", "other_single"), ("text", "single")), strict=True):
+        values = rows[(rows["tokens"] == keys[0]) & (rows["captions"] == keys[1])]
+        np.testing.assert_allclose(line.get_ydata(), values.groupby("state")["value"].mean(), err_msg=str(keys))
     axes = study.plot("lens").figure.axes
     assert "another's captions, each alone" in str([ax.get_legend_handles_labels() for ax in axes])
 

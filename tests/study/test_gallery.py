@@ -44,9 +44,12 @@ def views(study) -> list[dict]:
 
 
 def page_of(vlm, image) -> str:
-    """The patch view of all text after the image, made with the public functions."""
-    inputs = vlm.inputs(image, PROMPT)
-    text = [p for p in inputs.tokens.text.tolist() if p > inputs.tokens.image[0]]
+    """The patch view of all text after the image, and of the answer, by the public functions."""
+    (answer,) = vlm.generate(vlm.inputs(image, PROMPT))
+    inputs = answer.inputs
+    held = set(inputs.tokens.answer.tolist())
+    text = [p for p in inputs.tokens.text.tolist() if p > inputs.tokens.image[0] and p not in held]
+    text = sorted({*text, *inputs.tokens.writing.tolist(), int(inputs.tokens.prompt[-1])})
     reading = [] if inputs.tokens.patches else [mv.QueryReading()]
     return mv.view.patches(inputs, *mv.read(vlm, inputs, mv.LogitLens(), mv.NormAttention(dst=text), *reading)).html()
 
@@ -74,7 +77,7 @@ def test_the_small_picture_shows_the_heat_where_it_is(llava_vlm):
     The parts beside the middle are paler.
     """
     inputs = llava_vlm.inputs(Image.new("RGB", (300, 100), (128, 128, 128)), "what is this")
-    view = gallery.read_view(llava_vlm, inputs.images[0][0], "what is this")
+    view = gallery.read_view(llava_vlm, inputs)
     assert view.heat.size == (256, 85)
     assert (view.token, view.layer) == (inputs.tokens.strings[-1], 1)
     norms = mv.norm_attention(llava_vlm, inputs, dst="last").norm[1, 0, 0, inputs.tokens.image]
@@ -88,6 +91,16 @@ def test_the_small_picture_shows_the_heat_where_it_is(llava_vlm):
     left, _, right, _ = (round(edge * x) for edge in grid.crop_box)
     assert (pixels[:, : left - 1] == round(128 * 0.2 + 255 * 0.8)).all()
     assert (pixels[:, right + 1 :] == pixels[0, 0]).all()
+
+
+def test_a_page_holds_the_answer_that_the_card_shows(study, views):
+    answers = study.tables["answers"].set_index(["model", "example"])["answer"]
+    assert any(answers)
+    for view in views:
+        page = (study.out / view["file"]).read_text(encoding="utf-8")
+        data = json.loads(re.search(r'<script type="application/json">(.*?)</script>', page, re.S)[1])
+        answer = answers[view["model"], view["example"]]
+        assert "".join(word["text"] for word in data["answer"]).strip() == answer.strip()
 
 
 def test_file_names_are_unique_for_any_ids():

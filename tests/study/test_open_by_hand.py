@@ -6,6 +6,7 @@ import pandas as pd
 import pytest
 
 import mechvlm as mv
+from helpers.seals import seal_study
 from helpers.studies import made_study
 from mechvlm.errors import InputError
 from mechvlm.study.load import COLUMNS
@@ -30,6 +31,7 @@ def folder(study, tmp_path):
         table.to_parquet(tmp_path / ("views" if name == "gallery" else "data") / f"{name}.parquet", index=False)
     study.skipped.to_csv(tmp_path / "skipped.csv", index=False)
     (tmp_path / "run.json").write_text(json.dumps(run_record(study)))
+    seal_study(tmp_path)
     return tmp_path
 
 
@@ -52,6 +54,7 @@ def test_a_table_that_lacks_an_example_or_has_another_is_refused(study, folder, 
     table = pd.read_parquet(path)
     for wrong, n in ((table[table["example"] != "e004"], 4), (pd.concat([table, table.assign(example="x")]), 6)):
         wrong.to_parquet(path, index=False)
+        seal_study(folder)
         with pytest.raises(InputError, match=f"holds {n} examples of m, but run.json counts 5"):
             mv.Study.open(folder)
 

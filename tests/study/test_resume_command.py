@@ -38,10 +38,10 @@ def test_a_signal_stops_it_and_says_how_to_go_on(capsys, folder, tmp_path, monke
     monkeypatch.chdir(tmp_path)
     make = shards.make_shard
 
-    def stop_at_second(plan, vlm, model, number_of, progress):
+    def stop_at_second(plan, vlm, model, number_of, *rest):
         if number_of == 1:
             os.kill(os.getpid(), number)
-        make(plan, vlm, model, number_of, progress)
+        make(plan, vlm, model, number_of, *rest)
 
     options = ["study", "--model", folder, "--n", 5, "--batch-size", 2, "--prompt", PROMPT]
     with monkeypatch.context() as patch:

@@ -18,6 +18,7 @@ import torch
 
 import mechvlm as mv
 from helpers.images import noise_image
+from helpers.seals import seal_json, seal_study
 from helpers.studies import made_study
 from mechvlm.datasets import Dataset, Example, SetAside, fingerprint
 from mechvlm.errors import InputError
@@ -333,8 +334,7 @@ def copy(study, tmp_path):
 
 
 def record(folder, **changes):
-    path = folder / "run.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    seal_json(folder / "run.json", **changes)
 
 
 def cut(path, n=100):
@@ -343,11 +343,13 @@ def cut(path, n=100):
 
 def drop_column(path):
     pd.read_parquet(path).drop(columns="value").to_parquet(path)
+    seal_study(path.parents[1])
 
 
 def drop_example(path):
     table = pd.read_parquet(path)
     table[table["example"] != "001"].to_parquet(path)
+    seal_study(path.parents[1])
 
 
 DAMAGES = [
@@ -358,9 +360,9 @@ DAMAGES = [
     (lambda f: drop_example(f / "data" / "lens.parquet"), r"lens\.parquet holds 4 examples of .* run\.json counts 5"),
     (lambda f: cut(f / "run.json", 30), r"run\.json is missing or damaged"),
     (lambda f: (f / "run.json").write_text("[]"), r"run\.json is missing or damaged \(it holds a list"),
-    (lambda f: (f / "run.json").write_text("{}"), r"it lacks models, dataset, settings, seconds"),
-    (lambda f: record(f, settings={}), r"run\.json is missing or damaged \(its settings lack the seed"),
-    (lambda f: record(f, models={"a": {}}), r"run\.json is missing or damaged \(it lacks n_layers"),
+    (lambda f: (f / "run.json").write_text("{}"), r"run\.json is missing or damaged \(it lacks models"),
+    (lambda f: record(f, settings={}), r"run\.json is missing or damaged \(it lacks settings\.prompt"),
+    (lambda f: record(f, models={"a": {}}), r"run\.json is missing or damaged \(it lacks models\.a\.n_layers"),
     (lambda f: (f / "skipped.csv").unlink(), r"skipped\.csv is missing or damaged"),
     (lambda f: (f / "skipped.csv").write_text("a,b\n"), r"skipped\.csv is missing or damaged"),
     (lambda f: cut(f / "views" / "gallery.parquet"), r"views/gallery\.parquet is missing or damaged"),

@@ -15,6 +15,7 @@ import torch
 import mechvlm as mv
 from helpers.datasets import winoground, write_winoground
 from helpers.models import llava
+from helpers.seals import seal_study
 from mechvlm.datasets import load_dataset, pairs_of
 from mechvlm.errors import InputError
 from mechvlm.study import run
@@ -282,8 +283,12 @@ def test_a_table_that_is_missing_or_damaged_is_named(study, tmp_path, name):
     out = shutil.copytree(study.out, tmp_path / "out")
     file = out / "data" / f"{name}.parquet"
     pd.read_parquet(file).drop(columns="pair").to_parquet(file)
+    seal_study(out)
     with pytest.raises(InputError, match=f"{name}.parquet .*lacks the columns pair"):
         mv.Study.open(out)
     file.unlink()
+    with pytest.raises(InputError, match=f"{name}.parquet is missing"):
+        mv.Study.open(out)
+    seal_study(out)
     with pytest.raises(InputError, match=f"not whole: data/{name}.parquet is missing"):
         mv.Study.open(out)

@@ -38,6 +38,13 @@ def changed(inputs, key, index, value):
         lambda inputs: replace(
             inputs, encoding=inputs.encoding | {"attention_mask": inputs.encoding["attention_mask"].to(torch.int32)}
         ),
+        # The same bytes in the same shape, but other numbers; and the same bytes in another shape.
+        lambda inputs: replace(
+            inputs, encoding=inputs.encoding | {"attention_mask": inputs.encoding["attention_mask"].view(torch.float64)}
+        ),
+        lambda inputs: replace(
+            inputs, encoding=inputs.encoding | {"pixel_values": inputs.encoding["pixel_values"].reshape(1, 6, 56, 56)}
+        ),
     ],
 )
 def test_other_inputs_have_another_digest(inputs, change):

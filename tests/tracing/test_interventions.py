@@ -337,6 +337,9 @@ def test_interventions_use_the_models_own_precision():
          r"source is \[4, 3\]; expected \[n, 32\]"),
         (lambda v: ablate(v, 2, 5), IndexError, r"layers \[5\] were asked for; the decoder has 0 to 2"),
         (lambda v: ablate(v, [], 1), ValueError, "pos is empty"),
+        (lambda v: ablate(v, 2, 1, at="z", heads=[0, 4]), IndexError, r"heads: \[4\] was asked for; there are 0 to 3"),
+        (lambda v: patch(v, torch.zeros(1, 1, 4, 8), 2, 1, at="z", heads=4), IndexError, r"heads: \[4\] was asked for"),
+        (lambda v: ablate(v, 2, 1, heads=[0]), ValueError, "only at='z' are there heads"),
     ],
 )  # fmt: skip
 def test_bad_changes_are_refused(vlm, single, change, error, says):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers.cache_utils import DynamicCache
 
-from helpers.forwards import blocked, decoder_of, forward, states, with_mask
+from helpers.forwards import LOWEST, blocked, decoder_of, forward, states, with_mask
 from helpers.images import noise_image
 from mechvlm.families.record import part
 from mechvlm.tracing.interventions import ablate, knock_out, patch, steer
@@ -131,6 +131,24 @@ def test_a_forward_behind_a_cache_has_later_destinations_only(llava_vlm):
         decoder.trace(inputs_embeds=states[:, 6:], past_key_values=past),
     ):
         knock_out(llava_vlm, 0, [2, 8], 0)
+
+
+def test_destinations_behind_a_cache_are_counted_from_its_start(llava_vlm):
+    """Position 7 of 9 is the second of the three that are computed, as in HF's whole forward."""
+    decoder, plain = part(llava_vlm.model, llava_vlm.record.decoder), decoder_of(llava_vlm)
+    torch.manual_seed(7)
+    states = torch.randn(1, 9, llava_vlm.d_model)
+    mask = torch.zeros(1, 1, 9, 9).masked_fill(torch.ones(9, 9).triu(1).bool(), LOWEST)
+    with torch.no_grad():
+        past = plain(inputs_embeds=states[:, :6], past_key_values=DynamicCache()).past_key_values
+        unchanged = plain(inputs_embeds=states, attention_mask=mask).last_hidden_state
+        mask[..., 7, [0, 4]] = LOWEST
+        expected = plain(inputs_embeds=states, attention_mask=mask).last_hidden_state[:, 6:]
+    with torch.no_grad(), decoder.trace(inputs_embeds=states[:, 6:], past_key_values=past):
+        knock_out(llava_vlm, [0, 4], 7, range(llava_vlm.n_layers))
+        last = nnsight.save(decoder.output.last_hidden_state)
+    torch.testing.assert_close(last, expected)
+    assert not torch.allclose(expected, unchanged[:, 6:], atol=1e-3)
 
 
 @pytest.mark.parametrize(

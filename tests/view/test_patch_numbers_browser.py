@@ -11,33 +11,10 @@ import pytest
 import torch
 
 import mechvlm as mv
+from helpers.patch_page import SHOWN, near, number, opened, row_of, share_on_images
 from helpers.patch_results import UNEVEN_DEST, uneven
 
 pytestmark = pytest.mark.browser
-
-# Choose what is shown, as a reader does, and read all that the page then says.
-SHOWN = """([dest, layer, head, measure]) => {
-    const q = s => document.querySelector(s), all = s => [...document.querySelectorAll(s)];
-    const set = (node, value, event) => { node.value = value; node.dispatchEvent(new Event(event)); };
-    const text = s => q(s).textContent, at = node => Number(/position (\\d+)/.exec(node.title)?.[1]);
-    const length = node => Number(/scaleX\\((.*)\\)/.exec(node.querySelector("i").style.transform)[1]);
-    const pixels = c => { const { data } = c.getContext("2d").getImageData(0, 0, c.width, c.height);
-        return Array.from({ length: c.height }, (_, r) => Array.from({ length: c.width }, (_, i) =>
-            [...data.slice(4 * (r * c.width + i), 4 * (r * c.width + i) + 4)])); };
-    if (dest !== null) all("button.chip").find(b => at(b) === dest).click();
-    set(q(".layer input"), layer, "input");
-    set(q("select"), head, "change");
-    q(`[data-measure="${measure}"]`).click();
-    return {
-        facts: Object.fromEntries(all("dt").map(d => [d.textContent, d.nextSibling.textContent])),
-        top: text(".panel-image .legend span:nth-of-type(2)"), unit: text(".panel-image .legend .note"),
-        read: text(".read"), heading: text(".panel-image h2"),
-        heat: all(".stage canvas").map(pixels), map: all(".map canvas").map(pixels),
-        mapEnds: [q(".panel-map .legend").firstChild, q(".panel-map .legend").lastChild].map(n => n.textContent),
-        images: all(".chip.image").map(n => n.textContent),
-        bars: Object.fromEntries(all(".chip").filter(at).map(n => [at(n), length(n)])),
-    };
-}"""
 
 
 @pytest.fixture(scope="module")
@@ -48,40 +25,6 @@ def results():
 @pytest.fixture
 def page(open_page, results):
     return opened(open_page, mv.view.patches(*results))
-
-
-def opened(open_page, view):
-    page = open_page(view)
-    page.wait_for_selector(".patch-view[data-ready]", timeout=20_000)
-    return page
-
-
-def number(text: str) -> float:
-    text = text.removesuffix(" %")
-    return float(text[1:]) / 2 if text.startswith("<") else float(text)
-
-
-def near(value: float, top: float):
-    """Two digits of a value that is stored in steps of its row's maximum."""
-    return pytest.approx(value, abs=0.051 * value + 0.0045 * top)
-
-
-def row_of(norms, dest: int, layer: int, head: int, measure: int) -> np.ndarray:
-    """What a destination reads from each position, from the result's own fields; head 0 is all."""
-    at = norms.dest[0].tolist().index(dest)
-    if measure:
-        row = norms.norm_head[layer, 0, head - 1, at] if head else norms.norm[layer, 0, at]
-    else:
-        weight = norms.weight[layer, 0, :, at]
-        row = weight[head - 1] if head else weight.mean(0)
-    return row.double().numpy()
-
-
-def share_on_images(norms, tokens, dest: int, measure: int) -> np.ndarray:
-    """[layer, all and heads]."""
-    n_layers, n_heads = len(norms.layers), norms.weight.shape[2]
-    rows = [[row_of(norms, dest, la, h, measure) for h in range(n_heads + 1)] for la in range(n_layers)]
-    return np.array(rows)[..., tokens.image].sum(-1) / np.array(rows).sum(-1)
 
 
 def center(page, grid, stage: int, row: int, col: int) -> tuple[float, float]:
@@ -248,6 +191,21 @@ def test_words_and_chances_of_each_state(page, results):
     assert page.locator(".layer output").inner_text() == "output"
     assert page.locator("dt").count() == 0, "no layer reads the output: no shares"
     assert page.locator(".layer input").get_attribute("aria-valuetext") == "the output, state 11"
+
+
+def test_no_layer_reads_the_output_so_it_has_no_heat(page, results):
+    inputs, _, _ = results
+    page.evaluate(SHOWN, [19, 10, 2, 1])
+    page.mouse.move(*center(page, inputs.tokens.grids[1], 1, 2, 0))
+    assert page.locator(".stage canvas:visible").count() == 2
+    assert page.locator(".read").inner_text().startswith("row 2, column 0 of image 1: ")
+    page.locator(".layer input").fill("11")
+    assert page.locator(".stage canvas:visible").count() == 0
+    assert not page.locator(".panel-image .legend").is_visible()
+    assert page.locator(".read").inner_text() == "row 2, column 0 of image 1"
+    assert "no layer reads state 11, the output" in page.locator(".panel-image h2").inner_text()
+    page.locator(".layer input").fill("10")
+    assert page.locator(".stage canvas:visible").count() == 2
 
 
 def test_queries_have_maxima_of_their_own(open_page):

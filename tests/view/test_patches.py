@@ -117,7 +117,8 @@ def test_the_heat_of_a_token_over_queries_is_what_it_wrote_times_where_they_read
     inputs = blip_vlm.inputs(noise_image(0), "what is this")
     lens, norms = read(blip_vlm, inputs)
     reading = mv.query_reading(blip_vlm, inputs)
-    (heat,) = match_example(inputs, lens, norms, reading, None).heat(0, 1)
+    shown = match_example(inputs, lens, norms, reading, None)
+    (heat,) = shown.heat(shown.first_pick, 1)
     expected = sum(
         norms.norm[1, 0, 0, p].item() * reading.map[0, q].numpy() for q, p in enumerate(inputs.tokens.image.tolist())
     )
@@ -129,8 +130,10 @@ def test_patches_lie_where_the_grid_says(llava_vlm):
     inputs = llava_vlm.inputs([[photo(90, 200), photo(200, 90)]], "what is this")
     data = data_of(mv.view.patches(inputs, *read(llava_vlm, inputs)))
     assert len(data["images"]) == 2
-    for image, grid, picture in zip(data["images"], inputs.tokens.grids, inputs.images[0], strict=True):
-        (x0, y0, x1, y1), rows, cols = image["crop"], image["rows"], image["cols"]
+    for view, grid, image, picture in zip(
+        data["views"], inputs.tokens.grids, data["images"], inputs.images[0], strict=True
+    ):
+        (x0, y0, x1, y1), rows, cols = view["crop"], view["rows"], view["cols"]
         assert tuple(image["size"]) == picture.size
         dx, dy = (x1 - x0) / cols, (y1 - y0) / rows
         for r, row in enumerate(grid.boxes().tolist()):
@@ -197,7 +200,13 @@ def change(result, **fields):
 
 
 def change_tensors(norms, to, **fields):
-    return change(norms, **{f: to(getattr(norms, f)) for f in ("norm", "weight", "value_norm")}, **fields)
+    return change(
+        norms,
+        **{f: to(getattr(norms, f)) for f in ("norm", "weight", "value_norm")},
+        modality=None,
+        divisor=None,
+        **fields,
+    )
 
 
 BAD = {

@@ -139,7 +139,7 @@ def test_the_gallerys_picture(turned):
     shown = match_example(inputs, lens, norms, None, None)
     grid, image = inputs.tokens.grids[0], inputs.images[0][0]
     heat = norms.norm[5, 0, 1, inputs.tokens.images[0]].reshape(grid.rows, grid.cols)
-    drawn, small = np.asarray(gallery._heat(shown)).astype(float), image.copy()
+    drawn, small = np.asarray(gallery._heat(shown, shown.first_pick)).astype(float), image.copy()
     small.thumbnail((256, 256))
     assert drawn.shape[1::-1] == small.size == ((213, 256) if turned else (256, 128))
     pixels = np.asarray(small).astype(float)

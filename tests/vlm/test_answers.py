@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import mechvlm as mv
+from helpers import families
 from helpers.images import noise_image
 from mechvlm.datasets.scenes import scenes
 
@@ -59,12 +60,20 @@ def test_ids_as_tensors_and_lists(batch, vlm):
     assert result.answers == vlm.to_str_tokens(torch.tensor([5, 6, 7]))
 
 
-def test_a_prompt_that_ends_in_a_space_is_refused(llava_vlm):
+def test_after_a_space_an_answer_brings_none(llava_vlm):
+    """Where the tokenizer leaves the space alone (bytes); not where it joins them (LLaMA's)."""
     inputs = llava_vlm.inputs(noise_image(0), "<image> what is this ")
     with pytest.raises(
-        mv.InputError, match="ends in a space, and an answer's first token brings its own: remove the space"
+        mv.InputError, match=r"joins 'red' with the end of the prompt .*: end the prompt without its space"
     ):
         llava_vlm.answer_tokens(inputs, "red")
+    vlm = mv.load(*families.build("llava"))
+    inputs = vlm.inputs(noise_image(0), "USER: <image>what? ASSISTANT: ")
+    grown, (length,) = vlm.answered(inputs, ["red"])
+    assert vlm.tokenizer.decode(grown.encoding["input_ids"][0, -length - 2 :]) == ": red"
+    ids = grown.encoding["input_ids"][0]
+    assert torch.equal(ids[:-length], inputs.encoding["input_ids"][0])
+    assert vlm.answer_tokens(inputs, " red").tolist() == [int(ids[-3])]
 
 
 def test_answers_of_different_lengths_end_together(vlm):

@@ -100,7 +100,7 @@ def test_weights_are_the_same_memory_and_modules_are_not(model):
     # One vector is allocated: TransformerLens' unembedding bias of zeros.
     new = {t.data_ptr(): t.numel() for t in bridge.buffers() if t.untyped_storage().data_ptr() not in models}
     assert list(new.values()) == [model.d_vocab]
-    q = getattr(model.layers[1], model.record.attention).q_proj.weight
+    q = model.layers[1].self_attn.q_proj.weight
     assert bridge.blocks[1].attn.q.weight.data_ptr() == q.data_ptr()
     assert bridge.unembed.weight.data_ptr() == model.W_U.data_ptr()
     assert not {id(m) for m in model.hf.modules()} & {id(m) for m in bridge.modules()}

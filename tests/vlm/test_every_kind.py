@@ -73,6 +73,7 @@ def interventions(vlm, inputs):
         "patch": lambda: mv.patch(vlm, held["blocks.1.hook_resid_post"][:, -1:], last, layers=1),
         "steer": lambda: mv.steer(vlm, vlm.W_U[:, 7], last, layers=1),
         "knock out": lambda: mv.knock_out(vlm, src=image, dst=last, layers=[1, 2]),
+        "reweight": lambda: mv.reweight(vlm, src=image, dst=last, layers=[1, 2], scale=3.0, temperature=0.5),
     }
     changed = {}
     for name, change in changes.items():
@@ -90,7 +91,13 @@ def experiments(vlm, inputs):
     trace = mv.causal_trace(vlm, inputs, "this", groups=["image", "last"])
     flow = mv.information_flow(vlm, inputs, "this", window=1, flows=["image -> last"])
     ablation = mv.object_ablation(vlm, inputs, boxes, "this", margins=(0,), draws=1)
-    return {"restored": trace.p_restored, "knocked": flow.p_knocked, "without it": ablation.p_ablated}
+    heads = mv.head_ablation(vlm, inputs, "this", positions="last")
+    other = vlm.inputs(noise_image(7, (56, 56)), inputs.prompts[0])
+    grid = mv.patch_grid(vlm, inputs[0], other, "this", versus="is", at="z", positions="last")
+    return {
+        "restored": trace.p_restored, "knocked": flow.p_knocked, "without it": ablation.p_ablated,
+        "without heads": heads.p_ablated, "patched heads": grid.m_patched,
+    }  # fmt: skip
 
 
 def neurons(vlm, inputs):
@@ -144,7 +151,7 @@ def test_the_kinds_are_no_plain_models(pair):
     kind, vlm, _, _ = pair
     if kind in ("compiled", "lora disabled", "lora merged in place", "norms"):
         return
-    o_proj = vlm.attention_module(2).o_proj if kind != "ia3" else vlm.attention_module(2).v_proj
+    o_proj = vlm.layer_parts[2].attn.o_proj if kind != "ia3" else vlm.layer_parts[2].attn.v_proj
     shown = o_proj.weight.data
     computed = vlm.projection("o_proj" if kind != "ia3" else "v_proj", 2).weight
     assert (

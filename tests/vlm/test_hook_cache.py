@@ -12,6 +12,7 @@ from torch import einsum
 from torch.testing import assert_close
 
 from mechvlm.decoder.accessors import PatternAccessor
+from mechvlm.families.record import part
 from mechvlm.vlm.hook_cache import BLOCK_HOOKS
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
@@ -129,7 +130,7 @@ def test_accumulated_resid_is_the_logit_lens(vlm, cached, their_cache):
     normed = their_cache.accumulated_resid(apply_ln=True)
     assert_close(normed[-1] @ their_cache.model.W_U, logits, **CLOSE)
     with torch.no_grad():
-        by_hand = vlm.unembed._module(vlm.final_norm._module(cache["blocks.1.hook_resid_pre"]))
+        by_hand = part(vlm.hf, vlm.record.unembed)(vlm.final_norm._module(cache["blocks.1.hook_resid_pre"]))
     assert_close(normed[1] @ their_cache.model.W_U, by_hand, **CLOSE)
 
 
@@ -143,7 +144,7 @@ def test_stack_head_results_is_z_times_w_o(vlm, cached, their_cache):
         for head in range(vlm.n_heads)
     ]
     assert_close(heads, torch.stack(by_hand), **CLOSE)
-    bias = getattr(vlm.layers[0]._module, vlm.record.attention).o_proj.bias
+    bias = vlm.layers[0]._module.self_attn.o_proj.bias
     first = heads[: vlm.n_heads].sum(0) + (0 if bias is None else bias)
     assert_close(first, cache["blocks.0.hook_attn_out"], **CLOSE)
     whole = their_cache.stack_head_results(incl_remainder=True)

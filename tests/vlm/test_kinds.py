@@ -309,7 +309,7 @@ def test_another_image_token_is_refused(pair):
     if "Llava" in type(hf).__name__:
         return
     hf.config.image_token_index = None  # an InstructBLIP checkpoint from before image tokens
-    with pytest.raises(mv.ModelError, match=r"image_token_index is not set.*convert_tokens_to_ids"):
+    with pytest.raises(mv.ModelError, match=r"image_token_id is not set.*convert_tokens_to_ids"):
         mv.load(hf, processor)
 
 
@@ -336,3 +336,16 @@ def test_another_default_device_is_refused(pair):
     with torch.device("meta"), pytest.raises(mv.InputError, match="default device is 'meta'"):
         mv.logit_lens(vlm, inputs)
     assert mv.logit_lens(vlm, inputs).probs.device.type == "cpu"
+
+
+def test_weights_that_bitsandbytes_packed_are_refused():
+    """On CPUs with AVX512-BF16 a first forward packs 4-bit weights, in an order of its own."""
+    hf, processor = model("llava")
+    hf = in_4_bits(hf)
+    linear = next(m for m in hf.modules() if hasattr(m, "support_avx512bf16_for_cpu"))
+    linear.support_avx512bf16_for_cpu = True
+    mv.load(hf, processor)
+    assert linear.support_avx512bf16_for_cpu is False
+    linear.weight.quant_state.packing_format_for_cpu = True
+    with pytest.raises(mv.ModelError, match="packed the 4-bit weights"):
+        weight_and_bias(linear)

@@ -5,13 +5,16 @@ import pytest
 import torch
 from transformers import (
     CLIPVisionConfig,
+    Gemma2Config,
     GemmaConfig,
     GPTNeoXConfig,
+    GraniteConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
     MistralConfig,
     NemotronConfig,
     Phi3Config,
+    PhiConfig,
     Qwen2Config,
     Qwen3Config,
 )
@@ -25,6 +28,10 @@ SIZES = {
     "num_key_value_heads": 2, "max_position_embeddings": 2048, "head_dim": 8, "pad_token_id": 0, "bos_token_id": 1,
     "eos_token_id": 2,
 }  # fmt: skip
+GPT_NEOX = GPTNeoXConfig(
+    vocab_size=32064, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, bos_token_id=1,
+    eos_token_id=2,
+)  # fmt: skip
 PROMPTS = ["what is this , and what is it for", "a"]
 
 
@@ -46,6 +53,12 @@ def model_of(text_config):
         Qwen2Config(**SIZES, tie_word_embeddings=True),
         Qwen3Config(**SIZES),
         Phi3Config(**SIZES),
+        GemmaConfig(**SIZES),
+        Gemma2Config(**SIZES, query_pre_attn_scalar=8, sliding_window=6, attn_logit_softcapping=2.0),
+        GPT_NEOX,
+        NemotronConfig(**SIZES),
+        GraniteConfig(**SIZES, residual_multiplier=0.22, embedding_multiplier=6.0, attention_multiplier=0.1),
+        PhiConfig(**SIZES),
     ],
     ids=lambda config: config.model_type,
 )
@@ -67,42 +80,39 @@ def test_other_decoders_are_read_rightly(text_config):
             torch.testing.assert_close(pattern[row][:, real[row]], attention[row][:, real[row]], rtol=0, atol=1e-5)
 
 
-def test_a_norm_that_adds_one_to_its_weight_is_refused():
-    """Gemma's norm multiplies by 1 + weight. Directions and attributions take it to be weight."""
-    hf, processor = model_of(GemmaConfig(**SIZES))
-    with pytest.raises(
-        mv.ModelError, match=r"language model: gemma\).*\n- final norm\(x\) = x / rms\(x\) \* its weight"
-    ):
-        mv.load(hf, processor)
+def test_one_matrix_for_queries_keys_and_values():
+    """Phi-3: four query heads, two of keys, two of values, one below the other."""
+    vlm = mv.load(*model_of(Phi3Config(**SIZES)))
+    rows = vlm.hf.model.language_model.layers[1].self_attn.qkv_proj.weight.reshape(8, 8, 32)
+    for head in range(4):
+        assert torch.equal(vlm.W_Q[1][head], rows[head].T)
+        assert torch.equal(vlm.W_K[1][head], rows[4 + head // 2].T)
+        assert torch.equal(vlm.W_V[1][head], rows[6 + head // 2].T)
 
 
-@pytest.mark.parametrize(
-    ("text_config", "says"),
-    [
-        (
-            GPTNeoXConfig(
-                vocab_size=32064, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-                bos_token_id=1, eos_token_id=2,
-            ),
-            r"\(gpt_neox\) that is not built as a Llama decoder \(.*embed_tokens",
-        ),
-        (NemotronConfig(**SIZES), r"language model: nemotron\), but cannot be traced by its record.*rms_norm_eps"),
-    ],
-)  # fmt: skip
-def test_decoders_of_another_build_are_named(text_config, says):
-    with pytest.raises(mv.ModelError, match=says):
-        mv.load(*model_of(text_config))
+def test_heads_side_by_side_in_one_matrix():
+    """GPT-NeoX: q, k and v of the first head, then those of the second."""
+    vlm = mv.load(*model_of(GPT_NEOX))
+    rows = vlm.hf.model.language_model.layers[1].attention.query_key_value.weight.reshape(4, 3, 8, 32)
+    for head in range(4):
+        for number, weight in enumerate((vlm.W_Q, vlm.W_K, vlm.W_V)):
+            assert torch.equal(weight[1][head], rows[head, number].T)
+    inputs = vlm.inputs(noise_image(0), "a")
+    with pytest.raises(mv.ModelError, match="no state between attention and MLP"), vlm.trace(inputs):
+        nnsight.save(vlm.resid_mid[0])
 
 
-def test_one_matrix_for_queries_keys_and_values_has_no_w_q():
+def test_a_part_of_a_fused_matrix_is_replaced_alone():
     vlm = mv.load(*model_of(Phi3Config(**SIZES)))
     inputs = vlm.inputs(noise_image(0), "a")
-    with pytest.raises(mv.ModelError, match=r"There is no q_proj in this model's attention.*vlm.attention\[layer\]"):
-        vlm.W_Q[0]
-    with pytest.raises(mv.ModelError, match="There is no v_proj"):
-        vlm.OV(0)
-    with pytest.raises(mv.ModelError, match=r"There is no k_proj"), vlm.trace(inputs):
-        nnsight.save(vlm.k[0])
+    with torch.no_grad(), vlm.trace(inputs):
+        vlm.k[1] = 2 * vlm.k[1]
+        twice = nnsight.save(vlm.attention[1])
+    with torch.no_grad(), vlm.trace(inputs):
+        once = nnsight.save(vlm.attention[1])
+    torch.testing.assert_close(twice.k, 2 * once.k)
+    assert torch.equal(twice.q, once.q)
+    assert torch.equal(twice.v, once.v)
 
 
 def test_normed_queries_and_keys_have_no_qk():

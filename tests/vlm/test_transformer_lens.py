@@ -69,7 +69,7 @@ def test_ov_and_qk_equal_the_bridges(both):
 
 def test_ov_and_qk_of_grouped_queries_and_of_both_families(vlm):
     """Against the weights as Hugging Face keeps them, head by head."""
-    attention = getattr(vlm.layers[1]._module, vlm.record.attention)
+    attention = vlm.layers[1]._module.self_attn
     w_q, w_k, w_v = (getattr(attention, f"{x}_proj").weight.detach() for x in "qkv")
     w_o, d = attention.o_proj.weight.detach(), vlm.d_head
     ov, qk = vlm.OV(1), vlm.QK(-2)
