@@ -244,10 +244,11 @@ def _table(path: Path, record: dict[str, Any] | None) -> pd.DataFrame:
     n_states = sum(about["n_examples"] * (about["n_layers"] + 1) for about in models.values())
     try:
         check_size(path)
-        schema = check_parquet(path, MOST_TABLE_ROWS + ROWS_PER_STATE * n_states)
+        categories = CATEGORIES if path.stem in LARGE_TABLES else ()
+        schema = check_parquet(path, MOST_TABLE_ROWS + ROWS_PER_STATE * n_states, categories)
         check_kinds(path.stem, schema)
         names = [column for column in schema.names if not column.startswith("__index_level_")]
-        table = read_columns(path, names, CATEGORIES if path.stem in LARGE_TABLES else ())
+        table = read_columns(path, names, categories)
     except READ_ERRORS as error:
         raise _damaged(path, error) from error
     if record is not None and record.get("format", 1) == 1:

@@ -5,11 +5,7 @@ Changed files are sealed again, so that a checksum is not what refuses them.
 
 import copy
 import json
-import resource
 import shutil
-import time
-import warnings
-from contextlib import contextmanager
 from pathlib import Path
 
 import pandas as pd
@@ -21,6 +17,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import mechvlm as mv
+from helpers.bounds import GIGABYTE, within
 from helpers.seals import seal_json, seal_shard, seal_study
 from helpers.studies import made_study
 from mechvlm.errors import InputError
@@ -32,7 +29,6 @@ from mechvlm.study.running.settings import differences, read_settings, was_begun
 from mechvlm.study.save import encode_png, run_record
 
 EXAMPLES = [pytest.param(6, id="sample"), pytest.param(60, marks=pytest.mark.long, id="all")]
-GIGABYTE = 2**30
 
 
 @pytest.fixture(scope="module")
@@ -58,22 +54,6 @@ def whole(tmp_path_factory) -> Path:
 @pytest.fixture
 def folder(whole, tmp_path) -> Path:
     return shutil.copytree(whole, tmp_path / "copy")
-
-
-@contextmanager
-def within(seconds: float = 10, size: int = GIGABYTE):
-    """The block must end in time, and may take that much more memory than there is now."""
-    now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    resource.setrlimit(resource.RLIMIT_AS, (now + size, hard))
-    clock = time.perf_counter()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
-    assert time.perf_counter() - clock < seconds
 
 
 def opens(folder: Path) -> bool:
@@ -248,7 +228,17 @@ def test_a_table_that_grows_when_it_is_read_is_refused(folder):
     pq.write_table(words, path, compression="zstd", use_dictionary=False)
     assert path.stat().st_size < 100_000
     seal_study(folder)
-    with within(size=GIGABYTE // 8), pytest.raises(InputError, match=r"bytes become 100,.* once they are read"):
+    with within(size=GIGABYTE // 8), pytest.raises(InputError, match="compressed by ZSTD, and only SNAPPY and"):
+        mv.Study.open(folder)
+    pq.write_table(pa.table({"word": ["a" * 1_000_000] * 2000}), path)  # one text, named in every row
+    assert path.stat().st_size < 100_000
+    seal_study(folder)
+    with within(size=GIGABYTE // 4), pytest.raises(InputError, match=r"bytes become 2,00.,...,... once they are read"):
+        mv.Study.open(folder)
+    empty = pa.ListArray.from_arrays([0, 6_000_000], pa.nulls(6_000_000, pa.int8()))
+    pq.write_table(pa.table({"word": empty}), path)  # one row, of many values
+    seal_study(folder)
+    with within(size=GIGABYTE // 8), pytest.raises(InputError, match=r"a column has 6,000,000 values, and at most"):
         mv.Study.open(folder)
 
 
