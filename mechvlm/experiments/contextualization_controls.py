@@ -21,7 +21,7 @@ from mechvlm.experiments.contextualization_controls_result import CONTROL_KINDS,
 from mechvlm.inputs.batch import Inputs
 from mechvlm.inputs.batches import as_batches
 from mechvlm.inputs.tokens import Modality, image_mask
-from mechvlm.probes.contextualization import Contextualization
+from mechvlm.probes.contextualization import Contextualization, ContextualizationResult
 from mechvlm.probes.probe import State
 from mechvlm.results import concat
 from mechvlm.tracing.memory import over_batches
@@ -74,6 +74,27 @@ def contextualization_controls(
             features enter later layers too (deepstack), so that the image cannot be taken away.
         ValueError: for an example without image or text tokens.
     """
+    choices = control_tokens(vlm, kinds, text)
+    probe = Contextualization()
+
+    def read_part(part: Inputs, numbers: range) -> tuple:
+        (own,) = read_batch(vlm, part, probe, first=numbers.start)
+        return own, *control_curves(vlm, part, choices, seed + numbers.start)
+
+    parts = over_batches(vlm, as_batches(inputs), read_part, "contextualization controls, batches")
+    own, *controls = (concat(list(results)) for results in zip(*parts, strict=True))
+    return ContextualizationControlsResult(
+        inter=own.inter, controls=torch.stack([control.inter for control in controls]), baseline=own.baseline[0],
+        kinds=tuple(kinds), seed=seed, model=vlm.name, example_ids=own.example_ids,
+    )  # fmt: skip
+
+
+def control_tokens(vlm: VLM, kinds: Sequence[str], text: str = PASSAGE) -> dict[str, Int[Tensor, " token"] | None]:
+    """By kind, the tokens that a control is drawn from; None for noise.
+
+    Raises:
+        InputError, ModelError: as `contextualization_controls`.
+    """
     unknown = [kind for kind in kinds if kind not in CONTROL_KINDS]
     if unknown or not kinds:
         raise InputError(f"There is no control {unknown or 'given'}. Known: {', '.join(CONTROL_KINDS)}.")
@@ -82,19 +103,19 @@ def contextualization_controls(
             f"{vlm.name} adds image features to its first layers too (deepstack), so other embeddings at the image's "
             "positions do not take the image away. There are no controls of its contextualization."
         )
-    ids_of = {"words": _vocabulary(vlm), "text": _text_ids(vlm, text)} if {"words", "text"} & set(kinds) else {}
-    probe = Contextualization()
+    choices = {"noise": lambda: None, "words": lambda: _vocabulary(vlm), "text": lambda: _text_ids(vlm, text)}
+    return {kind: choices[kind]() for kind in kinds}
 
-    def read_part(part: Inputs, numbers: range) -> tuple:
-        (own,) = read_batch(vlm, part, probe, first=numbers.start)
-        return own, *(_control(vlm, part, probe, kind, ids_of.get(kind), seed + numbers.start) for kind in kinds)
 
-    parts = over_batches(vlm, as_batches(inputs), read_part, "contextualization controls, batches")
-    own, *controls = (concat(list(results)) for results in zip(*parts, strict=True))
-    return ContextualizationControlsResult(
-        inter=own.inter, controls=torch.stack([control.inter for control in controls]), baseline=own.baseline[0],
-        kinds=tuple(kinds), seed=seed, model=vlm.name, example_ids=own.example_ids,
-    )  # fmt: skip
+def control_curves(
+    vlm: VLM, inputs: Inputs, choices: dict[str, Int[Tensor, " token"] | None], seed: int
+) -> list[ContextualizationResult]:
+    """The curves of one batch with each control (`control_tokens`) at its image's positions.
+
+    Raises:
+        ModelError: where words cannot be made to look like the decoder's own.
+    """
+    return [_control(vlm, inputs, Contextualization(), kind, own, seed) for kind, own in choices.items()]
 
 
 def _control(vlm: VLM, inputs: Inputs, probe: Contextualization, kind: str, choices, seed: int):

@@ -13,13 +13,13 @@ from torch import Tensor
 
 from mechvlm.figures.headings import ALONE, heading, n_examples, short_name
 from mechvlm.figures.style import LINES, axes, curve, state_axis, style
-from mechvlm.intervals import mean_interval
+from mechvlm.measures.control_excess import ControlExcess
 from mechvlm.measures.phase_fit import fit_phases
 from mechvlm.measures.phases import Phases
 from mechvlm.results import Result, long_frame
 
 CONTROL_KINDS = ("noise", "words", "text")
-CONTROL_LINES = {"noise": ("#777777", ":"), "words": ("#CC79A7", "--"), "text": ("#D55E00", "-.")}
+CONTROL_LINES = {"noise": ("#8C6D31", (0, (1, 1))), "words": ("#CC79A7", "--"), "text": ("#7B4FA3", "-.")}
 """Color and dashes of each control's curve."""
 
 
@@ -55,70 +55,32 @@ class ContextualizationControlsResult(Result):
         return fit_phases(self.inter.T.contiguous(), seed=self.seed)
 
     @cached_property
+    def _held(self) -> ControlExcess:
+        return ControlExcess(self.phases, self.inter, dict(zip(self.kinds, self.controls, strict=True)))
+
+    @property
     def excess(self) -> pd.DataFrame:
         """Each segment of the images' curve, less what a control does over the same states.
 
-        One row for each segment and control: `change` of the images' mean curve, `control_change`,
-        their difference `excess` in the segment's direction with its 95 % bootstrap interval over
-        examples (`low`, `high`), and `exceeds`: whether the interval lies above 0 and the excess is
-        as large as a turn must be (`Phases.min_turn` of the curve's range).
+        One row for each segment and control, as `mechvlm.measures.control_excess` describes them:
+        `change`, `control_change`, `excess` with `low` and `high`, and `exceeds`.
         """
-        phases, rows = self.phases, []
-        enough = phases.min_turn * float(phases.mean.max() - phases.mean.min())
-        for label, direction, (first, last) in zip(phases.labels, phases.directions, phases.intervals, strict=True):
-            sign = 1 if direction == "rise" else -1
-            change = self.inter[last] - self.inter[first]
-            for kind, control in zip(self.kinds, self.controls, strict=True):
-                control_change = control[last] - control[first]
-                mean, low, high = map(float, mean_interval(sign * (change - control_change)))
-                rows.append(
-                    {
-                        "phase": label, "direction": direction, "first_state": first, "last_state": last, "control": kind,
-                        "change": float(change.mean()), "control_change": float(control_change.mean()), "excess": mean,
-                        "low": low, "high": high, "exceeds": bool(low > 0 and mean >= enough),
-                    }
-                )  # fmt: skip
-        columns = ["phase", "direction", "first_state", "last_state", "control", "change", "control_change", "excess"]
-        return pd.DataFrame(rows, columns=[*columns, "low", "high", "exceeds"])
+        return self._held.frame
 
-    @cached_property
+    @property
     def exceeding(self) -> tuple[bool, ...]:
         """For each segment of `phases`, whether it exceeds every control."""
-        frame = self.excess
-        return tuple(bool(frame[frame["first_state"] == first]["exceeds"].all()) for first, _ in self.phases.intervals)
+        return self._held.exceeding
 
     @property
     def shows_pattern(self) -> bool:
         """Whether the curve is the paper's four phases, and each exceeds every control."""
-        return self.phases.shows_pattern and all(self.exceeding)
+        return self._held.shows_pattern
 
     @property
     def verdict(self) -> str:
         """What exceeds the controls, and by how much, in words."""
-        phases = self.phases
-        if self.inter.shape[1] < 2:
-            return "From one example nothing tells what exceeds the controls: read two at least, and better dozens."
-        if not phases.n_segments:
-            return phases.explanation
-        listed = f"the controls ({', '.join(self.kinds)})"
-        if not any(self.exceeding):
-            return f"The curve is the decoder's own: none of its segments exceeds {listed}. {phases.explanation}"
-        parts = []
-        for (first, last), direction, exceeds in zip(phases.intervals, phases.directions, self.exceeding, strict=True):
-            if exceeds:
-                least = self.excess[self.excess["first_state"] == first].nsmallest(1, "excess").iloc[0]
-                parts.append(
-                    f"the {direction} over states {first}-{last} exceeds every control, by {least.excess:.3f} "
-                    f"[{least.low:.3f}, {least.high:.3f}] or more ({least.control})"
-                )
-            else:
-                parts.append(f"the {direction} over states {first}-{last} does not exceed {listed}")
-        sentence = "; ".join(parts)
-        beyond = (
-            "The curve goes beyond the controls" if all(self.exceeding) else "The curve is in part the decoder's own"
-        )
-        start = "The paper's four phases show, each beyond the controls" if self.shows_pattern else beyond
-        return f"{start}: {sentence}. {phases.explanation}"
+        return self._held.verdict
 
     def to_frame(self) -> pd.DataFrame:
         """One row for each curve ("image", and the controls by their kind), state and example."""

@@ -13,6 +13,7 @@ from pandas.api.types import union_categoricals
 
 from mechvlm.errors import InputError
 from mechvlm.intervals import mean_interval
+from mechvlm.measures.control_excess import ControlExcess
 from mechvlm.measures.phase_fit import fit_phases
 from mechvlm.measures.phases import Phases
 from mechvlm.probes.contextualization import MODALITY_PAIRS
@@ -97,6 +98,31 @@ def phases_of(contextualization: pd.DataFrame, model: str, seed: int) -> Phases 
         _by_example(rows[rows["pair"] == pair], "state").to_numpy(dtype="float64") for pair in MODALITY_PAIRS
     )
     return fit_phases(inter, image=image, text=text, seed=seed) if inter.shape[1] >= 3 else None
+
+
+def controls_of(tables: dict[str, pd.DataFrame], model: str, phases: Phases | None) -> ControlExcess | None:
+    """One model's phases, held to its controls; None for a study or a model without.
+
+    Raises:
+        ValueError: for controls of other examples or states than the curves'.
+    """
+    rows = tables.get("controls", pd.DataFrame(columns=["model"]))
+    rows = rows[rows["model"] == model]
+    if rows.empty or phases is None:
+        return None
+    curves = tables["contextualization"]
+    curves = curves[(curves["model"] == model) & (curves["pair"] == "inter")]
+    curves = curves[curves["example"].isin(rows["example"])].astype({"example": str})
+    inter = _by_example(curves, "state")
+    controls = {kind: _by_example(part, "state") for kind, part in rows.groupby("control", sort=False)}
+    for kind, values in controls.items():
+        if not (values.index.equals(inter.index) and values.columns.equals(inter.columns)):
+            raise ValueError(f"the control {kind!r} is of other examples or states than the curves")
+
+    def as_tensor(values: pd.DataFrame) -> torch.Tensor:
+        return torch.from_numpy(values.to_numpy(dtype="float64", copy=True)).T  # [state example]
+
+    return ControlExcess(phases, as_tensor(inter), {kind: as_tensor(values) for kind, values in controls.items()})
 
 
 def check_measures(measures: list[str], frame: pd.DataFrame) -> None:

@@ -14,11 +14,12 @@ from PIL import Image
 
 from mechvlm.datasets import Example
 from mechvlm.errors import InputError
+from mechvlm.measures.control_excess import ControlExcess
 from mechvlm.measures.phases import Phases
 from mechvlm.outside.files import file_inside, printable, require_regular
 from mechvlm.outside.integrity import SEAL, check_file, check_seal, check_size, check_type, digest, read_json
 from mechvlm.results import as_text
-from mechvlm.study.curves import phases_of
+from mechvlm.study.curves import controls_of, phases_of
 from mechvlm.study.parquet import MOST_TABLE_ROWS, READ_ERRORS, check_kinds, check_parquet, read_columns
 from mechvlm.study.record import GalleryView
 from mechvlm.study.schema import RunRecord
@@ -57,6 +58,8 @@ ANSWER_COLUMNS = {
     "answer_lens": ("model", "example", "token", "state", "probability", "rank"),
 }
 """The same for those of a study that read answers."""
+CONTROL_COLUMNS = {"controls": ("model", "example", "control", "state", "value")}
+"""The same for what studies of earlier versions lack."""
 LARGE_TABLES = ("contextualization", "lens", "attention_share", "answer_attention", "answer_lens")
 """The tables with a value for each example and layer."""
 CATEGORIES = ["model", "example", "pair", "tokens", "captions", "measure", "dest"]
@@ -87,9 +90,11 @@ def load_study(folder: Path) -> dict[str, Any]:
         for name in ("contextualization", "lens"):
             _check_belongs(folder / "data" / f"{name}.parquet", tables[name], model, about)
     gallery, views = _gallery(folder, record)
+    phases = {model: _phases(folder, tables, model, record) for model in record["models"]}
     return {
         "tables": tables,
-        "phases": {model: _phases(folder, tables, model, record) for model in record["models"]},
+        "phases": phases,
+        "controls": {model: _controls(folder, tables, model, phases[model]) for model in phases},
         "skipped": _skipped(folder / "skipped.csv"),
         "settings": record["settings"],
         "models": record["models"],
@@ -141,6 +146,13 @@ def _phases(folder: Path, tables: dict[str, pd.DataFrame], model: str, record: d
         return phases_of(tables["contextualization"], model, record["settings"]["seed"])
     except (ValueError, LookupError, TypeError, RuntimeError) as error:
         raise _damaged(folder / "data" / "contextualization.parquet", error) from error
+
+
+def _controls(folder: Path, tables: dict[str, pd.DataFrame], model: str, phases: Phases | None) -> ControlExcess | None:
+    try:
+        return controls_of(tables, model, phases)
+    except (ValueError, LookupError, TypeError, RuntimeError) as error:
+        raise _damaged(folder / "data" / "controls.parquet", error) from error
 
 
 def read_tables(folder: Path, record: dict[str, Any] | None = None) -> dict[str, pd.DataFrame]:
@@ -254,7 +266,9 @@ def _table(path: Path, record: dict[str, Any] | None) -> pd.DataFrame:
     if record is not None and record.get("format", 1) == 1:
         table = _counted_from_0(path.stem, table)
     if missing := [
-        column for column in (COLUMNS | PAIR_COLUMNS | ANSWER_COLUMNS).get(path.stem, ()) if column not in table
+        column
+        for column in (COLUMNS | PAIR_COLUMNS | ANSWER_COLUMNS | CONTROL_COLUMNS).get(path.stem, ())
+        if column not in table
     ]:
         raise _damaged(path, f"it lacks the columns {', '.join(missing)}")
     for column in table.columns.intersection([*CATEGORIES, "state", "layer"]):

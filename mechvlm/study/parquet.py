@@ -22,7 +22,9 @@ CODECS = ("SNAPPY", "UNCOMPRESSED")
 """Others make a page a thousand times smaller, whatever the footer says of its size."""
 NUMBERS = ("state", "layer", "value", "norm", "weight", "positions", "n", "src", "dest_position", "probability", "rank")
 """Columns that hold numbers wherever they stand."""
-TEXTS = ("model", "example", "pair", "measure", "dest", "piece", "modality", "condition", "answer", "group", "file")
+TEXTS = (
+    "model", "example", "pair", "measure", "dest", "piece", "modality", "condition", "answer", "group", "file", "control",
+)  # fmt: skip
 """Columns that hold text wherever they stand, but for `BOOLEANS`."""
 BOOLEANS = {"pair_scores": ("text", "image", "group")}
 

@@ -10,6 +10,7 @@ from PIL import Image
 
 from mechvlm.datasets import Example
 from mechvlm.errors import InputError
+from mechvlm.measures.control_excess import ControlExcess
 from mechvlm.measures.phases import Phases
 from mechvlm.study import curves
 from mechvlm.study.answer_curves import answer_curves
@@ -32,7 +33,7 @@ class StudyRecord:
 
     Attributes:
         tables: each by the name of its file in `data/`: "contextualization", "baseline", "lens",
-            "norm_attention", "attention_share", "phases", "answers", "words", and for Winoground
+            "norm_attention", "attention_share", "phases", "controls", "answers", "words", and for Winoground
             "pair_scores" and "pairs"; with answers "answer_tokens", "answer_attention" and
             "answer_lens". The docstring of `mechvlm.study.save` describes them. In the
             large tables, with a value for each example and layer, the columns of text are
@@ -52,6 +53,9 @@ class StudyRecord:
         views: the gallery's patch views, by (model, example id); empty for a study without folder.
         seconds: of the whole run, including writing its files.
         out: the study's folder; None for a study without folder.
+        controls: by model, its phases held to the same curves with other things in the image's
+            place (`mechvlm.contextualization_controls`), on the first examples; None for a model
+            without controls or phases, and empty for studies of earlier versions.
     """
 
     tables: dict[str, pd.DataFrame] = field(repr=False)
@@ -64,6 +68,7 @@ class StudyRecord:
     views: dict[tuple[str, str], GalleryView] = field(repr=False)
     seconds: float
     out: Path | None = None
+    controls: dict[str, ControlExcess | None] = field(default_factory=dict, repr=False)
 
     def frame(self, measure: str | None = None) -> pd.DataFrame:
         """Every value: model, example, layer, measure, value.

@@ -55,6 +55,9 @@ of attention from 1. `Study.open` reads both.)
                          tokens' share of the sum over all sources, 0 to 1
     phases               a row for each rising or falling segment of the inter-modal curve: model,
                          and the columns of `mechvlm.measures.phases.Phases.to_frame`
+    controls             model, example, control ("noise", "words", "text"), state, value: the mean
+                         cosine between image and text tokens ("inter" of contextualization) with
+                         that at the image's positions, for the first examples
     answers              model, example, answer: the model's answer to the prompt, for the gallery's
                          examples
     words                model, example, state, word, positions: the words that most visual tokens
@@ -97,6 +100,7 @@ import pandas as pd
 import torch
 from PIL import Image
 
+from mechvlm.measures.control_excess import ControlExcess
 from mechvlm.measures.phases import Phases
 from mechvlm.outside.integrity import digests_of_files, sealed
 from mechvlm.progress import Progress
@@ -187,11 +191,11 @@ def run_record(study: StudyRecord) -> dict:
         "skipped": len(study.skipped),
         "seconds": study.seconds,
         "findings": [{key: _plain(value) for key, value in row.items()} for row in rows],
-        "phases": {model: _phases(phases) for model, phases in study.phases.items()},
+        "phases": {model: _phases(phases, study.controls.get(model)) for model, phases in study.phases.items()},
     }
 
 
-def _phases(phases: Phases | None) -> dict | None:
+def _phases(phases: Phases | None, controls: ControlExcess | None) -> dict | None:
     if phases is None:
         return None
     return {
@@ -202,6 +206,14 @@ def _phases(phases: Phases | None) -> dict | None:
         "directions": list(phases.directions),
         "boundaries": [int(b) for b in phases.boundaries],
         "boundary_intervals": [[_plain(end) for end in ends] for ends in phases.boundary_intervals],
+        "controls": None
+        if controls is None
+        else {
+            "n_examples": controls.n_examples,
+            "exceeding": list(controls.exceeding),
+            "shows_pattern": controls.shows_pattern,
+            "verdict": controls.verdict,
+        },
     }
 
 

@@ -40,6 +40,14 @@ class ShardAbout(_About):
     halved: list[dict[str, Any]]
 
 
+class ControlsAbout(_Part):
+    """What was read of a model's controls."""
+
+    kinds: list[str]
+    left_out: list[str]
+    seconds: Seconds
+
+
 class GalleryAbout(_About):
     """about.json of a model's gallery."""
 
@@ -50,6 +58,7 @@ class GalleryAbout(_About):
     n_layers: Layers
     threads: Count
     left_out: list[dict[str, str]]
+    controls: ControlsAbout
 
 
 # -- run.json --------------------------------------------------------------------------------------
@@ -66,6 +75,8 @@ class _ModelRecord(_Part):
     examples: Sha256 = "0" * 64
     """The digest of the ids of the examples that it read, in order."""
     pairs_set_aside: list[dict[str, str]] = []
+    controls: ControlsAbout | None = None
+    """None in studies of earlier versions."""
 
 
 class _DatasetRecord(_Part):

@@ -8,7 +8,9 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
 from mechvlm.errors import InputError
+from mechvlm.experiments.contextualization_controls_result import CONTROL_LINES
 from mechvlm.figures.style import LINES, state_axis, style
+from mechvlm.measures.control_excess import ControlExcess
 from mechvlm.measures.phase_fit import N_BOOTSTRAP
 from mechvlm.measures.phases import shade
 from mechvlm.probes.contextualization import MODALITY_PAIRS
@@ -72,15 +74,19 @@ def phase_figure(study: StudyRecord) -> CaptionedFigure:
     figure, blocks = panels(models, (3.2, 1.2))
     for model, (top, bottom) in blocks.items():
         rows, n_layers, phases = curves[curves["model"] == model], study.models[model]["n_layers"], study.phases[model]
+        controls = study.controls.get(model)
         _draw_similarity(top, rows, "inter")
+        _draw_controls(top, controls)
         _make_headroom(top, 0.26)
         if phases is not None:
             layers, dash = range(n_layers + 1), (0, (4, 2))
             top.plot(layers, phases.fit.numpy(), color="#222222", linestyle=dash, linewidth=1, label="fitted segments")
             shade(top, phases)
             shade(bottom, phases, names=False, heads=False)
-            if not phases.shows_pattern:
-                _write_note(top, "does not show the paper's four phases")
+            note = "" if phases.shows_pattern else "does not show the paper's four phases"
+            if phases.shows_pattern and controls is not None and not controls.shows_pattern:
+                note = "not every phase exceeds the controls"
+            _write_note(top, note)
         else:
             _write_note(top, "too few layers for phases")
         for pair in ("image", "text"):
@@ -96,9 +102,9 @@ def phase_figure(study: StudyRecord) -> CaptionedFigure:
         "The four-phase diagram: the mean cosine between image and text tokens by state, eq. (1) of Wei et al. 2024. The "
         "dashed line has the fewest rising and falling segments that predict held-out examples well. The segments are named "
         f"I to IV where their order fits that of the paper's phases. The bars at the bottom are {level} bootstrap intervals "
-        f"of the states where it turns ({N_BOOTSTRAP:,} resamples of the examples, seed {study.settings['seed']}). The lower "
-        "panels show the similarity within each modality. The dotted lines are anisotropy baselines: the same mean over "
-        f"tokens of different examples. {_describe(study)}"
+        f"of the states where it turns ({N_BOOTSTRAP:,} resamples of the examples, seed {study.settings['seed']}). "
+        f"{_describe_controls(study)}The lower panels show the similarity within each modality. The dotted lines are anisotropy "
+        f"baselines: the same mean over tokens of different examples. {_describe(study)}"
     ))  # fmt: skip
 
 
@@ -182,6 +188,25 @@ def _describe(study: StudyRecord) -> str:
     return f"{describe_bands(study.settings['seed'])} {describe_counts(study)}"
 
 
+def _draw_controls(ax: Axes, controls: ControlExcess | None) -> None:
+    """Draw the mean curve of each control."""
+    for kind, values in ({} if controls is None else controls.controls).items():
+        color, dash = CONTROL_LINES[kind]
+        ax.plot(values.mean(-1).numpy(), color=color, linestyle=dash, linewidth=1.2, label=f"control: {kind}")
+
+
+def _describe_controls(study: StudyRecord) -> str:
+    """What the controls of the phases are; empty for a study without."""
+    counts = sorted({controls.n_examples for controls in study.controls.values() if controls is not None})
+    if not counts:
+        return ""
+    return (
+        f"Controls: the mean curves of the first {' or '.join(map(str, counts))} examples with something else at the image's "
+        "positions where it enters the decoder: noise with the visual tokens' mean and covariance, random words, running text. "
+        "What they do too is no phase of an image. "
+    )
+
+
 def _make_headroom(ax: Axes, share: float) -> None:
     """Make room above the curves for the phases' names, and below them for the boundaries' bars."""
     low, high = ax.get_ylim()
@@ -189,6 +214,8 @@ def _make_headroom(ax: Axes, share: float) -> None:
 
 
 def _write_note(ax: Axes, note: str) -> None:
+    if not note:
+        return
     ax.annotate(
         note, (0.5, 0), xycoords="axes fraction", xytext=(0, 14), textcoords="offset points", ha="center", fontsize=8,
         style="italic", color="#8A1C1C", bbox={"facecolor": "white", "alpha": 0.8, "linewidth": 0, "pad": 1.5},

@@ -116,13 +116,21 @@ def _pairs(study: StudyRecord, captions: dict[str, str], figures: Path) -> dict 
 
 
 def _phases(study: StudyRecord, model: str) -> dict:
-    phases = study.phases[model]
+    """The verdict on one model's curve, and a row for each of its segments."""
+    phases, controls = study.phases[model], study.controls.get(model)
+    about = (study.models[model].get("controls") or {}).get("left_out", [])
+    section = {"model": model, "explanation": "", "rows": [], "controls": "", "left_out": about, "shows": "not"}
     if phases is None:
-        return {"model": model, "shows_pattern": False, "explanation": "", "rows": []}
-    return {
-        "model": model, "shows_pattern": phases.shows_pattern, "explanation": phases.explanation,
-        "rows": phases.to_frame().to_dict("records"),
-    }  # fmt: skip
+        return section
+    rows = phases.to_frame().to_dict("records")
+    shows = "order" if phases.shows_pattern else "not"
+    if controls is not None and controls.n_examples > 1:
+        section["controls"] = controls.sentence if phases.n_segments else ""
+        shows = "all" if controls.shows_pattern else shows
+        for row in rows:
+            own = controls.frame[controls.frame["first_state"] == row["first_state"]]
+            row["least"] = own.nsmallest(1, "excess").to_dict("records")[0]
+    return section | {"shows": shows, "explanation": phases.explanation, "rows": rows}
 
 
 def _gallery(study: StudyRecord, views: dict[tuple[str, str], str]) -> list[dict]:

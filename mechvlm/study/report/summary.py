@@ -25,7 +25,9 @@ def summary(study: StudyRecord) -> pd.DataFrame:
         `lowest`, `lowest_state`, `highest`, `highest_state`: the extremes of the mean inter-modal
             cosine, and their states.
         `phases`: the course of the curve, as in `phases_in_words`.
-        `shows_pattern`: whether the curve shows the paper's four phases.
+        `shows_pattern`: whether the curve shows the paper's four phases, and each exceeds its
+            controls where these were read.
+        `controls`: what of the phases exceeds the controls, as `ControlExcess.in_short` says it.
         `seconds`: the time that the model took.
 
     A mean over no example is NaN. Each mean except those of state 0 has its 95 % bootstrap interval
@@ -37,7 +39,7 @@ def summary(study: StudyRecord) -> pd.DataFrame:
 
 
 def _row(study: StudyRecord, model: str, curves: pd.DataFrame) -> dict:
-    about, phases = study.models[model], study.phases[model]
+    about, phases, controls = study.models[model], study.phases[model], study.controls.get(model)
     inter, share = _by_state(curves, "cosine_inter"), _by_state(curves, "word_share")
     precision = _best(curves, "precision", "best_state")
     lowest, highest = int(inter["mean"].idxmin()), int(inter["mean"].idxmax())
@@ -55,7 +57,8 @@ def _row(study: StudyRecord, model: str, curves: pd.DataFrame) -> dict:
         **_mean_and_interval("highest", inter, highest),
         "highest_state": highest,
         "phases": phases_in_words(phases),
-        "shows_pattern": phases is not None and phases.shows_pattern,
+        "shows_pattern": phases is not None and (phases if controls is None else controls).shows_pattern,
+        "controls": "not read" if controls is None else controls.in_short,
         "seconds": about["seconds"],
     }
 

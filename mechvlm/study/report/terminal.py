@@ -46,12 +46,15 @@ def print_summary(study: StudyRecord) -> None:
                 cells += [f"{format_number(row['word_share'])}\n{format_interval(row, 'word_share')}"]
         for name in ("lowest", "highest"):
             cells += [f"{row[name]:.2f} ({row[f'{name}_state']})\n{format_interval(row, name)}"]
-        cells += [row["phases"], f"{row['seconds']:.0f}"]
+        cells += [f"{row['phases']}\n{row['controls']}", f"{row['seconds']:.0f}"]
         table.add_row(*(escape(printable(cell)) for cell in cells))
     # Without a terminal rich assumes 80 columns, which would cut the table.
     console = Console(width=None if sys.stdout.isatty() else 160)
     console.print(table)
     print("Beneath each mean, its 95 % bootstrap interval over examples.")
+    for model, controls in study.controls.items():
+        if controls is not None and controls.n_examples > 1 and controls.phases.n_segments:
+            print(printable(f"{short_name(model, list(study.models))}: {controls.sentence}"))
     for line in pair_lines(study):
         print(printable(line))
     if sentence := answer_sentence(study):

@@ -10,7 +10,7 @@ from PIL import Image
 from mechvlm.datasets import Example
 from mechvlm.inputs.images import open_image
 from mechvlm.progress import Progress
-from mechvlm.study.curves import phases_of
+from mechvlm.study.curves import controls_of, phases_of
 from mechvlm.study.load import decode_png, examples_digest, read_tables
 from mechvlm.study.record import GalleryView
 from mechvlm.study.running import merge
@@ -63,6 +63,7 @@ def assemble_study(
     return Study(
         tables=tables,
         phases=phases,
+        controls={name: controls_of(tables, name, phases[name]) for name in plan.names},
         skipped=merge.skipped(plan),
         settings=settings,
         models=models,
@@ -94,6 +95,7 @@ def _model_record(plan: Plan, model: int, weights: dict[str, Any], load_seconds:
         # Batches that were halved for lack of memory: another batch size changes floats' last bits.
         "halved": [batch for shard in both for batch in shard["halved"]],
         "left_out_of_gallery": gallery["left_out"],
+        "controls": gallery["controls"],
         **({"pairs_set_aside": [pair for shard in pair_shards for pair in shard["aside"]]} if plan.pairs else {}),
     }
 

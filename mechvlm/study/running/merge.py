@@ -42,6 +42,7 @@ def write_tables(plan: Plan, data: Path) -> None:
         "norm_attention": [_norm_means(plan, model) for model in models],
         "answers": [read_table(plan.gallery_folder(model), "answers").to_pandas() for model in models],
         "words": [_words(plan, model) for model in models],
+        "controls": [read_table(plan.gallery_folder(model), "controls").to_pandas() for model in models],
     }
     for name, parts in small.items():
         pd.concat(parts, ignore_index=True).to_parquet(data / f"{name}.parquet", index=False)
@@ -61,9 +62,9 @@ def skipped(plan: Plan) -> pd.DataFrame:
     return pd.concat([before, *(read_table(shard, "skipped").to_pandas() for shard in shards)], ignore_index=True)
 
 
-def gallery_ids(plan: Plan, model: int) -> list[str]:
-    """The ids of the gallery's examples: the first that the model could read."""
-    return [id for shard in _first_shards(plan, model) for id in read_about(shard)["first"]][:GALLERY_EXAMPLES]
+def first_ids(plan: Plan, model: int, n: int) -> list[str]:
+    """The ids of the first n examples that the model could read."""
+    return [id for shard in _first_shards(plan, model, n) for id in read_about(shard)["first"]][:n]
 
 
 def n_read(plan: Plan, model: int) -> int:
@@ -71,12 +72,12 @@ def n_read(plan: Plan, model: int) -> int:
     return sum(read_about(plan.shard_folder(model, number))["read"] for number in range(len(plan)))
 
 
-def _first_shards(plan: Plan, model: int) -> list[Path]:
-    """The first shards, as many as hold the gallery's examples: nearly always one."""
+def _first_shards(plan: Plan, model: int, n: int) -> list[Path]:
+    """The first shards, as many as hold n examples."""
     shards: list[Path] = []
     n_examples = 0
     for number in range(len(plan)):
-        if n_examples >= GALLERY_EXAMPLES:
+        if n_examples >= n:
             break
         shards.append(plan.shard_folder(model, number))
         n_examples += len(read_about(shards[-1])["first"])
@@ -85,9 +86,10 @@ def _first_shards(plan: Plan, model: int) -> list[Path]:
 
 def _words(plan: Plan, model: int) -> pd.DataFrame:
     words = pd.concat(
-        [read_table(shard, "words").to_pandas() for shard in _first_shards(plan, model)], ignore_index=True
+        [read_table(shard, "words").to_pandas() for shard in _first_shards(plan, model, GALLERY_EXAMPLES)],
+        ignore_index=True,
     )
-    return words[words["example"].isin(gallery_ids(plan, model))]
+    return words[words["example"].isin(first_ids(plan, model, GALLERY_EXAMPLES))]
 
 
 def _baseline(plan: Plan, model: int) -> pd.DataFrame:

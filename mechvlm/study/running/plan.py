@@ -32,6 +32,7 @@ class Plan:
         views: whether the gallery has patch views.
         answers: whether the models' answers are read too.
         settings: the digest of the study's settings; empty for a study without a folder.
+        seed: of the study.
     """
 
     folder: Path
@@ -43,6 +44,7 @@ class Plan:
     views: bool
     answers: bool = False
     settings: str = ""
+    seed: int = 0
 
     def __len__(self) -> int:
         """The number of each model's shards of examples."""
@@ -73,7 +75,7 @@ class Plan:
         return self.folder / f"{model}-pairs-{number - len(self):05}"
 
     def gallery_folder(self, model: int) -> Path:
-        """Where the gallery of model number `model` lies."""
+        """Where the gallery of model number `model` lies, and the controls of its curve."""
         return self.folder / f"{model}-gallery"
 
     def example_indices(self, number: int) -> Sequence[int]:

@@ -24,10 +24,16 @@ from mechvlm.progress import Progress
 from mechvlm.study.running import merge
 from mechvlm.study.running.answer_rows import ANSWER_SETTINGS
 from mechvlm.study.running.assemble import assemble_study, seconds_so_far
-from mechvlm.study.running.plan import Plan, missing_shards
+from mechvlm.study.running.plan import GALLERY_EXAMPLES, Plan, missing_shards
 from mechvlm.study.running.ray_workers import cluster_of
 from mechvlm.study.running.resume import check_shards
-from mechvlm.study.running.settings import MEASURE_SETTINGS, settings_digest, settings_of, shard_size
+from mechvlm.study.running.settings import (
+    CONTROL_EXAMPLES,
+    MEASURE_SETTINGS,
+    settings_digest,
+    settings_of,
+    shard_size,
+)
 from mechvlm.study.running.workers import LocalWorker, Workers
 from mechvlm.study.running.workspace import SHARDS, claim_folder, publish_results, remove_working_files
 from mechvlm.study.save import save_study
@@ -77,7 +83,7 @@ def run(
         dataset: a name that `mechvlm.datasets.load_dataset` takes, or what it returned.
         prompt: of every example; the family's template is put around it.
         n: examples to draw; by default 200 scenes, and all of any other data set.
-        seed: of the draw and of the bootstraps.
+        seed: of the draw, the bootstraps and the controls.
         device: as `mechvlm.load` takes it; with `ray` "cuda", "mps" or "cpu".
         dtype: as `mechvlm.load` takes it.
         device_map: as `mechvlm.load` takes it, instead of `device`: "auto" spreads one large model
@@ -110,7 +116,10 @@ def run(
 
     The report shows the first `mechvlm.study.running.plan.GALLERY_EXAMPLES` examples of each model.
     The model answers each of them, and with `out` reads it once more alone: its patch view needs
-    more destinations than the whole data set could afford.
+    more destinations than the whole data set could afford. The first
+    `mechvlm.study.running.settings.CONTROL_EXAMPLES` examples are also read with other things in
+    the image's place, as `mechvlm.contextualization_controls` does, in three forwards more: the
+    report says what of the phases exceeds these controls.
 
     An example that cannot be read is set aside with its reason, and the study goes on. A batch that
     does not fit into memory is halved and tried again, which `run.json` records.
@@ -156,7 +165,9 @@ def run(
                 return Study.open(folder)
             settings_key = settings_digest(settings)
         size = shard_size(batch_size)
-        plan = Plan(folder / SHARDS, names, data, prompt, batch_size, size, out is not None, answers, settings_key)
+        plan = Plan(
+            folder / SHARDS, names, data, prompt, batch_size, size, out is not None, answers, settings_key, seed
+        )
         with _stops_explained(out):
             check_shards(plan)
             started -= seconds_so_far(plan)  # the study's seconds include those of earlier runs
@@ -248,7 +259,7 @@ def _stops_explained(out: str | Path | None) -> Iterator[None]:
 
 
 def _make_missing(plan: Plan, model: int, makers: Workers, progress: Progress) -> float:
-    """Have one model's missing shards and its gallery made; gives the seconds that loading took.
+    """Have one model's missing shards, gallery and controls made; gives the seconds of loading.
 
     Raises:
         InputError: where the model could read none of the examples.
@@ -277,8 +288,9 @@ def _make_shards(plan: Plan, model: int, missing: list[int], makers: Workers, pr
 
 
 def _make_gallery(plan: Plan, model: int, makers: Workers, progress: Progress) -> None:
-    stage = f"{plan.names[model]}: answers and patch views"
+    stage = f"{plan.names[model]}: answers, patch views and controls"
     progress(stage, 0, 0)
-    ids = merge.gallery_ids(plan, model)
+    ids = merge.first_ids(plan, model, CONTROL_EXAMPLES)
     by_id = {e.id: e for e in plan.data.examples if e.id in ids}
-    makers.make_gallery(model, [by_id[id] for id in ids], lambda done: progress(stage, done, len(ids)))
+    n_steps = min(len(ids), GALLERY_EXAMPLES) + 1
+    makers.make_gallery(model, [by_id[id] for id in ids], lambda done: progress(stage, done, n_steps))

@@ -18,6 +18,7 @@ from mechvlm import bundled
 from mechvlm.datasets import N_SCENES, Dataset
 from mechvlm.decoder.weights import package_of
 from mechvlm.errors import InputError
+from mechvlm.experiments.contextualization_controls_result import CONTROL_KINDS
 from mechvlm.outside.integrity import digest, read_json
 from mechvlm.study.running.answer_rows import ANSWER_SETTINGS
 from mechvlm.vlm.adapters import base_of, is_adapter
@@ -29,6 +30,8 @@ SHARD_FORMAT = 3
 """Counted up when shards are cut or written in another way."""
 EXAMPLES_PER_SHARD = 32
 """Most examples in a shard, unless one batch is larger: about as many are lost by a kill."""
+CONTROL_EXAMPLES = 32
+"""Examples whose contextualization is read with other things in the image's place too."""
 PAIRS_PER_SHARD = 16
 """Most Winoground pairs in a shard, unless one batch is larger."""
 RESULT_PACKAGES = ("mechvlm", "torch", "transformers", "nnsight", "tokenizers", "numpy", "pillow", "simplemma")
@@ -39,6 +42,7 @@ MEASURE_SETTINGS = {
     "contextualization": {"self_pairs": True, "special_tokens": False, "baseline_subtracted": False},
     "norm-based attention": {"destinations": ["last_text", "last_image"], "heads": "summed before the norm"},
     "phases": {"min_turn": 0.2, "n_bootstrap": 1000, "confidence": 0.95},
+    "controls": {"examples": CONTROL_EXAMPLES, "kinds": list(CONTROL_KINDS)},
 }
 
 

@@ -31,10 +31,11 @@ from mechvlm.study.report import gallery
 from mechvlm.study.running.answer_rows import read_with_answers
 from mechvlm.study.running.atomic import write_folder
 from mechvlm.study.running.beside import Beside
+from mechvlm.study.running.controls import read_controls
 from mechvlm.study.running.memory import read_or_halve
 from mechvlm.study.running.plan import GALLERY_EXAMPLES, Plan
 from mechvlm.study.running.rows import MeanOfHeads, ShardRows, as_tables
-from mechvlm.study.running.settings import pairs_per_batch
+from mechvlm.study.running.settings import CONTROL_EXAMPLES, pairs_per_batch
 from mechvlm.tracing.memory import first_line, out_of_memory
 from mechvlm.tracing.reading import read_batch
 from mechvlm.vlm.vlm import VLM
@@ -129,7 +130,7 @@ def write_shard(
     ids = rows.context.ids
     about = plan.shard_identity(model, number) | {
         "read": len(ids),
-        "first": ids[:GALLERY_EXAMPLES],
+        "first": ids[: max(GALLERY_EXAMPLES, CONTROL_EXAMPLES)],
         "halved": halved,
         "seconds": round(seconds, 3),
     }
@@ -192,7 +193,8 @@ def make_gallery(plan: Plan, vlm: VLM, model: int, examples: list[Example], prog
     """Answer the examples that the report shows, and write the answers beside the shards.
 
     With `plan.views`, also make each example's patch view. An example that does not fit into memory
-    is left out, with its reason.
+    is left out, with its reason. The gallery holds the first `GALLERY_EXAMPLES` of the examples;
+    the controls of the model's curve, which are written with it, are read on all of them.
     """
     clock = time.perf_counter()
     name = plan.names[model]
@@ -200,8 +202,9 @@ def make_gallery(plan: Plan, vlm: VLM, model: int, examples: list[Example], prog
     views: list[dict] = []
     left_out: list[dict] = []
     with threads_for(vlm) as threads:
-        texts = _answers(vlm, examples, plan.prompt, plan.batch_size)
-        for done, example in enumerate(examples):
+        shown = examples[:GALLERY_EXAMPLES]
+        texts = _answers(vlm, shown, plan.prompt, plan.batch_size)
+        for done, example in enumerate(shown):
             progress(done)
             try:
                 if example.id not in texts:
@@ -218,16 +221,19 @@ def make_gallery(plan: Plan, vlm: VLM, model: int, examples: list[Example], prog
                 if not out_of_memory(error):
                     raise
                 left_out.append({"example": example.id, "reason": first_line(error)})
+        progress(len(shown))
+        controls, about_controls = read_controls(plan, vlm, model, examples)
     about = plan.identity(plan.gallery_folder(model), examples) | {
         "class": vlm.record.hf_class, "revision": vlm.revision,
         "dtype": str(retrying(lambda: vlm.dtype)).removeprefix("torch."),
         "device": str(vlm.device) if vlm.has_weights else "ndif", "n_layers": vlm.n_layers, "threads": threads,
-        "left_out": left_out,
+        "left_out": left_out, "controls": about_controls,
         "seconds": round(time.perf_counter() - clock, 3),
     }  # fmt: skip
     tables = {
         "answers": pa.Table.from_pylist(answers, ANSWER_SCHEMA),
         "views": pa.Table.from_pylist(views, VIEW_SCHEMA),
+        "controls": controls,
     }
     write_folder(plan.gallery_folder(model), tables, about)
 

@@ -32,7 +32,7 @@ class Workers(Protocol):
         """Write these shards of the loaded model; `progress` is called with the examples done."""
 
     def make_gallery(self, model: int, examples: list[Example], progress: Callable[[int], None]) -> None:
-        """Write the model's gallery of these examples."""
+        """Write the model's controls of these examples, and its gallery of the first of them."""
 
     def __enter__(self) -> "Workers": ...
 
