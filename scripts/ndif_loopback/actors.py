@@ -1,20 +1,24 @@
 """NDIF's model actor and controller, adapted to a CPU and to models in local folders.
 
 The actor replaces the two methods that need CUDA. The controller reads a model's size from its
-folder. NDIF imports both by name (`NDIF_MODEL_IMPORT_PATH`, `NDIF_CONTROLLER_IMPORT_PATH`); all
-else is NDIF as published.
+folder. NDIF imports both by name (`NDIF_MODEL_IMPORT_PATH`, `NDIF_CONTROLLER_IMPORT_PATH`). Blocks
+run in forks of one process (`forking`). All else is NDIF as published.
 """
 
 import gc
 import json
 from pathlib import Path
 
+import forking
 import ray
 from ndif.services.ray.deployments.controller.controller import _ControllerActor
+from ndif.services.ray.sandbox import host
 from ndif.services.ray.sandbox.model import SandboxModelDeployment
 from nnsight.modeling.huggingface import HuggingFaceModel
 from nnsight.modeling.mixins.remotable import CheckpointInfo, Remotable
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
+
+host.spawn = forking.spawn
 
 
 class OnCPU(SandboxModelDeployment):

@@ -20,6 +20,9 @@ serve() {  # starts the parts of the server, each with its own log
   cd "$NDIF_LAB"
   export PATH=$NDIF_LAB/venv/bin:$PATH PYTHONPATH=$NDIF_LAB/ndif:$here
   redis-server --port 6399 --bind 127.0.0.1 --save "" --appendonly no >"$log/redis.log" 2>&1 &
+  # Only what NDIF lets a block's process have, and not this folder.
+  (cd / && exec env -i PATH="$PATH" HOME="$HOME" OMP_NUM_THREADS="$OMP_NUM_THREADS" HF_HUB_OFFLINE=1 PYTHONHASHSEED=0 \
+    PYTHONPATH="$NDIF_LAB/ndif" python -P "$here/forking.py" "$MECHVLM_FORKS") >"$log/forks.log" 2>&1 &
   moto_server -H 127.0.0.1 -p 9009 >"$log/objects.log" 2>&1 &
   NDIF_SERVICE=ray ray start --head --node-ip-address=127.0.0.1 --port=6395 --ray-client-server-port=10001 \
     --num-cpus=4 --num-gpus=1 --resources='{"head":10,"cuda_memory_bytes":8000000000,"cpu_memory_bytes":8000000000}' \

@@ -31,7 +31,7 @@ print(re.search(r"VmHWM:\s+(\d+)", open("/proc/self/status").read())[1])  # ru_m
 def peak(path) -> tuple[str, int]:
     """What a process of its own says of an image, and its largest size in bytes."""
     process = subprocess.run(
-        [sys.executable, "-c", PEAK, path], capture_output=True, text=True, check=True, timeout=100
+        [sys.executable, "-c", PEAK, path], capture_output=True, text=True, check=True, timeout=400
     )
     said, kilobytes = process.stdout.rsplit("\n", 2)[:2]
     return said, int(kilobytes) * 1024
@@ -136,10 +136,10 @@ def test_decoding_ends_in_time(tmp_path, monkeypatch):
     content = many_scans(0)
     assert open_image(content).size == (3000, 3000)
     monkeypatch.setattr(images, "LONGEST_DECODING", 0.5)
-    start = time.monotonic()
+    start = time.process_time()
     with pytest.raises(InputError, match=r"takes longer than 0.5 s to decode"):
         open_image(many_scans(2000))
-    assert time.monotonic() - start < 10
+    assert time.process_time() - start < 10
 
 
 def test_a_file_is_measured_before_it_is_read(tmp_path, monkeypatch):
