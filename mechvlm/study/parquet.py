@@ -30,7 +30,7 @@ BOOLEANS = {"pair_scores": ("text", "image", "group")}
 
 
 def check_parquet(path: Path, most_rows: int = MOST_TABLE_ROWS, categories: Sequence[str] = ()) -> pa.Schema:
-    """The columns of a Parquet file that holds no more than it may, its texts counted as they repeat.
+    """The columns of a Parquet file that holds no more than it may, counting repeated texts.
 
     Texts of columns that are read as `categories` are held once, and not counted.
 
