@@ -35,7 +35,7 @@ from transformers import (
 from mechvlm import bundled
 from mechvlm.bundled.assemble import PARTS
 from mechvlm.bundled.smollm2 import IMAGE_TOKEN, Decoder, read_decoder
-from mechvlm.datasets.scenes import COLORS, GROUNDS, SHAPES, Scene, sample_scene, sample_scenes
+from mechvlm.datasets.scenes import Scene, sample_scene, sample_scenes
 
 CELLS = GRID * GRID
 OBJECTS = (1, 1, 2, 2, 2, 3)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+
 from helpers.small_decoder import WIDTH, small_decoder
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"

@@ -71,8 +71,9 @@ def load(
     Raises:
         ModelError: for an unknown model, a bundled one whose language model is not installed, a
             class of which no record can be derived, a processor of another family, weights that are
-            not safetensors, a model that is not what its record says, or one whose weights cannot be read: offloaded, compiled in place, of another
-            quantization, or with an adapter that is no change of weights.
+            not safetensors, a model that is not what its record says, or one whose weights cannot
+            be read: offloaded, compiled in place, of another quantization, or with an adapter that
+            is no change of weights.
     """
     if isinstance(model, VLM):
         raise ModelError(f"{model.name} is loaded already, as a VLM.")

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.small_decoder import small_decoder
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 import mechvlm as mv
+from helpers.small_decoder import small_decoder
 from mechvlm import bundled
 from mechvlm.bundled import assemble, smollm2
 

@@ -8,6 +8,7 @@ import math
 import re
 import sys
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -83,9 +84,7 @@ def _naive_tokens(text: str, ranks: dict[tuple[str, str], int]) -> list[str]:
         for word in regex.findall(words, part):
             letters = [_byte_letters()[byte] for byte in word.encode()]
             while len(letters) > 1:
-                rank, i = min(
-                    (ranks.get(pair, math.inf), i) for i, pair in enumerate(zip(letters, letters[1:], strict=False))
-                )
+                rank, i = min((ranks.get(pair, math.inf), i) for i, pair in enumerate(pairwise(letters)))
                 if rank == math.inf:
                     break
                 letters[i : i + 2] = [letters[i] + letters[i + 1]]
