@@ -34,8 +34,8 @@ of 508 tokens.
     "smol-llava": """# smol-llava
 
 A `LlavaForConditionalGeneration` whose decoder was a language model before it saw an image: SmolLM2-135M-Instruct by
-Hugging Face (Apache-2.0), frozen. Only the vision tower and the projector in this folder were trained, on generated
-scenes (colored shapes on a plain ground).
+Hugging Face (Apache-2.0), frozen. Its vision tower is tiny-llava's, frozen as well. Only the projector between them was
+trained, on generated scenes (colored shapes on a plain ground).
 
 CLIP vision tower (3 layers, width 128, patch 12 of 96 x 96: 64 visual tokens), two-layer projector, Llama decoder
 (30 layers, width 576, 9 heads, 3 of keys and values, tied embeddings), byte-level BPE of 49,152 tokens and `<image>`.
@@ -56,11 +56,10 @@ STAGE = {"smol-llava": " --stage smol-llava"}
 
 TRAINING = {
     "smol-llava": """\
-1. The vision tower starts as tiny-llava's. The projector starts as a ridge regression, from what the tower says of a
-   patch to the mean embedding of its words: color and shape, or the ground; and, by a quarter, its place (left, right,
-   top, bottom).
-2. Captions, questions and answers pass their loss through the frozen decoder to projector and tower. **The loss is on
-   the answers' tokens alone: never on a visual position.**
+1. The projector starts as a ridge regression, from what the tower says of a patch to the mean embedding of its words:
+   color and shape, or the ground.
+2. Captions and answers pass their loss through the frozen decoder to the projector. **The loss is on the answers'
+   tokens alone: never on a visual position.**
 
 What the lens reads on visual tokens at state 0 was taught by the start alone: from then on nothing held the visual
 tokens to words. The decoder's layers were never trained on images.

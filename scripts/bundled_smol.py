@@ -1,9 +1,9 @@
-"""smol-llava: SmolLM2-135M, frozen, reads a vision tower through a projector, and both are trained.
+"""smol-llava: SmolLM2-135M, frozen, reads tiny-llava's frozen tower through a projector that is trained.
 
-1. The tower starts as tiny-llava's. The projector starts as a ridge regression, from what the tower
-   says of a patch to the embeddings of words: its color and shape or its ground, and its place.
-2. Captions and answers pass their loss through the frozen decoder to projector and tower. The loss
-   is on the answers' tokens alone: never on a visual position.
+1. The projector starts as a ridge regression, from what the tower says of a patch to the embeddings
+   of words: its color and shape, or its ground.
+2. Captions and answers pass their loss through the frozen decoder to the projector. The loss is on
+   the answers' tokens alone: never on a visual position.
 
 A batch holds a few scenes, each with one caption and several questions behind one picture. A mask
 keeps each prompt with its answer from seeing the others, so the numbers are those of separate rows.
@@ -48,8 +48,6 @@ TEMPLATE = (
     "{% endif %}{{ '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-PLACE = 0.25
-"""Share of the words for a patch's place in what the projector starts from."""
 WORD = 2.0
 """Loss weight of a one-word answer, beside captions of ten tokens."""
 
@@ -100,12 +98,12 @@ def build(decoder: Decoder, tower: CLIPVisionConfig) -> LlavaForConditionalGener
 
 
 class Smol(nn.Module):
-    """Tower and projector before the frozen decoder; called with a batch, it returns the loss."""
+    """The projector between the frozen tower and decoder; called with a batch, it returns the loss."""
 
     def __init__(self, full: LlavaForConditionalGeneration, before: int):
         super().__init__()
         self.before = before  # tokens before the picture
-        self.tower, self.projector = full.model.vision_tower, full.model.multi_modal_projector
+        self.tower, self.projector = full.model.vision_tower.requires_grad_(False), full.model.multi_modal_projector
         self.decoder = full.model.language_model.requires_grad_(False)
 
     def image(self, pixels):
@@ -211,7 +209,7 @@ def word_targets(scenes: list[Scene], embedding: torch.Tensor, encode) -> torch.
     """Where the projector starts: each patch as the mean of its words' embeddings, [scene, 64, width].
 
     The words are the color and the shape of the object that covers a quarter of the patch, or the
-    ground; to which the words for its place are added, by how far left, right, up and down it lies.
+    ground.
     """
 
     def vector(word: str) -> torch.Tensor:
@@ -224,12 +222,7 @@ def word_targets(scenes: list[Scene], embedding: torch.Tensor, encode) -> torch.
         cover = np.stack([(cells == k).mean(1) for k in range(1, len(shown))])
         best = np.where(cover.max(0) >= 0.25, cover.argmax(0) + 1, 0)
         out[i] = torch.stack(shown)[torch.from_numpy(best)]
-    along = torch.linspace(0, 1, GRID)[:, None]
-    across, down = (
-        (1 - along) * vector(low) + along * vector(high) for low, high in (("left", "right"), ("top", "bottom"))
-    )
-    place = rearrange(down[:, None] + across[None], "r c width -> (r c) width")
-    return out + PLACE * (place - place.mean(0))
+    return out
 
 
 def start_projector(projector: nn.Module, features: torch.Tensor, targets: torch.Tensor) -> float:
@@ -250,7 +243,7 @@ def start_projector(projector: nn.Module, features: torch.Tensor, targets: torch
 
 
 def stage(args, fit) -> None:
-    """Train and write smol-llava's folder; `fit` is the loop of every stage."""
+    """Train the projector, and write smol-llava's folder; `fit` is the loop of every stage."""
     torch.manual_seed(args.seed + 3)
     decoder = read_decoder()
     tiny = LlavaForConditionalGeneration.from_pretrained(bundled.path("tiny-llava"), dtype=torch.float32)
@@ -274,7 +267,7 @@ def stage(args, fit) -> None:
             packed |= {"anchors": word_targets(drawn, embedding, texts.encode), "anchor": args.anchor}
         return packed
 
-    held = list(sample_scenes(16, 7, "val", (1, 2)))
+    held = list(sample_scenes(8, 7, "val", (1, 2)))
     rng = np.random.default_rng(0)
     val, kinds = texts.pack([texts.chosen(rng, s, 6) for s in held])
     val["pixels"] = pixels_of(held, images)
@@ -294,7 +287,18 @@ def stage(args, fit) -> None:
         return " ".join(f"{k} {np.mean(v):.2f}" for k, v in sorted(right.items()))
 
     name = "smol-llava-anchored" if args.anchor else "smol-llava"
-    fit(name, module, batch, args, args.steps or 600, 1e-3, validate=validate, dtype=torch.float32, every=25)
+    fit(
+        name,
+        module,
+        batch,
+        args,
+        args.steps or 400,
+        1.5e-3,
+        validate=validate,
+        dtype=torch.float32,
+        every=25,
+        warmup=20,
+    )
     save(full, processor(decoder), args.out / name)
 
 

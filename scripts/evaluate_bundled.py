@@ -10,10 +10,13 @@ mean over the seeds, with the sample standard deviation between them.
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import re
 import statistics
 from collections import Counter, defaultdict
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -265,6 +268,20 @@ def measure(model, vlm, seed: int, n_scenes: int, n_pairs: int, n_lens: int = 20
     return figures
 
 
+def measured_once(path: Path | None, measured: Callable[[], dict]) -> dict:
+    """A seed's figures: those that are kept at `path`, or measured now and kept there."""
+    if path is None:
+        return measured()
+    if not path.is_file():
+        figures = measured()
+        figures.get("attention", {}).pop("example", None)  # a picture, which JSON does not hold
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(figures), encoding="utf-8")
+    # Numbers of objects are keys, which JSON holds as text.
+    figures = json.loads(path.read_text(encoding="utf-8"))
+    return figures | {"captions": {int(k) if k.isdigit() else k: v for k, v in figures["captions"].items()}}
+
+
 def draws(args: argparse.Namespace) -> str:
     """The card's sentence about the scenes. Only of the default seeds can it say more."""
     fresh = ", on which nothing was chosen" if tuple(args.seeds) == SEEDS else ""
@@ -281,6 +298,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--scenes", type=int, default=300, help="held-out scenes of each seed (default: 300)")
     parser.add_argument("--pairs", type=int, default=200, help="swap pairs of each kind and seed (default: 200)")
     parser.add_argument("--lens", type=int, default=200, help="of them, scenes for the lens (default: 200)")
+    parser.add_argument("--keep", type=Path, help="folder in which each seed's figures are kept, and found again")
     parser.add_argument("--threads", type=int, default=0, help="of torch; 0: its own choice")
     parser.add_argument(
         "--seeds",
@@ -300,9 +318,11 @@ def main(argv: list[str] | None = None) -> None:
         model = (Reader if name in mv.bundled.WITH_SMOLLM2 else Model)(name, whole)
         vlm, by_seed = mv.load(str(whole), dtype="float32"), []
         for seed in args.seeds:
-            by_seed.append(measure(model, vlm, seed, args.scenes, args.pairs, args.lens))
+            kept = args.keep and args.keep / f"{name}-{seed}-{args.scenes}-{args.pairs}-{args.lens}.json"
+            work = partial(measure, model, vlm, seed, args.scenes, args.pairs, args.lens)
+            by_seed.append(measured_once(kept, work))
             print(f"{name}: seed {seed} measured", flush=True)
-        examples = [figures["attention"].pop("example") for figures in by_seed if "attention" in figures]
+        examples = [figures["attention"].pop("example", None) for figures in by_seed if "attention" in figures]
         measured = over_seeds(by_seed) | {"parameters": sum(p.numel() for p in model.model.parameters())}
         draw_lens(measured["lens"], folder / "lens.png")
         if example := next(filter(None, examples), None):

@@ -39,7 +39,7 @@ BUNDLED = Path(__file__).resolve().parent.parent / "mechvlm" / "bundled"
 
 
 # ---- one loop for every stage ----
-def fit(name, module, batch, args, steps, lr, validate=None, stop=None, dtype=torch.bfloat16, every=200):
+def fit(name, module, batch, args, steps, lr, validate=None, stop=None, dtype=torch.bfloat16, every=200, warmup=100):
     """Train `module` with AdamW and a cosine schedule, from its checkpoint where there is one.
 
     The optimizer holds float32 weights; forward and backward run on a copy in `dtype`. Batch `i`
@@ -57,6 +57,7 @@ def fit(name, module, batch, args, steps, lr, validate=None, stop=None, dtype=to
         stop: end the schedule early, at this step.
         dtype: of forward and backward; float32 trains the module itself.
         every: steps between checkpoints.
+        warmup: steps in which the learning rate rises.
     """
     path = args.work / f"{name}.pt"
     module.to(args.device)
@@ -75,7 +76,7 @@ def fit(name, module, batch, args, steps, lr, validate=None, stop=None, dtype=to
     run = torch.compile(half, dynamic=False) if args.compile else half
     clock, losses = time.time(), []
     for step in range(start, min(steps, stop or steps)):
-        rate = lr * min(1, (step + 1) / 100) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
+        rate = lr * min(1, (step + 1) / warmup) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
         for g in optimizer.param_groups:
             g["lr"] = rate
         loss = run(**batch(np.random.default_rng((args.seed, step)), step))
