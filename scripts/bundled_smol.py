@@ -1,4 +1,4 @@
-"""smol-llava: SmolLM2-135M, frozen, reads tiny-llava's frozen tower through a projector that is trained.
+"""smol-llava: a projector is trained between tiny-llava's tower and SmolLM2-135M, both frozen.
 
 1. The projector starts as a ridge regression, from what the tower says of a patch to the embeddings
    of words: its color and shape, or its ground.
