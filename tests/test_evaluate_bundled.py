@@ -321,3 +321,14 @@ def test_the_readme_says_what_the_cards_say():
                 rf"^\| {state} \| ([\d.]+) ± ([\d.]+) \|", card.split("The logit lens")[1], re.MULTILINE
             )
             assert figure.strip() == " ± ".join(f"{100 * float(x):.1f}" for x in precision.groups())
+
+
+def test_figures_that_are_kept_are_not_measured_again(tmp_path):
+    figures = {"captions": {1: about(1, 3), "1 and 2": about(0.5, 4)}, "lens": [{"n": 2, "value": math.nan}]}
+    plain = {"captions": {1: {"n": 3, "value": 1.0}, "1 and 2": {"n": 4, "value": 0.5}}, "lens": figures["lens"]}
+    first = evaluate.measured_once(tmp_path / "kept" / "a.json", lambda: plain)
+    again = evaluate.measured_once(tmp_path / "kept" / "a.json", lambda: pytest.fail("measured again"))
+    for kept in (first, again):
+        assert kept["captions"] == figures["captions"]
+        assert math.isnan(kept["lens"][0]["value"])
+    assert evaluate.measured_once(None, lambda: plain) is plain

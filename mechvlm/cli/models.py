@@ -11,9 +11,10 @@ def list_models(arguments: argparse.Namespace) -> int:
     from mechvlm.families.table import load_table, row_text
 
     say("Bundled models:")
-    for name in bundled.NAMES:
-        size = sum(f.stat().st_size for f in bundled.path(name).rglob("*") if f.is_file()) / 1e6
-        say(f"  {name:<20} {f'{size:.1f} MB' if size else 'not in this installation'}")
+    for name in bundled.ALL:
+        size = sum(f.stat().st_size for f in bundled.shipped(name).rglob("*") if f.is_file()) / 1e6
+        decoder = " and SmolLM2-135M, which is installed apart" if name in bundled.WITH_SMOLLM2 else ""
+        say(f"  {name:<20} {f'{size:.1f} MB{decoder}' if size else 'not in this installation'}")
     say(
         "Families of vision-language models, with their Hugging Face class and language model, as tried on tiny models.\n"
         "Any other class is read if its parts can be derived: mechvlm check MODEL."

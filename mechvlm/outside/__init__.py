@@ -1,1 +1,1 @@
-"""What comes from outside: names and text that somebody else wrote, and checksums of our files."""
+"""What comes from outside (names and text that somebody else wrote), checksums, and whole folders."""

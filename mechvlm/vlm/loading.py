@@ -47,7 +47,7 @@ def load(
     >>> vlm = mv.load("llava-hf/llava-1.5-7b-hf", dtype="bfloat16", device="cuda")
 
     Args:
-        model: a bundled name (`mechvlm.bundled.NAMES`), a hub id, a folder, or a loaded Hugging
+        model: a bundled name (`mechvlm.bundled`), a hub id, a folder, or a loaded Hugging
             Face model, plain, with adapters (`PeftModel` or in place), quantized by bitsandbytes or
             torchao, or compiled by `torch.compile(model)`. A folder may hold an adapter: its base
             model is loaded and the adapter merged into it.
@@ -69,10 +69,11 @@ def load(
             loads the model here and packs every trace as for NDIF.
 
     Raises:
-        ModelError: for an unknown model, a class of which no record can be derived, a processor of
-            another family, weights that are not safetensors, a model that is not what its record
-            says, or one whose weights cannot be read: offloaded, compiled in place, of another
-            quantization, or with an adapter that is no change of weights.
+        ModelError: for an unknown model, a bundled one whose language model is not installed, a
+            class of which no record can be derived, a processor of another family, weights that are
+            not safetensors, a model that is not what its record says, or one whose weights cannot
+            be read: offloaded, compiled in place, of another quantization, or with an adapter that
+            is no change of weights.
     """
     if isinstance(model, VLM):
         raise ModelError(f"{model.name} is loaded already, as a VLM.")
@@ -106,7 +107,8 @@ def load(
         name = os.path.expanduser(str(model))
         adapter = name if is_adapter(name) else None
         base = name if adapter is None else base_of(name)
-        source, is_bundled = (str(bundled.path(base)), True) if base in bundled.NAMES else (base, False)
+        is_bundled = base in bundled.ALL
+        source = str(bundled.path(base)) if is_bundled else base
         dtype = dtype_of(dtype, "float32" if is_bundled else "auto")
         source_options = {"revision": revision, "trust_remote_code": trust_remote_code}
         with settings_of(name):
@@ -265,7 +267,7 @@ def class_of(name: str, revision: str | None = None, trust_remote_code: bool = F
     """
     if is_adapter(name):
         return class_of(base_of(name), revision, trust_remote_code)
-    source = str(bundled.path(name)) if name in bundled.NAMES else name
+    source = str(bundled.path(name)) if name in bundled.ALL else name
     config = _load_config(source, name, revision, trust_remote_code)
     refuse_quantization(quantization_of(config), name)
     hf_class = (getattr(config, "architectures", None) or ["(no class named in config.json)"])[0]
@@ -285,9 +287,9 @@ def _load_config(source: str, name: str, revision: str | None, trust_remote_code
         raise ModelError(f"The folder {name} holds no config.json: it is no Hugging Face model folder.")
     if not Path(source).exists() and "/" not in name:
         # A hub id has an owner. Do not ask the hub for this name: an unreachable hub takes long.
-        near = difflib.get_close_matches(name, bundled.NAMES, n=1)
+        near = difflib.get_close_matches(name, bundled.ALL, n=1)
         raise ModelError(
-            f"There is no model {name!r}: it is neither bundled ({', '.join(bundled.NAMES)}) nor a folder here, and a "
+            f"There is no model {name!r}: it is neither bundled ({', '.join(bundled.ALL)}) nor a folder here, and a "
             "hub id reads owner/name." + (f" Did you mean {near[0]}?" if near else "")
         )
     if Path(source).is_dir():
@@ -304,7 +306,7 @@ def _load_config(source: str, name: str, revision: str | None, trust_remote_code
         if Path(source).is_dir():
             raise ModelError(f"The config.json of {name} cannot be used: {reason}") from error
         raise ModelError(
-            f"There is no model {name!r}: it is neither bundled ({', '.join(bundled.NAMES)}), nor a folder here, nor a hub id "
+            f"There is no model {name!r}: it is neither bundled ({', '.join(bundled.ALL)}), nor a folder here, nor a hub id "
             f"that can be reached. The hub's client says: {reason}"
         ) from error
     refuse_kernels(config, name, trust_remote_code)

@@ -86,7 +86,7 @@ def training_note(model: str) -> str:
     These are the paragraphs of the section "Training" that mention either. They matter because the
     lens reads what training taught a position. Empty for models that are not bundled.
     """
-    card = bundled.path(model) / "README.md" if model in bundled.NAMES else None
+    card = bundled.shipped(model) / "README.md" if model in bundled.ALL else None
     if card is None or not card.is_file():
         return ""
     _, _, training = card.read_text(encoding="utf-8").partition("## Training\n")

@@ -11,7 +11,6 @@ A study's shards and galleries are such folders: Parquet tables and an about.jso
 import json
 import os
 import shutil
-import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mechvlm.errors import InputError
+from mechvlm.outside.durable import UNFINISHED, atomic_folder, sync_folder
 from mechvlm.outside.integrity import check_file, check_seal, check_type, digests_of_files, read_json, sealed
 from mechvlm.study.parquet import READ_ERRORS, check_parquet
 from mechvlm.study.schema import GalleryAbout, ShardAbout
@@ -29,8 +29,6 @@ try:
 except ImportError:  # Windows: nothing keeps two processes out of one folder
     fcntl = None  # type: ignore[assignment]
 
-UNFINISHED = ".tmp"
-"""Suffix of unfinished files and folders. Whoever holds the folder's lock may delete them."""
 LOCK = ".lock"
 
 
@@ -39,7 +37,7 @@ def write_folder(folder: Path, tables: dict[str, pa.Table], about: dict) -> None
 
     A folder that exists already is left as it is.
     """
-    with _atomic_folder(folder) as unfinished:
+    with atomic_folder(folder) as unfinished:
         for name, table in tables.items():
             with (unfinished / f"{name}.parquet").open("wb") as file:
                 pq.write_table(table, file)
@@ -52,30 +50,9 @@ def write_files(folder: Path, files: dict[str, bytes]) -> None:
 
     A folder that exists already is left as it is.
     """
-    with _atomic_folder(folder) as unfinished:
+    with atomic_folder(folder) as unfinished:
         for name, content in files.items():
             (unfinished / name).write_bytes(content)
-
-
-@contextmanager
-def _atomic_folder(folder: Path) -> Iterator[Path]:
-    """An unfinished folder to write into, renamed to `folder` when the block ends."""
-    unfinished = folder.with_name(f".{folder.name}-{uuid.uuid4().hex}{UNFINISHED}")
-    try:
-        unfinished.mkdir(parents=True)
-        yield unfinished
-        sync_tree(unfinished)
-        try:
-            unfinished.rename(folder)
-        except OSError:
-            if not folder.is_dir():
-                raise
-            # Another worker was faster. The same examples give the same tables.
-            shutil.rmtree(unfinished)
-        sync_folder(folder.parent)
-    except BaseException:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        raise
 
 
 def read_table(folder: Path, name: str) -> pa.Table:
@@ -144,28 +121,6 @@ def write_text(path: Path, text: str) -> None:
         os.fsync(file.fileno())
     unfinished.replace(path)
     sync_folder(path.parent)
-
-
-def sync_tree(folder: Path) -> None:
-    """Bring a folder and all in it to the disk, so that a later rename survives a power loss."""
-    for path in folder.rglob("*"):
-        if path.is_file():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-        else:
-            sync_folder(path)
-    sync_folder(folder)
-
-
-def sync_folder(folder: Path) -> None:
-    """Bring a folder's list of names to the disk."""
-    if os.name != "posix":  # elsewhere a folder cannot be opened
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 @contextmanager

@@ -130,7 +130,7 @@ def weights_identity(model: str | VLM, remote: bool = False) -> dict[str, Any]:
     if is_adapter(model):
         files = _sha256(sorted(p for p in Path(model).iterdir() if p.suffix in (".json", ".safetensors")))
         return {**weights_identity(base_of(model)), "adapter": files}
-    folder = bundled.path(model) if model in bundled.NAMES else Path(model)
+    folder = bundled.path(model) if model in bundled.ALL else Path(model)
     weights = {"class": class_of(model), "revision": None}
     if not folder.is_dir() and remote:
         return weights

@@ -12,17 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from mechvlm.errors import InputError, ModelError
+from mechvlm.outside.durable import UNFINISHED, sync_folder, sync_tree
 from mechvlm.outside.integrity import read_json
-from mechvlm.study.running.atomic import (
-    LOCK,
-    UNFINISHED,
-    locked,
-    read_about,
-    remove,
-    sync_folder,
-    sync_tree,
-    write_text,
-)
+from mechvlm.study.running.atomic import LOCK, locked, read_about, remove, write_text
 from mechvlm.study.running.settings import SETTINGS_FILE, differences, read_settings, settings_digest
 
 RESULTS = ("data", "figures", "views", "report.html", "skipped.csv", "run.json")
