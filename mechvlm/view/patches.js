@@ -11,7 +11,7 @@ const heading = (...text) => el("h2", {}, ...text);
 
 async function start(root) {
   const m = await model(JSON.parse(root.querySelector("script[type='application/json']").textContent));
-  const { L, H, V, S, images, rows, lens, answer, parts, ready, decoded, maps, point, rowOf } = m;
+  const { L, H, V, S, images, rows, lens, answer, parts, ready, maps, point, rowOf } = m;
 
   // ---- state: pinned by a click, or previewed by the pointer ---------------------------------------------------------
   const pinned = { row: m.start.row, query: null, source: m.start.source };
@@ -181,7 +181,7 @@ async function start(root) {
   let now = {};
   function draw() {
     const { row: r, query, source, patch } = look(), row = r == null ? undefined : ready[r];
-    if (r != null && !row) decoded[r].then(draw);
+    if (r != null && !row) m.decode(r).then(() => draw());
     const reads = row && state.layer < L;
     const key = [row && r, query, state.layer, state.measure, state.head, pinned.row, pinned.query].join();
     if (now.key !== key) {
@@ -318,7 +318,7 @@ async function start(root) {
   addEventListener("resize", () => draw());
   document.addEventListener("keydown", event => {
     if (event.altKey || event.ctrlKey || event.metaKey) return;
-    if (event.target !== document.body && !root.contains(event.target)) return;
+    if (event.target === document.body ? act.second : !root.contains(event.target)) return;
     if (/^(INPUT|SELECT|TEXTAREA)$/.test(event.target.tagName) && event.key !== "Escape") return;
     if (event.key === "Escape") return pin({ source: null });
     const step = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
@@ -329,12 +329,23 @@ async function start(root) {
   draw();
   root.dataset.ready = "true";
   performance.mark("patches drawn");
+  // The other rows one after the other, so that a word shows at once when it is picked.
+  (async () => { for (let i = 0; i < rows.length; i++) await m.decode(i); })();
   return { m, act };
 }
 
+const started = new Map();
 for (const root of document.querySelectorAll(".patch-view")) {
-  start(root).catch(error => {
+  const made = start(root);
+  started.set(root, made);
+  made.catch(error => {
     root.append(`The view could not be drawn (${error.message}). It needs a browser of 2023 or later.`);
     throw error;
   });
+}
+for (const pair of document.querySelectorAll(".patch-compare")) {
+  Promise.all([...pair.querySelectorAll(".patch-view")].map(root => started.get(root))).then(([a, b]) => {
+    link(a, b);
+    pair.dataset.ready = "true";
+  }, () => {});
 }

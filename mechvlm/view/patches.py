@@ -8,6 +8,7 @@
 
 import io
 import warnings
+from dataclasses import dataclass, field
 from importlib.resources import files
 from typing import Any
 
@@ -26,17 +27,32 @@ from mechvlm.inputs.tokens import Modality
 from mechvlm.probes.logit_lens import LogitLensResult
 from mechvlm.probes.norm_attention import NormAttentionResult
 from mechvlm.probes.query_reading import QueryReadingResult
+from mechvlm.progress import track
 from mechvlm.view import packing
 from mechvlm.view.drawn import FRAME_COLOR, added_up, frames
 from mechvlm.view.example import Pick, ShownExample, match_example
 from mechvlm.view.page import PAGE_LIMIT, View, to_json
 
-SCRIPTS = ("unpack", "frames", "image", "words", "heads", "patches")
-"""The page's scripts: numbers, heat, images, the lens's words, layers and heads; the page itself."""
+SCRIPTS = ("unpack", "frames", "image", "words", "heads", "link", "patches")
+"""The page's scripts: numbers, heat, images, the lens's words, layers and heads, two views with one
+cursor; the page itself."""
 STAGE_PIXELS = 400
 """Pixels a side in which the still picture draws an image's heat."""
 VEIL = 0.76
 """How much white lies over the part of an image that the model does not see."""
+
+
+@dataclass(frozen=True)
+class PatchView(View):
+    """The page of `patches`, which `compare` can put beside another.
+
+    Attributes:
+        model: name of the model.
+        images: its images, as data URLs.
+    """
+
+    model: str = ""
+    images: tuple[str, ...] = field(default=(), repr=False)
 
 
 def patches(
@@ -46,7 +62,7 @@ def patches(
     reading: QueryReadingResult | None = None,
     *,
     example: int | None = None,
-) -> View:
+) -> PatchView:
     """One example to explore: a token's heat over the patches, and each patch's logit-lens words.
 
     Patches lie at their place on the original image; the part that the model does not see is
@@ -85,8 +101,8 @@ def patches(
     (where q reads): its norms or weights spread over the image.
 
     Numbers on the page are off by at most 0.4 % of their row's maximum. Those of single heads are
-    off by up to 1.6 % where one destination's rows would otherwise take more than half a megabyte.
-    Shares are exact.
+    off by up to 1.6 % where one destination's rows would otherwise take more than half a megabyte,
+    or those of all together more than eleven. Shares are exact.
 
     Args:
         inputs: the inputs of the results.
@@ -141,13 +157,15 @@ def patches(
     }
     body = f'<article class="patch-view"><script type="application/json">{to_json(data)}</script></article>'
     _check_size(len(body), shown)
-    return View(
+    return PatchView(
         title=f"Patches, {norms.model}: {asked}{_answer_text(shown)}",
         body=body,
         scripts=(_script(),),
         styles=((files("mechvlm.view") / "patches.css").read_text("utf-8"),),
         preview=lambda: _preview(shown),
         height=_height(shown),
+        model=norms.model,
+        images=tuple(image["src"] for image in data["images"]),
     )
 
 
@@ -161,15 +179,15 @@ def _script() -> str:
 def _pack_picks(shown: ShownExample) -> list[dict]:
     """One row for each pick, by its source or its word; those of one position are packed once."""
     rows: list[dict] = []
-    size = 0
+    size, room = 0, packing.row_room(len({pick.positions for pick in shown.picks}))
     packed_at: dict[tuple[int, ...], int] = {}
-    for number, pick in enumerate(shown.picks):
+    for number, pick in enumerate(track(shown.picks, "packing words")):
         at = int(shown.source_of[pick.positions[0]])
         name: dict[str, Any] = {"source": at} if pick.word is None else {"word": pick.word}
         if pick.positions in packed_at:
             rows.append({**name, "like": packed_at[pick.positions]})
             continue
-        packed, levels = packing.pack_rows(*shown.row_values(pick), shown.parts, shown.groups)
+        packed, levels = packing.pack_rows(*shown.row_values(pick), shown.parts, shown.groups, room)
         packed_at[pick.positions] = number
         rows.append({**name, "levels": levels, "data": packed})
         size += len(packed)

@@ -59,17 +59,32 @@ async function model(data) {
   // ---- rows ----------------------------------------------------------------------------------------------------------
   async function readRow(row) {
     const take = reader(await unpack(row.data));
-    const top = take(Float32Array, 2 * L * (H + 1) * 2), share = take(Uint16Array, 2 * L * (H + 1) * G);
-    const all = take(Uint8Array, 2 * L * S), raw = take(Uint8Array, L * H * S), norm = take(Uint8Array, L * H * S);
-    for (let i = 0; i < norm.length; i++) norm[i] += raw[i];
-    return { ...row, top, share, all, heads: [raw, norm], scale: scale(row.levels, 1) };
+    // Numbers of several bytes come in planes, all lowest bytes first.
+    const planes = (n, length, join) => {
+      const own = Array.from({ length: n }, () => take(Uint8Array, length));
+      return Int32Array.from({ length }, (_, i) => join(own.map(bytes => bytes[i])));
+    };
+    const [gaps, n] = take(Uint32Array, 2), top = planes(3, 4 * L * (H + 1), b => (b[0] << 8) | (b[1] << 16) | (b[2] << 24));
+    const share = planes(2, 2 * L * (H + 1) * G, b => b[0] | (b[1] << 8));
+    const all = take(Uint8Array, 2 * L * S), gap = take(Uint8Array, gaps), weights = take(Uint8Array, n), less = take(Uint8Array, n);
+    const raw = new Uint8Array(L * H * S), norm = new Uint8Array(L * H * S);
+    for (let g = 0, i = 0, at = 0; g < gaps; g++) {
+      at += gap[g];
+      if (gap[g] === 255) continue;  // zeros without a value behind them
+      raw[at] = weights[i];
+      norm[at++] = weights[i] + less[i++];
+    }
+    return {
+      ...row, share, all, heads: [raw, norm], top: new Float32Array(top.buffer),
+      scale: scale(row.levels, 1), fine: row.levels === 255 ? fine : scale(127, 2),
+    };
   }
 
   // Fills `out` with what the row reads from each source, and returns it. Measure 0 is raw, 1 is norm-based;
   // head 0 is all heads together.
   function values(row, measure, layer, head, out) {
     const at = (measure * L + layer) * (H + 1) + head;
-    const steps = head ? row.heads[measure] : row.all, share = head ? row.scale : fine;
+    const steps = head ? row.heads[measure] : row.all, share = head ? row.scale : row.fine;
     const from = head ? (layer * H + head - 1) * S : (measure * L + layer) * S;
     parts.forEach(([a, b], part) => {
       const top = row.top[at * 2 + part];
@@ -94,12 +109,12 @@ async function model(data) {
 
   // A row is of a source, or of a word of the answer; one of the same positions as another is like that one.
   const decoded = [], ready = [];
-  for (const row of rows) {
-    decoded.push(row.like === undefined ? readRow(row) : decoded[row.like].then(other => ({ ...other, source: row.source, word: row.word })));
+  function decode(i) {
+    const { like, source, word } = rows[i];
+    return decoded[i] ??= (like === undefined ? readRow(rows[i]) : decode(like).then(other => ({ ...other, source, word }))).then(row => (ready[i] = row));
   }
-  decoded.forEach((promise, i) => promise.then(row => { ready[i] = row; }));
   const [, words, maps] = await Promise.all([
-    decoded[data.start.row],
+    decode(data.start.row),
     unpack(lens.data).then(buffer => {
       const take = reader(buffer), n = lens.states.length * lens.k * lens.sources.length;
       const [low, mid, high, chances] = [1, 2, 3, 4].map(() => take(Uint8Array, n));
@@ -161,7 +176,7 @@ async function model(data) {
   }
 
   return {
-    ...data, L, H, V, S, count, parts, decoded, ready, words, maps, point, sourceOf, cellOf,
+    ...data, L, H, V, S, count, parts, decode, ready, words, maps, point, sourceOf, cellOf,
     rowOf: new Map(rows.map((row, i) => [row.source, i])), rowOfWord: new Map(rows.map((row, i) => [row.word, i])),
     values, shareOf, onImages, spread, wordAt, idAt, viewsOf, sheetsOf, place, cellAt, headName, shapeOf, patchName, placeName,
   };

@@ -47,7 +47,7 @@ def shares(heat) -> np.ndarray:
 
 def opened(open_page, view):
     page = open_page(view)
-    page.wait_for_selector(".patch-view[data-ready]", timeout=20_000)
+    page.wait_for_selector(".patch-view[data-ready]", timeout=60_000)
     return page
 
 

@@ -33,6 +33,20 @@ def unpacked(text: str) -> bytes:
     return gzip.decompress(base64.b64decode(text))
 
 
+def unzipped(raw: bytes, n_gaps: int, n_values: int, n_arrays: int, length: int) -> np.ndarray:
+    """Arrays [n_arrays, length] of gaps and values, one value after the other."""
+    assert len(raw) == n_gaps + n_arrays * n_values
+    values = np.frombuffer(raw[n_gaps:], "u1").reshape(n_arrays, n_values).T
+    out, at, taken = np.zeros((n_arrays, length), np.uint8), 0, 0
+    for gap in raw[:n_gaps]:
+        at += gap
+        if gap < 255:
+            out[:, at] = values[taken]
+            at, taken = at + 1, taken + 1
+    assert taken == n_values
+    return out
+
+
 def rows_of(data: dict, row: dict) -> tuple[np.ndarray, np.ndarray]:
     """A row as the page reads it.
 
@@ -40,13 +54,17 @@ def rows_of(data: dict, row: dict) -> tuple[np.ndarray, np.ndarray]:
     """
     n_layers, n_heads, n = data["layers"], data["heads"], len(data["positions"])
     n_groups, visual, raw = len(data["images"]) + 2, data["visual"], unpacked(row["data"])
-    cuts = np.cumsum([0, 16 * n_layers * (n_heads + 1), 4 * n_layers * (n_heads + 1) * n_groups, 2 * n_layers * n])
-    top = np.frombuffer(raw[cuts[0] : cuts[1]], "<f4").reshape(2, n_layers, n_heads + 1, 2)
-    share = np.frombuffer(raw[cuts[1] : cuts[2]], "<u2").reshape(2, n_layers, n_heads + 1, n_groups) / 65535
+    n_gaps, n_values = np.frombuffer(raw[:8], "<u4").tolist()
+    cuts = 8 + np.cumsum([0, 12 * n_layers * (n_heads + 1), 4 * n_layers * (n_heads + 1) * n_groups, 2 * n_layers * n])
+    low, middle, high = np.frombuffer(raw[cuts[0] : cuts[1]], "u1").reshape(3, -1).astype(np.uint32)
+    top = (low << 8 | middle << 16 | high << 24).view("f4").reshape(2, n_layers, n_heads + 1, 2)
+    low, high = np.frombuffer(raw[cuts[1] : cuts[2]], "u1").reshape(2, -1).astype(int)
+    share = (low + 256 * high).reshape(2, n_layers, n_heads + 1, n_groups) / 65535
     together = np.frombuffer(raw[cuts[2] : cuts[3]], "u1").reshape(2, n_layers, 1, n)
-    heads = np.frombuffer(raw[cuts[3] :], "u1").reshape(2, n_layers, n_heads, n).copy()
+    heads = unzipped(raw[cuts[3] :], n_gaps, n_values, 2, n_layers * n_heads * n).reshape(2, n_layers, n_heads, n)
     heads[1] += heads[0]
-    values = np.concatenate([(together / 255) ** 2, heads / row["levels"]], 2)
+    fine = 255 if row["levels"] == 255 else 127
+    values = np.concatenate([(together / fine) ** 2, heads / row["levels"]], 2)
     values[..., :visual] *= top[..., :1]
     values[..., visual:] *= top[..., 1:]
     return values, share
@@ -154,7 +172,7 @@ def test_under_a_megabyte_at_the_size_of_7b(spread):
     print(f"spread {spread}: {size:,} bytes, single heads in {data['rows'][0]['levels']} steps")
     assert size < 1_000_000
     if spread == 2.5:
-        assert data["rows"][0]["levels"] == 127
+        assert data["rows"][0]["levels"] == 255
         check_row(data, data["rows"][0], norms, inputs.tokens)
 
 
