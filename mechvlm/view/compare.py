@@ -7,7 +7,7 @@ from mechvlm.view.page import View
 from mechvlm.view.patches import PatchView
 
 
-def compare(a: PatchView, b: PatchView) -> View:
+def compare(a: View, b: View) -> View:
     """Two answers or two models side by side, with one cursor on both.
 
     A patch that is pointed at or pinned in one view is marked at the same place of the image in the
@@ -33,6 +33,8 @@ def compare(a: PatchView, b: PatchView) -> View:
                 f"{name} is a {type(view).__name__}, not a view of patches: compare(a, b) takes two pages that "
                 "mechvlm.view.patches(inputs, lens, norms) made."
             )
+    assert isinstance(a, PatchView)
+    assert isinstance(b, PatchView)
     if a.images != b.images:
         raise ViewError(
             f"a shows {len(a.images)} image(s) and b {len(b.images)}, and they are not the same: no cursor can be at "

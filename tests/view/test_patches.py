@@ -176,6 +176,31 @@ def test_under_a_megabyte_at_the_size_of_7b(spread):
         check_row(data, data["rows"][0], norms, inputs.tokens)
 
 
+@pytest.mark.long
+def test_all_words_of_an_answer_of_60_tokens_under_12_megabytes():
+    """Each word has less room than one alone, and its numbers are still right to 2.2 %."""
+    inputs = large_inputs(answer=" ".join(["a red cat what is this scene dog"] * 8))
+    lens, norms = synthetic(inputs, dest=tuple(inputs.tokens.writing.tolist()[:60]))
+    view = mv.view.patches(inputs, lens, norms)
+    size, data = len(view.html().encode()), data_of(view)
+    print(f"{len(data['rows'])} rows, {size:,} bytes, single heads in {data['rows'][1]['levels']} steps")
+    assert sum("data" in row for row in data["rows"]) == 60
+    assert size < 12_000_000
+    row = next(row for row in data["rows"] if "word" in row and len(data["answer"][row["word"]]["wrote"]) == 1)
+    values, _ = rows_of(data, row)
+    at = norms.dest[0].tolist().index(data["answer"][row["word"]]["wrote"][0])
+    true = norms.norm_head[:, 0, :, at].numpy()[..., data["positions"]][..., : data["visual"]]
+    error = np.abs(values[1, :, 1:, : data["visual"]] - true) / true.max(-1, keepdims=True)
+    assert error.max() < 0.023
+
+
+def test_rows_are_packed_under_a_bar(results, monkeypatch):
+    labels = []
+    monkeypatch.setattr(patches_module(), "track", lambda items, label: labels.append((len(items), label)) or items)
+    mv.view.patches(*results)
+    assert labels == [(2, "packing words")]
+
+
 def test_steps_worked_by_hand():
     steps, top = packing.to_steps(np.array([[4.0, 1.0, 0.25, 0.0], [0.0, 0.0, 0.0, 0.0]]))
     # 255 x sqrt(1, 1/4, 1/16, 0), rounded to even.
@@ -318,7 +343,7 @@ def test_reading_is_for_queries(results, blip_vlm):
 
 
 def test_a_page_over_the_limit_says_what_to_choose(results, monkeypatch):
-    monkeypatch.setattr(patches_module(), "PAGE_LIMIT", 9_000)
+    monkeypatch.setattr(patches_module(), "PAGE_LIMIT", 5_000)
     with pytest.raises(ViewError, match=r"0 MB, over the .*norms has 2 destinations.*NormAttention\(dst=\['last'\]\)"):
         mv.view.patches(*results)
 
