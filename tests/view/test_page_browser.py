@@ -43,7 +43,8 @@ CONTRAST = """() => {
 
 FOCUSED = """() => { const n = document.activeElement, inside = { ".written": "word", ".prompt": "token", ".layers": "layers",
     ".heads": "heads", th: "state" };
-    const at = Object.keys(inside).find(where => n.closest(where)); return at ? inside[at] : n.className || n.type || n.tagName; }"""
+    const at = Object.keys(inside).find(where => n.closest(where));
+    return at ? inside[at] : n.className || n.type || n.tagName; }"""
 
 SMALL = """() => [...document.querySelectorAll("main :is(button, input, select, [tabindex='0'])")]
     .filter(n => n.checkVisibility({ visibilityProperty: true })).map(n => [n.getBoundingClientRect(), n])
