@@ -39,14 +39,14 @@ async function start(root) {
   const stages = images.flatMap((image, number) => stagesOf(m, act, image, number));
   const heatTitle = heading(), legendTop = el("span", {}), legendUnit = el("span", { class: "note" });
   const read = el("p", { class: "read", "aria-live": "polite" });
-  const legend = el("div", { class: "legend" }, el("span", {}, "0"), swatches(), legendTop, legendUnit);
+  const legend = el("div", { class: "legend" }, "0", swatches(), legendTop, legendUnit);
   const table = wordTable(m, act), search = wordSearch(m, act);
   const wordsNote = el("small", {}), wordsTitle = heading("Reads as", wordsNote);
   const follow = el("button", { type: "button", class: "follow", hidden: "" }, "Show what it looked at");
   follow.addEventListener("click", () => pin({ row: rowOf.get(pinned.source), query: null }));
   const map = headMap(m, act), headButtons = headRow(m, act), layers = layerRow(m, act), kept = keptHeads(m, act);
   const facts = el("dl", {}), mapNote = el("small", {}), mapTop = el("span", {});
-  const mapLegend = el("div", { class: "legend" }, el("span", {}, "0 %"), el("span", { class: "bar" }), mapTop);
+  const mapLegend = el("div", { class: "legend" }, "0 %", el("span", { class: "bar" }), mapTop);
   root.style.setProperty("--hue", `rgb(${m.color.join()})`);
   const asked = m.question && el("p", { class: "asked" }, images.length > 1 ? `About ${images.length} images it was asked: ` : "Asked: ", el("q", {}, m.question));
   root.append(
