@@ -1,4 +1,4 @@
-"""Two patch views side by side: two answers about an image, or two models on it, with one cursor."""
+"""Two patch views side by side: two answers or two models, with one cursor."""
 
 from html import escape
 
@@ -14,9 +14,11 @@ def compare(a: View, b: View) -> View:
     other, be their patches of different sizes. Layers move together by depth, first to first and
     last to last, and so does the choice of norms or weights. Words and heads are picked in each.
 
-        >>> two = [vlm.inputs(image, "What is this?").answered(text) for text in ("a cat", "a dog")]
+        >>> asked = vlm.inputs(image, "What is this?")
+        >>> two = [asked.answered(text) for text in ("a cat", "a dog")]
         >>> probes = mechvlm.LogitLens(), mechvlm.NormAttention(dst="writing")
-        >>> pages = [mechvlm.view.patches(inputs, *mechvlm.read(vlm, inputs, *probes)) for inputs in two]
+        >>> read = [mechvlm.read(vlm, inputs, *probes) for inputs in two]
+        >>> pages = [mechvlm.view.patches(inputs, *results) for inputs, results in zip(two, read)]
         >>> mechvlm.view.compare(*pages).save("two.html")
 
     Args:

@@ -1,4 +1,4 @@
-"""The patch view as a reader meets it: seen, read, and used, on small and large screens, light and dark."""
+"""The patch view as a reader meets it: on small and large screens, light and dark."""
 
 import io
 from dataclasses import replace
@@ -110,7 +110,7 @@ def test_what_is_what_is_said_on_the_page(open_page, results):
 
 
 def test_a_color_is_seen_where_the_model_looked(open_page, scene):
-    """The screen's own pixels: inside its frame the hottest patch is the image's, on it there is the hue."""
+    """The screen's own pixels: the image's inside the hottest patch's frame, the hue on it."""
     page = screen(open_page, mv.view.patches(*scene), 1280)
     page.keyboard.press("Escape")
     cells = page.locator(".clip canvas").evaluate(CELLS)
@@ -301,7 +301,7 @@ def test_two_views_have_one_cursor(open_page, scene, width, scheme):
 
 
 def test_layers_of_unlike_models_move_by_depth(open_page, results, scene):
-    """Of 11 layers and of 8, on the same image: first with first, last with last, output with output."""
+    """Of 11 layers and of 4: first with first, last with last, output with output."""
     inputs, lens, norms = results
     few = {name: getattr(norms, name)[:4] for name in ("norm", "weight", "value_norm")}
     small = replace(norms, layers=(0, 1, 2, 3), **few)

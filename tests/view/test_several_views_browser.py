@@ -44,7 +44,7 @@ def test_sheets_are_drawn_apart_and_together_on_one_scale(page, example):
     assert drawn.shape == (213, 320)
     middles = (np.array([10, 25, 35, 42.5, 52.5]) / 60 * 320).astype(int)
     assert (drawn[np.ix_([53, 160], middles)] == 0).all(), "the image itself, inside the frames"
-    # Where the tile lies, frames are those of its cells, which are smaller: their lines are nearer to the edge.
+    # Where the tile lies, frames are those of its smaller cells, nearer to the edge.
     lines = np.array([[3, 3, 1, 1, 1], [110, 110, 108, 108, 108]])
     assert drawn[lines, middles] / 255 == pytest.approx(both / top, abs=0.005)
     views = [np.array(page.locator(".clip canvas").nth(n).evaluate(CELLS)) for n in (1, 2)]
