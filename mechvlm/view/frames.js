@@ -30,7 +30,7 @@ function painter(m, sheets, box, across, down, framed = true) {
         const [col, fromLeft] = columns[c], cell = view.first + row * view.cols + col;
         if (row < 0 || col < 0 || m.sourceOf[cell] < 0) continue;
         cells[i] = cell;
-        if (tone[i] === 255) tone[i] = framed ? frameAt(Math.min(fromTop, fromLeft) / short, Math.max(view.rows, view.cols)) : 1;
+        if (tone[i] === 255) tone[i] = framed ? frameAt(Math.min(fromTop, fromLeft) / short, view.cells ?? Math.max(view.rows, view.cols)) : 1;
       }
     }
   }

@@ -74,10 +74,11 @@ async function start(root) {
       el("kbd", {}, "Shift"), " with them the layer. Hover to preview, click or ", el("kbd", {}, "Enter"), " to pin, ",
       el("kbd", {}, "Esc"), " to unpin."));
   root.classList.toggle("tall", lens.states.length > 16);
+  root.classList.toggle("many", images.length > 1);
 
   // Frames as they are drawn on the image: of 0, a quarter, a half, three quarters, and the largest.
   function swatches() {
-    const view = { first: 0, rows: 1, cols: 5, crop: [0, 0, 5, 1], dx: 1, dy: 1 };
+    const view = { first: 0, rows: 1, cols: 5, cells: FEW_CELLS, crop: [0, 0, 5, 1], dx: 1, dy: 1 };
     const made = painter({ color: m.color, sourceOf: new Int32Array(5), count: 5 }, [[view]], view.crop, 5 * 48, 48);
     made.paint([0, 0.25, 0.5, 0.75, 1], 1);
     return el("span", { class: "swatches" }, made.canvas);

@@ -129,7 +129,7 @@ def test_a_color_is_seen_where_the_model_looked(open_page, scene):
     # The legend is drawn by the same rule: 0, a quarter, a half, three quarters, all.
     legend = page.locator(".swatches canvas").evaluate(
         """c => { const { data, width } = c.getContext("2d").getImageData(0, 0, c.width, c.height), k = c.width / 5;
-        return [0, 1, 2, 3, 4].map(i => { const at = 4 * (Math.floor(0.155 * 5 / 14 * k) * width + Math.floor((i + 0.5) * k));
+        return [0, 1, 2, 3, 4].map(i => { const at = 4 * (Math.floor(0.155 * k) * width + Math.floor((i + 0.5) * k));
             return [...data.slice(at, at + 4)]; }); }"""
     )
     assert [round(pixel[3] / 255, 2) for pixel in legend] == [0, 0.25, 0.5, 0.75, 1]
