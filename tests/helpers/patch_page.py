@@ -46,7 +46,8 @@ def shares(heat) -> np.ndarray:
 
 
 def opened(open_page, view):
-    page = open_page(view)
+    # High enough for all of the page: a pointer hits nothing below the window's edge.
+    page = open_page(view, viewport={"width": 1100, "height": 2000})
     page.wait_for_selector(".patch-view[data-ready]", timeout=60_000)
     return page
 
