@@ -289,7 +289,7 @@ def test_two_views_have_one_cursor(open_page, scene, width, scheme):
     notes = [sides.nth(i).locator(".panel-words h2 small").inner_text() for i in (0, 1)]
     assert notes[0] == notes[1]
     assert "patch r2 c4" in notes[0]
-    page.keyboard.press("ArrowRight")
+    page.keyboard.press("Shift+ArrowRight")  # without Shift, arrows move the patch on the image
     assert [sides.nth(i).locator(".layer output b").inner_text() for i in (0, 1)] == ["4", "4"]
     sides.nth(1).locator(".layers button").nth(6).click()
     assert [sides.nth(i).locator(".layer output b").inner_text() for i in (0, 1)] == ["6", "6"]
