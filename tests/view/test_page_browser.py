@@ -284,11 +284,11 @@ def test_two_views_have_one_cursor(open_page, scene, width, scheme):
     stage.hover(position={"x": box["width"] * 0.3, "y": box["height"] * 0.6})
     reads = [sides.nth(i).locator(".read").inner_text().split(":")[0] for i in (0, 1)]
     assert reads[0] == reads[1] == "row 4, column 2"
-    stage.click(position={"x": box["width"] * 0.55, "y": box["height"] * 0.3})
+    stage.click(position={"x": box["width"] * 0.2, "y": box["height"] * 0.9})
     page.mouse.move(1, 1)
     notes = [sides.nth(i).locator(".panel-words h2 small").inner_text() for i in (0, 1)]
     assert notes[0] == notes[1]
-    assert "patch r2 c4" in notes[0]
+    assert "patch r7 c1" in notes[0]
     page.keyboard.press("Shift+ArrowRight")  # without Shift, arrows move the patch on the image
     assert [sides.nth(i).locator(".layer output b").inner_text() for i in (0, 1)] == ["4", "4"]
     sides.nth(1).locator(".layers button").nth(6).click()
