@@ -10,13 +10,13 @@ from mechvlm.probes.logit_lens import LogitLens
 from mechvlm.probes.norm_attention import NormAttention
 from mechvlm.probes.query_reading import QueryReading
 from mechvlm.tracing.reading import read
-from mechvlm.view.packing import ROW_ROOM
+from mechvlm.view.packing import row_room
 from mechvlm.view.page import View
 from mechvlm.view.patches import patches
 from mechvlm.vlm.vlm import VLM
 
 PAGE_ROOM = 16_000_000
-"""Characters that the rows of all destinations may take up on a page: 28 of them at 7B."""
+"""Characters that the rows of all destinations may take up on a page: 88 of them at 7B."""
 GALLERY_ROOM = 4_000_000
 """The same on each page of the gallery: 7 destinations at 7B, all of them for a small model."""
 
@@ -39,13 +39,14 @@ def destinations(vlm: VLM, tokens: TokenMap, room: int = PAGE_ROOM) -> Int[Tenso
     answer. When `room` (characters) does not hold the rows of all, those of the answer go first,
     from its beginning, and of the prompt the last ones are taken. A row takes at most four
     characters for each layer, head and source, and hardly more than
-    `mechvlm.view.packing.ROW_ROOM`.
+    `mechvlm.view.packing.row_room` gives it.
     """
     prompt = tokens.text[tokens.text > tokens.image[0]]
     prompt = torch.cat([prompt[~torch.isin(prompt, tokens.answer)], tokens.prompt[-1:]]).unique()
     wanted = torch.cat([tokens.writing, prompt[~torch.isin(prompt, tokens.writing)].flip(0)])
-    row_room = min(ROW_ROOM, 4 * vlm.n_layers * vlm.n_heads * len(tokens))
-    return wanted[: max(1, room // row_room)].sort().values
+    most = 4 * vlm.n_layers * vlm.n_heads * len(tokens)
+    fitting = [n for n in range(1, len(wanted) + 1) if n * min(row_room(n), most) <= room]
+    return wanted[: max(fitting, default=1)].sort().values
 
 
 def patch_view(vlm: VLM, inputs: Inputs, dest: Int[Tensor, " dest"], k: int = 5) -> View:

@@ -121,7 +121,7 @@ def test_a_view_without_room_for_all_its_text_says_so(capsys, folders, picture, 
     monkeypatch.setattr(vlm, "n_heads", 32)
     tokens = large_inputs().tokens
     n_dest = [len(explore.destinations(vlm, tokens, room)) for room in (explore.PAGE_ROOM, explore.GALLERY_ROOM)]
-    assert (n_dest, len(tokens.text)) == ([28, 7], 43), "at the size of 7B"
+    assert (n_dest, len(tokens.text)) == ([43, 7], 43), "at the size of 7B"
     monkeypatch.setattr("mechvlm.explore.destinations", lambda vlm, tokens, room=0: text if room else text[-2:])
     for option, which in (("--no-answer", "the prompt's last"), ("--answer=a cat", "the answer's before the prompt's")):
         code, printed, _ = call(
@@ -129,6 +129,23 @@ def test_a_view_without_room_for_all_its_text_says_so(capsys, folders, picture, 
         )
         assert code == 0
         assert f"2 of {len(text)} tokens can be picked, {which}; with all, the page would be too large." in printed
+
+
+def test_view_of_several_images_and_of_no_prompt(capsys, folders, picture, tmp_path):
+    other = tmp_path / "other.png"
+    noise_image(1).save(other)
+    out = tmp_path / "page.html"
+    code, printed, _ = call(capsys, "view", folders[0], picture, other, "--no-answer", "--k", 1, "--out", out)
+    assert code == 0
+    assert printed.startswith("Asked: Describe the scene. (--prompt asks something else)\n")
+    vlm = mv.load(folders[0])
+    inputs = vlm.inputs([[picture, other]], "Describe the scene.")
+    assert len(inputs.images[0]) == 2
+    dest = explore.destinations(vlm, inputs.tokens)
+    assert out.read_text(encoding="utf-8") == explore.patch_view(vlm, inputs, dest, 1).html()
+    code, _, err = call(capsys, "view", folders[0], picture, "gone.png", "--out", tmp_path / "x.html")
+    assert code == 1
+    assert "No image at gone.png" in err
 
 
 def test_view_without_out_writes_over_nothing(capsys, folders, picture, tmp_path, monkeypatch):
@@ -237,7 +254,7 @@ def test_a_full_folder_is_left_alone(capsys, folders, tmp_path):
 @pytest.mark.parametrize(
     "arguments",
     [
-        ["study", "--n", "many"], ["study", "--colour"], ["studdy"], ["view", "tiny-llava", "a.png"],
+        ["study", "--n", "many"], ["study", "--colour"], ["studdy"], ["view", "tiny-llava"],
         ["view", "tiny-llava", "--prompt", "a"], ["view", "tiny-llava", "a.png", "--prompt", "a", "--k", "0"],
         ["view", "tiny-llava", "a.png", "--prompt", "a", "--no-answer", "--answer", "a"],
     ],

@@ -20,9 +20,9 @@ EXIT_CODES = """exit codes:
   143  stopped by SIGTERM; the same command continues the study
 The same command also continues a study that was killed. Each worker then reads at most 32 examples, or one batch, again."""
 
-VIEW_HELP = """Let the model answer a prompt about an image, and write the patch view, a page that works offline. It shows what
-was looked at while each word of the answer was written and what each token of the prompt reads, by layer and head, and the
-words that each patch decodes to."""
+VIEW_HELP = """Let the model answer a prompt about an image or several, and write the patch view, a page that works offline. It
+shows what was looked at while each word of the answer was written and what each token of the prompt read, by layer and head,
+and the words that each patch reads as."""
 
 CHECK_HELP = """Derive a model's record from the model itself, hold it to what the model computes, and print both: where each
 part of its decoder is, and by how much every identity is off. The exit code is 1 where one fails."""
@@ -96,11 +96,14 @@ def parser() -> argparse.ArgumentParser:
         help="with --ray: how many GPUs each worker gets, or which part of one (default: 1 with --device cuda or "
         "--device-map, otherwise 0)",
     )  # fmt: skip
-    view = commands.add_parser("view", help="write the patch view of one image", description=VIEW_HELP)
+    view = commands.add_parser("view", help="write the patch view of an image or several", description=VIEW_HELP)
     add = view.add_argument
     add("model", metavar="MODEL", help=MODEL_HELP)
-    add("image", metavar="IMAGE", help="an image file")
-    add("--prompt", required=True, metavar="TEXT", help="the prompt; the model's own template is put around it")
+    add("images", metavar="IMAGE", nargs="+", help="an image file; of several, the prompt is about all of them")
+    add(
+        "--prompt", metavar="TEXT",
+        help='the prompt; the model\'s own template is put around it (default: "Describe the scene.")',
+    )  # fmt: skip
     add_one_of = view.add_mutually_exclusive_group().add_argument
     add_one_of("--answer", metavar="TEXT", help="an answer to read in place of the model's own")
     add_one_of("--no-answer", action="store_true", help="read the prompt alone")

@@ -9,7 +9,7 @@ from mechvlm.cli.options import VIEW_FILE
 
 
 def write_view(arguments: argparse.Namespace) -> int:
-    """Write the page of one image and prompt."""
+    """Write the page of one prompt and its images."""
     from mechvlm.progress import STDERR
 
     out = Path(arguments.out or free_name(VIEW_FILE))
@@ -18,6 +18,7 @@ def write_view(arguments: argparse.Namespace) -> int:
         check_new_file(out)
         quiet_libraries()
         from mechvlm.errors import InputError
+        from mechvlm.experiments.winoground import PROMPT
         from mechvlm.explore import destinations, patch_view, with_answer
         from mechvlm.inputs.images import open_image
         from mechvlm.ndif.connection import retrying
@@ -25,7 +26,8 @@ def write_view(arguments: argparse.Namespace) -> int:
         from mechvlm.vlm.devices import device_of, dtype_of
         from mechvlm.vlm.loading import load
 
-        image = open_image(arguments.image)
+        images = [open_image(image) for image in arguments.images]
+        prompt = PROMPT if arguments.prompt is None else arguments.prompt
         if arguments.answer is not None and not arguments.answer.strip():
             raise InputError("--answer is empty. Give the words to read, or leave it out for the model's own.")
         if arguments.device is not None:
@@ -33,7 +35,7 @@ def write_view(arguments: argparse.Namespace) -> int:
         dtype_of(arguments.dtype, "auto")
         status.update("loading the model")
         vlm = load(arguments.model, device=arguments.device, dtype=arguments.dtype, remote=arguments.remote)
-        inputs = vlm.inputs(image, arguments.prompt)
+        inputs = vlm.inputs([images], prompt)
         if not arguments.no_answer:
             status.update("writing the answer")
             inputs = retrying(lambda: with_answer(vlm, inputs, arguments.answer))
@@ -45,6 +47,8 @@ def write_view(arguments: argparse.Namespace) -> int:
             view.save(out)
         except OSError as error:
             raise InputError(f"The view cannot be written to {out} ({error}). Give another --out.") from error
+    if arguments.prompt is None:
+        say(f"Asked: {prompt} (--prompt asks something else)")
     if tokens.n_answer:
         say(f"Answer: {readable(''.join(tokens.spelled[p] for p in tokens.answer.tolist()).strip())}")
     elif not arguments.no_answer:

@@ -19,6 +19,11 @@ from mechvlm.errors import ViewError
 from mechvlm.inputs.tokens import TokenMap
 from mechvlm.inputs.views import Grid
 
+FRAME_COLOR = (214, 0, 108)
+"""The one color of heat, red, green and blue; its opacity is the share of the largest."""
+FEW_CELLS = 14
+"""A view of fewer cells along its longer side has thinner frames."""
+
 
 @dataclass(frozen=True)
 class DrawnView:
@@ -93,6 +98,45 @@ def added_up(
         total += np.where(inside, heat[row.clip(0, view.grid.rows - 1)][:, col.clip(0, view.grid.cols - 1)], 0)
         count += inside
     return total, count
+
+
+def frames(
+    views: Sequence[DrawnView],
+    heats: Sequence[np.ndarray],
+    x: Float[np.ndarray, " x"],
+    y: Float[np.ndarray, " y"],
+    top: float,
+) -> Float[np.ndarray, "y x rgba"]:
+    """Heat as frames around the cells, to be laid over the image: colors and opacities, 0 to 1.
+
+    A frame's opacity is the cell's share of `top`, or the share of what several cells hold together
+    at that spot. Inside its frame a cell is transparent: the image keeps its colors. Where cells
+    overlap, the smallest has the frame. `frames.js` draws the same on pages.
+    """
+    total, _ = added_up(views, heats, x, y)
+    tone = np.full(total.shape, -1)
+    for view in sorted(views, key=lambda view: np.prod(_cell_size(view.grid))):
+        left, top_edge, right, bottom = view.grid.crop_box
+        width, height = _cell_size(view.grid)
+        at_x, at_y = (x - left) / width, (y - top_edge) / height
+        # Distance from the nearest edge of a cell, in parts of its shorter side.
+        from_x = width * np.minimum(at_x % 1, 1 - at_x % 1) / min(width, height)
+        from_y = height * np.minimum(at_y % 1, 1 - at_y % 1) / min(width, height)
+        edge = np.minimum(from_y[:, None], from_x) / min(1, max(view.grid.rows, view.grid.cols) / FEW_CELLS)
+        inside = ((y >= top_edge) & (y < bottom))[:, None] & ((x >= left) & (x < right))
+        # 2 is the white line that sets a frame off from an image of its color, 1 the frame.
+        own = np.select([edge < 0.04, edge < 0.09, edge < 0.22], [0, 2, 1], 0)
+        tone = np.where((tone < 0) & inside, own, tone)
+    drawn = np.zeros((*total.shape, 4))
+    drawn[..., :3] = np.where((tone == 2)[..., None], 1.0, np.array(FRAME_COLOR) / 255)
+    drawn[..., 3] = np.where(tone > 0, total / (top or 1.0), 0)
+    return drawn
+
+
+def _cell_size(grid: Grid) -> tuple[float, float]:
+    """Width and height of a grid's cells, in pixels of the original image."""
+    left, top, right, bottom = grid.crop_box
+    return (right - left) / grid.cols, (bottom - top) / grid.rows
 
 
 def _overlap(a: Grid, b: Grid) -> bool:

@@ -8,28 +8,51 @@
 
 import io
 import warnings
+from dataclasses import dataclass, field
 from importlib.resources import files
 from typing import Any
 
-import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import ListedColormap, Normalize
 from matplotlib.figure import Figure
-from matplotlib.image import AxesImage
 from matplotlib.patches import Rectangle
 
 from mechvlm.errors import ViewError
-from mechvlm.figures.style import HEAT, style, text
+from mechvlm.figures.style import style, text
 from mechvlm.inputs.batch import Inputs
 from mechvlm.inputs.prompts import prompt_text
 from mechvlm.inputs.tokens import Modality
 from mechvlm.probes.logit_lens import LogitLensResult
 from mechvlm.probes.norm_attention import NormAttentionResult
 from mechvlm.probes.query_reading import QueryReadingResult
+from mechvlm.progress import track
 from mechvlm.view import packing
-from mechvlm.view.drawn import added_up
+from mechvlm.view.drawn import FRAME_COLOR, added_up, frames
 from mechvlm.view.example import Pick, ShownExample, match_example
 from mechvlm.view.page import PAGE_LIMIT, View, to_json
+
+SCRIPTS = ("unpack", "frames", "image", "words", "heads", "link", "patches")
+"""The page's scripts: numbers, heat, images, the lens's words, layers and heads, two views with one
+cursor; the page itself."""
+STAGE_PIXELS = 400
+"""Pixels a side in which the still picture draws an image's heat."""
+VEIL = 0.76
+"""How much white lies over the part of an image that the model does not see."""
+
+
+@dataclass(frozen=True)
+class PatchView(View):
+    """The page of `patches`, which `compare` can put beside another.
+
+    Attributes:
+        model: name of the model.
+        images: its images, as data URLs.
+    """
+
+    model: str = ""
+    images: tuple[str, ...] = field(default=(), repr=False)
 
 
 def patches(
@@ -39,7 +62,7 @@ def patches(
     reading: QueryReadingResult | None = None,
     *,
     example: int | None = None,
-) -> View:
+) -> PatchView:
     """One example to explore: a token's heat over the patches, and each patch's logit-lens words.
 
     Patches lie at their place on the original image; the part that the model does not see is
@@ -78,8 +101,8 @@ def patches(
     (where q reads): its norms or weights spread over the image.
 
     Numbers on the page are off by at most 0.4 % of their row's maximum. Those of single heads are
-    off by up to 1.6 % where one destination's rows would otherwise take more than half a megabyte.
-    Shares are exact.
+    off by up to 1.6 % where one destination's rows would otherwise take more than half a megabyte,
+    or those of all together more than eleven. Shares are exact.
 
     Args:
         inputs: the inputs of the results.
@@ -96,16 +119,17 @@ def patches(
     rows = _pack_picks(shown)
     words = packing.pack_words(shown.lens.ids.numpy(), shown.lens.probs.numpy(), dict(lens.vocabulary))
     not_visual = shown.sources[shown.n_visual :]
-    heat = mpl.colormaps[HEAT]
+    asked = prompt_text(inputs.prompts[shown.number])
     data = {
-        "model": norms.model,
+        "title": f"What {norms.model} looked at",
+        "question": asked.strip(),
         "layers": len(norms.layers),
         "heads": norms.weight.shape[2],
         "images": shown.page_images(),
         "views": shown.page_views(),
         "positions": shown.sources.tolist(),
         "pieces": [shown.piece(p) for p in not_visual.tolist()],
-        "words": shown.n_words,
+        "n_words": shown.n_words,
         "special": [bool(shown.tokens.modality[p] == Modality.SPECIAL) for p in not_visual],
         "visual": shown.n_visual,
         "answer": [
@@ -129,33 +153,41 @@ def patches(
             "data": words,
         },
         "reading": None if shown.maps is None else _pack_maps(shown.maps),
-        "colors": [mpl.colors.to_hex(heat(x)) for x in np.linspace(0, 0.92, 64)],
+        "color": list(FRAME_COLOR),
     }
-    body = f'<main class="patch-view"><script type="application/json">{to_json(data)}</script></main>'
+    body = f'<article class="patch-view"><script type="application/json">{to_json(data)}</script></article>'
     _check_size(len(body), shown)
-    folder = files("mechvlm.view")
-    return View(
-        title=f"Patches, {norms.model}: {prompt_text(inputs.prompts[shown.number])}{_answer_text(shown)}",
+    return PatchView(
+        title=f"Patches, {norms.model}: {asked}{_answer_text(shown)}",
         body=body,
-        scripts=((folder / "patches.js").read_text("utf-8"),),
-        styles=((folder / "patches.css").read_text("utf-8"),),
+        scripts=(_script(),),
+        styles=((files("mechvlm.view") / "patches.css").read_text("utf-8"),),
         preview=lambda: _preview(shown),
         height=_height(shown),
+        model=norms.model,
+        images=tuple(image["src"] for image in data["images"]),
     )
+
+
+def _script() -> str:
+    """The page's scripts as one function, so that no name of theirs reaches another view's."""
+    folder = files("mechvlm.view")
+    sources = [(folder / f"{name}.js").read_text("utf-8") for name in SCRIPTS]
+    return '(() => {\n"use strict";\n' + "\n".join(sources) + "})();\n"
 
 
 def _pack_picks(shown: ShownExample) -> list[dict]:
     """One row for each pick, by its source or its word; those of one position are packed once."""
     rows: list[dict] = []
-    size = 0
+    size, room = 0, packing.row_room(len({pick.positions for pick in shown.picks}))
     packed_at: dict[tuple[int, ...], int] = {}
-    for number, pick in enumerate(shown.picks):
+    for number, pick in enumerate(track(shown.picks, "packing words")):
         at = int(shown.source_of[pick.positions[0]])
         name: dict[str, Any] = {"source": at} if pick.word is None else {"word": pick.word}
         if pick.positions in packed_at:
             rows.append({**name, "like": packed_at[pick.positions]})
             continue
-        packed, levels = packing.pack_rows(*shown.row_values(pick), shown.parts, shown.groups)
+        packed, levels = packing.pack_rows(*shown.row_values(pick), shown.parts, shown.groups, room)
         packed_at[pick.positions] = number
         rows.append({**name, "levels": levels, "data": packed})
         size += len(packed)
@@ -220,16 +252,18 @@ def _preview(shown: ShownExample) -> bytes:
         )
         for number, image in enumerate(shown.pictures)
     ]
-    top = max(float(stage.heat.max()) for stage in stages) or 1.0
+    top = max(float(stage.top) for stage in stages) or 1.0
     with style():
         n = len(stages)
         figure = Figure((4.2 * n + 4.6, max(4.6, 0.21 * len(shown.lens.states))), dpi=100, layout="constrained")
         *left, right = figure.subplots(1, n + 1, width_ratios=[4.2] * n + [4.6])
         for ax, stage in zip(left, stages, strict=True):
-            mesh = stage.draw(ax, top)
+            stage.draw(ax, top)
+        shades = ListedColormap([(*np.array(FRAME_COLOR) / 255, share) for share in np.linspace(0, 1, 256)])
         figure.colorbar(
-            mesh, ax=left, location="bottom", shrink=0.7, aspect=36, label="norm written (residual-stream units)"
-        )
+            ScalarMappable(Normalize(0, top), shades), ax=left, location="bottom", shrink=0.7, aspect=36,
+            label="frames: norm written (residual-stream units)",
+        )  # fmt: skip
         left[0].set_title(f"{_heading(shown, shown.first_pick)}, layer {shown.first_layer}", fontsize=9.5)
         _draw_words(right, shown)
         file = io.BytesIO()
@@ -244,37 +278,32 @@ class _Stage:
     """One image with the heat of all of its views, added up where they overlap."""
 
     def __init__(self, image, views, heats):
-        self.image = image
+        self.image, self.views, self.heats = image, views, heats
         boxes = np.array([view.grid.crop_box for view in views])
         self.box = x0, y0, x1, y1 = *boxes[:, :2].min(0), *boxes[:, 2:].max(0)
-        if len(views) == 1:
-            self.heat, self.seen = heats[0], np.ones_like(heats[0])
-        else:
-            fine = 2 * max(view.grid.rows + view.grid.cols for view in views)
-            steps = (np.arange(fine) + 0.5) / fine
-            self.heat, self.seen = added_up(views, heats, x0 + steps * (x1 - x0), y0 + steps * (y1 - y0))
+        steps = (np.arange(STAGE_PIXELS) + 0.5) / STAGE_PIXELS
+        self.x, self.y = x0 + steps * (x1 - x0), y0 + steps * (y1 - y0)
+        # Of views that do not overlap each cell counts, be it smaller than a spot.
+        apart = len({view.sheet for view in views}) == 1
+        self.top = max(heat.max() for heat in (heats if apart else added_up(views, heats, self.x, self.y)[:1]))
 
-    def draw(self, ax: Axes, top: float) -> AxesImage:
+    def draw(self, ax: Axes, top: float) -> None:
         """Draw the image, paler where the model does not see it, and the heat from 0 to `top`."""
         image, (x0, y0, x1, y1) = self.image, self.box
-        veil = np.full((image.height, image.width, 1), 0.8)
-        veil[max(0, round(y0)) : max(0, round(y1)), max(0, round(x0)) : max(0, round(x1))] = 0.35
+        veil = np.full((image.height, image.width, 1), VEIL)
+        veil[max(0, round(y0)) : max(0, round(y1)), max(0, round(x0)) : max(0, round(x1))] = 0
         ax.imshow(np.asarray(image) / 255 * (1 - veil) + veil)
-        strength = np.where(self.seen, 0.15 + 0.7 * np.sqrt(self.heat / top), 0)
-        mesh = ax.imshow(
-            self.heat, extent=(x0, x1, y1, y0), cmap=HEAT, vmin=0, vmax=top, alpha=strength, interpolation="nearest"
-        )
+        ax.imshow(frames(self.views, self.heats, self.x, self.y, top), extent=(x0, x1, y1, y0), interpolation="nearest")
         ax.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, color="#444444", linewidth=0.8))
         ax.set_xlim(min(0, x0), max(image.width, x1))
         ax.set_ylim(max(image.height, y1), min(0, y0))
         ax.set_axis_off()
-        return mesh
 
 
 def _heading(shown: ShownExample, pick: Pick) -> str:
     """What is drawn of a pick, in the page's own words."""
     if pick.word is None:
-        return f'What "{text(shown.piece(pick.positions[0]), 16)}" reads'
+        return f'What "{text(shown.piece(pick.positions[0]), 16)}" looked at'
     word = shown.answer[pick.word].text
     return f'Looked at while it wrote "{text(word, 16)}"' if word else "Looked at after the answer"
 

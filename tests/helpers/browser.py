@@ -43,6 +43,7 @@ def open_page(chromium, tmp_path):
         context = chromium.new_context(**{"offline": True, "viewport": {"width": 1100, "height": 900}, **options})
         contexts.append(context)
         page = context.new_page()
+        page.set_default_timeout(60_000)
         page.on("pageerror", lambda error: wrong.append(f"error: {error}"))
         page.on(
             "console", lambda message: wrong.append(f"console: {message.text}") if message.type == "error" else None

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from mechvlm.view.packing import pack, pack_rows, pack_words, to_steps
+from mechvlm.view.packing import pack, pack_rows, pack_words, to_steps, without_zeros
 
 shares = st.floats(0, 1, width=32)
 
@@ -35,6 +35,28 @@ def test_steps_are_near_their_values(x):
     assert (back[x == x.max(-1, keepdims=True)] == np.repeat(top, (x == x.max(-1, keepdims=True)).sum(-1))).all()
 
 
+def filled(gaps: np.ndarray, values: np.ndarray, length: int) -> np.ndarray:
+    """What `without_zeros` left out, put back one by one."""
+    out, at, taken = np.zeros((len(values), length), np.uint8), 0, 0
+    for gap in gaps.tolist():
+        at += gap
+        if gap < 255:
+            out[:, at] = values[:, taken]
+            at, taken = at + 1, taken + 1
+    assert taken == values.shape[1]
+    return out
+
+
+@given(st.lists(st.tuples(st.integers(0, 600), st.integers(0, 255), st.integers(0, 255)), max_size=9))
+def test_zeros_are_counted(runs):
+    """Long runs of zeros, values of 0 in one array alone, and zeros at the end."""
+    first = np.concatenate([np.zeros(0, np.uint8), *(np.array([0] * n + [a], np.uint8) for n, a, _ in runs)])
+    second = np.concatenate([np.zeros(0, np.uint8), *(np.array([0] * n + [b], np.uint8) for n, _, b in runs)])
+    gaps, *values = without_zeros(first, second)
+    assert np.array_equal(filled(gaps, np.stack(values), len(first)), np.stack([first, second]))
+    assert not any((a, b) == (0, 0) for a, b in zip(*values, strict=True))
+
+
 @given(st.integers(1, 3), st.integers(1, 3), st.integers(3, 8), st.integers(0, 10))
 def test_rows_come_back_layer_by_layer(n_layers, n_heads, n_src, seed):
     rng = np.random.default_rng(seed)
@@ -50,13 +72,17 @@ def test_rows_come_back_layer_by_layer(n_layers, n_heads, n_src, seed):
         return np.frombuffer(data[at - size : at], dtype).reshape(shape)
 
     both = np.stack([raw, norm])
-    top = take("<f4", 2, n_layers, 1 + n_heads, 2)
-    share = take("<u2", 2, n_layers, 1 + n_heads, 2) / 65535
+    n_gaps, n_values = take("<u4", 2)
+    planes = take("u1", 3, 2, n_layers, 1 + n_heads, 2).astype(np.uint32)
+    top = (planes[0] << 8 | planes[1] << 16 | planes[2] << 24).view("f4")
+    low, high = take("u1", 2, 2, n_layers, 1 + n_heads, 2).astype(int)
+    share = (low + 256 * high) / 65535
     together = take("u1", 2, n_layers, n_src)
-    weights, difference = (take("u1", n_layers, n_heads, n_src) for _ in range(2))
+    gaps, values = take("u1", n_gaps), take("u1", 2, n_values)
     assert at == len(data)
+    weights, difference = filled(gaps, values, n_layers * n_heads * n_src).reshape(2, n_layers, n_heads, n_src)
     for number, part in enumerate(parts):
-        np.testing.assert_array_equal(top[..., number], both[..., part].max(-1))
+        np.testing.assert_allclose(top[..., number], both[..., part].max(-1), rtol=2**-16)
         most = top[:, :, 0, number, None]
         np.testing.assert_allclose(most * (together[..., part] / 255) ** 2, both[:, :, 0, part], atol=0.004)
         for measure, steps in enumerate((weights, weights + difference)):

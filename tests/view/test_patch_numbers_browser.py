@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import mechvlm as mv
-from helpers.patch_page import SHOWN, near, number, opened, row_of, share_on_images
+from helpers.patch_page import SHOWN, near, number, opened, row_of, share_on_images, shares
 from helpers.patch_results import UNEVEN_DEST, uneven
 
 pytestmark = pytest.mark.browser
@@ -82,11 +82,9 @@ def test_heat_legend_and_read_out_are_the_results_numbers(page, results):
         shown, row = page.evaluate(SHOWN, list(case)), row_of(norms, *case)
         top = row[tokens.image].max()
         assert number(shown["top"]) == near(top, 0), case
-        alpha = np.concatenate([np.array(stage)[..., 3].reshape(-1) for stage in shown["heat"]])
-        assert [np.shape(stage)[:2] for stage in shown["heat"]] == [(2, 3), (3, 2)]
-        # The page's opacity is 0.1 + 0.9 sqrt(share of the largest).
-        share = ((alpha / 255 - 0.1) / 0.9).clip(0) ** 2
-        assert share == pytest.approx(row[tokens.image] / top, abs=0.02), case
+        assert [np.shape(view)[:2] for view in shown["heat"]] == [(2, 3), (3, 2)]
+        assert shares(shown["heat"]) == pytest.approx(row[tokens.image] / top, abs=0.02), case
+        assert shown["inside"] == 0, "inside its frame a patch keeps its colors"
         place, numbers = shown["read"].split(": ")
         value, percent = numbers.removesuffix(" % of the largest").split(", ")
         assert place == "row 2, column 0 of image 1"
@@ -130,19 +128,16 @@ def test_every_patch_reads_out_its_own_number(page, results):
 
 
 def test_the_map_of_layers_and_heads(page, results):
-    """Its colors run from the least share to the largest, layer 0 at the bottom, head 0 left."""
+    """Opacity runs from 0 to the largest share, layer 0 at the bottom, head 0 left."""
     inputs, _, norms = results
     tokens = inputs.tokens
-    colors = page.locator("script[type='application/json']").first.evaluate("s => JSON.parse(s.textContent).colors")
-    colors = np.array([[int(c[i : i + 2], 16) for i in (1, 3, 5)] for c in colors])
     for dest, measure in itertools.product(UNEVEN_DEST, (0, 1)):
         shown, share = page.evaluate(SHOWN, [dest, 7, 2, measure]), share_on_images(norms, tokens, dest, measure)
-        low, high, area = share.min(), share.max(), page.locator(".map").bounding_box()
-        assert [number(x) for x in shown["mapEnds"]] == pytest.approx([100 * low, 100 * high], abs=0.051)
-        drawn = np.concatenate([np.array(canvas) for canvas in shown["map"]], 1)[::-1, :, :3]
-        steps = np.square(drawn[:, :, None] - colors).sum(-1).argmin(-1)
-        assert drawn.shape[:2] == share.shape
-        assert steps / 63 == pytest.approx((share - low) / (high - low), abs=0.02)
+        high, area = share.max(), page.locator(".map").bounding_box()
+        assert [number(x) for x in shown["mapEnds"]] == pytest.approx([0, 100 * high], abs=0.051)
+        drawn = np.concatenate([np.array(canvas) for canvas in shown["map"]], 1)[::-1, :, 3]
+        assert drawn.shape == share.shape
+        assert drawn / 255 == pytest.approx(share / high, abs=0.003)
         for layer, head in ((0, 0), (10, 3), (9, 1)):
             x = 12 if head == 0 else area["width"] - (3 - head + 0.5) * 24
             page.mouse.move(area["x"] + x, area["y"] + area["height"] * (11 - layer - 0.5) / 11)
@@ -185,7 +180,7 @@ def test_words_and_chances_of_each_state(page, results):
             assert chances == pytest.approx(100 * probs[at, point], abs=1)
     for layer, note in [(0, "state 0 not read"), (5, "state 5"), (10, "state 10 not read"), (11, "state 11, output")]:
         page.locator(".layer input").fill(str(layer))
-        assert page.locator(".panel-words h2 small").inner_text().strip() == f"logit lens, {note}"
+        assert page.locator(".panel-words h2 small").inner_text().strip() == f"token “or”, {note}"
         marked = page.locator("tr[aria-current] th").all_inner_texts()
         assert marked == ([str(layer)] if layer % 2 else [])
     assert page.locator(".layer output").inner_text() == "output"
@@ -197,15 +192,15 @@ def test_no_layer_reads_the_output_so_it_has_no_heat(page, results):
     inputs, _, _ = results
     page.evaluate(SHOWN, [19, 10, 2, 1])
     page.mouse.move(*center(page, inputs.tokens.grids[1], 1, 2, 0))
-    assert page.locator(".stage canvas:visible").count() == 2
+    assert page.locator(".clip canvas:visible").count() == 2
     assert page.locator(".read").inner_text().startswith("row 2, column 0 of image 1: ")
     page.locator(".layer input").fill("11")
-    assert page.locator(".stage canvas:visible").count() == 0
+    assert page.locator(".clip canvas:visible").count() == 0
     assert not page.locator(".panel-image .legend").is_visible()
     assert page.locator(".read").inner_text() == "row 2, column 0 of image 1"
     assert "no layer reads state 11, the output" in page.locator(".panel-image h2").inner_text()
     page.locator(".layer input").fill("10")
-    assert page.locator(".stage canvas:visible").count() == 2
+    assert page.locator(".clip canvas:visible").count() == 2
 
 
 def test_queries_have_maxima_of_their_own(open_page):
@@ -215,8 +210,7 @@ def test_queries_have_maxima_of_their_own(open_page):
     for query, position in enumerate(tokens.image.tolist()):
         shown = page.evaluate(SHOWN, [position, 5, 0, 1])
         assert number(shown["top"]) == near(maps[query].max(), 0)
-        alpha = np.array(shown["heat"][0])[..., 3]
-        assert ((alpha / 255 - 0.1) / 0.9).clip(0) ** 2 == pytest.approx(maps[query] / maps[query].max(), abs=0.02)
+        assert shares(shown["heat"]) == pytest.approx(maps[query].flatten() / maps[query].max(), abs=0.02)
         assert shown["unit"] == f"Q-Former attention weight of query {query}, mean of layers and heads"
         page.mouse.move(*center(page, tokens.grids[0], 0, 1, 0))
         value, percent = page.locator(".read").inner_text().split(": ")[1].split(", ")
@@ -229,6 +223,5 @@ def test_queries_have_maxima_of_their_own(open_page):
         shown, row = page.evaluate(SHOWN, [dest, layer, head, measure]), row_of(norms, dest, layer, head, measure)
         heat = np.einsum("q,qrc->rc", row[tokens.image], maps)
         assert number(shown["top"]) == near(heat.max(), heat.max())
-        alpha = np.array(shown["heat"][0])[..., 3]
-        assert ((alpha / 255 - 0.1) / 0.9).clip(0) ** 2 == pytest.approx(heat / heat.max(), abs=0.03)
+        assert shares(shown["heat"]) == pytest.approx(heat.flatten() / heat.max(), abs=0.03)
         assert "from each query × where that reads" in shown["unit"]

@@ -10,6 +10,7 @@ import torch
 import mechvlm as mv
 from helpers.images import noise_image
 from helpers.models import llava
+from helpers.patch_page import CELLS, opened
 from helpers.patch_results import large_inputs, photo, synthetic
 from mechvlm.datasets.scenes import scenes
 
@@ -19,12 +20,6 @@ HOSTILE = (
     "<script>window.ran=1</script>", "</script><img src=x onerror='window.ran=1'>", "\"quotes\" 'and' `ticks`",
     "a\u2028b\u2029c", "<s>", "שלום", "\u202eright to left", "👩‍👩‍👧 🙂", "&lt;b&gt;", "<!--", " ",
 )  # fmt: skip
-
-
-def opened(open_page, view):
-    page = open_page(view)
-    page.wait_for_selector(".patch-view[data-ready]", timeout=20_000)
-    return page
 
 
 @pytest.fixture(scope="module")
@@ -41,14 +36,9 @@ def page(open_page, tiny):
 
 
 def heat(page, stage: int = 0) -> list[list[float]]:
-    """The opacity of each patch of an image, 0 to 255; it rises with the heat."""
-    return page.evaluate(
-        """n => { const c = document.querySelectorAll(".stage canvas")[n];
-        const {data, width} = c.getContext("2d").getImageData(0, 0, c.width, c.height), rows = [];
-        for (let i = 0; i < data.length / 4; i++) (rows[Math.floor(i / width)] ??= []).push(data[4 * i + 3]);
-        return rows; }""",
-        stage,
-    )
+    """The opacity of each patch's frame on an image, 0 to 255; it rises with the heat."""
+    canvas = page.locator(".clip canvas").nth(stage)
+    return [[cell["frame"][3] for cell in row] for row in canvas.evaluate(CELLS)]
 
 
 def hottest(rows) -> tuple[int, int]:
@@ -144,7 +134,7 @@ def test_raw_weights_heads_and_the_map(page, tiny):
     flat = lambda values: divmod(int(values.argmax()), grid.cols)  # noqa: E731
     page.get_by_role("button", name="raw").click()
     assert hottest(heat(page)) == flat(norms.weight[3, 0, :, -1, tokens.image].mean(0))
-    page.select_option("select", label="2")
+    page.select_option(".controls select", label="2")
     assert hottest(heat(page)) == flat(norms.weight[3, 0, 2, -1, tokens.image])
     page.get_by_role("button", name="norm-based").click()
     assert hottest(heat(page)) == flat(norms.norm_head[3, 0, 2, -1, tokens.image])
@@ -184,11 +174,11 @@ def test_keys_and_slider(page):
     page.keyboard.press("Home")
     assert layer(page) == 0
     assert "attention of layer 0, which reads state 0" in page.locator(".panel-image h2").inner_text()
-    assert page.locator(".stage canvas").is_visible()
+    assert page.locator(".clip canvas").is_visible()
     page.keyboard.press("End")
     assert layer(page) == 8
     assert "no layer reads state 8, the output" in page.locator(".panel-image h2").inner_text()
-    assert not page.locator(".stage canvas").is_visible()
+    assert not page.locator(".clip canvas").is_visible()
     page.locator("tbody tr", has=page.get_by_role("button", name="state 3")).get_by_role("button").click()
     assert layer(page) == 3
 
@@ -239,7 +229,7 @@ def test_a_patch_as_the_one_that_reads(open_page, llava_vlm):
     page = opened(open_page, mv.view.patches(inputs, lens, norms))
     grid = inputs.tokens.grids[0]
     page.mouse.click(*center(page, 2, 1, grid))
-    page.get_by_role("button", name="show what it reads").click()
+    page.get_by_role("button", name="Show what it looked at").click()
     at = inputs.tokens.position(2, 1)
     expected = norms.norm[1, 0, at, inputs.tokens.image].reshape(grid.rows, grid.cols)
     assert hottest(heat(page)) == divmod(int(expected.argmax()), grid.cols)
@@ -267,9 +257,9 @@ def test_queries_are_drawn_where_they_read(open_page):
     page.mouse.move(5, 5)
     assert "Where query 5 reads" in page.locator(".panel-image h2").inner_text()
     page.locator(".layer input").fill("8")
-    assert page.locator(".stage canvas").is_visible(), "the Q-Former reads before the first layer"
+    assert page.locator(".clip canvas").is_visible(), "the Q-Former reads before the first layer"
     page.get_by_role("button", name="at position 17", exact=False).click()
-    assert "What “What” reads" in page.locator(".panel-image h2").inner_text()
+    assert "What “What” looked at" in page.locator(".panel-image h2").inner_text()
 
 
 def test_hostile_strings_are_text(open_page, tiny):
@@ -296,7 +286,7 @@ def test_hostile_strings_are_text(open_page, tiny):
     assert {"שלום", "👩‍👩‍👧␣🙂", "&lt;b&gt;", "<!--", "␣", "a·b·c", "·right␣to␣left"} <= set(shown)
     assert "<script>window.ran=1</script>" in [w for row in words(page).values() for w in row]
     assert page.evaluate("window.ran") is None
-    assert page.locator(".patch-view img").count() == 1
+    assert page.locator(".stage img").count() == 1
 
 
 CHANGES = {
@@ -353,11 +343,11 @@ def test_it_draws_and_changes_at_once_at_the_size_of_7b(open_page):
     page = opened(open_page, mv.view.patches(inputs, *synthetic(inputs, dest=(600,))))
     drawn = min(drawn_after(page), *(drawn_after(page, reload=True) for _ in range(2)))
     print(f"\ndrawn after {drawn:.0f} ms")
-    assert drawn < 500
     page.wait_for_timeout(300)
     times = {name: quickest(page, change, FRAME) for name, change in CHANGES.items()}
     plain = quickest(page, PLAIN_TABLE, 0)
     print("\n".join(f"{name}: {ms:.1f} ms" for name, ms in {**times, "a plain table": plain}.items()))
+    assert drawn < max(300, 40 * plain), f"a plain table takes {plain:.1f} ms"
     slow = {name: ms for name, ms in times.items() if ms >= max(FRAME, 2 * plain)}
     assert slow == {}, f"a plain table takes {plain:.1f} ms"
 

@@ -62,7 +62,7 @@ def test_a_cell_without_a_token_has_no_heat():
 def test_the_page_draws_all_views_and_names_what_has_no_place():
     page = mv.view.patches(*results(tokens_of())).html()
     data = json.loads(re.search(r'<script type="application/json">(.*?)</script>', page, re.S)[1])
-    assert (data["visual"], data["words"], len(data["positions"])) == (10, 4, 16)
+    assert (data["visual"], data["n_words"], len(data["positions"])) == (10, 4, 16)
     assert data["pieces"][4:] == ["line break", "line break"]
     assert [(v["name"], v["rows"], v["cols"], v["sheet"], v["crop"]) for v in data["views"]] == [
         ("thumbnail", 2, 3, 0, [0, 0, 60, 40]), ("tile 0,1", 2, 2, 1, [30, 0, 60, 40]),

@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 
 import mechvlm as mv
-from helpers.patch_page import opened
+from helpers.patch_page import CELLS, opened
 from helpers.several_views import results, tokens_of
 
 pytestmark = pytest.mark.browser
 
-ALPHA = """n => { const c = document.querySelectorAll(".stage canvas")[n];
+ALPHA = """n => { const c = document.querySelectorAll(".clip canvas")[n];
     const { data, width } = c.getContext("2d").getImageData(0, 0, c.width, c.height), rows = [];
     for (let i = 0; i < data.length / 4; i++) (rows[Math.floor(i / width)] ??= []).push(data[4 * i + 3]);
     return rows; }"""
@@ -23,11 +23,6 @@ def example():
 @pytest.fixture
 def page(open_page, example):
     return opened(open_page, mv.view.patches(*example))
-
-
-def alpha(share: np.ndarray) -> np.ndarray:
-    """The opacity, 0 to 255, of a share of the largest, in the palette's 64 steps."""
-    return np.floor(255 * (0.1 + 0.9 * np.sqrt(np.rint(share * 63) / 63)) + 0.5)
 
 
 def spot(page, stage: int, x: float, y: float) -> tuple[float, float]:
@@ -47,11 +42,15 @@ def test_sheets_are_drawn_apart_and_together_on_one_scale(page, example):
     top = both.max()
     drawn = np.array(page.evaluate(ALPHA, 0))
     assert drawn.shape == (213, 320)
-    middles = np.array([10, 25, 35, 42.5, 52.5]) / 60 * 320
-    at = drawn[np.ix_([53, 160], middles.astype(int))]
-    assert np.abs(at - alpha(both / top)).max() <= 4, "one step of the palette"
-    assert np.abs(np.array(page.evaluate(ALPHA, 1)) - alpha(whole / top)).max() <= 4
-    assert np.abs(np.array(page.evaluate(ALPHA, 2)) - alpha(tile / top)).max() <= 4
+    middles = (np.array([10, 25, 35, 42.5, 52.5]) / 60 * 320).astype(int)
+    assert (drawn[np.ix_([53, 160], middles)] == 0).all(), "the image itself, inside the frames"
+    # Where the tile lies, frames are those of its smaller cells, nearer to the edge.
+    lines = np.array([[3, 3, 1, 1, 1], [110, 110, 108, 108, 108]])
+    assert drawn[lines, middles] / 255 == pytest.approx(both / top, abs=0.005)
+    views = [np.array(page.locator(".clip canvas").nth(n).evaluate(CELLS)) for n in (1, 2)]
+    for view, values in zip(views, (whole, tile), strict=True):
+        alpha = np.array([[cell["frame"][3] for cell in row] for row in view])
+        assert alpha / 255 == pytest.approx(values / top, abs=0.01)
     assert float(page.locator(".panel-image .legend span").nth(1).inner_text()) == pytest.approx(top, rel=0.06)
 
 
@@ -79,13 +78,13 @@ def test_one_cursor_goes_through_all_pictures(page):
         page.keyboard.press(key)
         names.append(read.inner_text().split(":")[0])
     assert names == [f"row {row}, column {col} of thumbnail" for row, col in ((1, 1), (1, 2), (0, 2))]
-    assert "of thumbnail says" in page.locator(".panel-words h2").inner_text()
+    assert "of thumbnail, state" in page.locator(".panel-words h2").inner_text()
 
 
 def test_tiles_alone_are_one_picture(open_page):
     page = opened(open_page, mv.view.patches(*results(tokens_of(whole=False))))
     assert page.locator(".stage").count() == 1
-    assert page.locator(".stage canvas").count() == 2
+    assert page.locator(".clip canvas").count() == 2
     page.keyboard.press("Escape")
     page.mouse.click(*spot(page, 0, 25, 30))
     page.locator(".stage").focus()

@@ -59,13 +59,30 @@ def texts(ax) -> dict[tuple[float, float], str]:
     return {text.get_position(): text.get_text() for text in ax.texts}
 
 
-def over(image: np.ndarray, veil: float, share: float) -> np.ndarray:
-    """The image's color under a veil, and under the heat of a patch (NaN: no patch)."""
-    base = image * (1 - veil) + 255 * veil
-    if np.isnan(share):
-        return base
-    strength = 0.15 + 0.7 * np.sqrt(share)
-    return base * (1 - strength) + color(HEAT, float(share)) * strength
+VEIL = 0.76
+"""How much white lies over what the model does not see."""
+
+
+def frame(image: np.ndarray, share: float) -> np.ndarray:
+    """The image's color under the frame of a patch: its opacity is the share of the largest."""
+    return image * (1 - share) + np.array([214, 0, 108]) * share
+
+
+def frame_scale(grid) -> float:
+    """The lines of a frame lie this much closer to the edge where cells are few."""
+    return min(1, max(grid.rows, grid.cols) / 14)
+
+
+def check_cell(picture: np.ndarray, ax, pixels: np.ndarray, grid, cell: tuple[int, int], share: float):
+    """Inside its frame a patch is the image, and the frame has the patch's share."""
+    left, upper, right, lower = grid.box(*cell)
+    x, y = (left + right) / 2, (upper + lower) / 2
+    assert pixel(picture, ax, x, y) == pytest.approx(pixels[int(y), int(x)], abs=6), cell
+    # Between the white line and the inside: one of the picture's pixels lies on the frame alone.
+    depth = min(right - left, lower - upper) * frame_scale(grid) * np.linspace(0.07, 0.24, 18)
+    spots = np.array([pixel(picture, ax, x, lower - d) for d in depth])
+    expected = frame(pixels[min(int(lower), len(pixels)) - 1, int(x)], share)
+    assert np.abs(spots - expected).max(1).min() < 9, (cell, share)
 
 
 # --- the patch view
@@ -83,20 +100,21 @@ def test_the_patch_views_picture(turned, saved):
     for ax, image, grid, heat in zip(stages, inputs.images[0], tokens.grids, heats, strict=True):
         pixels = np.asarray(image).astype(float)
         for r, c in np.ndindex(grid.rows, grid.cols):
-            left, upper, right, lower = grid.box(r, c)
-            x, y = (left + right) / 2, (upper + lower) / 2
-            share = float(heat[r, c]) / top
-            assert pixel(picture, ax, x, y) == pytest.approx(over(pixels[int(y), int(x)], 0.35, share), abs=6), (r, c)
+            if grid.box(r, c)[3] <= image.height:
+                check_cell(picture, ax, pixels, grid, (r, c), float(heat[r, c]) / top)
     wide, tall = (1, 0) if turned else (0, 1)
     # The image's right edge is cut: no heat, and paler.
-    # Beyond the other image's lower edge there is heat alone.
-    pale = np.asarray(inputs.images[0][tall]).astype(float)[200, 240]
-    assert pixel(picture, stages[tall], 240, 200) == pytest.approx(over(pale, 0.8, np.nan), abs=4)
-    beyond = over(np.full(3, 255.0), 0, float(heats[wide][1, 2]) / top)
-    assert pixel(picture, stages[wide], 280, 165) == pytest.approx(beyond, abs=4)
-    assert stages[0].get_title(loc="left") == 'What "it" reads, layer 5'
+    # Beyond the other image's lower edge there are frames alone.
+    pale = np.asarray(inputs.images[0][tall]).astype(float)[200, 240] * (1 - VEIL) + 255 * VEIL
+    assert pixel(picture, stages[tall], 240, 200) == pytest.approx(pale, abs=4)
+    grid, share = tokens.grids[wide], float(heats[wide][1, 2]) / top
+    left, upper, right, lower = grid.box(1, 2)
+    depth = (lower - upper) * frame_scale(grid) * np.linspace(0.07, 0.24, 18)
+    beyond = np.array([pixel(picture, stages[wide], (left + right) / 2, lower - d) for d in depth])
+    assert np.abs(beyond - frame(np.full(3, 255.0), share)).max(1).min() < 9
+    assert stages[0].get_title(loc="left") == 'What "it" looked at, layer 5'
     assert bar.get_xlim() == pytest.approx((0, top), rel=1e-5)
-    assert bar.get_xlabel() == "norm written (residual-stream units)"
+    assert bar.get_xlabel() == "frames: norm written (residual-stream units)"
 
     hottest = int(torch.cat([heat.flatten() for heat in heats]).argmax())
     image, row, col = tokens.cell(int(tokens.image[hottest]))
@@ -123,10 +141,8 @@ def test_the_patch_views_picture_of_queries(saved):
     read = norms.norm[5, 0, 1, tokens.image]
     heat = torch.einsum("q,qrc->rc", read, reading.map[0])
     pixels = np.asarray(inputs.images[0][0]).astype(float)
-    for r, c in np.ndindex(2, 3):
-        x, y = 100 * c + 50, 100 * r + 25
-        share = float(heat[r, c] / heat.max())
-        assert pixel(picture, stage, x, y) == pytest.approx(over(pixels[y, x], 0.35, share), abs=6)
+    check_cell(picture, stage, pixels, tokens.grids[0], (0, 0), float(heat[0, 0] / heat.max()))
+    check_cell(picture, stage, pixels, tokens.grids[0], (0, 2), float(heat[0, 2] / heat.max()))
     assert bar.get_xlim() == pytest.approx((0, float(heat.max())), rel=1e-5)
     assert words.get_title(loc="left") == f"Logit lens: query {int(read.argmax())}"
     assert texts(words) == pieces_at(lens, int(tokens.image[read.argmax()]))
@@ -134,7 +150,7 @@ def test_the_patch_views_picture_of_queries(saved):
 
 @pytest.mark.parametrize("turned", [False, True])
 def test_the_gallerys_picture(turned):
-    """Every pixel, but for those on the edge of a patch."""
+    """Every pixel, but for those on the edge of a line."""
     inputs, lens, norms = uneven(turned=turned)
     shown = match_example(inputs, lens, norms, None, None)
     grid, image = inputs.tokens.grids[0], inputs.images[0][0]
@@ -152,11 +168,17 @@ def test_the_gallerys_picture(turned):
         return down[:, None] & across
 
     for r, c in np.ndindex(grid.rows, grid.cols):
-        inside = between(*grid.box(r, c), 2)
-        expected[inside] = over(pixels[inside], 0.35, float(heat[r, c] / heat.max()))
-        known |= inside
+        box, share = grid.box(r, c), float(heat[r, c] / heat.max())
+        unit = min(box[2] - box[0], box[3] - box[1]) * frame_scale(grid)
+        line = [between(*box, part * unit) for part in (0, 0.04, 0.09, 0.22)]
+        for here, drawn_there in (
+            (line[0] & ~line[1], pixels), (line[1] & ~line[2], pixels * (1 - share) + 255 * share),
+            (line[2] & ~line[3], frame(pixels, share)), (line[3], pixels),
+        ):  # fmt: skip
+            expected[here] = drawn_there[here]
+            known |= here
     unseen = ~between(*grid.crop_box, -2)
-    expected[unseen] = over(pixels[unseen], 0.8, np.nan)
+    expected[unseen] = pixels[unseen] * (1 - VEIL) + 255 * VEIL
     known |= unseen
     assert known.mean() > 0.9
     assert drawn[known] == pytest.approx(expected[known], abs=1.5)

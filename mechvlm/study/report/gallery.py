@@ -4,21 +4,19 @@ import re
 import warnings
 from collections.abc import Iterable
 
-import matplotlib as mpl
 import numpy as np
 import torch
 from PIL import Image
 
 from mechvlm.errors import InputError
 from mechvlm.explore import GALLERY_ROOM, destinations, read_for_page
-from mechvlm.figures.style import HEAT
 from mechvlm.inputs.answer import Answer
 from mechvlm.inputs.batch import Inputs
 from mechvlm.inputs.images import ImageLike
 from mechvlm.study.record import GalleryView
-from mechvlm.view.drawn import added_up
+from mechvlm.view.drawn import added_up, frames
 from mechvlm.view.example import Pick, ShownExample, match_example
-from mechvlm.view.patches import patches
+from mechvlm.view.patches import VEIL, patches
 from mechvlm.vlm.vlm import VLM
 
 HEAT_SIDE = 256
@@ -67,7 +65,7 @@ def file_names(keys: Iterable[tuple[str, str]]) -> dict[tuple[str, str], str]:
 def _heat(shown: ShownExample, pick: Pick) -> Image.Image:
     """A small copy of the first image, with the heat of a pick at the layer shown first.
 
-    Darker is more. Parts of the image that the model does not see are paler.
+    The stronger a frame, the more was read there. Parts that the model does not see are paler.
     """
     image = shown.pictures[0].copy()
     image.thumbnail((HEAT_SIDE, HEAT_SIDE))
@@ -78,10 +76,8 @@ def _heat(shown: ShownExample, pick: Pick) -> Image.Image:
     x = (np.arange(image.width) + 0.5) * width / image.width
     y = (np.arange(image.height) + 0.5) * height / image.height
     heat, seen = added_up(views, heats, x, y)
-    share = heat / (heat.max() or 1.0)
-    in_crop = seen > 0
-    veil = np.where(in_crop, 0.35, 0.8)[..., None]
+    veil = np.where(seen > 0, 0, VEIL)[..., None]
     pixels = np.asarray(image) / 255 * (1 - veil) + veil
-    strength = (np.where(in_crop, 0.15 + 0.7 * np.sqrt(share), 0))[..., None]
-    pixels = pixels * (1 - strength) + mpl.colormaps[HEAT](share)[..., :3] * strength
+    drawn = frames(views, heats, x, y, float(heat.max()))
+    pixels = pixels * (1 - drawn[..., 3:]) + drawn[..., :3] * drawn[..., 3:]
     return Image.fromarray(np.rint(255 * pixels).astype(np.uint8))

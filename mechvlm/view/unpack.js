@@ -1,0 +1,183 @@
+// The numbers of the page, unpacked. Nothing here touches the page; packing.py has the order of the bytes.
+
+async function unpack(text) {
+  const coded = atob(text), bytes = new Uint8Array(coded.length);
+  for (let i = 0; i < coded.length; i++) bytes[i] = coded.charCodeAt(i);
+  const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"));
+  return new Response(stream).arrayBuffer();
+}
+
+// Reads typed arrays that lie one after the other in a buffer.
+function reader(buffer) {
+  let at = 0;
+  return (kind, length) => {
+    const made = new kind(buffer, at, length);
+    at += made.byteLength;
+    return made;
+  };
+}
+
+const scale = (levels, power) => Float32Array.from({ length: 256 }, (_, q) => (q / levels) ** power);
+const fine = scale(255, 2);
+const whole = x => String(Math.round(x * 1000) / 10);
+const percent = x => (x > 0 && x < 0.0005 ? "<0.1" : whole(x)) + " %";
+const number = x => (x === 0 ? "0" : Math.abs(x) < 1e-4 ? x.toExponential(1) : String(Number(x.toPrecision(2))));
+const clamp = (x, low, high) => Math.min(high, Math.max(low, x));
+
+function largest(values, from, to) {
+  let most = 0;
+  for (let i = from; i < to; i++) if (values[i] > most) most = values[i];
+  return most;
+}
+
+// A token as it is shown: without the space that starts a word, and with signs for invisible characters.
+function shown(piece) {
+  const plain = piece.replace(/^ (?=.)/u, "").replaceAll(" ", "␣").replaceAll("\n", "⏎").replaceAll("\t", "⇥");
+  return plain.replace(/[\p{Cc}\p{Cf}\p{Zl}\p{Zp}]/gu, c => (c === "\u200d" ? c : "·")) || "·";
+}
+
+// The page's data with what can be asked of them: `L` layers, `H` heads, `S` sources, of which the first `V` are visual.
+async function model(data) {
+  const { layers: L, heads: H, visual: V, images, views, rows, lens } = data;
+  const S = data.positions.length, G = images.length + 2, parts = [[0, V], [V, S]];
+
+  // Cells of all views are counted through. `sourceOf` and `cellOf` turn a cell into the source that it holds and back, -1: none.
+  let count = 0;
+  for (const view of views) {
+    Object.assign(view, { first: count, dx: (view.crop[2] - view.crop[0]) / view.cols, dy: (view.crop[3] - view.crop[1]) / view.rows });
+    count += view.rows * view.cols;
+  }
+  const viewsOf = image => views.filter(view => view.image === image);
+  const sheetsOf = image => [...new Set(viewsOf(image).map(view => view.sheet))].map(n => viewsOf(image).filter(view => view.sheet === n));
+  const sourceOf = new Int32Array(count), cellOf = new Int32Array(V);
+  for (const view of views) for (const c of view.empty) sourceOf[view.first + c] = -1;
+  if (!data.reading) {
+    let source = 0;
+    for (let c = 0; c < count; c++) if (sourceOf[c] === 0) { sourceOf[c] = source; cellOf[source++] = c; }
+  }
+
+  // ---- rows ----------------------------------------------------------------------------------------------------------
+  async function readRow(row) {
+    const take = reader(await unpack(row.data));
+    // Numbers of several bytes come in planes, all lowest bytes first.
+    const planes = (n, length, join) => {
+      const own = Array.from({ length: n }, () => take(Uint8Array, length));
+      return Int32Array.from({ length }, (_, i) => join(own.map(bytes => bytes[i])));
+    };
+    const [gaps, n] = take(Uint32Array, 2), top = planes(3, 4 * L * (H + 1), b => (b[0] << 8) | (b[1] << 16) | (b[2] << 24));
+    const share = planes(2, 2 * L * (H + 1) * G, b => b[0] | (b[1] << 8));
+    const all = take(Uint8Array, 2 * L * S), gap = take(Uint8Array, gaps), weights = take(Uint8Array, n), less = take(Uint8Array, n);
+    const raw = new Uint8Array(L * H * S), norm = new Uint8Array(L * H * S);
+    for (let g = 0, i = 0, at = 0; g < gaps; g++) {
+      at += gap[g];
+      if (gap[g] === 255) continue;  // zeros without a value behind them
+      raw[at] = weights[i];
+      norm[at++] = weights[i] + less[i++];
+    }
+    return {
+      ...row, share, all, heads: [raw, norm], top: new Float32Array(top.buffer),
+      scale: scale(row.levels, 1), fine: row.levels === 255 ? fine : scale(127, 2),
+    };
+  }
+
+  // Fills `out` with what the row reads from each source, and returns it. Measure 0 is raw, 1 is norm-based;
+  // head 0 is all heads together.
+  function values(row, measure, layer, head, out) {
+    const at = (measure * L + layer) * (H + 1) + head;
+    const steps = head ? row.heads[measure] : row.all, share = head ? row.scale : row.fine;
+    const from = head ? (layer * H + head - 1) * S : (measure * L + layer) * S;
+    parts.forEach(([a, b], part) => {
+      const top = row.top[at * 2 + part];
+      for (let s = a; s < b; s++) out[s] = top * share[steps[from + s]];
+    });
+    return out;
+  }
+  const shareOf = (row, measure, layer, head, group) =>
+    row.share[((measure * L + layer) * (H + 1) + head) * G + group] / 65535;
+  const onImages = (row, measure, layer, head) =>
+    images.reduce((sum, _, i) => sum + shareOf(row, measure, layer, head, i), 0);
+
+  // Spreads what is read from each source over the cells of the pictures.
+  function spread(read, heat) {
+    if (!maps) for (let c = 0; c < count; c++) heat[c] = sourceOf[c] < 0 ? 0 : read[sourceOf[c]];
+    else {
+      heat.fill(0);
+      for (let q = 0; q < V; q++) for (let p = 0; p < count; p++) heat[p] += read[q] * maps[q * count + p];
+    }
+    return heat;
+  }
+
+  // A row is of a source, or of a word of the answer; one of the same positions as another is like that one.
+  const decoded = [], ready = [];
+  function decode(i) {
+    const { like, source, word } = rows[i];
+    return decoded[i] ??= (like === undefined ? readRow(rows[i]) : decode(like).then(other => ({ ...other, source, word }))).then(row => (ready[i] = row));
+  }
+  const [, words, maps] = await Promise.all([
+    decode(data.start.row),
+    unpack(lens.data).then(buffer => {
+      const take = reader(buffer), n = lens.states.length * lens.k * lens.sources.length;
+      const [low, mid, high, chances] = [1, 2, 3, 4].map(() => take(Uint8Array, n));
+      const list = JSON.parse(new TextDecoder().decode(take(Uint8Array, buffer.byteLength - 4 * n)));
+      return { low, mid, high, chances, list, label: list.map(shown) };
+    }),
+    data.reading && unpack(data.reading).then(buffer => {
+      const take = reader(buffer), top = take(Float32Array, V), steps = take(Uint8Array, V * count);
+      return Float32Array.from(steps, (q, i) => top[Math.floor(i / count)] * fine[q]);
+    }),
+  ]);
+  const point = new Map(lens.sources.map((source, i) => [source, i]));
+
+  // The word of rank k at the lens's state number i: its number in the list, and its chance in steps.
+  const idAt = at => words.low[at] | (words.mid[at] << 8) | (words.high[at] << 16);
+  function wordAt(i, k, source) {
+    if (!point.has(source)) return null;
+    const at = (i * lens.k + k) * lens.sources.length + point.get(source), id = idAt(at), share = fine[words.chances[at]];
+    return { id, text: words.label[id], piece: words.list[id], share };
+  }
+
+  // ---- places --------------------------------------------------------------------------------------------------------
+  // Where a cell lies.
+  function place(cell) {
+    const view = views.findLast(v => v.first <= cell), n = cell - view.first;
+    return { view, image: view.image, row: Math.floor(n / view.cols), col: n % view.cols };
+  }
+
+  // The cell of some views that lies at (x, y) and holds a token: the smallest, where they overlap.
+  function cellAt(own, x, y) {
+    let best = null;
+    for (const view of own) {
+      const row = Math.floor((y - view.crop[1]) / view.dy), col = Math.floor((x - view.crop[0]) / view.dx);
+      if (row < 0 || row >= view.rows || col < 0 || col >= view.cols || sourceOf[view.first + row * view.cols + col] < 0) continue;
+      if (!best || view.dx * view.dy < best.view.dx * best.view.dy) best = { view, cell: view.first + row * view.cols + col };
+    }
+    return best?.cell ?? null;
+  }
+
+  // ---- names ---------------------------------------------------------------------------------------------------------
+  const headName = h => h ? `head ${h - 1}` : H > 1 ? "all heads" : "head 0";
+  const ofView = (view, image) => (viewsOf(image).length > 1 ? ` of ${view.name}` : "") + (images.length > 1 ? ` of image ${image}` : "");
+
+  function shapeOf(own) {
+    const shapes = [...new Set(own.map(view => `${view.rows} × ${view.cols}`))];
+    return shapes.length > 1 ? String(own.reduce((n, view) => n + view.rows * view.cols, 0)) : own.length > 1 ? `${own.length} × ${shapes[0]}` : shapes[0];
+  }
+
+  function patchName(patch) {
+    const { view, image, row, col } = place(patch);
+    return `row ${row}, column ${col}${ofView(view, image)}`;
+  }
+
+  function placeName(source) {
+    if (source >= V) return `token “${shown(data.pieces[source - V])}”`;
+    if (maps) return `query ${source}`;
+    const { view, image, row, col } = place(cellOf[source]);
+    return `patch r${row} c${col}${ofView(view, image)}`;
+  }
+
+  return {
+    ...data, L, H, V, S, count, parts, decode, ready, words, maps, point, sourceOf, cellOf,
+    rowOf: new Map(rows.map((row, i) => [row.source, i])), rowOfWord: new Map(rows.map((row, i) => [row.word, i])),
+    values, shareOf, onImages, spread, wordAt, idAt, viewsOf, sheetsOf, place, cellAt, headName, shapeOf, patchName, placeName,
+  };
+}
