@@ -33,7 +33,7 @@ from transformers import (
 )
 
 from mechvlm import bundled
-from mechvlm.bundled.assemble import PARTS
+from mechvlm.bundled.assemble import VISION_WEIGHTS
 from mechvlm.bundled.smollm2 import IMAGE_TOKEN, Decoder, read_decoder
 from mechvlm.datasets.scenes import Scene, sample_scene, sample_scenes
 
@@ -312,4 +312,4 @@ def save(full: LlavaForConditionalGeneration, processor: LlavaProcessor, folder:
     full.generation_config.save_pretrained(folder)
     parts = {"vision_tower": full.model.vision_tower, "multi_modal_projector": full.model.multi_modal_projector}
     tensors = {f"{part}.{n}": v.half().contiguous() for part, m in parts.items() for n, v in m.state_dict().items()}
-    save_file(tensors, folder / PARTS, {"format": "pt"})
+    save_file(tensors, folder / VISION_WEIGHTS, {"format": "pt"})

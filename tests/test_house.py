@@ -130,7 +130,7 @@ FACTS = {
     "attention_interface": {"families/record.py", "decoder/attention.py"},
     "(?<!_)text_config": {"families/record.py", "families/known.py", "decoder/decoder.py"},
     "image_token_(id|index)": {"families/record.py", "families/known.py"},
-    "rms_norm_eps": {"families/record.py"},
+    "rms_norm_eps": {"families/record.py", "bundled/smollm2.py"},
     "variance_epsilon|norm\\.weight": {"decoder/norms.py", "families/derive.py"},
     "qformer_config|vision_config|language_model_outputs": {"families/record.py", "families/known.py"},
 }

@@ -24,7 +24,7 @@ try:
 except ImportError:  # Windows: two processes may both do the work, and one's folder is kept
     fcntl = None  # type: ignore[assignment]
 
-PARTS = "vision.safetensors"
+VISION_WEIGHTS = "vision.safetensors"
 """The weights that ship: all but the decoder's."""
 DECODER = "language_model.model."
 """What a checkpoint of Hugging Face puts before the names of the decoder's weights."""
@@ -105,10 +105,10 @@ def _assemble(parts: Path, folder: Path) -> None:
     from safetensors.torch import load_file, save_file
 
     decoder = read_decoder()
-    tensors = load_file(parts / PARTS) | {DECODER + name: value for name, value in decoder.weights.items()}
+    tensors = load_file(parts / VISION_WEIGHTS) | {DECODER + name: value for name, value in decoder.weights.items()}
     with atomic_folder(folder) as unfinished:
         for path in parts.iterdir():
-            if path.suffix in TAKEN and path.name != PARTS:
+            if path.suffix in TAKEN and path.name != VISION_WEIGHTS:
                 shutil.copyfile(path, unfinished / path.name)
         decoder.tokenizer.save(str(unfinished / "tokenizer.json"))
         halves = {name: value.to(torch.float16).contiguous() for name, value in tensors.items()}
