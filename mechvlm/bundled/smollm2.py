@@ -137,7 +137,8 @@ def _tokenizer(reader: Any) -> "Tokenizer":
 
     tokens = strings("tokenizer.ggml.tokens")
     kinds = reader.fields["tokenizer.ggml.token_type"].contents()
-    merges = [tuple(merge.split(" ")) for merge in strings("tokenizer.ggml.merges")]
+    pairs = (merge.split(" ") for merge in strings("tokenizer.ggml.merges"))
+    merges = [(first, second) for first, second in pairs]
     tokenizer = Tokenizer(models.BPE({token: id for id, token in enumerate(tokens)}, merges))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
