@@ -22,7 +22,7 @@ def path(name: str) -> Path:
             folder in the cache cannot be written. It says what to install.
     """
     if name in WITH_SMOLLM2:
-        from mechvlm.bundled.assemble import assembled  # apart: it needs pydantic, and to assemble torch
+        from mechvlm.bundled.assemble import assembled  # apart: it needs pydantic
 
         return assembled(shipped(name))
     return shipped(name)

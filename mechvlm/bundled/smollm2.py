@@ -128,7 +128,7 @@ def _unpaired(name: str, values: "Tensor", facts: dict[str, Any]) -> "Tensor":
 
 
 def _tokenizer(reader: Any) -> "Tokenizer":
-    """The byte-level BPE of the file: digits apart, words by GPT-2's pattern, special tokens whole."""
+    """The file's byte-level BPE: digits apart, words by GPT-2's pattern, special tokens whole."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
     def strings(name: str) -> list[str]:
