@@ -7,7 +7,7 @@ a package of its own: their folders hold all but its weights, and `path` puts bo
 from pathlib import Path
 
 NAMES = ("tiny-llava", "tiny-instructblip")
-WITH_SMOLLM2: tuple[str, ...] = ()  # smol-llava, once its projector is trained: scripts/train_bundled.py
+WITH_SMOLLM2: tuple[str, ...] = ()  # smol-llava, once its projector is trained
 ALL = NAMES + WITH_SMOLLM2
 
 
@@ -22,7 +22,7 @@ def path(name: str) -> Path:
             folder in the cache cannot be written. It says what to install.
     """
     if name in WITH_SMOLLM2:
-        from mechvlm.bundled.assemble import assembled  # apart: it needs pydantic, and to assemble torch
+        from mechvlm.bundled.assemble import assembled  # apart: it needs pydantic
 
         return assembled(shipped(name))
     return shipped(name)

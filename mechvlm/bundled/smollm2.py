@@ -128,7 +128,7 @@ def _unpaired(name: str, values: "Tensor", facts: dict[str, Any]) -> "Tensor":
 
 
 def _tokenizer(reader: Any) -> "Tokenizer":
-    """The byte-level BPE of the file: digits apart, words by GPT-2's pattern, special tokens whole."""
+    """The file's byte-level BPE: digits apart, words by GPT-2's pattern, special tokens whole."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
     def strings(name: str) -> list[str]:
@@ -137,7 +137,8 @@ def _tokenizer(reader: Any) -> "Tokenizer":
 
     tokens = strings("tokenizer.ggml.tokens")
     kinds = reader.fields["tokenizer.ggml.token_type"].contents()
-    merges = [tuple(merge.split(" ")) for merge in strings("tokenizer.ggml.merges")]
+    pairs = (merge.split(" ") for merge in strings("tokenizer.ggml.merges"))
+    merges = [(first, second) for first, second in pairs]
     tokenizer = Tokenizer(models.BPE({token: id for id, token in enumerate(tokens)}, merges))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]

@@ -1,1 +1,1 @@
-"""What comes from outside (names and text that somebody else wrote), checksums, and whole folders."""
+"""Names and text that somebody else wrote; checksums; folders that are written whole."""
