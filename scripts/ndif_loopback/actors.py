@@ -19,9 +19,9 @@ from nnsight.modeling.mixins.remotable import CheckpointInfo, Remotable
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
 
 host.spawn = forking.spawn
-MODEL_BYTES = 1_500_000_000
+MODEL_BYTES = 700_000_000
 """The least that a model counts. Each takes 0.5 GB here, however small it is: of the 8 GB that
-`start.sh` gives the server, five are there at once, and the one that waits longest makes room."""
+`start.sh` gives the server, eleven are there at once, and the one that waits longest makes room."""
 
 
 class OnCPU(SandboxModelDeployment):
