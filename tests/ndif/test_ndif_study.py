@@ -27,7 +27,7 @@ def test_a_study_of_twenty(pair, traffic):
     Takes one request a batch, one for the gallery's answers, and one that asks for the dtype.
     """
     there, here = (run([vlm], n=20, batch_size=8, seed=3) for vlm in (pair.there, pair.here))
-    assert traffic.requests <= 3 + 1 + 1
+    assert traffic.requests <= 3 + 3 * 3 + 1 + 1  # batches, their three controls, answers, and the dtype
     for name, table in here.tables.items():
         pd.testing.assert_frame_equal(there.tables[name], table, atol=TOLERANCE, rtol=1e-5, obj=name)
     assert there.tables["contextualization"]["example"].nunique() == 20
@@ -39,7 +39,7 @@ def test_a_study_of_twenty(pair, traffic):
 def test_a_study_of_answers(pair, traffic):
     """Each batch takes two requests: one writes the answers, one reads prompt and answer."""
     there, here = (run([vlm], n=10, batch_size=8, seed=4, answers=True) for vlm in (pair.there, pair.here))
-    assert traffic.requests <= 2 * 2 + 1 + 1
+    assert traffic.requests <= 2 * 2 + 3 * 2 + 1 + 1
     assert {"answer_tokens", "answer_attention", "answer_lens"} <= set(here.tables)
     for name, table in here.tables.items():
         assert len(table), name
@@ -56,7 +56,7 @@ def test_the_command(server, traffic, tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(nnsight.CONFIG.API, "APIKEY", key)
     arguments = ("study", "--model", "tiny-instructblip", "--n", 20, "--batch-size", 8)
     assert run_cli(*arguments, "--remote", "--out", tmp_path / "there") == 0
-    assert traffic.requests == 3 + 1 + 6 + 1  # batches, answers, patch views, and the dtype
+    assert traffic.requests == 3 + 3 * 3 + 1 + 6 + 1  # batches, controls, answers, patch views, and the dtype
     assert run_cli(*arguments, "--out", tmp_path / "here") == 0
     tables = sorted(p.name for p in (tmp_path / "here" / "data").glob("*.parquet"))
     assert len(tables) > 4
@@ -97,7 +97,7 @@ def test_a_study_goes_on_over_a_connection_that_is_lost(server, traffic, monkeyp
     before = traffic.requests
     time.sleep(4.0)
     there = study()
-    assert traffic.requests - before == 2 + 2 + 6 + 1  # three of five batches were done
+    assert traffic.requests - before == 2 + 3 * 5 + 2 + 6 + 1  # three of five batches were done
     here = run(["tiny-llava"], n=20, batch_size=4)
     for name, table in here.tables.items():
         pd.testing.assert_frame_equal(there.tables[name], table, atol=TOLERANCE, rtol=1e-5, obj=name)
@@ -109,7 +109,7 @@ def test_a_view(server, traffic, tmp_path):
     for options in (["--remote"], []):
         out = tmp_path / f"view{len(options)}.html"
         assert run_cli("view", "tiny-llava", image, "--prompt", "What color is it?", *options, "--out", out) == 0
-    assert traffic.requests == 1
+    assert traffic.requests == 2  # one writes the answer, one reads it
     there, here = ((tmp_path / f"view{n}.html").stat().st_size for n in (1, 0))
     assert abs(there - here) < 0.01 * here
 
