@@ -272,8 +272,8 @@ def test_a_card_from_a_tiny_run(tmp_path, monkeypatch, capsys):
     shutil.copytree(evaluate.BUNDLED / "tiny-llava", tmp_path / "tiny-llava")
     by_seed, measure = {}, evaluate.measure
 
-    def watched(model, vlm, seed, n_scenes, n_pairs):
-        by_seed[seed] = measure(model, vlm, seed, n_scenes, n_pairs)
+    def watched(model, vlm, seed, *counts):
+        by_seed[seed] = measure(model, vlm, seed, *counts)
         return by_seed[seed]
 
     monkeypatch.setattr(evaluate, "measure", watched)

@@ -73,10 +73,11 @@ def read_decoder() -> Decoder:
     Raises:
         ModelError: as `weights_file`.
     """
+    file = weights_file()  # it says what is not installed
     import gguf
     import torch
 
-    reader = gguf.GGUFReader(weights_file())
+    reader = gguf.GGUFReader(file)
     facts = {name: field.contents() for name, field in reader.fields.items() if len(field.data) == 1}
     weights = {}
     for tensor in reader.tensors:

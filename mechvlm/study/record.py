@@ -33,9 +33,9 @@ class StudyRecord:
 
     Attributes:
         tables: each by the name of its file in `data/`: "contextualization", "baseline", "lens",
-            "norm_attention", "attention_share", "phases", "controls", "answers", "words", and for Winoground
-            "pair_scores" and "pairs"; with answers "answer_tokens", "answer_attention" and
-            "answer_lens". The docstring of `mechvlm.study.save` describes them. In the
+            "norm_attention", "attention_share", "phases", "controls", "answers", "words", and for
+            Winoground "pair_scores" and "pairs"; with answers "answer_tokens", "answer_attention"
+            and "answer_lens". The docstring of `mechvlm.study.save` describes them. In the
             large tables, with a value for each example and layer, the columns of text are
             categories (with pandas before 3, group by them with `observed=True`).
         phases: by model; None for a model of fewer than 3 states, too few for a curve.

@@ -119,10 +119,10 @@ def patches(
     rows = _pack_picks(shown)
     words = packing.pack_words(shown.lens.ids.numpy(), shown.lens.probs.numpy(), dict(lens.vocabulary))
     not_visual = shown.sources[shown.n_visual :]
-    asked = prompt_text(inputs.prompts[shown.number])
+    question = prompt_text(inputs.prompts[shown.number])
     data = {
         "title": f"What {norms.model} looked at",
-        "question": asked.strip(),
+        "question": question.strip(),
         "layers": len(norms.layers),
         "heads": norms.weight.shape[2],
         "images": shown.page_images(),
@@ -158,7 +158,7 @@ def patches(
     body = f'<article class="patch-view"><script type="application/json">{to_json(data)}</script></article>'
     _check_size(len(body), shown)
     return PatchView(
-        title=f"Patches, {norms.model}: {asked}{_answer_text(shown)}",
+        title=f"Patches, {norms.model}: {question}{_answer_text(shown)}",
         body=body,
         scripts=(_script(),),
         styles=((files("mechvlm.view") / "patches.css").read_text("utf-8"),),

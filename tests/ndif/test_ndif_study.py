@@ -27,7 +27,7 @@ def test_a_study_of_twenty(pair, traffic):
     Takes one request a batch, one for the gallery's answers, and one that asks for the dtype.
     """
     there, here = (run([vlm], n=20, batch_size=8, seed=3) for vlm in (pair.there, pair.here))
-    assert traffic.requests <= 3 + 3 * 3 + 1 + 1  # batches, their three controls, answers, and the dtype
+    assert traffic.requests <= 3 + 3 * 3 + 1 + 1  # batches, controls, answers, the dtype
     for name, table in here.tables.items():
         pd.testing.assert_frame_equal(there.tables[name], table, atol=TOLERANCE, rtol=1e-5, obj=name)
     assert there.tables["contextualization"]["example"].nunique() == 20
@@ -56,7 +56,7 @@ def test_the_command(server, traffic, tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(nnsight.CONFIG.API, "APIKEY", key)
     arguments = ("study", "--model", "tiny-instructblip", "--n", 20, "--batch-size", 8)
     assert run_cli(*arguments, "--remote", "--out", tmp_path / "there") == 0
-    assert traffic.requests == 3 + 3 * 3 + 1 + 6 + 1  # batches, controls, answers, patch views, and the dtype
+    assert traffic.requests == 3 + 3 * 3 + 1 + 6 + 1  # with patch views
     assert run_cli(*arguments, "--out", tmp_path / "here") == 0
     tables = sorted(p.name for p in (tmp_path / "here" / "data").glob("*.parquet"))
     assert len(tables) > 4

@@ -230,7 +230,8 @@ def test_a_table_that_grows_when_it_is_read_is_refused(folder):
     seal_study(folder)
     with within(size=GIGABYTE // 8), pytest.raises(InputError, match="compressed by ZSTD, and only SNAPPY and"):
         mv.Study.open(folder)
-    pq.write_table(pa.table({"word": ["a" * 1_000_000] * 2000}), path)  # one text, named in every row
+    # One text, named in every row.
+    pq.write_table(pa.table({"word": ["a" * 1_000_000] * 2000}), path)
     assert path.stat().st_size < 100_000
     seal_study(folder)
     with within(size=GIGABYTE // 4), pytest.raises(InputError, match=r"bytes become 2,00.,...,... once they are read"):

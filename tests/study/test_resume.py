@@ -204,7 +204,7 @@ def test_a_damaged_shard_is_named_and_made_anew(vlm, data, whole, shards_made, t
 
 def test_a_full_disk_stops_it_and_nothing_is_half_written(vlm, data, whole, tmp_path, shards_made):
     """The operating system refuses to write files larger than the limit."""
-    for limit, n_made in [(1500, 0), (40_000, 4)]:
+    for limit, n_made in [(2000, 0), (40_000, 4)]:
         soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
         before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))

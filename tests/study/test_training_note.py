@@ -5,7 +5,7 @@ from mechvlm.study.report.page import training_note
 
 
 def test_the_note_says_whether_visual_positions_had_a_loss(tmp_path, monkeypatch):
-    monkeypatch.setattr(bundled, "path", lambda name: tmp_path)
+    monkeypatch.setattr(bundled, "shipped", lambda name: tmp_path)
     assert training_note("tiny-llava") == "", "no card"
     (tmp_path / "README.md").write_text(
         "# Model\n\nIts loss is on nothing.\n\n## Training\n\nLong.\n\n**The loss is on text\nalone.**\n\n"

@@ -305,10 +305,10 @@ def test_layers_of_unlike_models_move_by_depth(open_page, results, scene):
     few = {name: getattr(norms, name)[:4] for name in ("norm", "weight", "value_norm")}
     small = replace(norms, layers=(0, 1, 2, 3), **few)
     short = replace(lens, states=lens.states[:2], ids=lens.ids[:2], probs=lens.probs[:2])
-    one, two = mv.view.patches(inputs, lens, norms), mv.view.patches(inputs, short, small)
+    whole, cut = mv.view.patches(inputs, lens, norms), mv.view.patches(inputs, short, small)
     with pytest.raises(ViewError, match=r"a shows 1 image\(s\) and b 2, and they are not the same"):
-        mv.view.compare(mv.view.patches(*scene), one)
-    page = open_page(mv.view.compare(one, two))
+        mv.view.compare(mv.view.patches(*scene), whole)
+    page = open_page(mv.view.compare(whole, cut))
     page.wait_for_selector(".patch-compare[data-ready]", timeout=60_000)
     left, right = (page.locator(".patch-view").nth(i).locator(".layer input") for i in (0, 1))
     for layer, expected in ((0, 0), (10, 3), (3, 1), (11, 4)):
