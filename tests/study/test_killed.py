@@ -17,7 +17,7 @@ def killed(*command: str) -> dict:
     """What a helper that kills its children reports."""
     path = os.pathsep.join([str(TESTS.parent), str(TESTS)])
     done = subprocess.run(
-        [sys.executable, *command], capture_output=True, text=True, check=False, timeout=400,
+        [sys.executable, *command], capture_output=True, text=True, check=False, timeout=1500,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
