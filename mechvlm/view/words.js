@@ -51,7 +51,7 @@ function wordTable(m, act) {
 // Where does a word appear, and from which state on? And how likely is it at the patch that is shown?
 function wordSearch(m, act) {
   const { lens } = m, input = el("input", { type: "search", placeholder: "heart", "aria-label": "find a word", spellcheck: "false", autocomplete: "off" });
-  const said = el("p", { class: "said", "aria-live": "polite" }), jump = el("button", { type: "button", class: "jump", hidden: "" });
+  const said = el("p", { class: "said", "aria-live": "polite" }), jump = el("button", { type: "button", class: "jump", hidden: "" }, "Jump to the first");
   const bars = el("div", { class: "counts", role: "group", "aria-label": "patches that read as the word, by state", hidden: "" });
   const curve = el("figure", { class: "curve", hidden: "" });
   const visual = lens.sources.flatMap((source, n) => (source < m.V ? [[source, n]] : [])), what = m.maps ? "quer" : "patch";
