@@ -202,6 +202,18 @@ def _until(tokens: TokenMap, stop: int, ids: Tensor) -> TokenMap:
     )  # fmt: skip
 
 
+def picture_of(inputs: "Inputs | None", example: int, image: int = 0) -> tuple[Any, Any]:
+    """One image of one example, and the (left, top, right, bottom) that its grid covers, in pixels.
+
+    Both are None without inputs.
+    """
+    if inputs is None:
+        return None, None
+    boxes = inputs.token_maps[example].grids[image].boxes
+    area = (*boxes[0, 0, :2].tolist(), *boxes[-1, -1, 2:].tolist())
+    return inputs.images[example][image], area
+
+
 def check_lengths(lengths: Sequence[int], equal: bool) -> None:
     """Raises InputError for a batch of unequal lengths, where the model would count padding."""
     if equal and len(set(lengths)) > 1:
