@@ -31,6 +31,8 @@ RESULT_FORMAT = 3
 neurons from 1, and holds a tokenizer's pieces for the tokens' texts."""
 SEALED_FORMAT = 3
 """From this version on a saved result carries a checksum."""
+SHOWN_UP_TO = 36
+"""Letters up to which a result shows one of its settings."""
 EXAMPLE_AXES = {"example", "point", "pair"}
 """Names of axes along which results of several batches follow each other."""
 
@@ -69,8 +71,8 @@ class Result:
             value = getattr(self, f.name)
             if isinstance(value, Tensor):
                 shown.append(f"{f.name}: {list(value.shape)}")
-            elif isinstance(value, str | int | float) or (isinstance(value, tuple) and len(value) < 5):
-                shown.append(f"{f.name}={value!r}")
+            elif isinstance(value, str | int | float | tuple) and len(text := repr(value)) <= SHOWN_UP_TO:
+                shown.append(f"{f.name}={text}")
         return f"{type(self).__name__}({', '.join(shown)})"
 
     def to_frame(self) -> pd.DataFrame:

@@ -40,6 +40,10 @@ class PairScores(NamedTuple):
     image: Bool[Tensor, " pair"]
     group: Bool[Tensor, " pair"]
 
+    def __repr__(self) -> str:
+        right = ", ".join(f"{name} {int(values.sum())}" for name, values in self._asdict().items())
+        return f"PairScores(right of {len(self.group)} pairs: {right})"
+
     def to_frame(self, seed: int = 0) -> pd.DataFrame:
         """One row per score.
 
