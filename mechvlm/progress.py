@@ -1,7 +1,7 @@
 """Progress: a bar over items, a line for waiting, and the bar of a study.
 
-In a terminal they are drawn on stderr by rich. In a notebook they are a line of HTML, which needs no
-ipywidgets, and stays as it was left: a bar that is done is full and says how long it took.
+In a terminal they are drawn on stderr by rich. In a notebook they are a line of HTML, which needs
+no ipywidgets, and stays as it was left: a bar that is done is full and says how long it took.
 """
 
 import html
@@ -56,7 +56,7 @@ class NotebookBar:
             self._display(done, total, note)
 
     def finish(self, word: str = "done") -> None:
-        """Leave the bar as it is, with the time that it took; a bar that was never shown stays so."""
+        """Leave the bar as it is, with the time that it took; one never shown stays so."""
         if self._handle is not None:
             self._display(self.done, self.total, f"{word}, {time.monotonic() - self.since:.0f} s")
 

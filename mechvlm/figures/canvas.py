@@ -111,13 +111,13 @@ def plots(size: Size | Callable[..., Size] = (6, 3.6)) -> Callable[[Callable], C
 
         @wraps(draw)
         def plot(self, *args, **kwargs):
-            asked = signature.bind(self, *args, **kwargs).arguments
-            ax, title, figsize, example = (asked.pop(parameter.name, None) for parameter in shared)
+            options = signature.bind(self, *args, **kwargs).arguments
+            ax, title, figsize, example = (options.pop(parameter.name, None) for parameter in shared)
             result = self if example is None else self.single(example)
-            del asked[me.name]
-            with canvas(ax, title, figsize, size(result, **asked) if callable(size) else size, example) as drawn_on:
+            del options[me.name]
+            with canvas(ax, title, figsize, size(result, **options) if callable(size) else size, example) as drawn_on:
                 before = set(drawn_on.ax.figure.axes) - {drawn_on.ax}
-                draw(result, drawn_on, **asked)
+                draw(result, drawn_on, **options)
                 for axes in set(drawn_on.ax.figure.axes) - before:
                     for words in (axes.title, axes.xaxis.label, axes.yaxis.label):
                         fit(words, axes)
@@ -141,7 +141,7 @@ def canvas(
         TypeError: for an `ax` that is no axes, or a title that is neither words, None nor False.
     """
     if title is not None and title is not False and not isinstance(title, str):
-        raise TypeError(f"title={title!r} was asked for: a title is words, or False for none.")
+        raise TypeError(f"title={title!r} was given: a title is words, or False for none.")
     if ax is not None:
         if not isinstance(ax, Axes):
             raise TypeError(f"ax is a matplotlib Axes, not {type(ax).__name__}: of several, give one.")

@@ -114,7 +114,8 @@ class NormPicture:
             raise ValueError(
                 f"Layers {missing} were asked for; this result holds {self.layers[0]} to {self.layers[-1]}."
             )
-        heat = self.norm[[self.layers.index(layer) for layer in chosen], :, 0].mean((0, 1)).numpy()  # [src]
+        rows = [self.layers.index(layer) for layer in chosen]
+        heat = self.norm[rows, :, 0].mean((0, 1)).numpy()  # [src]
         grid = on_grid(heat, self.cells[0].numpy(), image)
         scale, (picture, area) = clipped(grid), picture_of(inputs, canvas.example or 0, image)
         mesh = image_map(canvas.ax, grid, picture, area, cmap=scale.colors, vmin=0, vmax=scale.most)

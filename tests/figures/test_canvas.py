@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 import mechvlm as mv
 from helpers.artists import note_of
 from helpers.drawn import BY_EXAMPLE, MAKERS, N
+from helpers.unchecked import unchecked
 from mechvlm.figures.canvas import TrueTypeFigure
 
 STYLES = {
@@ -113,7 +114,7 @@ def test_wrong_arguments_are_refused_and_open_no_figure():
         (ValueError, "There is no group 'sky'", {"by": "sky"}),
     ):
         plt.close("all")
-        with pytest.raises(error, match=message):
+        with pytest.raises(error, match=message), unchecked():
             result.plot(**arguments)
         assert plt.get_fignums() == []
 
