@@ -1,4 +1,4 @@
-"""What a notebook shows of every public object: one short line that begins with its name, and is true."""
+"""What a notebook shows of every public object: one short line with its name, and true."""
 
 import inspect
 

@@ -37,7 +37,7 @@ UNCHANGED = {
 ALWAYS = {"text.usetex": False}
 """Tokens hold any character, and most of them mean something else to LaTeX."""
 SAVED = {"pdf.fonttype": 42, "ps.fonttype": 42, "svg.fonttype": "none"}
-"""Letters stay letters in a saved file: TrueType, where matplotlib's Type 3 is refused by venues."""
+"""Letters stay letters in a saved file: TrueType. Venues refuse matplotlib's own Type 3."""
 
 SHARED_ARGUMENTS = """
 Shared by all plots:
@@ -53,6 +53,9 @@ class TrueTypeFigure(Figure):
 
     def savefig(self, *args, **kwargs) -> None:
         """As matplotlib's, with TrueType fonts in PDF and PS, and text in SVG."""
+        if self.get_layout_engine() is not None:
+            # Lines break anew where the first layout changed widths; the second has their heights.
+            self.draw_without_rendering()
         with settings(SAVED):
             super().savefig(*args, **kwargs)
 
@@ -97,7 +100,9 @@ class Canvas:
 
 
 def plots(size: Size | Callable[..., Size] = (6, 3.6)) -> Callable[[Callable], Callable[..., Axes]]:
-    """Make `plot(self, ax=None, title=None, figsize=None, example=None, ...)` of `draw(self, canvas, ...)`.
+    """Make `plot(self, ax=None, title=None, figsize=None, example=None, ...)` of `draw`.
+
+    That one is `draw(self, canvas, ...)`; its own options follow the shared ones.
 
     Args:
         size: of a new figure, or a function that gives it for the result and the options.

@@ -63,7 +63,9 @@ def room_of(ax: Axes, upright: bool = False) -> float:
         elif box[0, along] >= own[1, along]:
             high = min(high, (box[0, along] + own[1, along]) / 2)
     middle = own[:, along].mean()
-    return 2 * float(min(middle - low, high - middle)) - GAP * figure.dpi
+    room = 2 * float(min(middle - low, high - middle)) - GAP * figure.dpi
+    # A long name beside low axes would run up into their title.
+    return min(room, 1.1 * ax.bbox.height) if upright else room
 
 
 def fit(text: Text, ax: Axes) -> None:

@@ -1,7 +1,7 @@
 """A color scale that a few large cells do not take from all others.
 
-A decoder with an attention sink writes a norm of 150 at one position and 1 at the others. On a scale
-up to 150 the others would all look like 0.
+A decoder with an attention sink writes a norm of 150 at one position and 1 at the others. On a
+scale up to 150 the others would all look like 0.
 """
 
 from collections.abc import Callable, Sequence
@@ -45,7 +45,7 @@ class Scale(NamedTuple):
         return mpl.colormaps[HEAT].with_extremes(over=BEYOND)
 
     def sentence(self, rows: Sequence[int], name: Callable[[int], str], row: str = "layer") -> str:
-        """The cells beyond, in words: "beyond the scale (green): <s> in layers 2–30, up to 150"; or "".
+        """The cells beyond, such as "beyond the scale (green): <s> in layers 2–30, up to 150"; or "".
 
         Args:
             rows: numbers of the rows.
@@ -62,7 +62,7 @@ class Scale(NamedTuple):
 
 
 def clipped(values: np.ndarray) -> Scale:
-    """The scale of values from 0 on: up to the largest, or where a few are far beyond, up to the rest.
+    """The scale of values from 0 on: to the largest, or where a few are far beyond, to the rest.
 
     Of the values that are not 0, the rest are the lower nine tenths. Where the largest is more than
     10 times all of these, the scale ends at the largest value up to twice theirs.

@@ -11,7 +11,7 @@ from mechvlm.figures.canvas import Size, new_figure
 
 TEXT_WIDTH = 7.0
 """Of a page of two columns, in inches."""
-LEAST_WIDTH, ROW_HEIGHT = 2.3, 2.7
+LEAST_WIDTH, ROW_HEIGHT = 3.2, 2.9
 """Of a panel with its labels, in inches."""
 
 
@@ -23,13 +23,13 @@ def grid(
 ) -> Figure:
     """Draw several results side by side in a new figure, row by row.
 
-    >>> fig = mv.figures.grid([lens, norms, lambda ax: norms.plot(ax, on="image")], figsize=(7, 2.6))
+    >>> fig = mv.figures.grid([lens, lambda ax: norms.plot(ax, on="image")], figsize=(7, 2.6))
     >>> fig.savefig("figure_2.pdf")    # letters are TrueType
 
     Args:
         results: what has a `plot`; or functions that draw on the axes they are given.
-        columns: panels in a row; by default as many as have 2.3 inches each.
-        figsize: (width, height) in inches; by default 7 wide and 2.7 for each row.
+        columns: panels in a row; by default as many as have 3.2 inches each.
+        figsize: (width, height) in inches; by default 7 wide and 2.9 for each row.
         titles: of the results' panels, as `title` of `plot`.
 
     Returns:

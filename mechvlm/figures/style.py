@@ -135,7 +135,7 @@ def banded(
 
 
 def hue(color: str) -> str:
-    """A color of `PALETTE` as it is drawn: its counterpart where the user has a cycle of their own."""
+    """A color of `PALETTE`, or its counterpart where the user has a cycle of their own."""
     own = mpl.rcParams["axes.prop_cycle"]
     if own == mpl.rcParamsDefault["axes.prop_cycle"] or color not in PALETTE:
         return color

@@ -22,7 +22,7 @@ class RoomyLocator(Locator):
     def __call__(self) -> list[float]:
         """The places, the first one and each that is far enough from the one before."""
         low, high = sorted(self.axis.get_view_interval())
-        # matplotlib counts three letters' heights for a tick; an upright word takes a little over one.
+        # matplotlib counts three letters' heights a tick; an upright word takes a bit over one.
         apart, kept = (high - low) / max(2.3 * self.axis.get_tick_space(), 1), []
         for place in self.places:
             if not kept or place - kept[-1] >= apart:

@@ -35,12 +35,12 @@ def test_a_plot_fits_the_column_of_a_journal(kind):
         assert_readable(figure, 0.3)
 
 
-@pytest.mark.parametrize("columns", [2, 3, 4])
+@pytest.mark.parametrize("count", [2, 3, 4])
 @pytest.mark.parametrize("style", [{}, {"font.family": "serif"}, JOURNAL])
-def test_panels_across_a_page_are_readable(columns, style):
-    kinds = ["norms", "contextualization", "head_map", "flow"][:columns]
+def test_panels_across_a_page_are_readable(count, style):
+    kinds = ["norms", "contextualization", "head_map", "flow"][:count]
     with plt.rc_context(style):
-        figure = mv.figures.grid([MAKERS[kind]() for kind in kinds], figsize=(7, 2.7 * (-(-columns // 3))))
+        figure = mv.figures.grid([MAKERS[kind]() for kind in kinds], figsize=(7, 2.9 * -(-count // 2)))
         assert_readable(figure)
 
 
@@ -67,7 +67,7 @@ def test_the_test_sees_what_overlaps():
 
 def test_each_result_is_drawn_into_its_own_panel():
     results = [MAKERS["contextualization"](), MAKERS["shares"](), MAKERS["flow"]()]
-    figure = mv.figures.grid(results, titles=["a", None, False])
+    figure = mv.figures.grid(results, columns=3, titles=["a", None, False])
     panels = [ax for ax in figure.axes if ax.get_label() != "<colorbar>"]
     assert [ax.get_title() for ax in panels] == ["a", "Attention to the image, llava-v1.6-mistral-7b-hf", ""]
     expected = results[0].inter.numpy().mean(1)

@@ -14,8 +14,7 @@ SLACK = 1.0
 
 def ticks_of(axis: Axis) -> list[Text]:
     low, high = sorted(axis.get_view_interval())
-    labels = zip(axis.get_majorticklocs(), axis.get_majorticklabels(), strict=True)
-    return [label for at, label in labels if low - 1e-9 <= at <= high + 1e-9]
+    return [tick.label1 for tick in axis.get_major_ticks() if low - 1e-9 <= tick.get_loc() <= high + 1e-9]
 
 
 def words_of(ax: Axes) -> list[Text]:
@@ -29,7 +28,8 @@ def words_of(ax: Axes) -> list[Text]:
 
 def boxes_of(figure: Figure) -> list[tuple[str, Bbox]]:
     """(words, box) of every title, name, tick and legend, as they are drawn."""
-    figure.draw_without_rendering()
+    for _ in range(2):  # as `savefig` of our figures: once for the lines, once for their heights
+        figure.draw_without_rendering()
     boxes = []
     for ax in figure.axes:
         boxes += [(text.get_text(), text.get_window_extent()) for text in words_of(ax)]
