@@ -8,6 +8,7 @@ from PIL import Image
 import mechvlm as mv
 from helpers.drawn import MAKERS
 from helpers.studies import made_study
+from helpers.unchecked import unchecked
 from mechvlm.ndif.jobs import Job
 
 WIDEST = 240
@@ -24,9 +25,11 @@ def made(vlm: mv.VLM) -> dict[str, object]:
     images = [Image.new("RGB", (48, 48), (i, 0, 0)) for i in range(40)]
     inputs = vlm.inputs(images, ["What is in this image, and which color has it? " * 3] * 40)
     study = made_study({"some/" + name * 12: 4 for name in ("abc", "defg", "hij", "kl")}, n=3)
+    with unchecked():  # of a request without a connection
+        job = Job(Request(), lambda out: out)
     objects = [
         vlm, inputs, inputs.tokens if len(inputs) == 1 else inputs.token_maps[0], inputs.token_maps[0].grids[0],
-        vlm.inputs(images[:4], "What?", batch_size=2), study, mv.compare([study]), Job(Request(), lambda out: out),
+        vlm.inputs(images[:4], "What?", batch_size=2), study, mv.compare([study]), job,
         mv.AttentionShare(), mv.Contextualization(), mv.Likelihood(), mv.LocalizationHeads(), mv.LogitAttribution(),
         mv.LogitLens(), mv.MemoryAttention(), mv.NormAttention(), mv.QueryReading(), mv.LikelihoodResult(torch.zeros(1, 2), "m"),
         MAKERS["pairs"]().scores, *(make() for make in MAKERS.values()),
