@@ -216,9 +216,7 @@ def picture_of(inputs: "Inputs | None", example: int, image: int = 0) -> tuple[A
     """
     if inputs is None:
         return None, None
-    boxes = inputs.token_maps[example].grids[image].boxes()
-    area = (*boxes[0, 0, :2].tolist(), *boxes[-1, -1, 2:].tolist())
-    return inputs.images[example][image], area
+    return inputs.images[example][image], inputs.token_maps[example].grids[image].crop_box
 
 
 def check_lengths(lengths: Sequence[int], equal: bool) -> None:
