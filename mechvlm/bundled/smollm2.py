@@ -68,7 +68,7 @@ def weights_file() -> Path:
 
 
 def read_decoder() -> Decoder:
-    """Read the language model from the installed package, in some five seconds.
+    """Read the language model from the installed package.
 
     Raises:
         ModelError: as `weights_file`.

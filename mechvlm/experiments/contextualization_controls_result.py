@@ -21,6 +21,9 @@ from mechvlm.results import Result, long_frame
 CONTROL_KINDS = ("noise", "words", "text")
 CONTROL_LINES = {"noise": ("#8C6D31", (0, (1, 1))), "words": ("#CC79A7", "--"), "text": ("#7B4FA3", "-.")}
 """Color and dashes of each control's curve."""
+CONTROL_NAMES = {
+    "noise": "noise with the visual tokens' mean and covariance", "words": "random words", "text": "running text",
+}  # fmt: skip
 
 
 @dataclass(frozen=True, repr=False)

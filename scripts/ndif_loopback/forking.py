@@ -1,8 +1,8 @@
 """NDIF's processes for blocks, forked from one that has imported torch and nnsight already.
 
-NDIF starts an interpreter for every request, of which the imports are nearly all (four seconds).
-`python -m forking SOCKET` imports once; `spawn`, in place of NDIF's, asks it for a copy. A block still
-gets a fresh process without weights, whose end is the request's.
+NDIF starts an interpreter for every request, which mostly imports. `python forking.py SOCKET`
+imports once, and `spawn`, in place of NDIF's, asks it for a copy. A block still gets a fresh process
+without weights, which ends with its request.
 """
 
 import contextlib

@@ -73,7 +73,7 @@ def test_a_tokenizer_without_the_texts_words_leaves_text_out(llava_vlm, data, mo
     study = run([llava_vlm], data, prompt=PROMPT, batch_size=4)
     assert set(study.tables["controls"]["control"]) == {"noise", "words"}
     (reason,) = study.models[llava_vlm.name]["controls"]["left_out"]
-    assert reason.startswith("not noise and words and text: The tokenizer of")
+    assert reason.startswith("text: The tokenizer of")
 
 
 def test_an_example_that_does_not_fit_is_left_out_of_the_controls(llava_vlm, data, monkeypatch):
@@ -138,9 +138,9 @@ def test_a_decoder_that_takes_only_noise_has_only_that(data):
     vlm = mv.load(*families.build("blip2_opt"))
     study = run([vlm], data, prompt="what", batch_size=4)
     assert set(study.tables["controls"]["control"]) == {"noise"}
-    reasons = study.models[vlm.name]["controls"]["left_out"]
-    assert len(reasons) == 2
-    assert "positions are added" in reasons[1]
+    (reason,) = study.models[vlm.name]["controls"]["left_out"]
+    assert reason.startswith("words, text: ")
+    assert "positions are added" in reason
 
 
 @pytest.mark.families
@@ -150,7 +150,7 @@ def test_deepstack_has_none_and_says_why(data, tmp_path):
     assert study.tables["controls"].empty
     assert study.controls == {vlm.name: None}
     page = (study.out / "report.html").read_text()
-    assert "Controls left out: not noise:" in page
+    assert page.count("Controls left out: noise, words, text:") == 1
     assert "deepstack" in page
     assert "Against its controls" not in page
 
@@ -183,11 +183,11 @@ def page_of(study, tmp_path) -> str:
 @pytest.mark.parametrize(
     ("factors", "short", "headline", "note"),
     [
-        ({"noise": 0.1, "words": 0.2}, "beyond controls", "phases in order, each beyond its controls.", None),
+        ({"noise": 0.1, "words": 0.2}, "beyond controls", ", each beyond its controls.", None),
         (
             {"noise": 0.1, "words": 1.0},
             "decoder's own",
-            "four phases in order.",
+            ", but not each beyond its controls.",
             "not every phase exceeds the controls",
         ),
     ],
@@ -199,7 +199,8 @@ def test_the_verdict_is_that_of_the_controls(made, tmp_path, capsys, factors, sh
     assert row["controls"] == short
     assert row["shows_pattern"] == (short == "beyond controls")
     page = page_of(study, tmp_path)
-    assert f"<b>The curve shows the paper’s {headline}" in page or f"the paper’s four {headline}" in page
+    look = "verdict" if note is None else "verdict no"
+    assert f'<p class="{look}"><b>The curve shows the paper’s four phases in order{headline}</b>' in page
     assert study.controls["deep"].sentence in page
     frame = study.controls["deep"].frame
     for first, _ in study.phases["deep"].intervals:
@@ -217,7 +218,9 @@ def test_the_verdict_is_that_of_the_controls(made, tmp_path, capsys, factors, sh
         assert drawn.get_ydata().max() < high
     notes = [text.get_text() for text in top.texts if "phase" in text.get_text()]
     assert notes == ([] if note is None else [note])
-    assert "the first 4 examples" in study.plot("phases").caption
+    caption = study.plot("phases").caption
+    assert "the first 4 examples" in caption
+    assert "mean and covariance, random words. What" in caption, "the controls that were read, and no others"
     print_summary(replace(study, out=tmp_path))
     printed = " ".join(capsys.readouterr().out.split())
     assert short in printed

@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
 from mechvlm.errors import InputError
-from mechvlm.experiments.contextualization_controls_result import CONTROL_LINES
+from mechvlm.experiments.contextualization_controls_result import CONTROL_LINES, CONTROL_NAMES
 from mechvlm.figures.style import LINES, state_axis, style
 from mechvlm.measures.control_excess import ControlExcess
 from mechvlm.measures.phase_fit import N_BOOTSTRAP
@@ -197,13 +197,14 @@ def _draw_controls(ax: Axes, controls: ControlExcess | None) -> None:
 
 def _describe_controls(study: StudyRecord) -> str:
     """What the controls of the phases are; empty for a study without."""
-    counts = sorted({controls.n_examples for controls in study.controls.values() if controls is not None})
-    if not counts:
+    read = [controls for controls in study.controls.values() if controls is not None]
+    if not read:
         return ""
+    counts = " or ".join(map(str, sorted({controls.n_examples for controls in read})))
+    kinds = ", ".join(name for kind, name in CONTROL_NAMES.items() if any(kind in c.controls for c in read))
     return (
-        f"Controls: the mean curves of the first {' or '.join(map(str, counts))} examples with something else at the image's "
-        "positions where it enters the decoder: noise with the visual tokens' mean and covariance, random words, running text. "
-        "What they do too is no phase of an image. "
+        f"Controls: the mean curves of the first {counts} examples with something else at the image's positions where it "
+        f"enters the decoder: {kinds}. What they do too is no phase of an image. "
     )
 
 

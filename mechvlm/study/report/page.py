@@ -126,7 +126,8 @@ def _phases(study: StudyRecord, model: str) -> dict:
     shows = "order" if phases.shows_pattern else "not"
     if controls is not None and controls.n_examples > 1:
         section["controls"] = controls.sentence if phases.n_segments else ""
-        shows = "all" if controls.shows_pattern else shows
+        if phases.shows_pattern:
+            shows = "all" if controls.shows_pattern else "shared"
         for row in rows:
             own = controls.frame[controls.frame["first_state"] == row["first_state"]]
             row["least"] = own.nsmallest(1, "excess").to_dict("records")[0]

@@ -36,18 +36,21 @@ def read_controls(plan: Plan, vlm: VLM, model: int, examples: list[Example]) -> 
         (table, about): a row for each example, control and state; and for about.json the kinds, the
         seconds, and why a kind, or an example that does not fit into memory, is left out.
     """
-    clock, name, left_out = time.perf_counter(), plan.names[model], []
+    clock, name = time.perf_counter(), plan.names[model]
     frames: list[pd.DataFrame] = []
+    without_room: list[str] = []
+    reasons: list[str] = []
     kinds: tuple[str, ...] = ()
     for kinds in KINDS_TO_TRY:
         try:
-            frames, missing = _curves(plan, vlm, examples, kinds)
-            left_out += missing
+            frames, without_room = _curves(plan, vlm, examples, kinds)
             break
         except (InputError, ModelError) as error:
-            left_out.append(f"not {' and '.join(kinds)}: {error}")
+            reasons.append(str(error))
     else:
         kinds = ()
+    lacking = ", ".join(kind for kind in CONTROL_KINDS if kind not in kinds)
+    left_out = [*(f"{lacking}: {reason}" for reason in dict.fromkeys(reasons)), *without_room]
     frame = pd.concat(frames).assign(model=name) if frames else pd.DataFrame(columns=CONTROL_SCHEMA.names)
     table = pa.Table.from_pandas(frame[CONTROL_SCHEMA.names], CONTROL_SCHEMA, preserve_index=False)
     about = {"kinds": list(kinds), "left_out": left_out, "seconds": round(time.perf_counter() - clock, 3)}
