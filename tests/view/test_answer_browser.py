@@ -168,7 +168,6 @@ def test_heads_are_picked_at_32_x_32(open_page, large, width, touch):
     pick = page.touchscreen.tap if touch else page.mouse.click
     for layer, head in [(0, 1), (31, 32), (0, 32), (31, 1), (17, 9), (18, 9), (18, 10), (5, 24)]:
         for x, y in ((0.2, 0.2), (0.8, 0.8)):
-            area = canvas.bounding_box()  # lines above it may have wrapped since
             pick(area["x"] + (head - 1 + x) * cell[0], area["y"] + (31 - layer + y) * cell[1])
             check(layer, head)
     mark = page.locator(".map .mark").bounding_box()

@@ -46,7 +46,7 @@ def print_summary(study: StudyRecord) -> None:
                 cells += [f"{format_number(row['word_share'])}\n{format_interval(row, 'word_share')}"]
         for name in ("lowest", "highest"):
             cells += [f"{row[name]:.2f} ({row[f'{name}_state']})\n{format_interval(row, name)}"]
-        cells += [f"{row['phases']}\n{row['controls']}", f"{row['seconds']:.0f}"]
+        cells += [row["phases"], f"{row['seconds']:.0f}"]
         table.add_row(*(escape(printable(cell)) for cell in cells))
     # Without a terminal rich assumes 80 columns, which would cut the table.
     console = Console(width=None if sys.stdout.isatty() else 160)
