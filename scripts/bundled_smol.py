@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from bundled_data import segments
 from bundled_models import GRID, MEAN, PATCH, PIXELS, STD, CLIPImageProcessor
+from bundled_training import fit
 from einops import rearrange
 from safetensors.torch import save_file
 from torch import nn
@@ -242,8 +243,8 @@ def start_projector(projector: nn.Module, features: torch.Tensor, targets: torch
         return 1 - ((projector(x) - y).square().sum() / (y - y.mean(0)).square().sum()).item()
 
 
-def stage(args, fit) -> None:
-    """Train the projector, and write smol-llava's folder; `fit` is the loop of every stage."""
+def stage(args) -> None:
+    """Train the projector, and write smol-llava's folder."""
     torch.manual_seed(args.seed + 3)
     decoder = read_decoder()
     tiny = LlavaForConditionalGeneration.from_pretrained(bundled.path("tiny-llava"), dtype=torch.float32)
