@@ -24,7 +24,6 @@ import dataclasses
 import functools
 import inspect
 import io
-import sys
 import textwrap
 import types
 from collections.abc import Callable
@@ -103,13 +102,16 @@ class Packer(CustomCloudPickler):
 def shown_path(filename: str) -> str:
     """A file's place in its package, as tracebacks show it: nobody needs to know the folders here.
 
-    >>> shown_path("/home/me/venv/lib/python3.11/site-packages/mechvlm/methods.py")
-    'mechvlm/methods.py'
+    >>> shown_path("/home/me/venv/lib/python3.11/site-packages/mechvlm/methods/reading.py")
+    'mechvlm/methods/reading.py'
+
+    when it lies in such a package. A file of none is shown by its name.
     """
-    for folder in sorted(filter(None, sys.path), key=len, reverse=True):
-        if Path(filename).is_relative_to(folder):
-            return Path(filename).relative_to(folder).as_posix()
-    return Path(filename).name
+    path = Path(filename)
+    top = path.parent
+    while (top / "__init__.py").is_file() and top != top.parent:
+        top = top.parent
+    return path.relative_to(top).as_posix()
 
 
 def _refuse_decorators(function: Callable) -> None:

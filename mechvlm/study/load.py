@@ -101,7 +101,7 @@ def load_study(folder: Path) -> dict[str, Any]:
         "dataset": record["dataset"],
         "gallery": gallery,
         "views": views,
-        "seconds": record["seconds"],
+        "seconds": float(record["seconds"]),
         "out": folder,
     }
 

@@ -19,6 +19,7 @@ from mechvlm import progress
 from mechvlm.ndif import connection
 from mechvlm.ndif.connection import Connection, retrying
 from mechvlm.ndif.messages import in_plain_words, without_key
+from mechvlm.ndif.pickling import shown_path
 from mechvlm.progress import StatusLine
 
 KEY = "3f2b8a10-5a1e-4c56-9b7d-0c0ffee0beef"
@@ -210,3 +211,14 @@ def test_a_job_needs_a_model_on_ndif(llava_vlm):
     ):
         with pytest.raises(mv.ModelError, match="load it with remote=True"):
             ask()
+
+
+def test_a_traceback_names_a_file_by_its_place_in_its_package(tmp_path):
+    """Wherever it is installed: an editable install puts no folder on `sys.path`."""
+    folder = tmp_path / "elsewhere" / "mechvlm" / "tracing"
+    folder.mkdir(parents=True)
+    for package in (folder, folder.parent):
+        (package / "__init__.py").touch()
+    assert shown_path(str(folder / "reading.py")) == "mechvlm/tracing/reading.py"
+    assert shown_path(str(tmp_path / "notes" / "script.py")) == "script.py"
+    assert shown_path("<ipython-input-1>") == "<ipython-input-1>"
