@@ -2,6 +2,7 @@
 
 import beartype  # noqa: F401  (before nnsight, which puts `.save` on every object: beartype cannot be imported after)
 
+import gc
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -15,6 +16,7 @@ from helpers.browser import chromium, open_page  # noqa: F401
 from helpers.images import noise_image
 from helpers.models import DEEP, FAMILIES, instructblip, llava
 from helpers.ndif import pair, sandboxed, server, traffic, user  # noqa: F401
+from helpers.small_study import undrawn  # noqa: F401
 
 torch.set_num_threads(1)
 # The same examples at every run, and no limit on one example's time: machines are busy at times.
@@ -22,6 +24,11 @@ hypothesis.settings.register_profile("same", derandomize=True, deadline=None, ma
 hypothesis.settings.load_profile("same")
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"  # of the commands that tests start
+
+
+def pytest_collection_finish() -> None:
+    """What is imported stays: it need not be searched for garbage again and again."""
+    gc.freeze()
 
 
 def pytest_xdist_auto_num_workers(config) -> int:

@@ -206,7 +206,7 @@ def test_errors_come_before_the_model_is_loaded(capsys, picture, tmp_path, monke
         assert call(capsys, "view", "tiny-llava", *wrong, "--prompt", "a")[0] == 1
 
 
-def test_a_folder_of_images(capsys, folders, tmp_path):
+def test_a_folder_of_images(capsys, folders, tmp_path, undrawn):
     lines = [{"image": f"{i}.png", "captions": [f"number {i} of a dog"]} for i in range(3)]
     spec = write_folder(tmp_path / "d", [*lines, "{"], ["0.png", "1.png"])
     (tmp_path / "d" / "2.png").write_text("no picture")

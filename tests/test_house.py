@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import tokenize
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,11 @@ KNOW_NNSIGHT = {"ndif", "vlm", "tracing", "experiments"}
 Graph = dict[str, set[str]]
 
 
+@cache
+def tree_of(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
 def graph_of(root: Path) -> Graph:
     """For each file, the package's files that it imports: at its top, lazily, or for types."""
     files = {".".join(p.relative_to(root.parent).with_suffix("").parts): p for p in root.rglob("*.py")}
@@ -43,7 +49,7 @@ def graph_of(root: Path) -> Graph:
     graph: Graph = {}
     for name, path in files.items():
         imported = set()
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        for node in ast.walk(tree_of(path)):
             if isinstance(node, ast.Import):
                 imported |= {alias.name for alias in node.names}
             elif isinstance(node, ast.ImportFrom) and node.module:
@@ -150,7 +156,7 @@ def test_a_fact_about_a_family_has_one_home(pattern):
 
 def _code(path: Path) -> list[str]:
     """The lines of a file without comments and docstrings."""
-    tree = ast.parse(path.read_text(encoding="utf-8"))
+    tree = tree_of(path)
     for node in ast.walk(tree):
         body = getattr(node, "body", None)
         if isinstance(body, list) and len(body) > 1:
@@ -198,7 +204,7 @@ def test_a_constant_has_one_meaning():
     """No two modules define a constant of the same name."""
     homes: dict[str, list[str]] = {}
     for path in FILES:
-        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        for node in tree_of(path).body:
             targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
             for target in targets:
                 for name in ast.walk(target) if target is not None else ():
@@ -212,7 +218,7 @@ def test_nothing_registers_itself():
     nameless = [
         f"{path.relative_to(ROOT)}:{node.lineno}"
         for path in FILES
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        for node in ast.walk(tree_of(path))
         if isinstance(node, functions) and node.name == "_"
     ]
     assert nameless == []
@@ -240,8 +246,9 @@ def vague_names(tree: ast.Module) -> list[str]:
             return names | {n.id for part in body for n in ast.walk(part) if _is_stored(n)}
         return {n.id for generator in scope.generators for n in ast.walk(generator.target) if isinstance(n, ast.Name)}
 
-    for scope in [tree, *(node for node in ast.walk(tree) if isinstance(node, scopes))]:
-        for name in VAGUE:
+    used = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)} & set(VAGUE)
+    for scope in [tree, *(node for node in ast.walk(tree) if used and isinstance(node, scopes))]:
+        for name in sorted(used):
             if scope is tree or name in bound(scope):
                 lines = uses(scope, name)
                 if isinstance(scope, ast.FunctionDef) and name in {
@@ -260,7 +267,7 @@ def _is_stored(node: ast.AST) -> bool:
 def test_vague_names_live_for_three_lines():
     assert vague_names(ast.parse("def f(x):\n    found = x\n    x += 1\n    return found")) == []
     assert vague_names(ast.parse("def f(x):\n    found = x\n    x += 1\n\n    return found")) == ["found, lines 2 to 5"]
-    wrong = {str(path): vague_names(ast.parse(path.read_text(encoding="utf-8"))) for path in [*FILES, *TESTS]}
+    wrong = {str(path): vague_names(tree_of(path)) for path in [*FILES, *TESTS]}
     assert {name: lines for name, lines in wrong.items() if lines} == {}
 
 
@@ -270,12 +277,14 @@ def test_prose_is_100_columns_wide():
     for path in [*FILES, *TESTS]:
         text = path.read_text(encoding="utf-8")
         lines = text.split("\n")
+        if max(map(len, lines)) <= 100:
+            continue
         prose = {
             token.start[0]
             for token in tokenize.generate_tokens(io.StringIO(text).readline)
             if token.type == tokenize.COMMENT and not token.string.startswith(("# noqa", "# type:", "# fmt:"))
         }
-        for node in ast.walk(ast.parse(text)):
+        for node in ast.walk(tree_of(path)):
             if (
                 isinstance(node, ast.Expr)
                 and isinstance(node.value, ast.Constant)
@@ -315,7 +324,7 @@ def test_tests_share_helpers_and_not_each_other():
 
 def _imported(path: Path) -> set[str]:
     modules = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in ast.walk(tree_of(path)):
         if isinstance(node, ast.Import):
             modules |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:

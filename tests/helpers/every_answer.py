@@ -14,6 +14,7 @@ import torch
 import mechvlm as mv
 from helpers import every_experiment, families  # noqa: F401  (it registers its methods)
 from helpers.every_method import Case, close, first, method
+from helpers.small_study import without_figures
 
 
 @method
@@ -131,7 +132,8 @@ def study(case: Case) -> None:
         hf.save_pretrained(f"{folder}/model")
         processor.save_pretrained(f"{folder}/model")
         prompt, data = "Describe the scene.", mv.datasets.load_dataset("scenes", 4)
-        result = mv.study.run([f"{folder}/model"], data, prompt=prompt, batch_size=2, out=f"{folder}/study")
+        with without_figures():
+            result = mv.study.run([f"{folder}/model"], data, prompt=prompt, batch_size=2, out=f"{folder}/study")
         skipped = pd.read_csv(f"{folder}/study/skipped.csv")
         assert (Path(folder) / "study" / "report.html").stat().st_size > 10_000
     assert skipped.empty, skipped["reason"].tolist()

@@ -19,6 +19,9 @@ SHARE = 0.15
 """Of the largest change of a token: smaller ones are the blur of a resize."""
 
 
+BATCH = 16
+
+
 class Stop(Exception):
     """The states are there: the decoder need not run."""
 
@@ -55,7 +58,7 @@ def first_layer(hf) -> torch.nn.Module:
 
 
 def entering(hf, encoding: dict[str, Tensor]) -> Tensor:
-    """The states that enter the decoder, [pos d_model]."""
+    """The states that enter the decoder, [example pos d_model]."""
     states = []
 
     def keep(module, args, kwargs):
@@ -67,7 +70,7 @@ def entering(hf, encoding: dict[str, Tensor]) -> Tensor:
         with torch.no_grad():
             hf(**encoding)
     except Stop:
-        return states[0].reshape(encoding["input_ids"].shape[1], -1)
+        return states[0].reshape(*encoding["input_ids"].shape, -1)
     finally:
         hook.remove()
     raise AssertionError("the decoder was not reached")
@@ -78,21 +81,27 @@ def owned(hf, encode, pixels: np.ndarray, visual: Tensor) -> list[tuple[float, f
 
     Args:
         hf: the model.
-        encode: an image to the arguments of the model's forward.
+        encode: images to the arguments of the model's forward.
         pixels: the image [height width 3].
         visual: positions of the visual tokens.
     """
     height, width = pixels.shape[:2]
     with silenced(hf):
-        base = entering(hf, encode(Image.fromarray(pixels)))[visual]
+        base = entering(hf, encode([Image.fromarray(pixels)]))[:, visual]
 
-        def changes(index) -> Tensor:
+        def changed(index) -> Image.Image:
             other = pixels.copy()
             other[index] = 255 - other[index]
-            return (entering(hf, encode(Image.fromarray(other)))[visual] - base).abs().amax(-1)
+            return Image.fromarray(other)
 
-        cols = torch.stack([changes(np.s_[:, col]) for col in range(width)], 1)
-        rows = torch.stack([changes(np.s_[row]) for row in range(height)], 1)
+        def changes(images: list[Image.Image]) -> Tensor:
+            """How much each token changes with each image [token image]."""
+            batches = [images[start : start + BATCH] for start in range(0, len(images), BATCH)]
+            states = [entering(hf, encode(batch))[:, visual] for batch in batches]
+            return (torch.cat(states) - base).abs().amax(-1).T
+
+        cols = changes([changed(np.s_[:, col]) for col in range(width)])
+        rows = changes([changed(np.s_[row]) for row in range(height)])
     boxes = []
     for across, down in zip(cols, rows, strict=True):
         if across.max() < 1e-5:

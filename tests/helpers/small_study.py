@@ -1,10 +1,9 @@
 """Studies small enough to stop and resume in a test: shards of one batch, and no figures."""
 
-import pytest
+from collections.abc import Iterator
+from contextlib import contextmanager
 
-from mechvlm.study.report import figures
-from mechvlm.study.report.captioned import CaptionedFigure
-from mechvlm.study.running import settings
+import pytest
 
 PROMPT = "what is this"
 
@@ -12,9 +11,28 @@ PROMPT = "what is this"
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
     """Several shards of one batch each; no figures, which are slow and not tested here."""
-    monkeypatch.setattr(settings, "EXAMPLES_PER_SHARD", 2)
-    monkeypatch.setattr(figures, "draw_all", lambda *_: {name: CaptionedFigure(None, "") for name in figures.FIGURES})
-    monkeypatch.setattr(figures, "save_all", small_figures)
+    monkeypatch.setattr("mechvlm.study.running.settings.EXAMPLES_PER_SHARD", 2)
+    with without_figures():
+        yield
+
+
+@contextmanager
+def without_figures() -> Iterator[None]:
+    """A study's folder has a small file for each figure: drawing takes most of a small study."""
+    from mechvlm.study.report import figures
+    from mechvlm.study.report.captioned import CaptionedFigure
+
+    names = figures._figures_of
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(figures, "draw_all", lambda study: {name: CaptionedFigure(None, "") for name in names(study)})
+        patch.setattr(figures, "save_all", small_figures)
+        yield
+
+
+@pytest.fixture
+def undrawn() -> Iterator[None]:
+    with without_figures():
+        yield
 
 
 def small_figures(captioned, folder) -> None:

@@ -56,7 +56,11 @@ def test_boxes_hold_the_pixels_that_the_token_owns(name, built, size):
     pixels = gray_noise(*size)
     inputs = inputs_of(name, *built, pixels, "what")
     tokens = inputs.tokens
-    oracle = owned(built[0], lambda image: inputs_of(name, *built, image, "what").encoding, pixels, tokens.image)
+
+    def encode(images):
+        return inputs_of(name, *built, images, ["what"] * len(images)).encoding
+
+    oracle = owned(built[0], encode, pixels, tokens.image)
     assert tokens.patches == any(box is not None for box in oracle)
     for position, box in zip(tokens.image.tolist(), oracle, strict=True):
         place = tokens.place(position)
@@ -112,10 +116,10 @@ def test_two_images_have_their_own_tokens(name, built):
     tokens = both.tokens
     assert [layout.image_size for layout in tokens.layouts] == [(60, 44), (40, 90)]
     with silenced(built[0]):
-        before = entering(built[0], both.encoding)
+        before = entering(built[0], both.encoding)[0]
         for image in (0, 1):
             other = [255 - pixels if number == image else pixels for number, pixels in enumerate(pair)]
-            after = entering(built[0], inputs_of(name, *built, [other], "what").encoding)
+            after = entering(built[0], inputs_of(name, *built, [other], "what").encoding)[0]
             changed = set(((after - before).abs().amax(-1) > 1e-5).nonzero()[:, 0].tolist())
             placed = set(tokens.images[image].tolist()) - set(tokens.without_place.tolist())
             size = tokens.layouts[image].image_size

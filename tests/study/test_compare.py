@@ -61,7 +61,7 @@ def test_the_frame_is_the_studies_curves_by_depth(made):
 
 
 @pytest.mark.long
-def test_a_folder_and_its_study_compare_alike(llava_vlm, blip_vlm, tmp_path):
+def test_a_folder_and_its_study_compare_alike(llava_vlm, blip_vlm, tmp_path, undrawn):
     first = run([llava_vlm], "scenes", n=3, out=tmp_path / "one")
     second = run([blip_vlm], "scenes", n=3, out=tmp_path / "two")
     from_memory, from_disk = mv.compare([first, second]), mv.compare([str(tmp_path / "one"), tmp_path / "two"])

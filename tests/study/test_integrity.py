@@ -14,12 +14,10 @@ import mechvlm as mv
 from helpers.images import noise_image
 from helpers.models import llava
 from helpers.seals import seal_json, seal_shard, seal_study
-from helpers.small_study import PROMPT, small, small_figures  # noqa: F401  (small is a fixture)
+from helpers.small_study import PROMPT, small, without_figures  # noqa: F401  (small is a fixture)
 from mechvlm.datasets import Dataset, Example, fingerprint
 from mechvlm.errors import InputError
 from mechvlm.study import load, run
-from mechvlm.study.report import figures
-from mechvlm.study.report.captioned import CaptionedFigure
 from mechvlm.study.running import runner, settings
 from mechvlm.study.running.atomic import read_about, read_table
 from mechvlm.study.running.resume import check_shards
@@ -57,10 +55,8 @@ def made(vlm, data, tmp_path_factory):
     Beside them the plan, and the settings that settings.json holds.
     """
     home, kept = tmp_path_factory.mktemp("made"), {}
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, without_figures():
         patch.setattr(settings, "EXAMPLES_PER_SHARD", 2)
-        patch.setattr(figures, "draw_all", lambda *_: {name: CaptionedFigure(None, "") for name in figures.FIGURES})
-        patch.setattr(figures, "save_all", small_figures)
         patch.setattr(runner, "check_shards", lambda plan: kept.update(plan=plan))
         with pytest.raises(Stop):
             study(vlm, data, home / "stopped", progress=stop_before_the_results)

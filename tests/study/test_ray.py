@@ -19,12 +19,11 @@ from accelerate import dispatch_model
 import mechvlm as mv
 from helpers.images import noise_image
 from helpers.models import llava
+from helpers.small_study import without_figures
 from mechvlm import cli
 from mechvlm.datasets import Dataset, Example, fingerprint
 from mechvlm.errors import InputError, ModelError, StoppedError
 from mechvlm.study import run
-from mechvlm.study.report import figures
-from mechvlm.study.report.captioned import CaptionedFigure
 from mechvlm.study.running import ray_workers, settings
 from mechvlm.study.running.plan import Plan
 from mechvlm.study.running.workers import LocalWorker
@@ -53,15 +52,9 @@ def data() -> Dataset:
 def small(monkeypatch):
     """Several shards of one batch each; no figures, which are slow and not tested here."""
     monkeypatch.setattr(settings, "EXAMPLES_PER_SHARD", 2)
-    monkeypatch.setattr(figures, "draw_all", lambda _: {name: CaptionedFigure(None, "") for name in figures.FIGURES})
-    monkeypatch.setattr(figures, "save_all", _small_figures)
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-
-
-def _small_figures(captioned, folder) -> None:
-    folder.mkdir()
-    for name in captioned:
-        (folder / f"{name}.svg").write_text("a figure")
+    with without_figures():
+        yield
 
 
 @pytest.fixture

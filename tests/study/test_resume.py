@@ -18,12 +18,10 @@ import mechvlm as mv
 from helpers.forwards import out_of_memory_above
 from helpers.images import noise_image
 from helpers.models import llava
-from helpers.small_study import PROMPT, small, small_figures  # noqa: F401  (small is a fixture)
+from helpers.small_study import PROMPT, small, without_figures  # noqa: F401  (small is a fixture)
 from mechvlm.datasets import Dataset, Example, fingerprint
 from mechvlm.errors import InputError, StoppedError
 from mechvlm.study import run, save
-from mechvlm.study.report import figures
-from mechvlm.study.report.captioned import CaptionedFigure
 from mechvlm.study.running import atomic, settings, shards
 
 
@@ -49,10 +47,8 @@ def tables(out) -> dict[str, bytes]:
 @pytest.fixture(scope="module")
 def whole(vlm, data, tmp_path_factory):
     """A study that ran without interruption."""
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, without_figures():
         patch.setattr(settings, "EXAMPLES_PER_SHARD", 2)
-        patch.setattr(figures, "draw_all", lambda *_: {name: CaptionedFigure(None, "") for name in figures.FIGURES})
-        patch.setattr(figures, "save_all", small_figures)
         return study(vlm, data, tmp_path_factory.mktemp("whole") / "out")
 
 

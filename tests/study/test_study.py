@@ -182,7 +182,7 @@ def in_order(spec):
 
 
 @pytest.mark.parametrize("size", [1, 3, 16])
-def test_bad_examples_are_set_aside_and_the_rest_is_unchanged(with_bad, llava_vlm, tmp_path, size):
+def test_bad_examples_are_set_aside_and_the_rest_is_unchanged(with_bad, llava_vlm, tmp_path, undrawn, size):
     bad, good = map(in_order, with_bad)
     study = run([llava_vlm], bad, batch_size=size, out=tmp_path / "bad")
     good_study = run([llava_vlm], good, batch_size=4)

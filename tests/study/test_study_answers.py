@@ -10,15 +10,14 @@ import mechvlm as mv
 from helpers.forwards import decoder_calls, decoder_of
 from helpers.images import noise_image
 from helpers.models import llava
-from helpers.small_study import small_figures
+from helpers.small_study import without_figures
 from helpers.studies import made_study
 from mechvlm.datasets import Dataset, Example, fingerprint
 from mechvlm.errors import InputError
 from mechvlm.inputs.answer import AnswerList
 from mechvlm.study import run
 from mechvlm.study.answer_curves import answer_curves, decided
-from mechvlm.study.report import answer_figure, figures
-from mechvlm.study.report.captioned import CaptionedFigure
+from mechvlm.study.report import answer_figure
 from mechvlm.study.running import answer_rows, settings
 
 PROMPT = "what is this"
@@ -30,10 +29,9 @@ PROMPT_TABLES = ("contextualization", "baseline", "lens", "attention_share", "no
 def small(monkeypatch):
     """Short answers, and shards of one batch; no figures of whole studies, which are slow."""
     monkeypatch.setattr(answer_rows, "ANSWER_TOKENS", 9)
-    names = figures._figures_of
-    monkeypatch.setattr(figures, "draw_all", lambda study: {name: CaptionedFigure(None, "") for name in names(study)})
-    monkeypatch.setattr(figures, "save_all", small_figures)
     monkeypatch.setattr(settings, "EXAMPLES_PER_SHARD", 2)
+    with without_figures():
+        yield
 
 
 def data_of(n: int) -> Dataset:

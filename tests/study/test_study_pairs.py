@@ -19,8 +19,6 @@ from helpers.seals import seal_study
 from mechvlm.datasets import load_dataset, pairs_of
 from mechvlm.errors import InputError
 from mechvlm.study import run
-from mechvlm.study.report import figures
-from mechvlm.study.report.captioned import CaptionedFigure
 from mechvlm.study.report.pairs import pair_lines, pair_results, pair_summary
 from mechvlm.study.running import atomic, settings, shards
 
@@ -126,25 +124,12 @@ def test_the_figure_shows_matched_less_mismatched(study, direct):
     assert panel.get_lines()[-1].get_ydata() == pytest.approx(expected, abs=1e-6)
 
 
-@pytest.fixture
-def no_figures(monkeypatch):
-    """Figures are slow, and not tested here."""
-    monkeypatch.setattr(figures, "draw_all", lambda *_: {name: CaptionedFigure(None, "") for name in figures.FIGURES})
-
-    def save_all(captioned, folder):
-        folder.mkdir()
-        for name in captioned:
-            (folder / f"{name}.svg").write_text("a figure")
-
-    monkeypatch.setattr(figures, "save_all", save_all)
-
-
 class Stop(Exception):
     pass
 
 
 @pytest.mark.parametrize("at", range(1, 7))
-def test_interrupted_at_any_folder_it_comes_to_the_same(vlm, spec, study, tmp_path, monkeypatch, no_figures, at):
+def test_interrupted_at_any_folder_it_comes_to_the_same(vlm, spec, study, tmp_path, monkeypatch, undrawn, at):
     """Stopped before a folder has its name: two shards of examples, three of pairs, the gallery."""
     begun, write = [], atomic.write_folder
 
@@ -205,14 +190,14 @@ def test_progress_counts_the_pairs_sides_once_more(vlm, spec, tmp_path):
     assert counts[-1][0] == 4 * PAIRS
 
 
-def test_a_pair_of_which_one_side_was_drawn_is_left_out_and_counted(vlm, spec, tmp_path, no_figures):
+def test_a_pair_of_which_one_side_was_drawn_is_left_out_and_counted(vlm, spec, tmp_path, undrawn):
     study = run([vlm], spec, n=5, out=tmp_path / "out", **OPTIONS)
     assert study.tables["pair_scores"]["pair"].nunique() == 2
     assert (study.dataset["pairs"], study.dataset["half_pairs"], study.dataset["usable"]) == (2, 1, 2 * PAIRS)
     assert "Left out: 1 of which only one side" in mv.Study.open(study.out).plot("pairs").caption
 
 
-def test_no_pair_drawn_whole(vlm, spec, tmp_path, no_figures):
+def test_no_pair_drawn_whole(vlm, spec, tmp_path, undrawn):
     study = run([vlm], spec, n=1, out=tmp_path / "out", **OPTIONS)
     assert not PAIR_TABLES & set(study.tables)
     assert (study.dataset["pairs"], study.dataset["half_pairs"]) == (0, 1)
@@ -220,7 +205,7 @@ def test_no_pair_drawn_whole(vlm, spec, tmp_path, no_figures):
     assert pair_lines(mv.Study.open(tmp_path / "out")) == []
 
 
-def test_a_pair_that_cannot_be_read_is_set_aside(vlm, direct, tmp_path, no_figures):
+def test_a_pair_that_cannot_be_read_is_set_aside(vlm, direct, tmp_path, undrawn):
     folder = write_winoground(tmp_path / "w", winoground(PAIRS))
     (folder / "images" / "ex_2_img_1.png").write_bytes(b"no image")
     study = run([vlm], f"winoground:{folder}", out=tmp_path / "out", **OPTIONS)
@@ -237,7 +222,7 @@ def test_a_pair_that_cannot_be_read_is_set_aside(vlm, direct, tmp_path, no_figur
         torch.testing.assert_close(result.values[:, :, i], whole, atol=1e-4, rtol=1e-4, equal_nan=True)
 
 
-def test_pairs_of_which_none_can_be_read(vlm, tmp_path, no_figures):
+def test_pairs_of_which_none_can_be_read(vlm, tmp_path, undrawn):
     folder = write_winoground(tmp_path / "w", winoground(2))
     for i in range(2):
         (folder / "images" / f"ex_{i}_img_1.png").write_bytes(b"no image")
@@ -267,7 +252,7 @@ def test_pairs_without_room_are_halved_and_that_is_recorded(vlm, spec, direct, m
     assert study.models[direct.model]["halved"] == firsts
 
 
-def test_other_data_have_none_of_it(vlm, tmp_path):
+def test_other_data_have_none_of_it(vlm, tmp_path, undrawn):
     study = run([vlm], "scenes", n=2, out=tmp_path / "out", **OPTIONS)
     assert not PAIR_TABLES & set(study.tables)
     assert not [p for p in (tmp_path / "out").rglob("*pair*")]

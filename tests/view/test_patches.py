@@ -180,7 +180,7 @@ def test_under_a_megabyte_at_the_size_of_7b(spread):
 def test_all_words_of_an_answer_of_60_tokens_under_12_megabytes():
     """Each word has less room than one alone, and its numbers are still right to 2.2 %."""
     inputs = large_inputs(answer=" ".join(["a red cat what is this scene dog"] * 8))
-    lens, norms = synthetic(inputs, dest=tuple(inputs.tokens.writing.tolist()[:60]))
+    lens, norms = synthetic(inputs, dest=tuple(inputs.tokens.writing.tolist()[:59]))
     view = mv.view.patches(inputs, lens, norms)
     size, data = len(view.html().encode()), data_of(view)
     levels = {row["levels"] for row in data["rows"] if "data" in row}
