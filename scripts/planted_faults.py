@@ -87,7 +87,9 @@ class Fault:
     @property
     def lane(self) -> tuple[str, ...]:
         """Options with which pytest selects the tests that see this file."""
-        return ("-m", "browser") if self.file.endswith(".js") else ()
+        if self.file.endswith(".js"):
+            return "-m", "browser"
+        return "-m", "not (browser or tutorial or ndif or ray or kills or kinds or smollm2 or families)"
 
     @property
     def module(self) -> str:

@@ -110,6 +110,7 @@ def test_a_view_of_an_answer_that_ended_at_once_is_of_the_prompt(capsys, folders
     assert printed.startswith("Answer: none. The model ended it at once, and the page shows the prompt alone.\n")
 
 
+@pytest.mark.long
 def test_a_view_without_room_for_all_its_text_says_so(capsys, folders, picture, tmp_path, monkeypatch):
     vlm = mv.load(folders[0])
     inputs = vlm.inputs(picture, "what is this")

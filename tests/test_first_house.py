@@ -174,6 +174,7 @@ def test_an_unfinished_study_is_refused_and_kept(tmp_path):
     assert sorted(folder.rglob("*")) == files
 
 
+@pytest.mark.long
 def test_tables_of_a_finished_study_are_those_of_today(tmp_path):
     """Opened, its states are called so and its layers count from 0."""
     study = run(["tiny-llava"], "scenes", n=6, seed=5, batch_size=2, out=tmp_path / "study")

@@ -56,6 +56,7 @@ def test_other_seeds_and_splits_differ():
     assert list(sample_scenes(20, 3, "val")) != draws[0]
 
 
+@pytest.mark.long
 def test_splits_share_no_content():
     contents = {split: {s.content for s in sample_scenes(400, split=split)} for split in SPLITS}
     assert all(s.split == split for split in SPLITS for s in sample_scenes(50, split=split))

@@ -257,6 +257,7 @@ def test_every_setting_has_its_words():
     assert tuple(BARS) == ABLATION_CONDITIONS
 
 
+@pytest.mark.long
 def test_a_study_draws_without_pyplot():
     code = "import sys, mechvlm.study.report.figures, mechvlm.study.save; print('matplotlib.pyplot' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"

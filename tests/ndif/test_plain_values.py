@@ -73,6 +73,7 @@ json_like = st.recursive(
 )
 
 
+@pytest.mark.long
 @given(st.dictionaries(st.text(), json_like), st.sampled_from([2, 3, 4]))
 def test_any_plain_value_is_read(values, protocol):
     assert same(plain_values(saved(values, pickle_protocol=protocol), MOST), values)

@@ -18,6 +18,7 @@ def reweighted(vlm, inputs):
     return logits
 
 
+@pytest.mark.long
 def test_a_rehearsal_needs_no_server(monkeypatch):
     """remote="local" packs a trace as for NDIF, unpacks it with mechvlm hidden, runs it here."""
     monkeypatch.setattr(nnsight.CONFIG.API, "HOST", "http://127.0.0.1:1")

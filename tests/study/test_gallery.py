@@ -17,6 +17,8 @@ from mechvlm.datasets import Dataset, Example, fingerprint
 from mechvlm.study import run
 from mechvlm.study.report import gallery
 
+pytestmark = pytest.mark.long
+
 SCRIPT = "<script>window.ran=1</script>"
 IDS = [
     "../../etc/passwd",

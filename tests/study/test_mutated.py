@@ -222,6 +222,7 @@ def test_a_table_of_more_rows_than_its_study_has_is_not_read(folder):
         read_table(shard, "words")
 
 
+@pytest.mark.long
 def test_a_table_that_grows_when_it_is_read_is_refused(folder):
     path = folder / "data" / "words.parquet"
     words = pa.table({"word": ["a" * 10_000] * 10_000})

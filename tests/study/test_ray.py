@@ -317,6 +317,7 @@ def test_a_node_that_lacks_a_file_or_a_version_is_named(folder, data, tmp_path, 
 # --- device maps ---
 
 
+@pytest.mark.long
 def test_a_device_map_gives_the_same_tables_and_is_a_setting(folder, data, tmp_path):
     study(folder, data, tmp_path / "mapped", device_map={"": "cpu"})
     study(folder, data, tmp_path / "whole")

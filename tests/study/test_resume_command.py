@@ -81,6 +81,7 @@ def test_a_signal_stops_it_and_says_how_to_go_on(capsys, folder, tmp_path, monke
     assert (got, "Open mechvlm-study-3/report.html" in printed) == (0, True)
 
 
+@pytest.mark.long
 def test_a_full_disk_is_3(capsys, monkeypatch, folder, tmp_path):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")

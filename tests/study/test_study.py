@@ -181,7 +181,10 @@ def in_order(spec):
     return Dataset("made", examples, data.set_aside, data.fingerprint)
 
 
-@pytest.mark.parametrize("size", [1, 3, 16])
+LONG = pytest.mark.long
+
+
+@pytest.mark.parametrize("size", [pytest.param(1, marks=LONG), pytest.param(3, marks=LONG), 16])
 def test_bad_examples_are_set_aside_and_the_rest_is_unchanged(with_bad, llava_vlm, tmp_path, undrawn, size):
     bad, good = map(in_order, with_bad)
     study = run([llava_vlm], bad, batch_size=size, out=tmp_path / "bad")
@@ -328,6 +331,7 @@ def test_the_report_fetches_nothing_and_runs_no_script(study):
     assert page.count('<div class="card">') == 6
 
 
+@pytest.mark.long
 def test_hostile_text_is_escaped(llava_vlm, tmp_path):
     examples = [Example(f"{i} {HOSTILE}", noise_image(i), (HOSTILE + " dog",)) for i in range(3)]
     (tmp_path / "<script>x.png").write_text("no picture")

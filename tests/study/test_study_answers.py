@@ -20,6 +20,8 @@ from mechvlm.study.answer_curves import answer_curves, decided
 from mechvlm.study.report import answer_figure
 from mechvlm.study.running import answer_rows, settings
 
+pytestmark = pytest.mark.long
+
 PROMPT = "what is this"
 TABLES = ("answer_tokens", "answer_attention", "answer_lens")
 PROMPT_TABLES = ("contextualization", "baseline", "lens", "attention_share", "norm_attention", "answers", "words")

@@ -79,6 +79,7 @@ def test_the_phases_are_those_of_the_run(study, opened):
         assert reopened.explanation == record["phases"][model]["explanation"]
 
 
+@pytest.mark.long
 def test_no_model_and_no_nnsight_is_needed(study):
     code = (
         f"import sys, mechvlm as mv; s = mv.Study.open({str(study.out)!r}); s.frame(); s.figures(); s.summary(); "

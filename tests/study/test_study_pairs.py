@@ -22,6 +22,8 @@ from mechvlm.study import run
 from mechvlm.study.report.pairs import pair_lines, pair_results, pair_summary
 from mechvlm.study.running import atomic, settings, shards
 
+pytestmark = pytest.mark.long
+
 PROMPT = "what is this"
 PAIRS = 5
 OPTIONS = {"prompt": PROMPT, "batch_size": 8, "seed": 3}  # two pairs a forward

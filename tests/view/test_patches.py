@@ -349,6 +349,7 @@ def test_a_page_over_the_limit_says_what_to_choose(results, monkeypatch):
         mv.view.patches(*results)
 
 
+@pytest.mark.long
 def test_all_pairs_of_7b_are_refused_before_they_are_packed(monkeypatch):
     """The size of all destinations is estimated from the first ones."""
     inputs = large_inputs()
