@@ -16,15 +16,7 @@ def case_of(name: str) -> Case:
     return Case(name)
 
 
-def slow_but_llava() -> list:
-    """The families, of which all but LLaVA wait for a lane: they take their time."""
-    return [
-        case if case.values == ("llava",) else pytest.param(*case.values, marks=[*case.marks, pytest.mark.long])
-        for case in families.cases()
-    ]
-
-
-@pytest.mark.parametrize("name", slow_but_llava())
+@pytest.mark.parametrize("name", families.cases())
 def test_a_family_is_as_the_table_says(name):
     """One test a family: a case is made once, and its methods share it."""
     row = load_table()[name]
