@@ -187,7 +187,9 @@ def test_all_words_of_an_answer_of_60_tokens_under_12_megabytes():
     print(f"{len(data['rows'])} rows, {size:,} bytes, single heads in {levels} steps")
     assert sum("data" in row for row in data["rows"]) == 60
     assert size < 12_000_000
-    row = next(row for row in data["rows"] if "word" in row and len(data["answer"][row["word"]]["wrote"]) == 1)
+    row = next(
+        row for row in data["rows"] if {"word", "data"} <= row.keys() and len(data["answer"][row["word"]]["wrote"]) == 1
+    )
     values, _ = rows_of(data, row)
     at = norms.dest[0].tolist().index(data["answer"][row["word"]]["wrote"][0])
     true = norms.norm_head[:, 0, :, at].numpy()[..., data["positions"]][..., : data["visual"]]
