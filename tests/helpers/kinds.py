@@ -120,10 +120,11 @@ KINDS = {
     "compiled": torch.compile,
 }
 
-PRECISION = {"8 bits": 5e-2, "8 bits and lora": 5e-2, "torchao, 8 bits, inputs too": 5e-2}
+PRECISION = {"8 bits": 5e-2, "8 bits and lora": 5e-2, "torchao, 8 bits, inputs too": 8e-2}
 """Largest difference from the plain twin, relative to the largest entry; of the others 1e-4.
 
-These kinds round the inputs of every module to 8 bits. After three layers 2.6e-2 was measured.
+These kinds round the inputs of every module to 8 bits. After three layers 2.6e-2 was measured, and
+5.1e-2 with torchao on a CPU without its own instructions for them.
 """
 
 
