@@ -124,7 +124,7 @@ class Result:
         if not 0 <= example < n:
             raise IndexError(f"Example {example} was asked for; this result holds 0 to {n - 1}.")
         tuples = [*self.per_example, *(["example_ids"] if self.example_ids else [])]
-        values = {name: value.narrow(axis, example, 1) for name, (value, axis) in axes.items()}
+        values: dict[str, Any] = {name: value.narrow(axis, example, 1) for name, (value, axis) in axes.items()}
         return replace(self, **values, **{name: getattr(self, name)[example : example + 1] for name in tuples})
 
     def plot(self, ax=None, title=None, figsize=None, example=None):

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import pandas as pd
@@ -98,7 +98,9 @@ class WordReadingResult(Result):
             raise IndexError(f"Example {example} was asked for; this result holds 0 to {len(self.answers) - 1}.")
         own = (self.example == example).nonzero()[:, 0]
         names = ("heat", "inside", "hit", "occurrence", "logprob", "shape", "area")
-        words = {name: tuple(getattr(self, name)[i] for i in own.tolist()) for name in ("word", "boxes")}
+        words: dict[str, Any] = {
+            name: tuple(getattr(self, name)[i] for i in own.tolist()) for name in ("word", "boxes")
+        }
         ids = None if self.example_ids is None else self.example_ids[example : example + 1]
         return replace(
             self, **{name: getattr(self, name)[own] for name in names}, **words, example=torch.zeros_like(own),

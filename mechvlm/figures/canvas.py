@@ -183,7 +183,9 @@ def keep_letters(ax: Axes) -> None:
 
 def unchanged() -> dict[str, Any]:
     """`UNCHANGED`, without what the user has set otherwise."""
-    return {key: value for key, value in UNCHANGED.items() if mpl.rcParams[key] == mpl.rcParamsDefault[key]}
+    now: Any = mpl.rcParams
+    default: Any = mpl.rcParamsDefault
+    return {key: value for key, value in UNCHANGED.items() if now[key] == default[key]}
 
 
 @contextmanager
@@ -191,9 +193,10 @@ def settings(values: dict[str, Any]) -> Iterator[None]:
     """Context with these rcParams; it changes nothing outside."""
     # mpl.rc_context would undo too much: in a notebook the first figure loads the backend, which
     # turns on interactive mode for good. Undone, no later figure would be shown.
-    before = {key: mpl.rcParams[key] for key in values}
-    mpl.rcParams.update(values)
+    now: Any = mpl.rcParams
+    before = {key: now[key] for key in values}
+    now.update(values)
     try:
         yield
     finally:
-        mpl.rcParams.update(before)
+        now.update(before)

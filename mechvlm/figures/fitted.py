@@ -13,7 +13,15 @@ GAP = 0.06
 """Between the words of two panels, in inches."""
 
 
-class FittedText(Text):
+class MeasuredText(Text):
+    """Words that know how long they would be."""
+
+    def width_of(self, words: str) -> float:
+        """The width of these words in this text's font, in pixels."""
+        return self._get_rendered_text_width(words)  # type: ignore[attr-defined]
+
+
+class FittedText(MeasuredText):
     """Text whose lines end before those of the next panel: a title, a note, an axis's name.
 
     Lines are broken whenever the text is measured or drawn, so it fits after a later change of the
@@ -33,7 +41,7 @@ class FittedText(Text):
     def _broken(self, line: str, room: float) -> str:
         lines: list[str] = []
         for piece in BREAKS.split(line):
-            if lines and self._get_rendered_text_width((lines[-1] + piece).rstrip()) <= room:
+            if lines and self.width_of((lines[-1] + piece).rstrip()) <= room:
                 lines[-1] += piece
             else:
                 lines.append(piece)
@@ -74,7 +82,7 @@ def fit(text: Text, ax: Axes) -> None:
     text.within = ax  # type: ignore[attr-defined]
 
 
-class CellText(Text):
+class CellText(MeasuredText):
     """Words in a cell of a map: shortened where the cell is narrow, left out where it is small.
 
     Attributes:
@@ -87,20 +95,23 @@ class CellText(Text):
 
     def _get_wrapped_text(self) -> str:
         """The words that fit into the cell."""
-        corners = self.axes.transData.transform([(0, 0), self.cell])
+        ax, figure = self.axes, self.get_figure(root=True)
+        assert ax is not None
+        assert figure is not None
+        corners = ax.transData.transform([(0, 0), self.cell])
         width, height = abs(corners[1] - corners[0])
         if self.get_rotation() % 180 == 90:
             width, height = height, width
         lines = self.get_text().split("\n")
-        tall = 1.2 * len(lines) * self.get_fontsize() * self.get_figure(root=True).dpi / 72
+        tall = 1.2 * len(lines) * float(self.get_fontsize()) * figure.dpi / 72
         if tall > height:
             return ""
-        if max(map(self._get_rendered_text_width, lines)) <= width:
+        if max(map(self.width_of, lines)) <= width:
             return self.get_text()
         if not self.may_be_cut:
             return ""
         for end in range(len(lines[0]) - 1, 0, -1):
-            if self._get_rendered_text_width(lines[0][:end] + "…") <= width:
+            if self.width_of(lines[0][:end] + "…") <= width:
                 return lines[0][:end] + "…"
         return ""
 
@@ -118,4 +129,4 @@ def write_in_cell(
     # Clipped, so that the layout does not wait for the words.
     written = ax.text(x, y, words, ha="center", va="center", clip_on=True, **looks)
     written.__class__ = CellText
-    written.cell, written.may_be_cut = cell, may_be_cut
+    written.cell, written.may_be_cut = cell, may_be_cut  # type: ignore[attr-defined]

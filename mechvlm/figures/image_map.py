@@ -65,7 +65,7 @@ def image_map(
     )  # fmt: skip
     wide, high = (right - left) / cols, (bottom - top) / rows
     for (row, col), word in (words or {}).items():
-        dark = mesh.norm(heat[row, col]) > 0.6
+        dark = float(mesh.norm(heat[row, col])) > 0.6  # type: ignore[arg-type]
         write_in_cell(
             ax, left + (col + 0.5) * wide, top + (row + 0.5) * high, word, (wide, high), may_be_cut=True,
             fontsize="xx-small", color="white" if dark else "#222222",

@@ -55,7 +55,7 @@ class Scale(NamedTuple):
         if not self.beyond.any():
             return ""
         columns, most = np.flatnonzero(self.beyond.any(0)).tolist(), self.values[self.beyond].max()
-        own = [rows[i] for i in np.flatnonzero(self.beyond.any(1))]
+        own = [rows[i] for i in np.flatnonzero(self.beyond.any(1)).tolist()]
         where = f"{row} {own[0]}" if len(own) == 1 else f"{row}s {own[0]}–{own[-1]}"
         named = ", ".join(map(name, columns)) if len(columns) <= 3 else f"{int(self.beyond.sum())} cells"
         return f"beyond the scale (green): {named} in {where}, up to {most:.3g}"

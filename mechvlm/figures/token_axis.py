@@ -1,6 +1,7 @@
 """Axes along tokens: a name for each column that has room, and marks over the image's span."""
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -21,9 +22,11 @@ class RoomyLocator(Locator):
 
     def __call__(self) -> list[float]:
         """The places, the first one and each that is far enough from the one before."""
-        low, high = sorted(self.axis.get_view_interval())
+        axis: Any = self.axis
+        low, high = sorted(axis.get_view_interval())
         # matplotlib counts three letters' heights a tick; an upright word takes a bit over one.
-        apart, kept = (high - low) / max(2.3 * self.axis.get_tick_space(), 1), []
+        apart = (high - low) / max(2.3 * axis.get_tick_space(), 1)
+        kept: list[float] = []
         for place in self.places:
             if not kept or place - kept[-1] >= apart:
                 kept.append(float(place))

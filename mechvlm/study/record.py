@@ -1,6 +1,6 @@
 """The data of a study: its tables, and the frames and curves computed from them."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -74,7 +74,7 @@ class StudyRecord:
     views: dict[tuple[str, str], GalleryView]
     seconds: float
     out: Path | None = None
-    controls: dict[str, ControlExcess | None] = field(default_factory=dict, repr=False)
+    controls: dict[str, ControlExcess | None] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         n = len(self.models)
