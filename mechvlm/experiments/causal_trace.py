@@ -142,7 +142,7 @@ class CausalTraceResult(Result):
         ax = canvas.ax
         cell_width = ax.get_window_extent().width / ax.figure.dpi / (len(self.groups) + 1)  # inches
         names = [text(group, 24) for group in self.groups]
-        ax.set_xticks([*range(len(names)), middle], [*names, "total effect"])
+        ax.set_xticks([*range(len(names)), middle], [*names, "total\neffect"])
         ax.tick_params(axis="x", length=0)
         if max(map(len, names)) * 0.08 > cell_width:  # inches
             for label in ax.get_xticklabels():

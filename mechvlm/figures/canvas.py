@@ -23,7 +23,7 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from mechvlm.figures.fitted import fit
+from mechvlm.figures.fitted import FittedText, fit
 from mechvlm.figures.panels import top_axis
 
 Size = tuple[float | int, float | int]
@@ -39,6 +39,9 @@ ALWAYS = {"text.usetex": False}
 SAVED = {"pdf.fonttype": 42, "ps.fonttype": 42, "svg.fonttype": "none"}
 """Letters stay letters in a saved file: TrueType. Venues refuse matplotlib's own Type 3."""
 
+MOST_LAYOUTS = 4
+"""Lines break anew where a layout changed widths, which changes heights: most figures need two."""
+
 SHARED_ARGUMENTS = """
 Shared by all plots:
     ax: where to draw; by default a new figure.
@@ -51,11 +54,19 @@ Shared by all plots:
 class TrueTypeFigure(Figure):
     """A figure that saves letters as letters of a font, whoever calls `savefig`."""
 
+    def draw(self, renderer) -> None:
+        """As matplotlib's, once the layout has room for the lines into which its titles break."""
+        engine, before = self.get_layout_engine(), None
+        for _ in range(MOST_LAYOUTS if engine is not None else 0):
+            engine.execute(self)  # type: ignore[union-attr]
+            lines = [text.lines() for text in self.findobj(FittedText)]
+            if lines == before:
+                break
+            before = lines
+        super().draw(renderer)
+
     def savefig(self, *args, **kwargs) -> None:
         """As matplotlib's, with TrueType fonts in PDF and PS, and text in SVG."""
-        if self.get_layout_engine() is not None:
-            # Lines break anew where the first layout changed widths; the second has their heights.
-            self.draw_without_rendering()
         with settings(SAVED):
             super().savefig(*args, **kwargs)
 

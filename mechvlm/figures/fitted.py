@@ -38,6 +38,10 @@ class FittedText(MeasuredText):
         room = room_of(self.within, upright=self.get_rotation() % 180 == 90)
         return "\n".join(self._broken(line, room) for line in self.get_text().split("\n"))
 
+    def lines(self) -> str:
+        """The words as they are drawn now, with their breaks."""
+        return self._get_wrapped_text()
+
     def _broken(self, line: str, room: float) -> str:
         lines: list[str] = []
         for piece in BREAKS.split(line):

@@ -71,7 +71,7 @@ class LensPicture:
     @property
     def _size(self) -> tuple[float, float]:
         n_states, n_points, _ = self.ids.shape
-        return min(2 + 0.5 * n_points, 24), 1.8 + 0.28 * n_states
+        return min(2 + 0.5 * n_points, 24.0), 1.8 + 0.28 * n_states
 
     def _draw_states(self, canvas: Canvas) -> None:
         ax, n_points = canvas.ax, len(self.position)

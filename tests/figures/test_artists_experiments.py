@@ -162,7 +162,7 @@ def test_effects_of_12_layers_stand_at_their_layers():
         for layer in range(n_layers):
             assert value_at(mesh, places[name], layer) == pytest.approx(effect[layer, group], rel=1e-4)
     total = float((result.p - result.p_corrupt).mean())
-    assert value_at(mesh, places["total effect"], 5) == pytest.approx(total, rel=1e-4)
+    assert value_at(mesh, places["total\neffect"], 5) == pytest.approx(total, rel=1e-4)
     assert numbered(y_ticks(ax))
     words = words_at(ax)
     for group, layer in np.ndindex(4, n_layers):

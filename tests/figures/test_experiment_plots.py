@@ -131,7 +131,7 @@ def test_causal_trace_draws_the_mean_effect_beside_the_total():
     assert drawn[:, 4].tolist() == pytest.approx([total] * 4, rel=1e-4)
     assert mesh.get_clim() == pytest.approx((-total, total), rel=1e-4)
     assert np.array(mesh.cmap(mesh.norm(0.0))[:3]).min() > 0.95, "no effect is white"
-    assert [t.get_text() for t in ax.get_xticklabels()] == ["image", "question", "last", "total effect"]
+    assert [t.get_text() for t in ax.get_xticklabels()] == ["image", "question", "last", "total\neffect"]
     assert [t.get_text() for t in ax.get_yticklabels()] == ["0", "1", "2", "3"]
     cells = {t.get_position(): t.get_text() for t in ax.texts}
     for row, group in np.ndindex(4, 3):

@@ -172,5 +172,5 @@ def test_a_sink_does_not_take_the_scale():
     even = norms().plot()
     mesh = next(c for c in even.collections if hasattr(c, "get_coordinates"))
     assert mesh.colorbar.extend == "neither"
-    assert mesh.get_clim() == pytest.approx((0, norms().norm[:, :, 0].mean(1).max()))
+    assert mesh.get_clim() == pytest.approx((0, float(norms().norm[:, :, 0].mean(1).max())))
     assert "beyond" not in even.child_axes[0].get_xlabel()

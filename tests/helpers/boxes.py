@@ -28,8 +28,7 @@ def words_of(ax: Axes) -> list[Text]:
 
 def boxes_of(figure: Figure) -> list[tuple[str, Bbox]]:
     """(words, box) of every title, name, tick and legend, as they are drawn."""
-    for _ in range(2):  # as `savefig` of our figures: once for the lines, once for their heights
-        figure.draw_without_rendering()
+    figure.draw_without_rendering()
     boxes = []
     for ax in figure.axes:
         boxes += [(text.get_text(), text.get_window_extent()) for text in words_of(ax)]
