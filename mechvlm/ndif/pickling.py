@@ -102,10 +102,10 @@ class Packer(CustomCloudPickler):
 def shown_path(filename: str) -> str:
     """A file's place in its package, as tracebacks show it: nobody needs to know the folders here.
 
-    >>> shown_path("/home/me/venv/lib/python3.11/site-packages/mechvlm/methods/reading.py")
-    'mechvlm/methods/reading.py'
+    >>> shown_path("/home/me/venv/lib/python3.11/site-packages/mechvlm/tracing/reading.py")
+    'mechvlm/tracing/reading.py'
 
-    when it lies in such a package. A file of none is shown by its name.
+    Packages are told by their `__init__.py`. A file outside of packages is shown by its name.
     """
     path = Path(filename)
     top = path.parent

@@ -231,7 +231,7 @@ def test_a_sure_and_small_excess_is_none():
 def test_false_alarms_and_power():
     """Curves of the decoder's own with ripples: below 5 %. Phases of half the range: above 80 %.
 
-    Of 60 and of 30: an alarm is rare, and a hit is not.
+    Of 60 such curves and of 30: alarms are rare, so that their rate needs more curves.
     """
     alarms, hits, n = 0, 0, 60
     for seed in range(n):
