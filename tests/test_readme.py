@@ -1,4 +1,7 @@
-"""The README's example runs as it stands, and its file tree is the package's."""
+"""The README is short, and it and the pages name what is there; the house's tree is the package's.
+
+That their examples run, and print what is shown, is tested in `test_pages.py`.
+"""
 
 import re
 from pathlib import Path
@@ -6,36 +9,36 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text()
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), *sorted(ROOT.glob("*.md"))]
+BLOCKS = re.compile(r"^```([^\n]*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 
-@pytest.mark.long
-def test_the_examples_run(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)  # it saves a figure
-    code = "\n".join(re.findall(r"```python\n(.*?)```", README, re.S))
-    file = tmp_path / "example.py"  # nnsight reads a trace's source from its file
-    file.write_text(code)
-    names: dict = {}
-    exec(compile(code, str(file), "exec"), names)
-    assert (tmp_path / "lens.png").stat().st_size > 10_000
-    assert (tmp_path / "patches.html").stat().st_size > 50_000
-    assert (tmp_path / "ablation.png").stat().st_size > 10_000
-    assert (tmp_path / "phases.png").stat().st_size > 10_000
-    assert (tmp_path / "compare.png").stat().st_size > 10_000
-    assert names["curves"]["n"].eq(8).all()
-    vlm, inputs = names["vlm"], names["inputs"]
-    assert names["changed"].shape == (1, len(inputs[0].tokens), vlm.d_vocab)
-    assert names["flow"].p_knocked.shape == (4, vlm.n_layers, 40)
-    inputs = vlm.inputs(names["image"], "Describe the scene.")
-    assert names["resid"].shape == (1, len(inputs.tokens), vlm.d_model)
-    assert names["weights"].shape == (1, vlm.n_heads, 1, len(inputs.tokens))
-    assert names["lens"].ids.shape == (vlm.n_layers + 1, len(inputs.tokens.image), 5)
+def test_the_readme_is_short():
+    assert len(README.split()) <= 900
+    for info, block in BLOCKS.findall(README):
+        wide = [line for line in block.splitlines() if len(line) > 90]
+        assert wide == [], info
+
+
+def test_the_set_up_commands_are_two():
+    """They are run as they stand, in a fresh environment."""
+    assert [info for info, _ in BLOCKS.findall(README)].count("sh setup") == 2
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_every_python_block_is_run_somewhere(path):
+    """Blocks for a server stand in one page, and are run beside it."""
+    infos = {info for info, _ in BLOCKS.findall(path.read_text(encoding="utf-8"))}
+    known = {"python", "text", "sh", "sh setup", "", "{toctree}", "{eval-rst}"}
+    assert infos <= known | ({"python ndif"} if path.name == "ndif.md" else set())
 
 
 @pytest.mark.ndif
 def test_the_example_on_NDIF_runs(server, tmp_path):
     """Its block has an info string of its own: it needs a server."""
-    (code,) = re.findall(r"```python ndif\n(.*?)```", README, re.S)
+    page = (ROOT / "docs" / "ndif.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python ndif\n(.*?)```", page, re.S)
     file = tmp_path / "example.py"
     file.write_text(code)
     names: dict = {}
@@ -46,21 +49,35 @@ def test_the_example_on_NDIF_runs(server, tmp_path):
     assert names["found"]["norm"].shape == (1, len(names["inputs"].tokens))
 
 
-def test_every_python_block_is_run_somewhere():
-    assert set(re.findall(r"^```(\w.*)$", README, re.M)) == {"python", "python ndif", "sh", "sh setup"}
+def rooms() -> set[str]:
+    there = (ROOT / "mechvlm").iterdir()
+    return {p.name + ("/" if p.is_dir() else "") for p in there if p.name not in ("__pycache__", "py.typed")}
 
 
 def test_the_file_tree_is_the_packages():
+    tree = (ROOT / "docs" / "house.md").read_text(encoding="utf-8").split("```\nmechvlm/\n")[1].split("```")[0]
+    assert set(re.findall(r"^  (\S+)", tree, re.M)) == rooms()
+
+
+def test_the_readmes_tree_has_every_room():
     tree = README.split("```\nmechvlm/\n")[1].split("```")[0]
-    listed = set(re.findall(r"^  (\S+)", tree, re.M))
-    there = {
-        p.name + ("/" if p.is_dir() else "")
-        for p in (ROOT / "mechvlm").iterdir()
-        if p.name not in ("__pycache__", "py.typed")
-    }
-    assert listed == there
+    lines = [line.strip().split("  ")[0] for line in tree.splitlines() if line.startswith("  ")]
+    named = {name for line in lines for name in line.split(", ")}
+    assert named == {name.rstrip("/").removesuffix(".py") for name in rooms()} - {"__init__"}
 
 
-def test_every_figure_and_link_is_there():
-    for path in re.findall(r"\]\((?!http)([^)]+)\)", README):
-        assert (ROOT / path).exists(), path
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_every_figure_and_link_is_there(path):
+    text = BLOCKS.sub("", path.read_text(encoding="utf-8"))
+    for link in re.findall(r"\]\((?!http)([^)]+)\)", text):
+        target, _, anchor = link.partition("#")
+        file = (path.parent / target).resolve() if target else path
+        assert file.exists(), link
+        if anchor:
+            assert anchor in anchors(file.read_text(encoding="utf-8")), link
+
+
+def anchors(page: str) -> set[str]:
+    """The names under which a page's headings can be linked to."""
+    titles = re.findall(r"^#+ (.+)$", BLOCKS.sub("", page), re.M)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
