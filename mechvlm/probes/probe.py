@@ -59,9 +59,10 @@ Row = Mapping[str, Tensor]
 class State(NamedTuple):
     """The residual stream where it enters a layer; the last state enters the final norm.
 
-    number: 0 (embeddings) to n_layers. State l is what layer l reads.
-    resid: [batch pos d_model].
-    final_norm, unembed: the model's own.
+    Attributes:
+        number: 0 (embeddings) to n_layers. State l is what layer l reads.
+        resid: [batch pos d_model].
+        final_norm, unembed: the model's own.
     """
 
     number: int
@@ -73,14 +74,15 @@ class State(NamedTuple):
 class Attended(NamedTuple):
     """The attention of one layer, which turns state `layer` into state `layer` + 1.
 
-    layer: 0 to n_layers - 1.
-    parts: the tensors from which the attention is computed. Its sources are positions; in
-        `at_memory` they are the vectors of the image's memory.
-    w_o: [d_model, head * d_head], the weight by which the heads' outputs reach the residual stream,
-        gate and factors included.
-    divisor: [batch pos 1], what a norm in between divides each destination's sum by; infinity where
-        a position is closed to the memory; None without either.
-    shared: what one probe computed of this layer, for the others that read it; empty at first.
+    Attributes:
+        layer: 0 to n_layers - 1.
+        parts: the tensors from which the attention is computed. Its sources are positions; in
+            `at_memory` they are the vectors of the image's memory.
+        w_o: [d_model, head * d_head], the weight by which the heads' outputs reach the residual
+            stream, gate and factors included.
+        divisor: [batch pos 1], what a norm in between divides each destination's sum by; infinity
+            where a position is closed to the memory; None without either.
+        shared: what one probe computed of this layer, for the others that read it; empty at first.
     """
 
     layer: int
@@ -93,14 +95,15 @@ class Attended(NamedTuple):
 class Written(NamedTuple):
     """What one layer writes to the residual stream, from state `layer` to state `layer` + 1.
 
-    layer: 0 to n_layers - 1.
-    z: [batch pos head d_head], the outputs of the heads before W_O.
-    attn_out, mlp_out: [batch pos d_model].
-    parts: the tensors from which z is computed.
-    memory: whether these attend to the image's memory, and to no position.
-    w_o, b_o, divisor: [d_model, head * d_head], [d_model] or None, [batch pos 1] or None: how z
-        becomes attn_out, (z w_o^T + b_o) / divisor (`mechvlm.decoder.decoder.WritePath`).
-    final_norm, unembed: the model's own.
+    Attributes:
+        layer: 0 to n_layers - 1.
+        z: [batch pos head d_head], the outputs of the heads before W_O.
+        attn_out, mlp_out: [batch pos d_model].
+        parts: the tensors from which z is computed.
+        memory: whether these attend to the image's memory, and to no position.
+        w_o, b_o, divisor: [d_model, head * d_head], [d_model] or None, [batch pos 1] or None: how z
+            becomes attn_out, (z w_o^T + b_o) / divisor (`mechvlm.decoder.decoder.WritePath`).
+        final_norm, unembed: the model's own.
     """
 
     layer: int
@@ -119,8 +122,9 @@ class Written(NamedTuple):
 class Queried(NamedTuple):
     """One cross-attention from the queries to the image.
 
-    number: its place among the cross-attentions, from 0.
-    parts: the tensors from which it is computed.
+    Attributes:
+        number: its place among the cross-attentions, from 0.
+        parts: the tensors from which it is computed.
     """
 
     number: int
