@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 project = "mechvlm"
-author = "the authors of mechvlm"
+author = copyright = "the mechvlm authors"
 root_doc = "docs/index"
 include_patterns = [
     "docs/**.md",

@@ -9,8 +9,10 @@ saved under that name, is replaced. A run that changes no result changes no file
 """
 
 import argparse
+import base64
 import contextlib
 import io
+import json
 import os
 import re
 import sys
@@ -28,6 +30,8 @@ BLOCK = re.compile(r"^```python\n(?P<code>.*?)^```\n(?:\n```text\n(?P<shown>.*?)
 NUMBER = re.compile(r"(?<![\w.])-?\d+(?:\.\d+)?(?:e[-+]\d+)?")
 COLORS = 128
 """Of a committed picture: figures have few, and a palette makes their files small."""
+THUMBNAIL = 520
+"""Pixels, the longer side of a tutorial's picture."""
 
 
 @dataclass(frozen=True)
@@ -118,11 +122,25 @@ def keep_pictures(text: str, folder: Path) -> None:
                 picture.convert("RGB").quantize(COLORS, dither=Image.Dither.NONE).save(PICTURES / name, optimize=True)
 
 
+def keep_thumbnails() -> None:
+    """A small picture of each tutorial, the last that it shows, for the page that lists them."""
+    from PIL import Image
+
+    for path in sorted((ROOT / "tutorials").glob("*.ipynb")):
+        outputs = [output for cell in json.loads(path.read_text())["cells"] for output in cell.get("outputs", ())]
+        shown = [output["data"]["image/png"] for output in outputs if "image/png" in output.get("data", {})]
+        with Image.open(io.BytesIO(base64.b64decode("".join(shown[-1])))) as picture:
+            small = picture.convert("RGB")
+            small.thumbnail((THUMBNAIL, THUMBNAIL))
+            small.quantize(COLORS).save(PICTURES / f"tutorial-{path.stem[0]}.png", optimize=True)
+
+
 def main() -> None:
     """Run the pages in place. A page that fails stays as it is, and the others go on."""
     arguments = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     arguments.add_argument("pages", nargs="*", type=Path)
     PICTURES.mkdir(exist_ok=True)
+    keep_thumbnails()
     failed = False
     for path in arguments.parse_args().pages or pages():
         try:

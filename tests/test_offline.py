@@ -114,3 +114,30 @@ def test_no_host_is_looked_up(tmp_path):
     env |= {"HF_HOME": str(tmp_path / "hf"), "OMP_NUM_THREADS": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
     process = subprocess.run([sys.executable, script, home], capture_output=True, text=True, timeout=1200, env=env)
     assert process.stdout.endswith("no calls\n"), process.stdout[-3000:] + process.stderr[-3000:]
+
+
+BRIDGE = """
+import sys
+
+calls = []
+events = ("socket.getaddrinfo", "socket.gethostbyname", "socket.connect", "socket.sendto", "socket.sendmsg")
+sys.addaudithook(lambda event, arguments: calls.append(event) if event in events else None)
+
+import PIL.Image
+
+import mechvlm as mv
+
+vlm = mv.load("tiny-llava")
+inputs = vlm.inputs(PIL.Image.new("RGB", (9, 9)), "a")
+encoding = vlm.encoding(inputs)
+vlm.bridge().run_with_cache(encoding.pop("input_ids"), **encoding)
+print("transformer_lens" in sys.modules, sorted({"wandb", "opentelemetry", "sentry_sdk"} & set(sys.modules)), calls)
+"""
+
+
+@pytest.mark.long
+def test_what_transformer_lens_installs_is_not_imported():
+    """It requires wandb, which brings opentelemetry: the bridge runs without them, and alone."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.run([sys.executable, "-c", BRIDGE], capture_output=True, text=True, timeout=600, env=env)
+    assert process.stdout.splitlines()[-1] == "True [] []", process.stderr[-2000:]
