@@ -42,6 +42,7 @@ napoleon_use_rtype = False
 napoleon_use_param = True
 napoleon_custom_sections = [("Measures", "params_style"), ("Sources", "notes"), ("Source", "notes")]
 default_role = "code"
+smartquotes = False
 python_use_unqualified_type_names = True
 highlight_language = "text"
 pygments_style, pygments_dark_style = "a11y-high-contrast-light", "a11y-high-contrast-dark"
@@ -82,9 +83,15 @@ def as_written(app, what, name, obj, options, lines: list[str]) -> None:
     lines[:] = out
 
 
+def short_types(app, what, name, obj, options, lines: list[str]) -> None:
+    """`Float[Tensor, ...]`, as it stands in the source."""
+    lines[:] = [re.sub(r"\b(?:jaxtyping|torch)\.(?=[A-Z])", "", line) for line in lines]
+
+
 def setup(app) -> dict:
     """Register the formulas, and how docstrings are read."""
     app.connect("autodoc-process-docstring", as_written, priority=100)  # before napoleon's
+    app.connect("autodoc-process-docstring", short_types, priority=900)  # after it
     app.add_html_math_renderer(
         "mathml",
         inline_renderers=(lambda translator, node: formula(translator, node, "inline"), None),
