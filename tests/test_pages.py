@@ -54,7 +54,7 @@ def test_a_wrong_output_is_told(tmp_path):
     new = script.written(page, [shown, number])
     assert new == page.rstrip("\n") + "\n\n```text\n2\n```\n"
     assert script.written(new, [shown, number]) == new
-    assert "two 0.7" in script.written(page, ["two 0.7\n", ""])
+    assert "two 0.75" in script.written(page, ["two 0.75\n", ""])
 
 
 def test_a_failure_names_the_pages_line(tmp_path):

@@ -78,7 +78,7 @@ def test_the_wheel_holds_the_whole_package(wheel):
 
 @pytest.mark.long
 def test_it_works_apart_from_the_checkout(wheel, tmp_path):
-    """In an environment of its own, with this one's other packages: its data is there, its command too."""
+    """In an environment of its own, beside this one's other packages: data, pages and command."""
     venv.create(tmp_path / "environment", with_pip=False)
     python = tmp_path / "environment" / "bin" / "python"
     site = Path(run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", folder=tmp_path))
