@@ -74,7 +74,14 @@ def picture(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("family", "options"), [(0, []), (1, []), (0, ["--answer", "a red cat"]), (0, ["--no-answer"])]
+    ("family", "options"),
+    [
+        (0, []),
+        *(
+            pytest.param(*case, marks=pytest.mark.long)
+            for case in [(1, []), (0, ["--answer", "a red cat"]), (0, ["--no-answer"])]
+        ),
+    ],
 )
 def test_view_writes_the_patch_view_of_all_text_after_the_image(capsys, folders, picture, tmp_path, family, options):
     out = tmp_path / "page.html"

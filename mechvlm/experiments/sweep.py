@@ -10,7 +10,9 @@ An experiment runs hundreds of interventions on one example. Most of each forwar
    the later positions alone; the recorded keys and values stand for the earlier ones
    (`PrefixLayer`). Where an image's tokens see each other (Gemma 3, PaliGemma), or the decoder is
    given more than embeddings, masks and positions, it computes all positions.
-4. `sweep` sorts many interventions (`Edit`) by where they start. Those that start close to each
+4. Of the last layer only the last position is read. Where no edit changes that layer, its MLP
+   computes that position alone.
+5. `sweep` sorts many interventions (`Edit`) by where they start. Those that start close to each
    other are the rows of one forward.
 
 Tested: equals one whole forward per intervention.
@@ -129,47 +131,43 @@ class PrefixLayer(DynamicLayer):
 
 
 def run_from(
-    vlm: VLM, base: Run, rows: int, layer: int, pos: int, change: Callable[[int], None]
+    vlm: VLM, base: Run, rows: int, layers: range, pos: int, change: Callable[[int], None]
 ) -> Float[Tensor, "rows d_vocab"]:
-    """Logits of the last position in `rows` copies of a run, computed from `layer` and `pos` on.
+    """Logits of the last position in `rows` copies of a run, computed from a layer and `pos` on.
 
     Args:
         vlm: the model.
         base: the run to start from.
         rows: how many copies of it.
-        layer: the first layer that is computed.
+        layers: those that `change` changes; the first of them is the first that is computed.
         pos: the first position that is computed.
-        change: `change(layer)` is called inside the trace, before each layer from `layer` on, and
+        change: `change(layer)` is called inside the trace, before each layer from the first on, and
             may intervene there. Positions in what the layers hold count from `pos`; those of
             attention (`knock_out`) from 0, as ever.
 
     Tested: equals whole forwards with the same interventions.
     """
     if base.call is None:
-        return _run_all_positions(vlm, base, rows, layer, change)
+        return _run_all_positions(vlm, base, rows, layers, change)
     call = repeated(base.call, rows, pos)
     if pos:
         prefix = [PrefixLayer(k[:, :, :pos], v[:, :, :pos]) for k, v in zip(base.keys, base.values, strict=True)]
         call["past_key_values"] = Cache(layers=prefix)
     with torch.no_grad(), part(vlm.model, vlm.record.decoder).trace(**call):
-        _start(vlm, base, rows, layer, pos)
-        for at in range(layer, vlm.n_layers):
-            change(at)
-        logits = nnsight.save(vlm.unembed(vlm.final_norm(vlm.resid_post[vlm.n_layers - 1][:, -1])))
+        _start(vlm, base, rows, layers.start, pos)
+        logits = nnsight.save(_finish(vlm, layers, change))
     return logits.float()
 
 
-def _run_all_positions(vlm: VLM, base: Run, rows: int, layer: int, change: Callable[[int], None]) -> Tensor:
+def _run_all_positions(vlm: VLM, base: Run, rows: int, layers: range, change: Callable[[int], None]) -> Tensor:
     """`run_from` position 0, for NDIF's sandbox.
 
     The sandbox traces whole models only, and passes on no cache of ours.
     """
     encoding = {key: torch.cat([value] * rows) for key, value in base.inputs.encoding.items()}
     with torch.no_grad(), vlm.model.trace(**encoding, logits_to_keep=1):
-        _start(vlm, base, rows, layer, 0)
-        for at in range(layer, vlm.n_layers):
-            change(at)
-        logits = nnsight.save(vlm.unembed(vlm.final_norm(vlm.resid_post[vlm.n_layers - 1][:, -1])))
+        _start(vlm, base, rows, layers.start, 0)
+        logits = nnsight.save(_finish(vlm, layers, change))
     return logits.float()
 
 
@@ -181,6 +179,24 @@ def _start(vlm: VLM, base: Run, rows: int, layer: int, pos: int) -> None:
     if layer == 0:
         # Not as the decoder's input: some families multiply that by a factor first.
         vlm.resid_pre[0] = base.resid[0][:, pos:].expand(rows, -1, -1)
+
+
+def _finish(vlm: VLM, layers: range, change: Callable[[int], None]) -> Tensor:
+    """Inside a trace: the changed layers, those after them, and the last position's logits."""
+    last = vlm.n_layers - 1
+    for at in range(layers.start, vlm.n_layers):
+        change(at)
+    if last not in layers and _mlp_is_apart(vlm, last):
+        # The layer adds this one row to all positions: a right sum at the last, which alone is read.
+        norm = part(vlm.layers[last], vlm.record.kind(last).mid_norm)
+        norm.output = norm.output[:, -1:]
+    return vlm.unembed(vlm.final_norm(vlm.resid_post[last][:, -1]))
+
+
+def _mlp_is_apart(vlm: VLM, layer: int) -> bool:
+    """Whether nothing but the MLP reads the norm before it, [batch pos d_model]."""
+    kind = vlm.record.kind(layer)
+    return kind.mid_norm is not None and not (kind.flat or kind.memory or vlm.record.adds_between)
 
 
 @dataclass(frozen=True)
@@ -219,9 +235,8 @@ def sweep(
         size = min(ROWS_PER_FORWARD, max(1, TOKENS_PER_FORWARD // (length - pos)))
         for start in range(0, len(queue), size):
             rows = queue[start : start + size]
-            logits = run_from(
-                vlm, base, len(rows), rows[0].layers.start, pos, lambda layer, rows=rows: change(layer, rows)
-            )
+            layers = range(rows[0].layers.start, max(edit.layers.stop for edit in rows))
+            logits = run_from(vlm, base, len(rows), layers, pos, lambda layer, rows=rows: change(layer, rows))
             logits_of |= {edit.key: row for edit, row in zip(rows, logits, strict=True)}
     return logits_of
 

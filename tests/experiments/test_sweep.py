@@ -78,7 +78,10 @@ def test_tokens_that_see_later_ones_are_computed_again():
 
 
 def test_a_sweep_computes_no_layer_and_no_position_twice(llava_vlm, monkeypatch):
-    """The MLPs run only in layers, and at positions, from the first edited one on."""
+    """The MLPs run only in layers, and at positions, from the first edited one on.
+
+    The last layer's computes the last position alone, unless an edit changes that layer.
+    """
     inputs = llava_vlm.inputs(noise_image(0), "what is this")
     clean = run(llava_vlm, inputs)
     calls = []  # (layer, rows, positions)
@@ -90,7 +93,10 @@ def test_a_sweep_computes_no_layer_and_no_position_twice(llava_vlm, monkeypatch)
     try:
         edits = [Edit((i,), range(1, 2), inputs.tokens.last - 3) for i in range(2)]
         sweep(llava_vlm, clean, edits, lambda layer, rows: None)
+        assert calls == [(1, 2, 4), (2, 2, 1)]
+        calls.clear()
+        sweep(llava_vlm, clean, [*edits, Edit((2,), range(2, 3), inputs.tokens.last - 3)], lambda layer, rows: None)
+        assert calls == [(1, 3, 4), (2, 3, 4)]
     finally:
         for handle in handles:
             handle.remove()
-    assert calls == [(1, 2, 4), (2, 2, 4)]

@@ -23,6 +23,9 @@ from mechvlm.study.running.atomic import read_about, read_table
 from mechvlm.study.running.resume import check_shards
 from mechvlm.study.running.workspace import _is_finished
 
+pytestmark = pytest.mark.long
+TRIALS = 500
+
 
 class Stop(Exception):
     pass
@@ -111,20 +114,16 @@ def is_read(path: Path) -> bool:
     return inside or path.name in ("run.json", "skipped.csv")
 
 
-SAMPLE = [pytest.param(40, id="sample"), pytest.param(500, marks=pytest.mark.long, id="all")]
-
-
-@pytest.mark.parametrize("trials", SAMPLE)
-def test_a_flipped_bit_in_a_finished_study_is_named_or_changes_nothing(finished, monkeypatch, trials):
+def test_a_flipped_bit_in_a_finished_study_is_named_or_changes_nothing(finished, monkeypatch):
     """500 flips over all of its files; the error names the file, and what opens has its tables."""
     monkeypatch.setattr(load, "phases_of", lambda *_: None)  # fitted from the tables, in a second
-    rng, refused = random.Random(trials), 0
+    rng, refused = random.Random(TRIALS), 0
     expected = opened_tables(finished)
     paths = sorted(path for path in finished.rglob("*") if path.is_file() and path.stat().st_size)
     # Opening takes long where nothing is refused: so files that are not read get fewer flips.
     paths = [path for path in paths for _ in range(5 if is_read(path) else 1)]
     rng.shuffle(paths)
-    for trial in range(trials):
+    for trial in range(TRIALS):
         path = paths[trial % len(paths)]
         before = path.read_bytes()
         flip(path, rng)
@@ -137,19 +136,18 @@ def test_a_flipped_bit_in_a_finished_study_is_named_or_changes_nothing(finished,
             assert str(path) in said or "newer mechvlm" in said
             refused += 1
         path.write_bytes(before)
-    assert refused > trials / 3
+    assert refused > TRIALS / 3
 
 
-@pytest.mark.parametrize("trials", SAMPLE)
-def test_a_flipped_bit_in_a_stopped_study_is_named_and_its_shard_goes(made, stopped, trials):
+def test_a_flipped_bit_in_a_stopped_study_is_named_and_its_shard_goes(made, stopped):
     """500 flips over all of its files: the shard is named and deleted, so that it is made again."""
     _, _, plan, was = made
     plan = plan.__class__(**{**vars_of(plan), "folder": stopped / "shards"})
-    rng = random.Random(trials)
+    rng = random.Random(TRIALS)
     # Galleries are made again in any case.
     paths = sorted(p for p in stopped.rglob("*") if p.is_file() and p.stat().st_size and p.parent.name != "0-gallery")
     assert len(paths) > 20
-    for trial in range(trials):
+    for trial in range(TRIALS):
         path = paths[trial % len(paths)]
         before = path.read_bytes()
         flip(path, rng)

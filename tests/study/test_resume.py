@@ -24,7 +24,7 @@ from mechvlm.errors import InputError, StoppedError
 from mechvlm.study import run, save
 from mechvlm.study.running import atomic, settings, shards
 
-LONG = pytest.mark.long
+pytestmark = pytest.mark.long
 
 
 @pytest.fixture(scope="module")
@@ -219,7 +219,7 @@ def test_a_full_disk_stops_it_and_nothing_is_half_written(vlm, data, whole, tmp_
     assert tables(tmp_path / "out") == tables(whole.out)
 
 
-@pytest.mark.parametrize("at", [0, 30, *(pytest.param(at, marks=LONG) for at in range(6, 60, 6) if at != 30)])
+@pytest.mark.parametrize("at", range(0, 60, 6))
 def test_a_write_that_fails_anywhere_loses_nothing(vlm, data, whole, tmp_path, monkeypatch, at):
     sync, count = os.fsync, 0
 
@@ -238,7 +238,7 @@ def test_a_write_that_fails_anywhere_loses_nothing(vlm, data, whole, tmp_path, m
     assert tables(tmp_path / "out") == tables(whole.out)
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError, pytest.param(RuntimeError, marks=LONG)])
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, RuntimeError])
 def test_a_batch_without_room_is_halved_and_that_is_recorded(data, tmp_path, monkeypatch, error):
     vlm = mv.load(*llava(layers=2, width=16))
     monkeypatch.setattr(settings, "EXAMPLES_PER_SHARD", 4)

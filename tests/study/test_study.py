@@ -20,6 +20,8 @@ from mechvlm.study import run
 from mechvlm.study.report.summary import summary
 from mechvlm.study.running.runner import PROMPT
 
+pytestmark = pytest.mark.long
+
 HOSTILE = "<script>alert('1')</script> \"quoted\" & </style><img src=http://evil.example/x.png> $x^{"
 LLAVA, BLIP = "LlavaForConditionalGeneration", "InstructBlipForConditionalGeneration"
 VALUES = ("contextualization", "baseline", "lens", "norm_attention")
@@ -181,10 +183,7 @@ def in_order(spec):
     return Dataset("made", examples, data.set_aside, data.fingerprint)
 
 
-LONG = pytest.mark.long
-
-
-@pytest.mark.parametrize("size", [pytest.param(1, marks=LONG), pytest.param(3, marks=LONG), 16])
+@pytest.mark.parametrize("size", [1, 3, 16])
 def test_bad_examples_are_set_aside_and_the_rest_is_unchanged(with_bad, llava_vlm, tmp_path, undrawn, size):
     bad, good = map(in_order, with_bad)
     study = run([llava_vlm], bad, batch_size=size, out=tmp_path / "bad")
@@ -331,7 +330,6 @@ def test_the_report_fetches_nothing_and_runs_no_script(study):
     assert page.count('<div class="card">') == 6
 
 
-@pytest.mark.long
 def test_hostile_text_is_escaped(llava_vlm, tmp_path):
     examples = [Example(f"{i} {HOSTILE}", noise_image(i), (HOSTILE + " dog",)) for i in range(3)]
     (tmp_path / "<script>x.png").write_text("no picture")

@@ -27,6 +27,8 @@ from mechvlm.study.report.terminal import print_summary
 from mechvlm.study.running import controls, runner
 from mechvlm.study.save import run_record
 
+pytestmark = pytest.mark.long
+
 PROMPT, SEED = "what is this", 5
 
 

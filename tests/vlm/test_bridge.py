@@ -31,7 +31,9 @@ def everything(vlm, inputs) -> dict:
     return values
 
 
-@pytest.fixture(scope="module", params=[*FAMILIES, *bundled.NAMES])
+@pytest.fixture(
+    scope="module", params=[*FAMILIES, *(pytest.param(name, marks=pytest.mark.long) for name in bundled.NAMES)]
+)
 def model(request) -> mv.VLM:
     """The random models and the bundled ones."""
     return mv.load(*FAMILIES[request.param]()) if request.param in FAMILIES else mv.load(request.param)

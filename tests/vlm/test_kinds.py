@@ -60,6 +60,7 @@ def test_an_adapter_that_is_switched_is_read_anew():
     assert torch.equal(with_it, vlm.W_O[0])
 
 
+@pytest.mark.long
 def test_an_adapters_folder_loads_its_base_and_merges(saved, tmp_path):
     base, folder, merged, processor = saved
     vlm, twin = mv.load(folder), mv.load(merged, processor)
@@ -72,6 +73,7 @@ def test_an_adapters_folder_loads_its_base_and_merges(saved, tmp_path):
     assert identity["adapter"] is not None
 
 
+@pytest.mark.long
 def test_an_adapters_folder_that_cannot_be_applied(saved, tmp_path):
     _, folder, _, _ = saved
     settings = json.loads((folder / "adapter_config.json").read_text())
@@ -215,6 +217,7 @@ def test_offloaded_weights_are_refused(pair):
         mv.load(hf, processor)
 
 
+@pytest.mark.long
 def test_a_device_map_of_one_device_loads(saved):
     base, _, _, _ = saved
     vlm, twin = mv.load(base, device_map={"": "cpu"}), mv.load(base)

@@ -270,7 +270,7 @@ def test_nothing_larger_than_one_layer_needs_exists(llava_576):
     assert context.entries <= max(n * llava_576.d_model * 4, weights)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.long)])
 @pytest.mark.parametrize("family", [llava, instructblip])
 def test_half_precision(family, dtype):
     """Half precision runs, and gives float32's results up to its rounding."""
