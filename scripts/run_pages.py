@@ -98,14 +98,19 @@ def same(shown: str, now: str) -> bool:
     return all(abs(a - b) <= 0.02 + 0.02 * abs(a) for a, b in pairs)
 
 
+def layout(output: str) -> list[str]:
+    """The lines of an output, any number for any other."""
+    return NUMBER.sub("#", output).strip().splitlines()
+
+
 def written(text: str, outputs: list[str]) -> str:
-    """The page with these outputs; what agrees with the output that is shown stays."""
+    """The page with these outputs; an output that agrees with the one that is shown stays."""
     remaining = iter(outputs)
 
     def block(match: re.Match) -> str:
         now = "\n".join(line.rstrip() for line in next(remaining).splitlines())
         code = f"```python\n{match['code']}```\n"
-        if match["shown"] is not None and same(match["shown"], now):
+        if match["shown"] is not None and same(match["shown"], now) and layout(match["shown"]) == layout(now):
             return match[0]
         return f"{code}\n```text\n{now.strip(chr(10))}\n```\n" if now.strip() else code
 

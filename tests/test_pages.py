@@ -107,11 +107,15 @@ def is_module(name: str) -> bool:
 
 
 def without_docstring(owner: type) -> list[str]:
-    """The public methods and properties of a class that neither it nor a base of it describes."""
+    """The public methods and properties of a class that it and its bases do not describe.
+
+    A property may be described among the attributes of the class.
+    """
     bare = []
     for name, member in vars(owner).items():
-        described = (inspect.getdoc(vars(base).get(name)) for base in owner.__mro__)
-        if not name.startswith("_") and isinstance(member, MEMBERS) and not any(described):
+        described = any(inspect.getdoc(vars(base).get(name)) for base in owner.__mro__)
+        attribute = re.search(rf"^\s+(?:\w+, )*{name}(?:, \w+)*: ", owner.__doc__ or "", re.M)
+        if not name.startswith("_") and isinstance(member, MEMBERS) and not (described or attribute):
             bare.append(f"{owner.__name__}.{name}")
     return bare
 
@@ -121,6 +125,15 @@ MEMBERS = (property, classmethod, staticmethod, types.FunctionType, functools.ca
 
 def test_a_bare_method_would_be_found():
     class Base:
+        """A class.
+
+        Attributes:
+            size, listed: numbers.
+        """
+
+        @property
+        def listed(self): ...
+
         def described(self):
             """It is."""
 

@@ -32,7 +32,7 @@ def site(tmp_path_factory) -> Path:
 
 @pytest.mark.docs
 def test_pages_open_from_their_folder(site, chromium):
-    """At two widths, in light and dark: no error, no request outside, nothing wider than the page."""
+    """At two widths, in light and dark: no error, no request outside, no page too wide."""
     wrong = []
     for width, scheme in ((1280, "light"), (390, "light"), (390, "dark")):
         context = chromium.new_context(offline=True, viewport={"width": width, "height": 900}, color_scheme=scheme)
@@ -65,7 +65,7 @@ GOOD = '<html><body><h1 id="a">A</h1><a href="#a">a</a><a href="two.html#b">b</a
 
 
 def test_a_broken_link_is_told(tmp_path):
-    """A page, a place and a picture that are not there, and each kind of address that is fetched."""
+    """A page, a place and a picture that are not there, and each kind of fetched address."""
     (tmp_path / "one.html").write_text(GOOD)
     (tmp_path / "two.html").write_text(
         '<p id="b"><a href="one.html">one</a></p><link rel="canonical" href="https://x.org">'

@@ -49,7 +49,6 @@ class Answer(str):
 
     @cached_property
     def inputs(self) -> Inputs:
-        """Prompt and answer as the model read them while it wrote: one example."""
         return self._prompts[self._row]._written([self.ids.tolist()])
 
     def __getstate__(self) -> dict[str, Any]:
