@@ -14,7 +14,7 @@ import torch
 import mechvlm as mv
 from helpers import every_experiment, families  # noqa: F401  (it registers its methods)
 from helpers.every_method import Case, close, first, method
-from helpers.small_study import without_figures
+from helpers.small_study import gallery_of, without_figures
 
 
 @method
@@ -126,13 +126,13 @@ def bridge(case: Case) -> None:
 
 @method
 def study(case: Case) -> None:
-    """A study of four scenes: its cosines are those of the scenes read by themselves."""
+    """A study of three scenes: its cosines are those of the scenes read by themselves."""
     hf, processor = families.build(case.name)
     with tempfile.TemporaryDirectory() as folder:
         hf.save_pretrained(f"{folder}/model")
         processor.save_pretrained(f"{folder}/model")
-        prompt, data = "Describe the scene.", mv.datasets.load_dataset("scenes", 4)
-        with without_figures():
+        prompt, data = "Describe the scene.", mv.datasets.load_dataset("scenes", 3)
+        with without_figures(), gallery_of(1):
             result = mv.study.run([f"{folder}/model"], data, prompt=prompt, batch_size=2, out=f"{folder}/study")
         skipped = pd.read_csv(f"{folder}/study/skipped.csv")
         assert (Path(folder) / "study" / "report.html").stat().st_size > 10_000

@@ -29,6 +29,15 @@ def without_figures() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def gallery_of(n_examples: int) -> Iterator[None]:
+    """A study's gallery shows this many examples: each costs an answer and a page."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module in ("merge", "rows", "runner", "shards"):
+            patch.setattr(f"mechvlm.study.running.{module}.GALLERY_EXAMPLES", n_examples)
+        yield
+
+
 @pytest.fixture
 def undrawn() -> Iterator[None]:
     with without_figures():
