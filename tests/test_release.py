@@ -118,6 +118,26 @@ def test_the_version_has_one_place():
     assert repeats == []
 
 
+MODULES = {"pillow": "PIL", "websocket-client": "websocket"}
+"""What a package is imported as, where it is not its name."""
+NOT_IMPORTED = {"accelerate": "device_map", "circuitsvis": 'find_spec("circuitsvis")'}
+"""Packages that are needed and not imported, and the text that says where: transformers needs the
+first to spread a model, and of the second a file is read."""
+
+
+def test_every_dependency_is_used():
+    sources = [path.read_text(encoding="utf-8") for path in (ROOT / "mechvlm").rglob("*.py")]
+    unused = []
+    for requirement in PROJECT["dependencies"]:
+        name = re.match(r"[\w-]+", requirement)[0]
+        module = MODULES.get(name, name.replace("-", "_"))
+        used = re.compile(
+            re.escape(NOT_IMPORTED[name]) if name in NOT_IMPORTED else rf"^\s*(import|from) {module}\b", re.M
+        )
+        unused += [] if any(used.search(source) for source in sources) else [name]
+    assert unused == []
+
+
 def test_the_changelog_has_this_version_and_what_is_not_released():
     titles = re.findall(r"^## (.+)$", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.M)
     released = [title.split(" ")[0].strip("[]") for title in titles]
