@@ -83,6 +83,7 @@ def test_every_figure_and_link_is_there(path):
 
 
 def anchors(page: str) -> set[str]:
-    """The names under which a page's headings can be linked to."""
+    """What a page can be linked to by: its headings, and the names of the reference."""
     titles = re.findall(r"^#+ (.+)$", BLOCKS.sub("", page), re.M)
-    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+    names = set(re.findall(r"^\.\. auto\w+:: (\S+)", page, re.M))
+    return names | {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
