@@ -194,9 +194,14 @@ def _finish(vlm: VLM, layers: range, change: Callable[[int], None]) -> Tensor:
 
 
 def _mlp_is_apart(vlm: VLM, layer: int) -> bool:
-    """Whether nothing but the MLP reads the norm before it, [batch pos d_model]."""
+    """Whether nothing but one MLP reads the norm before it, [batch pos d_model].
+
+    A mixture of experts may be told more of each position than its state (Ernie's are told which
+    positions hold images).
+    """
     kind = vlm.record.kind(layer)
-    return kind.mid_norm is not None and not (kind.flat or kind.memory or vlm.record.adds_between)
+    plain = kind.mid_norm is not None and kind.down_proj is not None
+    return plain and not (kind.flat or kind.memory or vlm.record.adds_between)
 
 
 @dataclass(frozen=True)
