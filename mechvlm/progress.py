@@ -1,11 +1,15 @@
-"""Progress on stderr: a bar over items, a line for waiting, and the bar of a study."""
+"""Progress: a bar over items, a line for waiting, and the bar of a study.
 
+In a terminal they are drawn on stderr by rich. In a notebook they are a line of HTML, which needs
+no ipywidgets, and stays as it was left: a bar that is done is full and says how long it took.
+"""
+
+import html
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
-from importlib.util import find_spec
-from typing import TypeVar
+from contextlib import contextmanager, suppress
+from typing import Any, TypeVar
 
 from rich import progress as rich_progress
 from rich.console import Console
@@ -22,28 +26,84 @@ STDERR = Console(stderr=True)
 """The console of every bar and line. Sharing it lets rich stack two that are shown at once."""
 
 
+PATIENCE = 0.5
+"""Seconds that work may take in a notebook before a bar says what it does."""
+EVERY = 0.2
+"""Seconds between two changes of a notebook's bar."""
+
+
 def is_watched() -> bool:
-    """Whether a moving line would be seen: in a terminal, or in a notebook that has ipywidgets."""
-    # Without ipywidgets rich draws nothing in a notebook, and leaves a warning there instead.
-    return find_spec("ipywidgets") is not None if STDERR.is_jupyter else STDERR.is_terminal
+    """Whether rich's moving lines would be seen: in a terminal."""
+    # In a notebook rich needs ipywidgets, and without them leaves a red warning instead.
+    return STDERR.is_terminal and not STDERR.is_jupyter
+
+
+class NotebookBar:
+    """A bar below a notebook's cell, shown once the work has taken half a second."""
+
+    def __init__(self, label: str):
+        self.label = label
+        self.since = self.changed = time.monotonic()
+        self.done = self.total = 0
+        self._handle: Any = None
+
+    def show(self, done: int, total: int, note: str = "") -> None:
+        """Show how much is done, of how much; a `total` of 0 is unknown."""
+        now = time.monotonic()
+        self.done, self.total = done, total
+        if now - self.since >= PATIENCE and (self._handle is None or now - self.changed >= EVERY):
+            self.changed = now
+            self._display(done, total, note)
+
+    def finish(self, word: str = "done") -> None:
+        """Leave the bar as it is, with the time that it took; one never shown stays so."""
+        if self._handle is not None:
+            self._display(self.done, self.total, f"{word}, {time.monotonic() - self.since:.0f} s")
+
+    def _display(self, done: int, total: int, note: str) -> None:
+        from IPython.display import display  # a notebook has it
+
+        count = f"{done} of {total}" if total else ""
+        text = " · ".join(filter(None, (printable(self.label), count, note)))
+        bar = f'<progress value="{done}" max="{total}"></progress> ' if total else ""
+        shown = {"text/plain": text, "text/html": f"<div>{bar}{html.escape(text)}</div>"}
+        if self._handle is None:
+            self._handle = display(shown, raw=True, display_id=True)
+        else:
+            self._handle.update(shown, raw=True)
 
 
 def track(items: Sequence[T], label: str) -> Iterator[T]:
-    """Yield the items one by one, under a bar on stderr that names them by `label`.
+    """Yield the items one by one, under a bar that names them by `label`.
 
-    The bar is shown in a terminal or in a notebook with ipywidgets, for two items or more. It
-    disappears when the items are done.
+    The bar is shown in a terminal or a notebook, for two items or more. In a terminal it disappears
+    when the items are done.
     """
+    if STDERR.is_jupyter and len(items) > 1:
+        yield from _track_in_notebook(items, label)
+        return
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     hidden = len(items) < 2 or not is_watched()
     with rich_progress.Progress(*columns, console=STDERR, transient=True, disable=hidden) as progress:
         yield from progress.track(items, description=printable(label))
 
 
-class StatusLine:
-    """A line on stderr that says what is waited for, and for how long. It disappears afterwards.
+def _track_in_notebook(items: Sequence[T], label: str) -> Iterator[T]:
+    bar, done = NotebookBar(label), False
+    try:
+        for number, item in enumerate(items):
+            bar.show(number, len(items))
+            yield item
+        bar.show(len(items), len(items))
+        bar.done, done = len(items), True
+    finally:
+        bar.finish("done" if done else "stopped")
 
-    Shown in a terminal or in a notebook with ipywidgets; below a bar, if one is shown.
+
+class StatusLine:
+    """A line that says what is waited for, and for how long. It disappears afterwards.
+
+    Shown on stderr in a terminal, below a bar if one is shown. In a notebook it stays.
     """
 
     def __init__(self, text: str, shown: bool = True):
@@ -52,6 +112,7 @@ class StatusLine:
             *columns, console=STDERR, transient=True, disable=not (shown and is_watched())
         )
         self._task = self._line.add_task(printable(text), total=None)
+        self._bar = NotebookBar(text) if shown and STDERR.is_jupyter else None
         self.text = text
 
     def __enter__(self) -> "StatusLine":
@@ -60,8 +121,10 @@ class StatusLine:
             self._line.start()
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, kind: type | None = None, *_) -> None:
         self._line.stop()
+        if self._bar is not None:
+            self._bar.finish("done" if kind is None else "stopped")
 
     def update(self, text: str, also_print: bool = False) -> None:
         """Change the line's text; `also_print` prints it to stderr as well, where it stays."""
@@ -69,6 +132,9 @@ class StatusLine:
             print(printable(text), file=sys.stderr)
         self.text = text
         self._line.update(self._task, description=printable(text))
+        if self._bar is not None:
+            self._bar.label = text
+            self._bar.show(0, 0)
 
 
 def pace(done: int, left: int, seconds: float) -> str:
@@ -126,3 +192,32 @@ class StudyBar(rich_progress.Progress):
             self.read, self.spent, self.reading = self.read + done - first, self.spent + now - since, None
         else:
             self.update(self.line, total=1, completed=1)
+
+
+@contextmanager
+def study_stages() -> Iterator[Progress]:
+    """The `progress` of a study that was given none: bars in a notebook, and nothing elsewhere."""
+    stages = _NotebookStages()
+    word = "stopped"
+    try:
+        yield stages.show if STDERR.is_jupyter else lambda stage, done, total: None
+        word = "done"
+    finally:
+        if stages.bar is not None:
+            stages.bar.finish(word)
+
+
+class _NotebookStages:
+    """A study's stages in a notebook, one bar each."""
+
+    bar: NotebookBar | None = None
+    first = 0
+
+    def show(self, stage: str, done: int, total: int) -> None:
+        if self.bar is None or stage != self.bar.label:
+            if self.bar is not None:
+                self.bar.done = self.bar.total
+                self.bar.finish()
+            self.bar, self.first = NotebookBar(stage), done
+        bar = self.bar
+        bar.show(done, total, pace(done - self.first, total - done, time.monotonic() - bar.since) if total else "")

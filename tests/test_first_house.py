@@ -25,7 +25,7 @@ from mechvlm.datasets.naming import naming
 from mechvlm.datasets.scenes import scenes
 from mechvlm.measures.phases import Phases
 from mechvlm.ndif.connection import Connection
-from mechvlm.results import as_text
+from mechvlm.outside.pieces import as_text
 from mechvlm.study import run
 from mechvlm.study.running.settings import RESULT_PACKAGES, read_settings
 

@@ -26,7 +26,9 @@ from jaxtyping import Float
 from matplotlib.axes import Axes
 from torch import Tensor
 
-from mechvlm.figures.style import LINES, axes, state_axis, style
+from mechvlm.figures.canvas import Canvas, plots
+from mechvlm.figures.headings import ALONE
+from mechvlm.figures.style import LINES, legend, state_axis
 from mechvlm.results import Result
 
 PAPER_PHASES = {
@@ -169,26 +171,24 @@ class Phases(Result):
             columns += [f"{prefix}change", f"{prefix}change_low", f"{prefix}change_high"]
         return pd.DataFrame(rows, columns=columns)
 
-    def plot(self, ax: Axes | None = None) -> Axes:
-        """Plot the mean curve, its fitted segments and the phases that the data show.
-
-        Returns:
-            The axes, those given or new ones.
-        """
-        with style():
-            ax = axes(ax)
-            last = len(self.mean) - 1
-            shade(ax, self)
-            line = LINES["inter"]
-            marker = line.marker if last < 20 else ""
-            ax.plot(range(last + 1), self.mean.numpy(), color=line.color, marker=marker, label="mean", zorder=3)
-            ax.plot(
-                range(last + 1), self.fit.numpy(), color="#222222", linestyle="--", linewidth=1, label="fitted segments"
-            )
-            state_axis(ax, last)
-            ax.set_ylabel("image – text similarity (mean cosine)")
-            ax.legend(loc="lower right")
-        return ax
+    @plots()
+    def plot(self, canvas: Canvas) -> None:
+        """Plot the mean curve, its fitted segments and the phases that the data show."""
+        ax, last = canvas.ax, len(self.mean) - 1
+        shade(ax, self)
+        line = LINES["inter"]
+        marker = line.marker if last < 20 else ""
+        ax.plot(range(last + 1), self.mean.numpy(), color=line.color, marker=marker, label="mean", zorder=3)
+        ax.plot(
+            range(last + 1), self.fit.numpy(), color="#222222", linestyle="--", linewidth=1, label="fitted segments"
+        )
+        state_axis(ax, last)
+        ax.set_ylabel("image – text similarity (mean cosine)")
+        legend(ax, loc="lower right")
+        level = f"bars: {self.confidence:.0%} intervals of the boundaries"
+        canvas.head(
+            "Phases of contextualization", f"n = {self.n_examples} examples; {level}" if self.n_examples > 1 else ALONE
+        )
 
 
 def shade(ax: Axes, phases: Phases, names: bool = True, heads: bool = True) -> None:

@@ -252,7 +252,7 @@ def test_the_plot_shows_the_means(copier, colors):
         ax = grid.plot()
         drawn = np.asarray(ax.collections[0].get_array()).reshape(grid.m_patched.shape[:2])
         np.testing.assert_allclose(drawn, grid.restored.mean(-1), atol=1e-5)
-        assert "red less blue" in ax.get_title(loc="left")
+        assert "red less blue" in ax.get_title()
     assert [label.get_text() for label in ax.get_xticklabels()][-1] == ": (2)"
 
 
