@@ -6,6 +6,7 @@ no ipywidgets, and stays as it was left: a bar that is done is full and says how
 
 import html
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -24,8 +25,6 @@ Progress = Callable[[str, int, int], None]
 
 STDERR = Console(stderr=True)
 """The console of every bar and line. Sharing it lets rich stack two that are shown at once."""
-
-
 PATIENCE = 0.5
 """Seconds that work may take in a notebook before a bar says what it does."""
 EVERY = 0.2
@@ -45,27 +44,46 @@ class NotebookBar:
         self.label = label
         self.since = self.changed = time.monotonic()
         self.done = self.total = 0
+        self.note = ""
         self._handle: Any = None
+        # Work that says nothing for long, such as the loading of a model, is shown as well.
+        self._lock, self._timer = threading.RLock(), threading.Timer(PATIENCE, self._appear)
+        self._timer.daemon, self._finished = True, False
+        self._timer.start()
 
     def show(self, done: int, total: int, note: str = "") -> None:
         """Show how much is done, of how much; a `total` of 0 is unknown."""
-        now = time.monotonic()
-        self.done, self.total = done, total
-        if now - self.since >= PATIENCE and (self._handle is None or now - self.changed >= EVERY):
-            self.changed = now
-            self._display(done, total, note)
+        with self._lock:
+            self.done, self.total, self.note = done, total, note
+            if self._handle is not None and time.monotonic() - self.changed >= EVERY:
+                self._display()
 
     def finish(self, word: str = "done") -> None:
-        """Leave the bar as it is, with the time that it took; one never shown stays so."""
-        if self._handle is not None:
-            self._display(self.done, self.total, f"{word}, {time.monotonic() - self.since:.0f} s")
+        """Leave the bar with the time that it took; one never shown stays so.
 
-    def _display(self, done: int, total: int, note: str) -> None:
+        A bar whose work is done is full. Where the count ended early, as that of one model of
+        several, it is left out.
+        """
+        self._timer.cancel()
+        with self._lock:
+            self._finished, self.note = True, f"{word}, {time.monotonic() - self.since:.0f} s"
+            if word == "done" and self.done < self.total:
+                self.done = self.total = 1
+            if self._handle is not None:
+                self._display()
+
+    def _appear(self) -> None:
+        with self._lock:
+            if not self._finished:
+                self._display()
+
+    def _display(self) -> None:
         from IPython.display import display  # a notebook has it
 
-        count = f"{done} of {total}" if total else ""
-        text = " · ".join(filter(None, (printable(self.label), count, note)))
-        bar = f'<progress value="{done}" max="{total}"></progress> ' if total else ""
+        self.changed = time.monotonic()
+        count = f"{self.done} of {self.total}" if self.total > 1 else ""
+        text = " · ".join(filter(None, (printable(self.label), count, self.note)))
+        bar = f'<progress value="{self.done}" max="{self.total}"></progress> ' if self.total else ""
         shown = {"text/plain": text, "text/html": f"<div>{bar}{html.escape(text)}</div>"}
         if self._handle is None:
             self._handle = display(shown, raw=True, display_id=True)
@@ -89,15 +107,15 @@ def track(items: Sequence[T], label: str) -> Iterator[T]:
 
 
 def _track_in_notebook(items: Sequence[T], label: str) -> Iterator[T]:
-    bar, done = NotebookBar(label), False
+    bar, word = NotebookBar(label), "stopped"
     try:
         for number, item in enumerate(items):
             bar.show(number, len(items))
             yield item
         bar.show(len(items), len(items))
-        bar.done, done = len(items), True
+        word = "done"
     finally:
-        bar.finish("done" if done else "stopped")
+        bar.finish(word)
 
 
 class StatusLine:
@@ -112,10 +130,12 @@ class StatusLine:
             *columns, console=STDERR, transient=True, disable=not (shown and is_watched())
         )
         self._task = self._line.add_task(printable(text), total=None)
-        self._bar = NotebookBar(text) if shown and STDERR.is_jupyter else None
-        self.text = text
+        self._bar: NotebookBar | None = None
+        self._shown, self.text = shown, text
 
     def __enter__(self) -> "StatusLine":
+        if self._shown and STDERR.is_jupyter:
+            self._bar = NotebookBar(self.text)
         # rich before 14.1 draws one thing at a time and raises this while a bar is shown.
         with suppress(LiveError):
             self._line.start()
@@ -216,7 +236,6 @@ class _NotebookStages:
     def show(self, stage: str, done: int, total: int) -> None:
         if self.bar is None or stage != self.bar.label:
             if self.bar is not None:
-                self.bar.done = self.bar.total
                 self.bar.finish()
             self.bar, self.first = NotebookBar(stage), done
         bar = self.bar
