@@ -53,7 +53,7 @@ def test_every_public_object_is_shown_in_one_short_line(llava_vlm):
 def test_what_is_shown_is_true(llava_vlm):
     objects = made(llava_vlm)
     n = len(objects["Inputs"].token_maps[0])
-    assert repr(objects["Inputs"]) == f"Inputs(40 examples of {n} positions, 40 images, model='tiny-llava')"
+    assert repr(objects["Inputs"]) == f"Inputs(40 examples of {n} positions, 40 images, model={llava_vlm.name!r})"
     scores = objects["PairScores"]
     assert repr(scores) == (
         f"PairScores(right of 5 pairs: text {int(scores.text.sum())}, image {int(scores.image.sum())}, "

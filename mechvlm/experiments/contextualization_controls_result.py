@@ -12,7 +12,8 @@ from torch import Tensor
 
 from mechvlm.figures.canvas import Canvas, plots
 from mechvlm.figures.headings import ALONE, n_examples, short_name
-from mechvlm.figures.style import LINES, curve, hue, legend, state_axis
+from mechvlm.figures.legends import legend_above
+from mechvlm.figures.style import LINES, curve, hue, state_axis
 from mechvlm.measures.control_excess import ControlExcess
 from mechvlm.measures.phase_fit import fit_phases
 from mechvlm.measures.phases import Phases
@@ -105,7 +106,7 @@ class ContextualizationControlsResult(Result):
         if not bool(self.baseline.isnan().all()):
             ax.plot(
                 range(last + 1), np.asarray(self.baseline), color="#000000", linestyle="-", linewidth=0.8,
-                label="image and text of different examples",
+                label="baseline (different examples)",
             )  # fmt: skip
         state_axis(ax, last)
         ax.set_ylabel("image – text similarity (mean cosine)")
@@ -113,4 +114,4 @@ class ContextualizationControlsResult(Result):
             f"Contextualization and its controls, {short_name(self.model)}",
             n_examples(self.inter) + ", means; band: one standard deviation" if self.inter.shape[1] > 1 else ALONE,
         )
-        legend(ax)
+        legend_above(ax)

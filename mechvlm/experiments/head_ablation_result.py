@@ -13,9 +13,12 @@ from torch import Tensor
 
 from mechvlm.errors import InputError
 from mechvlm.figures.canvas import Canvas, plots
+from mechvlm.figures.fitted import name_places
 from mechvlm.figures.head_map import head_map, head_map_size
 from mechvlm.figures.headings import ALONE, INTERVAL, answer_label, n_examples, short_name
-from mechvlm.figures.style import SIGNED, legend_over_bars, text
+from mechvlm.figures.legends import legend_above
+from mechvlm.figures.settings import pen
+from mechvlm.figures.style import SIGNED, hue, text
 from mechvlm.intervals import Interval, mean_interval
 from mechvlm.results import Result, long_frame
 
@@ -240,20 +243,19 @@ class HeadSetsResult(_Effects, Result):
         ax = canvas.ax
         for label, color, hatch, offset, values in bars:
             mean, low, high = (part.numpy() for part in _interval(values))
-            ax.bar(x + offset, mean, 0.36, label=label, color=color, hatch=hatch, edgecolor="white", linewidth=0)
-            ax.vlines(x + offset, low, high, color="#222222", linewidth=1.2)
+            ax.bar(x + offset, mean, 0.36, label=label, color=hue(color), hatch=hatch, edgecolor="white", linewidth=0)
+            ax.vlines(x + offset, low, high, color=pen(), linewidth=1.2)
         by_draw = control.mean(-1).numpy()  # [set draw]
         around = np.linspace(0.12, 0.28, by_draw.shape[1]) if by_draw.shape[1] > 1 else np.array([0.2])
-        ax.scatter(x[:, None] + around, by_draw, s=10, color="#444444", zorder=3, label="each draw")
-        ax.axhline(0, color="#444444", linewidth=0.8)
-        ax.grid(False, axis="x")
+        ax.scatter(x[:, None] + around, by_draw, s=10, color=pen("#444444"), zorder=3, label="each draw")
+        ax.axhline(0, color=pen("#444444"), linewidth=0.8)
         names = [
             f"{text(name, 20)}\n{len(heads)} head{'s' * (len(heads) > 1)}"
             for name, heads in zip(self.sets, self.members, strict=True)
         ]
-        ax.set_xticks(x, names)
+        name_places(ax, names)
         ax.set_ylabel(f"change of the answer's {by}")
-        legend_over_bars(ax)
+        legend_above(ax)
         note = f"{n_examples(effect)}; bars are means, lines their {INTERVAL}" if len(self.p) > 1 else ALONE
         canvas.head(_title(self), f"{_done(self)}\n{note}")
 

@@ -21,7 +21,9 @@ from mechvlm.experiments.cases import Example, Examples, for_each, positions
 from mechvlm.experiments.sweep import Edit, run, sweep, windows
 from mechvlm.figures.canvas import Canvas, plots
 from mechvlm.figures.headings import ALONE, INTERVAL, n_examples, short_name, window_width
-from mechvlm.figures.style import LAYER, PALETTE, hue, legend, number_ticks, text
+from mechvlm.figures.legends import legend_above
+from mechvlm.figures.settings import marker_size, pen
+from mechvlm.figures.style import LAYER, PALETTE, hue, number_ticks, text
 from mechvlm.inputs.batches import Answers
 from mechvlm.intervals import Interval, mean_interval
 from mechvlm.results import Result, float32, long_frame
@@ -88,20 +90,20 @@ class InformationFlowResult(Result):
         layers = np.arange(len(self.windows))
         step = -(-len(layers) // 14)
         ax = canvas.ax
-        ax.axhline(0, color="#444444", linewidth=0.8)
+        ax.axhline(0, color=pen("#444444"), linewidth=0.8)
         for i, flow in enumerate(self.flows):
             color = hue(PALETTE[i % len(PALETTE)])
             mean, low, high = (values[i].numpy() for values in interval)
             ax.fill_between(layers, low, high, color=color, alpha=0.15, linewidth=0)
             ax.plot(
                 layers, mean, color=color, linestyle=FLOW_DASHES[i % 4], marker=FLOW_MARKERS[i % 4], label=arrow(flow),
-                markevery=step,
+                markevery=step, markersize=marker_size(),
             )  # fmt: skip
         ax.set_xlim(-0.25, len(layers) - 0.75)
         number_ticks(ax.xaxis, range(len(layers)))
         ax.set_xlabel(f"center of the window, {LAYER}")
         ax.set_ylabel(self.units)
-        legend(ax)
+        legend_above(ax)
         canvas.head(
             f"Information flow, {short_name(self.model)}: attention knocked out {window_width(self.windows)}",
             f"{n_examples(change)}; lines are means, bands their {INTERVAL}" if change.shape[-1] > 1 else ALONE,

@@ -12,6 +12,7 @@ from torch import Tensor
 from mechvlm.figures.canvas import Canvas, plots
 from mechvlm.figures.headings import ALONE, answer_label, short_name
 from mechvlm.figures.panels import beside
+from mechvlm.figures.settings import pen
 from mechvlm.figures.style import SIGNED, text
 from mechvlm.intervals import Interval, mean_interval
 from mechvlm.results import Result
@@ -123,7 +124,7 @@ class MultimodalNeuronsResult(Result):
         ax.barh(rows, mean, height=0.5, color="#009E73", alpha=0.8)
         if n_examples > 1:
             error = np.clip([mean - low, high - mean], 0, None)
-            ax.errorbar(mean, rows, xerr=error, fmt="none", color="#222222", capsize=2, linewidth=1)
+            ax.errorbar(mean, rows, xerr=error, fmt="none", color=pen(), capsize=2, linewidth=1)
         names = zip(self.layer.tolist(), self.index.tolist(), self.words, strict=True)
         labels = [f"layer {layer}, {i}\n" + " ".join(text(w, 10) for w in words[:5]) for layer, i, words in names]
         ax.set_yticks(rows, labels, fontsize="x-small")

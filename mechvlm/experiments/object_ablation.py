@@ -21,8 +21,11 @@ from mechvlm.errors import InputError
 from mechvlm.experiments.cases import Example, Examples, for_each
 from mechvlm.experiments.sweep import Edit, run, sweep
 from mechvlm.figures.canvas import Canvas, plots
+from mechvlm.figures.fitted import name_places
 from mechvlm.figures.headings import ALONE, INTERVAL, number, short_name
-from mechvlm.figures.style import legend_over_bars
+from mechvlm.figures.legends import legend_above
+from mechvlm.figures.settings import pen
+from mechvlm.figures.style import hue
 from mechvlm.inputs.batch import Inputs
 from mechvlm.inputs.batches import Answers, as_batches
 from mechvlm.intervals import Interval, mean_interval
@@ -114,17 +117,15 @@ class ObjectAblationResult(Result):
 
         A bar over fewer examples than there are says over how many.
         """
-        ax, (_, n_margins, n) = canvas.ax, self.drop.shape
+        ax, n = canvas.ax, self.drop.shape[-1]
         self._draw_bars(ax)
-        ax.axhline(0, color="#444444", linewidth=0.8)
-        ax.margins(y=0.12)
-        ax.grid(False, axis="x")
+        ax.axhline(0, color=pen("#444444"), linewidth=0.8)
+        ax.margins(y=0.15)
         tokens = self.n_tokens.double().mean(-1).tolist()
-        ax.set_xticks(range(n_margins), [f"{m}\n{k:.1f} tokens" for m, k in zip(self.margins, tokens, strict=True)])
-        ax.tick_params(axis="x", length=0)
+        name_places(ax, [f"{m}\n{k:.1f} tokens" for m, k in zip(self.margins, tokens, strict=True)])
         ax.set_xlabel("margin around the object (patches); tokens ablated (mean)")
         ax.set_ylabel(self.units)
-        legend_over_bars(ax)
+        legend_above(ax)
         before = 100 * self.correct.double().mean()
         canvas.head(
             f"Object ablation, {short_name(self.model)}: naming accuracy before {before:.0f} %",
@@ -141,14 +142,14 @@ class ObjectAblationResult(Result):
             label, color, hatch = BARS[condition]
             x = np.arange(n_margins) + (i - (n_conditions - 1) / 2) * width
             mean, low, high = (part[i].numpy() for part in interval)
-            ax.bar(x, mean, 0.9 * width, label=label, color=color, hatch=hatch, edgecolor="white", linewidth=0)
-            ax.vlines(x, low, high, color="#222222", linewidth=1.2)
+            ax.bar(x, mean, 0.9 * width, label=label, color=hue(color), hatch=hatch, edgecolor="white", linewidth=0)
+            ax.vlines(x, low, high, color=pen(), linewidth=1.2)
             tops = np.fmax(high, np.fmax(mean, 0))
             for at, value, top, count in zip(x, mean.tolist(), tops, n_compared[i].tolist(), strict=True):
                 note = ("–" if np.isnan(value) else number(value, 0)) + (f"\nn = {count}" if count < n else "")
                 ax.annotate(
                     note, (at, 0 if np.isnan(value) else top), xytext=(0, 2), textcoords="offset points", ha="center",
-                    va="bottom", fontsize="x-small", color="#222222",
+                    va="bottom", fontsize="x-small", color=pen(),
                 )  # fmt: skip
 
 

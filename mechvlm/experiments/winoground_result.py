@@ -14,8 +14,11 @@ from matplotlib.axes import Axes
 from torch import Tensor
 
 from mechvlm.figures.canvas import Canvas, plots
+from mechvlm.figures.fitted import fit, name_places
 from mechvlm.figures.headings import INTERVAL, short_name
-from mechvlm.figures.style import LAYER, state_axis
+from mechvlm.figures.legends import legend_above
+from mechvlm.figures.settings import marker_size, pen
+from mechvlm.figures.style import LAYER, hue, state_axis
 from mechvlm.intervals import Interval, mean_interval
 from mechvlm.results import Result, long_frame
 
@@ -200,19 +203,18 @@ def draw_scores(canvas: Canvas, result: WinogroundResult) -> None:
     ax = canvas.ax
     scores = result.scores.to_frame()
     x = np.arange(len(scores))
-    ax.bar(x, scores["percent"], 0.55, color="#0072B2")
-    ax.vlines(x, scores["low"], scores["high"], color="#222222", linewidth=1.2)
-    ax.hlines(scores["chance"], x - 0.4, x + 0.4, color="#D55E00", linestyle="--", linewidth=1.5, label="chance")
+    ax.bar(x, scores["percent"], 0.55, color=hue("#0072B2"))
+    ax.vlines(x, scores["low"], scores["high"], color=pen(), linewidth=1.2)
+    ax.hlines(scores["chance"], x - 0.4, x + 0.4, color=hue("#D55E00"), linestyle="--", linewidth=1.5, label="chance")
     for at, percent, high in zip(x, scores["percent"], scores["high"], strict=True):
         top = np.nanmax([percent, high, 25])
         ax.annotate(
             f"{percent:.1f}", (at, top), xytext=(0, 2), textcoords="offset points", ha="center", fontsize="small"
         )
-    ax.set_xticks(x, [f"{name} score" for name in scores["score"]])
+    name_places(ax, [f"{name} score" for name in scores["score"]])
     ax.set_ylim(0, 112)
     ax.set_ylabel("pairs (%)")
-    ax.grid(False, axis="x")
-    ax.legend(loc="upper right")
+    legend_above(ax)
     n = len(result.pairs)
     set_aside = f", {len(result.set_aside)} set aside" if result.set_aside else ""
     canvas.head(
@@ -227,11 +229,11 @@ def draw_difference(ax: Axes, measure: str, mean: np.ndarray, low: np.ndarray, h
     Paired, because measures differ more between pairs than within one.
     """
     x = np.arange(len(mean))
-    ax.axhline(0, color="#444444", linewidth=0.8)
-    ax.fill_between(x, low, high, color="#0072B2", alpha=0.15, linewidth=0)
-    ax.plot(x, mean, color="#0072B2", marker="o", markersize=3.5 if len(x) < 20 else 0)
+    ax.axhline(0, color=pen("#444444"), linewidth=0.8)
+    ax.fill_between(x, low, high, color=hue("#0072B2"), alpha=0.15, linewidth=0)
+    ax.plot(x, mean, color=hue("#0072B2"), marker="o", markersize=marker_size(thin=True) if len(x) < 20 else 0)
     state_axis(ax, len(mean) - 1)
     if measure == "norm attention":
         ax.set_xlabel(LAYER)
-    ax.set_title(LABELS[measure], fontsize="medium")
+    fit(ax.set_title(LABELS[measure], fontsize="medium"), ax)
     ax.set_ylabel("own less other caption", fontsize="small")

@@ -13,9 +13,12 @@ from matplotlib.patches import Rectangle
 from torch import Tensor
 
 from mechvlm.figures.canvas import Canvas, Size, canvas, plots
+from mechvlm.figures.fitted import name_places
 from mechvlm.figures.headings import ALONE, INTERVAL, short_name
 from mechvlm.figures.image_map import image_map
-from mechvlm.figures.style import HEAT, color_bar, legend_over_bars, text
+from mechvlm.figures.legends import legend_above
+from mechvlm.figures.settings import pen
+from mechvlm.figures.style import HEAT, color_bar, hue, text
 from mechvlm.inputs.images import ImageLike, open_image
 from mechvlm.intervals import Interval, mean_interval
 from mechvlm.results import Result
@@ -23,7 +26,7 @@ from mechvlm.results import Result
 READING_CONDITIONS = ("word", "other image", "other objects", "words of grammar", "even")
 SCORE_NAMES = ("inside", "hit")
 CONDITION_COLORS = ("#0072B2", "#E69F00", "#CC79A7", "#009E73", "#BBBBBB")
-SCORE_TITLES = ("heat inside\nthe box (share)", "maximum inside\nthe box (rate)")
+SCORE_TITLES = ("heat inside the box (share)", "maximum inside the box (rate)")
 
 
 @dataclass(frozen=True, repr=False)
@@ -193,12 +196,10 @@ class WordReadingResult(Result):
         n = int((~self.by_example[:, 0, 0].isnan()).sum())
         ax = canvas.ax
         self._draw_bars(ax, mean, low, high)
-        ax.set_xticks(range(len(SCORE_NAMES)), SCORE_TITLES)
-        ax.tick_params(axis="x", length=0)
-        ax.grid(False, axis="x")
+        name_places(ax, SCORE_TITLES)
         ax.set_ylim(0, 1.05)
         ax.set_ylabel("mean over examples")
-        legend_over_bars(ax)
+        legend_above(ax)
         ax.set_yticks(np.linspace(0, 1, 6))
         note = f"n = {n} examples; bars are means, lines their {INTERVAL}" if n > 1 else ALONE
         canvas.head(f"Reading while writing a word, {short_name(self.model)}", note)
@@ -208,5 +209,5 @@ class WordReadingResult(Result):
         looks: Sequence[tuple[str, str]] = list(zip(READING_CONDITIONS, CONDITION_COLORS, strict=True))
         for number, (condition, color) in enumerate(looks):
             x = np.arange(len(SCORE_NAMES)) + (number - (len(looks) - 1) / 2) * width
-            ax.bar(x, mean[:, number], 0.9 * width, label=condition, color=color)
-            ax.vlines(x, low[:, number], high[:, number], color="#222222", linewidth=1.2)
+            ax.bar(x, mean[:, number], 0.9 * width, label=condition, color=hue(color))
+            ax.vlines(x, low[:, number], high[:, number], color=pen(), linewidth=1.2)

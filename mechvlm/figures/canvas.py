@@ -17,30 +17,17 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import wraps
-from typing import Any
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from mechvlm.figures.fitted import FittedText, fit
+from mechvlm.figures.fitted import fit, settle
 from mechvlm.figures.panels import top_axis
+from mechvlm.figures.settings import ALWAYS, SAVED, pen, settings, unchanged
 
 Size = tuple[float | int, float | int]
 """Width and height in inches."""
-
-UNCHANGED = {
-    "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "axes.axisbelow": True,
-    "grid.color": "#e4e4e4", "grid.linewidth": 0.6,
-}  # fmt: skip
-"""Of a new figure, where the user's own rcParams are still matplotlib's."""
-ALWAYS = {"text.usetex": False}
-"""Tokens hold any character, and most of them mean something else to LaTeX."""
-SAVED = {"pdf.fonttype": 42, "ps.fonttype": 42, "svg.fonttype": "none"}
-"""Letters stay letters in a saved file: TrueType. Venues refuse matplotlib's own Type 3."""
-
-MOST_LAYOUTS = 4
-"""Lines break anew where a layout changed widths, which changes heights: most figures need two."""
 
 SHARED_ARGUMENTS = """
 Shared by all plots:
@@ -56,13 +43,7 @@ class TrueTypeFigure(Figure):
 
     def draw(self, renderer) -> None:
         """As matplotlib's, once the layout has room for the lines into which its titles break."""
-        engine, before = self.get_layout_engine(), None
-        for _ in range(MOST_LAYOUTS if engine is not None else 0):
-            engine.execute(self)  # type: ignore[union-attr]
-            lines = [text.lines() for text in self.findobj(FittedText)]
-            if lines == before:
-                break
-            before = lines
+        settle(self)
         super().draw(renderer)
 
     def savefig(self, *args, **kwargs) -> None:
@@ -106,17 +87,22 @@ class Canvas:
             note = f"example {self.example}" + (f"; {note}" if note else "")
         if note:
             place = mpl.rcParams["axes.titlelocation"]
-            top_axis(ax).set_xlabel(note, loc=place, fontsize="small", color="#444444", labelpad=4, linespacing=1.1)
+            top_axis(ax).set_xlabel(
+                note, loc=place, fontsize="small", color=pen("#444444"), labelpad=4, linespacing=1.1
+            )
             fit(top_axis(ax).xaxis.label, ax)
 
 
-def plots(size: Size | Callable[..., Size] = (6, 3.6)) -> Callable[[Callable], Callable[..., Axes]]:
+def plots(
+    size: Size | Callable[..., Size] = (6, 3.6), stacked: bool = False
+) -> Callable[[Callable], Callable[..., Axes]]:
     """Make `plot(self, ax=None, title=None, figsize=None, example=None, ...)` of `draw`.
 
     That one is `draw(self, canvas, ...)`; its own options follow the shared ones.
 
     Args:
         size: of a new figure, or a function that gives it for the result and the options.
+        stacked: whether there are panels one above the other, which need a higher row of a grid.
     """
 
     def decorate(draw: Callable) -> Callable[..., Axes]:
@@ -139,6 +125,7 @@ def plots(size: Size | Callable[..., Size] = (6, 3.6)) -> Callable[[Callable], C
                         fit(words, axes)
             return drawn_on.ax
 
+        plot.stacked = stacked  # type: ignore[attr-defined]
         plot.__signature__ = signature  # type: ignore[attr-defined]
         plot.__doc__ = f"{inspect.cleandoc(draw.__doc__ or '')}\n{SHARED_ARGUMENTS}"
         return plot
@@ -190,24 +177,3 @@ def keep_letters(ax: Axes) -> None:
     figure = ax.get_figure(root=True)
     if type(figure) is Figure:
         figure.__class__ = TrueTypeFigure
-
-
-def unchanged() -> dict[str, Any]:
-    """`UNCHANGED`, without what the user has set otherwise."""
-    now: Any = mpl.rcParams
-    default: Any = mpl.rcParamsDefault
-    return {key: value for key, value in UNCHANGED.items() if now[key] == default[key]}
-
-
-@contextmanager
-def settings(values: dict[str, Any]) -> Iterator[None]:
-    """Context with these rcParams; it changes nothing outside."""
-    # mpl.rc_context would undo too much: in a notebook the first figure loads the backend, which
-    # turns on interactive mode for good. Undone, no later figure would be shown.
-    now: Any = mpl.rcParams
-    before = {key: now[key] for key in values}
-    now.update(values)
-    try:
-        yield
-    finally:
-        now.update(before)

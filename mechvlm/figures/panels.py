@@ -3,23 +3,42 @@
 from typing import Any
 
 from matplotlib.axes import Axes
+from matplotlib.axes._secondary_axes import SecondaryAxis
 from matplotlib.gridspec import GridSpec, SubplotSpec
 
-TOP = "mechvlm-top"
+TOP, PANEL = "mechvlm-top", "mechvlm_panel"
+
+
+class TopAxis(SecondaryAxis):
+    """An axis whose words take height in a layout, as those of a title do, and no width."""
+
+    def get_tightbbox(self, renderer=None, **options):
+        """The box of the axis, with its name taken as narrow."""
+        return super().get_tightbbox(renderer, **options | {"for_layout_only": True})
 
 
 def beneath(ax: Axes, share: float) -> Axes:
     """New axes under `ax`, `share` times as high, on the same x axis; `ax` shrinks for it."""
     grid = _spec(ax).subgridspec(2, 1, height_ratios=(1, share))
     ax.set_subplotspec(grid[0])
-    return ax.figure.add_subplot(grid[1], sharex=ax)
+    return _joined(ax, ax.figure.add_subplot(grid[1], sharex=ax))
 
 
 def beside(ax: Axes, share: float) -> Axes:
     """New axes right of `ax`, `share` times as wide, on the same y axis; `ax` shrinks for it."""
     grid = _spec(ax).subgridspec(1, 2, width_ratios=(1, share))
     ax.set_subplotspec(grid[0])
-    return ax.figure.add_subplot(grid[1], sharey=ax)
+    return _joined(ax, ax.figure.add_subplot(grid[1], sharey=ax))
+
+
+def panel_of(ax: Axes) -> Axes:
+    """The axes whose title stands over these: themselves, or those that they were put beside."""
+    return getattr(ax, PANEL, ax)
+
+
+def _joined(ax: Axes, new: Axes) -> Axes:
+    setattr(new, PANEL, ax)
+    return new
 
 
 def top_axis(ax: Axes) -> Any:  # a SecondaryAxis, which is no Axes to matplotlib
@@ -31,6 +50,7 @@ def top_axis(ax: Axes) -> Any:  # a SecondaryAxis, which is no Axes to matplotli
         if child.get_gid() == TOP:
             return child
     top = ax.secondary_xaxis("top", functions=(_same, _same))
+    top.__class__ = TopAxis
     top.set_gid(TOP)
     top.set_xticks([])
     top.spines[:].set_visible(False)

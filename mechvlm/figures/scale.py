@@ -12,11 +12,14 @@ import numpy as np
 from matplotlib.colors import Colormap
 
 from mechvlm.figures.style import HEAT
+from mechvlm.figures.token_axis import runs_of
 
 FEW = 0.1
 """The share of the cells that may lie beyond the scale."""
 FAR = 10
 """How often the largest value is that of the rest where the scale is clipped."""
+MOST_RUNS = 3
+"""Runs of rows that a sentence names."""
 BEYOND = "#009E73"
 """The color of cells beyond the scale, which is no shade of it."""
 
@@ -45,7 +48,9 @@ class Scale(NamedTuple):
         return mpl.colormaps[HEAT].with_extremes(over=BEYOND)
 
     def sentence(self, rows: Sequence[int], name: Callable[[int], str], row: str = "layer") -> str:
-        """The cells beyond, such as "beyond the scale (green): <s> in layers 2–30, up to 150"; or "".
+        """The cells beyond, such as "beyond the scale (green): <s> in layers 2–30, up to 150".
+
+        It is "" where there are none.
 
         Args:
             rows: numbers of the rows.
@@ -55,8 +60,10 @@ class Scale(NamedTuple):
         if not self.beyond.any():
             return ""
         columns, most = np.flatnonzero(self.beyond.any(0)).tolist(), self.values[self.beyond].max()
-        own = [rows[i] for i in np.flatnonzero(self.beyond.any(1)).tolist()]
-        where = f"{row} {own[0]}" if len(own) == 1 else f"{row}s {own[0]}–{own[-1]}"
+        in_row = [bool(row.any()) for row in self.beyond]
+        runs, n_rows = [(first, last) for first, last, has_any in runs_of(in_row) if has_any], sum(in_row)
+        where = ", ".join(str(rows[a]) if a == b else f"{rows[a]}–{rows[b]}" for a, b in runs)
+        where = f"{row}{'s' * (n_rows > 1)} {where}" if len(runs) <= MOST_RUNS else f"{n_rows} of {len(rows)} {row}s"
         named = ", ".join(map(name, columns)) if len(columns) <= 3 else f"{int(self.beyond.sum())} cells"
         return f"beyond the scale (green): {named} in {where}, up to {most:.3g}"
 

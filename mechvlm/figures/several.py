@@ -13,6 +13,8 @@ TEXT_WIDTH = 7.0
 """Of a page of two columns, in inches."""
 LEAST_WIDTH, ROW_HEIGHT = 3.2, 2.9
 """Of a panel with its labels, in inches."""
+STACKED = 1.5
+"""How many times as high a row is where a plot has one panel above another."""
 
 
 def grid(
@@ -29,7 +31,8 @@ def grid(
     Args:
         results: what has a `plot`; or functions that draw on the axes they are given.
         columns: panels in a row; by default as many as have 3.2 inches each.
-        figsize: (width, height) in inches; by default 7 wide and 2.9 for each row.
+        figsize: (width, height) in inches; by default 7 wide and 2.9 for each row, more where a plot
+            has panels one above the other.
         titles: of the results' panels, as `title` of `plot`.
 
     Returns:
@@ -48,9 +51,12 @@ def grid(
     width = TEXT_WIDTH if figsize is None else figsize[0]
     columns = columns or max(1, min(len(results), int(width / LEAST_WIDTH)))
     rows = ceil(len(results) / columns)
-    with new_figure((width, ROW_HEIGHT * rows) if figsize is None else figsize) as figure:
-        for number, (result, title) in enumerate(zip(results, titles, strict=True), 1):
-            _draw(result, figure.add_subplot(rows, columns, number), title)
+    stacked = [getattr(getattr(result, "plot", None), "stacked", False) for result in results]
+    heights = [STACKED if any(stacked[i * columns : (i + 1) * columns]) else 1 for i in range(rows)]
+    with new_figure((width, ROW_HEIGHT * sum(heights)) if figsize is None else figsize) as figure:
+        cells = figure.add_gridspec(rows, columns, height_ratios=heights)
+        for number, (result, title) in enumerate(zip(results, titles, strict=True)):
+            _draw(result, figure.add_subplot(cells[number]), title)
     return figure
 
 

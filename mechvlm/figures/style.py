@@ -7,20 +7,18 @@ Colors are Okabe and Ito's, which the color-blind can tell apart. Lines also dif
 and markers, so that a figure survives a grey printer.
 """
 
-import textwrap
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import NamedTuple
 
 import matplotlib as mpl
 import numpy as np
-from matplotlib import font_manager
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.colorbar import Colorbar
 from matplotlib.ticker import Formatter, MaxNLocator
 
-from mechvlm.figures.canvas import settings
+from mechvlm.figures.settings import marker_size, pen, settings
 
 
 class Line(NamedTuple):
@@ -130,12 +128,14 @@ def banded(
         ax.fill_between(x, *interval, color=color, alpha=DARK, linewidth=0)
     ax.plot(
         x, mean, color=color, linestyle=line.dash, marker=line.marker, label=line.label,
-        linewidth=1.1 if thin else None, markersize=(2.5 if thin else 4.5) if len(x) < 20 else 0,
+        linewidth=1.1 if thin else None, markersize=marker_size(thin) if len(x) < 20 else 0,
     )  # fmt: skip
 
 
 def hue(color: str) -> str:
     """A color of `PALETTE`, or its counterpart where the user has a cycle of their own."""
+    if color[1:3] == color[3:5] == color[5:7]:  # a grey
+        return pen(color)
     own = mpl.rcParams["axes.prop_cycle"]
     if own == mpl.rcParamsDefault["axes.prop_cycle"] or color not in PALETTE:
         return color
@@ -210,28 +210,12 @@ def color_bar(ax: Axes, mesh, label: str, extend: str = "neither") -> Colorbar:
 
 
 def no_ticks(ax: Axes) -> None:
-    """Leave out what an image does not need: ticks and grid."""
+    """Leave out what an image does not need: ticks, grid and frame."""
     ax.set_xticks([])
     ax.set_yticks([])
     ax.grid(False)
-
-
-def legend(ax: Axes, **options) -> None:
-    """A legend whose labels are narrow enough for a column of a journal."""
-    handles, labels = ax.get_legend_handles_labels()
-    ax.legend(handles, [textwrap.fill(label, 24) for label in labels], **options)
-
-
-def legend_over_bars(ax: Axes) -> None:
-    """A legend in the upper end of the axes, which grow upwards so that no bar stands there."""
-    labels = ax.get_legend_handles_labels()[1]
-    box = ax.get_window_extent().transformed(ax.figure.dpi_scale_trans.inverted())  # inches
-    em = font_manager.FontProperties(size=mpl.rcParams["legend.fontsize"]).get_size_in_points() / 72
-    columns = int(np.clip(box.width / ((0.55 * max(map(len, labels)) + 4) * em), 1, len(labels)))
-    share = min((-(-len(labels) // columns) * 1.5 + 1) * em / box.height, 0.6)
-    low, high = ax.get_ylim()
-    ax.set_ylim(low, low + (high - low) / (1 - share))
-    ax.legend(ncols=columns, loc="upper left", handlelength=1.2, columnspacing=1.2, frameon=False)
+    for spine in ax.spines.values():
+        spine.set_visible(False)
 
 
 def text(piece: str, most: int) -> str:

@@ -1,7 +1,7 @@
 """Axes along tokens: a name for each column that has room, and marks over the image's span."""
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -11,6 +11,7 @@ from matplotlib.transforms import ScaledTranslation, blended_transform_factory
 
 from mechvlm.figures.panels import top_axis
 
+T = TypeVar("T")
 IMAGE_MARK = "#0072B2"
 
 
@@ -81,7 +82,7 @@ def column_edges(kinds: Sequence[str]) -> np.ndarray:
     return np.concatenate([[0], np.where(visual, min(1.0, others / max(visual.sum(), 1)), 1.0).cumsum()])
 
 
-def runs_of(kinds: Sequence[str]) -> Iterator[tuple[int, int, str]]:
+def runs_of(kinds: Sequence[T]) -> Iterator[tuple[int, int, T]]:
     """Each run of equal kinds: (first, last, kind), both included."""
     first = 0
     for i in range(1, len(kinds) + 1):

@@ -21,7 +21,8 @@ from torch import Tensor
 
 from mechvlm.figures.canvas import Canvas, plots
 from mechvlm.figures.headings import ALONE, n_examples, short_name
-from mechvlm.figures.style import LINES, curve, legend, state_axis
+from mechvlm.figures.legends import legend_above
+from mechvlm.figures.style import LINES, curve, state_axis
 from mechvlm.inputs.batch import Inputs
 from mechvlm.inputs.tokens import Modality, image_mask
 from mechvlm.probes.probe import Model, Row, State
@@ -239,4 +240,4 @@ class ContextualizationResult(Result):
         ax.set_ylabel("mean cosine" + (" less baseline" if self.adjusted else ""))
         note = f"{n_examples(self.inter)}, means; band: one standard deviation" if n > 1 else ALONE
         canvas.head(f"Contextualization, {short_name(self.model)}", note)
-        legend(ax)
+        legend_above(ax)

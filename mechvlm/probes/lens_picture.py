@@ -34,7 +34,7 @@ class LensPicture:
     _patches: Any
     _state: Any
 
-    @plots(lambda self, on=None, **_: (6.4, 6) if self._on(on) == "image" else self._size)
+    @plots(lambda self, on=None, image=0, **_: self._size_of_image(image) if self._on(on) == "image" else self._size)
     def plot(
         self,
         canvas: Canvas,
@@ -71,7 +71,14 @@ class LensPicture:
     @property
     def _size(self) -> tuple[float, float]:
         n_states, n_points, _ = self.ids.shape
-        return min(2 + 0.5 * n_points, 24.0), 1.8 + 0.28 * n_states
+        return min(2 + 0.4 * n_points, 14.0), 1.8 + 0.28 * n_states
+
+    def _size_of_image(self, image: int) -> tuple[float, float]:
+        """Wide enough for words of seven letters in the patches of most models."""
+        own = torch.zeros(1, 3) if self.cells is None else self.cells[self.cells[:, 0] == image]
+        rows, cols = own[:, 1:].amax(0).tolist() if len(own) else (0, 0)
+        width = min(max(0.36 * (cols + 1), 4.0), 9.0)
+        return width + 1.6, min(width * (rows + 1) / (cols + 1), 10.0) + 0.8
 
     def _draw_states(self, canvas: Canvas) -> None:
         ax, n_points = canvas.ax, len(self.position)
@@ -87,6 +94,7 @@ class LensPicture:
         ax.set_ylabel(STATE)
         ax.set_xlabel("position")
         ax.grid(False)
+        ax.spines[:].set_visible(True)
         mark_spans(ax, self._spans())
         dropped = "" if n_points <= WORDS_UP_TO else f"words left out: {n_points} positions"
         canvas.head(f"Logit lens: likeliest token, {short_name(self.model)}", dropped)

@@ -27,8 +27,10 @@ from mechvlm.decoder.norms import Norm
 from mechvlm.decoder.unembedding import Unembedding
 from mechvlm.figures.canvas import Canvas, plots
 from mechvlm.figures.headings import ALONE, answer_label, short_name
+from mechvlm.figures.legends import legend_above
 from mechvlm.figures.panels import beneath
-from mechvlm.figures.style import LAYER, SIGNED, Line, color_bar, hue, legend, number_ticks
+from mechvlm.figures.settings import marker_size, pen
+from mechvlm.figures.style import LAYER, SIGNED, Line, color_bar, hue, number_ticks
 from mechvlm.inputs.batch import Inputs
 from mechvlm.inputs.batches import Answers, answers_of
 from mechvlm.inputs.tokens import image_mask
@@ -320,7 +322,7 @@ class LogitAttributionResult(Result):
         columns = ["part", "layer", "head", "example", "value", "from_image"]
         return self.with_ids(pd.concat(frames, ignore_index=True)[columns])
 
-    @plots(lambda self, **_: (6.6, 3.2 + self._height_of_heads))
+    @plots(lambda self, **_: (6.6, 3.2 + self._height_of_heads), stacked=True)
     def plot(self, canvas: Canvas) -> None:
         """The parts of each layer, and below them each head; means over examples with intervals.
 
@@ -350,7 +352,7 @@ class LogitAttributionResult(Result):
             "rest": (self.from_rest.sum(-1) + self.attn_bias).T,
             "mlp": self.mlps.T,
         }
-        ax.axhline(0, color="#888888", linewidth=0.8)
+        ax.axhline(0, color=pen("#888888"), linewidth=0.8)
         for number, (part, by_example) in enumerate(values.items()):
             mean, low, high = (x.numpy() for x in mean_interval(by_example))
             layers = -np.ones(1) if part == "embed" else np.arange(n_layers) + (number - 2) * 0.12
@@ -358,12 +360,13 @@ class LogitAttributionResult(Result):
             ax.errorbar(
                 layers, mean, yerr=None if n_examples < 2 else np.clip([mean - low, high - mean], 0, None), color=hue(line.color),
                 linestyle=line.dash, marker=line.marker, label=line.label, linewidth=1.3, elinewidth=1, capsize=2,
+                markersize=marker_size(),
             )  # fmt: skip
         ax.tick_params(labelbottom=False)
         # The embedding stands before the first layer.
         ax.set_xlim(-1.25, n_layers - 0.5)
         ax.set_ylabel("written toward it (logits)")
-        legend(ax)
+        legend_above(ax)
 
     def _draw_heads(self, ax: Axes) -> None:
         """A map [head layer] of the heads' means, with a dot where the interval leaves out 0."""

@@ -48,24 +48,26 @@ class NormPicture:
             inputs: those that were read; with them the heat lies over the picture.
 
         Raises:
-            ValueError: for another `on`, for examples of different prompts, where visual tokens
-                have no row and column, or for a layer that is not there.
+            ValueError: for another `on`, for examples of different prompts, for the mean of several over a
+                picture, where visual tokens have no row and column, or for a layer that is not
+                there.
         """
         if on not in ("tokens", "image"):
             raise ValueError(f"on={on!r} was asked for: norms are drawn on 'tokens' or on the 'image'.")
-        self._refuse_other_prompts()
+        self._refuse_other_prompts(on)
         if on == "tokens":
             self._draw_layers(canvas)
         else:
             self._draw_on_image(canvas, layers, image, inputs)
 
-    def _refuse_other_prompts(self) -> None:
-        """Refuse a mean over examples in which a position holds another token in each."""
-        tokens = self.modality if self.ids is None else self.ids
-        if tokens is not None and (tokens != tokens[0]).any():
+    def _refuse_other_prompts(self, on: str) -> None:
+        """Refuse a mean over examples in which a position holds another token, or patch, in each."""
+        same = [self.modality if self.ids is None else self.ids, self.cells if on == "image" else None]
+        if any((values != values[0]).any() for values in same if values is not None):
             raise ValueError(
-                f"These {len(tokens)} examples have different prompts, so that a position holds another token in each: their "
-                "mean says nothing. Draw one, plot(example=0), or all heads' shares, image_share().plot()."
+                f"These {self.norm.shape[1]} examples have different prompts, or images of different shapes, so that a position "
+                "holds another token in each: their mean says nothing. Draw one, plot(example=0), or all heads' shares, "
+                "image_share().plot()."
             )
 
     @property
@@ -108,6 +110,11 @@ class NormPicture:
         if self.cells is None or not (self.cells >= 0).any():
             raise ValueError(
                 "These visual tokens have no row and column: they are queries or a memory, or an earlier version saved this."
+            )
+        if inputs is not None and self.norm.shape[1] > 1:
+            raise ValueError(
+                f"The mean of {self.norm.shape[1]} examples lies on none of their pictures: leave `inputs` out, or draw one "
+                "example, plot(on='image', example=0, inputs=inputs)."
             )
         chosen = self.layers if layers is None else (layers,) if isinstance(layers, int) else tuple(layers)
         if missing := sorted(set(chosen) - set(self.layers)):

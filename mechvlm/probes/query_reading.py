@@ -109,7 +109,10 @@ class QueryReadingResult(Result):
         mesh = ax.imshow(tiled(maps, corners), cmap=HEAT, vmin=0, interpolation="nearest", origin="upper")
         for query, (top, left) in enumerate(corners):
             at = left - 0.4, top - 0.4
-            ax.text(*at, str(query), fontsize="xx-small", va="top", color="#0072B2", weight="bold", clip_on=True)
+            ax.text(
+                *at, str(query), fontsize="xx-small", va="top", color="#222222", clip_on=True,
+                bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.8, "alpha": 0.85},
+            )  # fmt: skip
         no_ticks(ax)
         canvas.head(
             f"Where each query reads, {short_name(self.model)}",

@@ -105,7 +105,7 @@ def test_the_maps_lie_right_of_the_bars_and_move_with_them():
 
 def test_the_title_names_an_answer_only_if_all_share_it():
     ax = neurons(answers=(" red", " green", " red")).plot()
-    assert ax.get_title() == "Multimodal neurons for each example's answer, some/model"
+    assert ax.get_title() == "Multimodal neurons for each example's answer, model"
 
 
 def test_queries_without_a_grid_are_a_row():

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 import mechvlm as mv
-from helpers.artists import note_of
+from helpers.artists import note_of, y_ticks
 from mechvlm.experiments.causal_trace import CORRUPTED, CORRUPTIONS
 from mechvlm.experiments.object_ablation import ABLATION_CONDITIONS, BARS
 from mechvlm.figures.headings import number
@@ -132,7 +132,7 @@ def test_causal_trace_draws_the_mean_effect_beside_the_total():
     assert mesh.get_clim() == pytest.approx((-total, total), rel=1e-4)
     assert np.array(mesh.cmap(mesh.norm(0.0))[:3]).min() > 0.95, "no effect is white"
     assert [t.get_text() for t in ax.get_xticklabels()] == ["image", "question", "last", "total\neffect"]
-    assert [t.get_text() for t in ax.get_yticklabels()] == ["0", "1", "2", "3"]
+    assert y_ticks(ax) == {layer: str(layer) for layer in range(4)}
     cells = {t.get_position(): t.get_text() for t in ax.texts}
     for row, group in np.ndindex(4, 3):
         assert cells[group, row] == f"{effect[row, group]:.2f}"
