@@ -71,8 +71,8 @@ class Result:
             value = getattr(self, f.name)
             if isinstance(value, Tensor):
                 shown.append(f"{f.name}: {list(value.shape)}")
-            elif isinstance(value, tuple) and any(isinstance(part, tuple) for part in value):
-                continue  # tables, such as the members of sets
+            elif f.name in self.per_example or (isinstance(value, tuple) and any(isinstance(v, tuple) for v in value)):
+                continue  # no settings: one of each example, or a table such as the members of sets
             elif isinstance(value, str | int | float | tuple) and len(text := repr(value)) <= SHOWN_UP_TO:
                 shown.append(f"{f.name}={text}")
         return f"{type(self).__name__}({', '.join(shown)})"

@@ -105,7 +105,7 @@ class ContextualizationControlsResult(Result):
             )
         if not bool(self.baseline.isnan().all()):
             ax.plot(
-                range(last + 1), np.asarray(self.baseline), color="#000000", linestyle="-", linewidth=0.8,
+                range(last + 1), np.asarray(self.baseline), color=hue("#000000"), linestyle="-", linewidth=0.8,
                 label="baseline (different examples)",
             )  # fmt: skip
         state_axis(ax, last)

@@ -12,8 +12,8 @@ from mechvlm.figures.legends import make_room
 from mechvlm.figures.panels import panel_of
 
 SPACES, SIGNS = re.compile(r"(?<= )(?<!= )(?![=%])"), re.compile(r"(?<=[/_-])")
-"""A line ends after a space, though not in "n = 5" or "9 %", and where a word alone is longer than a
-line after one of these signs."""
+"""A line ends after a space, though not in "n = 5" or "9 %". Where a word alone is longer than a
+line, it ends after one of these signs."""
 BAR = "<colorbar>"
 """How matplotlib labels the axes of a color bar. They are part of a panel, and none themselves."""
 LETTERS_TO_CUT_TO = "nnn"
@@ -52,7 +52,8 @@ class FittedText(MeasuredText):
 
     def _get_wrapped_text(self) -> str:
         """The hook of matplotlib's own `set_wrap`, which knows the width of figures alone."""
-        room = room_of(self.within, upright=self.get_rotation() % 180 == 90)
+        upright = self.get_rotation() % 180 == 90
+        room = room_of(self.within, upright, "center" if upright else self.get_horizontalalignment())
         self.rooms.append(room)
         return self._within(room)
 
@@ -87,14 +88,15 @@ class FittedText(MeasuredText):
         self.most = min([self.most, *self.rooms])
 
 
-def room_of(ax: Axes, upright: bool = False) -> float:
-    """How long a line may be that is centered on the axes, in pixels.
+def room_of(ax: Axes, upright: bool = False, align: str = "center") -> float:
+    """How long a line along the axes may be, in pixels.
 
     It may go half of the way to the panels at both sides, or else to the edges of the figure.
 
     Args:
         ax: the axes.
         upright: of a line that runs upwards.
+        align: "center", or "left" or "right" for a line that begins or ends where the axes do.
     """
     along, across = (1, 0) if upright else (0, 1)
     figure = ax.get_figure(root=True)
@@ -109,8 +111,10 @@ def room_of(ax: Axes, upright: bool = False) -> float:
             low = max(low, (box[1, along] + own[0, along]) / 2)
         elif box[0, along] >= own[1, along]:
             high = min(high, (box[0, along] + own[1, along]) / 2)
-    middle = own[:, along].mean()
-    room = 2 * float(min(middle - low, high - middle)) - GAP * figure.dpi
+    start, stop = own[:, along]
+    middle = (start + stop) / 2
+    rooms = {"left": high - start, "right": stop - low, "center": 2 * min(middle - low, high - middle)}
+    room = float(rooms[align]) - GAP * figure.dpi
     # A long name beside low axes would run up into their title.
     return min(room, 1.1 * ax.bbox.height) if upright else room
 

@@ -1,4 +1,4 @@
-"""Legends that cover no data: the axes grow upwards, and the legend stands above the data in them."""
+"""Legends that cover no data: the axes grow upwards, and the legend stands above the data."""
 
 import textwrap
 from typing import Any

@@ -21,24 +21,23 @@ def beneath(ax: Axes, share: float) -> Axes:
     """New axes under `ax`, `share` times as high, on the same x axis; `ax` shrinks for it."""
     grid = _spec(ax).subgridspec(2, 1, height_ratios=(1, share))
     ax.set_subplotspec(grid[0])
-    return _joined(ax, ax.figure.add_subplot(grid[1], sharex=ax))
+    new = ax.figure.add_subplot(grid[1], sharex=ax)
+    setattr(new, PANEL, ax)
+    return new
 
 
 def beside(ax: Axes, share: float) -> Axes:
     """New axes right of `ax`, `share` times as wide, on the same y axis; `ax` shrinks for it."""
     grid = _spec(ax).subgridspec(1, 2, width_ratios=(1, share))
     ax.set_subplotspec(grid[0])
-    return _joined(ax, ax.figure.add_subplot(grid[1], sharey=ax))
+    new = ax.figure.add_subplot(grid[1], sharey=ax)
+    setattr(new, PANEL, ax)
+    return new
 
 
 def panel_of(ax: Axes) -> Axes:
     """The axes whose title stands over these: themselves, or those that they were put beside."""
     return getattr(ax, PANEL, ax)
-
-
-def _joined(ax: Axes, new: Axes) -> Axes:
-    setattr(new, PANEL, ax)
-    return new
 
 
 def top_axis(ax: Axes) -> Any:  # a SecondaryAxis, which is no Axes to matplotlib

@@ -46,7 +46,7 @@ def settings(values: dict[str, Any]) -> Iterator[None]:
 
 
 def marker_size(thin: bool = False) -> float:
-    """Of a curve's markers in points: half a letter, so that they suit a journal's small type too."""
+    """The size of a curve's markers in points: half a letter, also in a journal's small type."""
     return (0.3 if thin else 0.45) * float(mpl.rcParams["font.size"])
 
 

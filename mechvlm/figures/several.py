@@ -31,8 +31,8 @@ def grid(
     Args:
         results: what has a `plot`; or functions that draw on the axes they are given.
         columns: panels in a row; by default as many as have 3.2 inches each.
-        figsize: (width, height) in inches; by default 7 wide and 2.9 for each row, more where a plot
-            has panels one above the other.
+        figsize: (width, height) in inches; by default 7 wide and 2.9 for each row, more where a
+            plot has panels one above the other.
         titles: of the results' panels, as `title` of `plot`.
 
     Returns:

@@ -134,7 +134,7 @@ def banded(
 
 def hue(color: str) -> str:
     """A color of `PALETTE`, or its counterpart where the user has a cycle of their own."""
-    if color[1:3] == color[3:5] == color[5:7]:  # a grey
+    if color[1:3] == color[3:5] == color[5:7] < "80":  # a dark grey
         return pen(color)
     own = mpl.rcParams["axes.prop_cycle"]
     if own == mpl.rcParamsDefault["axes.prop_cycle"] or color not in PALETTE:

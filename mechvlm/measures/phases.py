@@ -185,7 +185,7 @@ class Phases(Result):
             label="mean", zorder=3,
         )  # fmt: skip
         ax.plot(
-            range(last + 1), self.fit.numpy(), color="#222222", linestyle="--", linewidth=1, label="fitted segments"
+            range(last + 1), self.fit.numpy(), color="#666666", linestyle="--", linewidth=1, label="fitted segments"
         )
         state_axis(ax, last)
         ax.set_ylabel("image – text similarity (mean cosine)")
@@ -209,6 +209,7 @@ def shade(ax: Axes, phases: Phases, names: bool = True, heads: bool = True) -> N
             draw the intervals of the boundaries.
     """
     em = font_manager.FontProperties(size="x-small").get_size_in_points() / 72  # inches
+    below = -3 - 1.4 * font_manager.FontProperties(size="large").get_size_in_points()
     per_state = ax.get_window_extent().width / ax.figure.dpi / len(phases.mean)
     for i, ((first, last), label, direction) in enumerate(
         zip(phases.intervals, phases.labels, phases.directions, strict=True)
@@ -222,10 +223,10 @@ def shade(ax: Axes, phases: Phases, names: bool = True, heads: bool = True) -> N
             head, ((first + last) / 2, 1), xycoords=ax.get_xaxis_transform(), xytext=(0, -3), ha="center", va="top",
             textcoords="offset points", fontsize="large" if label else "medium", weight="bold", color="#333333",
         )  # fmt: skip
-        words = "".join(label.split(maxsplit=1)[1:]).replace(" ", "\n").replace("-", "-\u200b")
+        words = "".join((label or "").split(maxsplit=1)[1:]).replace(" ", "\n").replace("-", "-\u200b")
         if words and names and (last - first) * per_state > 0.6 * em * max(map(len, words.split("\n"))):
             ax.annotate(
-                f"\n{words}", ((first + last) / 2, 1), xycoords=ax.get_xaxis_transform(), xytext=(0, -8), ha="center",
+                words, ((first + last) / 2, 1), xycoords=ax.get_xaxis_transform(), xytext=(0, below), ha="center",
                 va="top", textcoords="offset points", fontsize="x-small", color="#444444", linespacing=1.05,
             )  # fmt: skip
     for at, (low, high) in zip(phases.boundaries, phases.boundary_intervals, strict=True):

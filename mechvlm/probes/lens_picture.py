@@ -43,7 +43,7 @@ class LensPicture:
         image: int = 0,
         inputs: Inputs | None = None,
     ) -> None:
-        """The likeliest token of each position on its probability's color, by state or on the image.
+        """Each position's likeliest token on its probability's color, by state or on the image.
 
         Args:
             on: "tokens" draws all states, with words for up to 80 positions; "image" one state,

@@ -48,9 +48,9 @@ class NormPicture:
             inputs: those that were read; with them the heat lies over the picture.
 
         Raises:
-            ValueError: for another `on`, for examples of different prompts, for the mean of several over a
-                picture, where visual tokens have no row and column, or for a layer that is not
-                there.
+            ValueError: for another `on`, for examples of different prompts, for the mean of several
+                over a picture, where visual tokens have no row and column, or for a layer that is
+                not there.
         """
         if on not in ("tokens", "image"):
             raise ValueError(f"on={on!r} was asked for: norms are drawn on 'tokens' or on the 'image'.")
@@ -61,7 +61,7 @@ class NormPicture:
             self._draw_on_image(canvas, layers, image, inputs)
 
     def _refuse_other_prompts(self, on: str) -> None:
-        """Refuse a mean over examples in which a position holds another token, or patch, in each."""
+        """Refuse a mean over examples whose positions hold other tokens, or other patches."""
         same = [self.modality if self.ids is None else self.ids, self.cells if on == "image" else None]
         if any((values != values[0]).any() for values in same if values is not None):
             raise ValueError(

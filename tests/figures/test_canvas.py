@@ -1,4 +1,4 @@
-"""What all plots share: `ax`, `title`, `figsize` and `example`, and what a user's own style decides."""
+"""What all plots share: `ax`, `title`, `figsize` and `example`; what a user's style decides."""
 
 import inspect
 import pickle
@@ -6,8 +6,9 @@ import pickle
 import matplotlib as mpl
 import numpy as np
 import pytest
+from matplotlib import font_manager
 from matplotlib import pyplot as plt
-from matplotlib.colors import to_hex
+from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 
 import mechvlm as mv
@@ -162,9 +163,13 @@ def test_the_users_own_style_is_kept(name):
         plain.plot([0, 1], label="a")
         plain.legend()
         assert ax.xaxis.label.get_fontsize() == plain.xaxis.label.get_fontsize()
-        assert texts[0].get_fontsize() == plain.title.get_fontsize()
+        # Where the user chose no size of letters, titles and legends are a size smaller.
+        own, sizes = "font.size" in STYLES[name], {"title": plain.title, "label": plain.xaxis.label}
+        assert texts[0].get_fontsize() == sizes["title" if own else "label"].get_fontsize()
         assert ax.get_xticklabels()[0].get_fontsize() == plain.get_xticklabels()[0].get_fontsize()
-        assert ax.get_legend().get_texts()[0].get_fontsize() == plain.get_legend().get_texts()[0].get_fontsize()
+        assert ax.get_legend().get_texts()[0].get_fontsize() == pytest.approx(
+            plain.get_legend().get_texts()[0].get_fontsize() * (1 if own else font_manager.font_scalings["small"])
+        )
         assert texts[0].get_text().startswith("Contextualization")
 
 
@@ -172,6 +177,21 @@ def test_a_users_own_colors_are_taken_in_their_order():
     with plt.rc_context({"axes.prop_cycle": mpl.cycler(color=["#111111", "#777777", "#bbbbbb"])}):
         ax = MAKERS["contextualization"]().plot()
     assert [to_hex(line.get_color()) for line in ax.lines] == ["#111111", "#777777", "#bbbbbb"]
+
+
+def test_on_a_dark_background_all_ink_is_the_users():
+    with plt.style.context("dark_background"):
+        figure = mv.figures.grid([MAKERS[kind]() for kind in ("controls", "ablation", "attribution", "head_sets")])
+        panels = [ax for ax in figure.axes if ax.child_axes]
+        assert len(panels) == 4
+        for ax in panels:
+            words = [ax.title, ax.child_axes[0].xaxis.label, *ax.get_legend().get_texts(), *ax.texts]
+            assert {to_hex(text.get_color()) for text in words} == {"#ffffff"}
+            drawn = [line.get_color() for line in ax.lines] + [
+                color for c in ax.collections for color in c.get_edgecolor()
+            ]
+            assert all(max(to_rgb(color)) > 0.5 for color in drawn), "no dark line on black"
+            assert not ax.xaxis.get_gridlines()[0].get_visible(), "a style without a grid gets none"
 
 
 # -- files -----------------------------------------------------------------------------------------

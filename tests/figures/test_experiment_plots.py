@@ -239,7 +239,7 @@ def test_names_cannot_break_the_picture(tmp_path):
     ax = trace(2, groups=("$x_1$ $", "the object's own patches, and more")).plot()
     ax.figure.savefig(tmp_path / "x.png")
     assert ax.get_xticklabels()[0].get_text() == r"\$x_1\$ \$"
-    assert all(t.get_rotation() == 30 for t in trace(2, groups=("question + last",) * 9).plot().get_xticklabels())
+    assert all(t.get_rotation() == 90 for t in trace(2, groups=("question + last",) * 9).plot().get_xticklabels())
 
 
 @pytest.mark.parametrize(

@@ -1,14 +1,22 @@
-"""Panels of a paper's width: nothing collapses, overlaps or leaves the figure, by the drawn boxes."""
+"""Panels of a paper's width: by their drawn boxes, nothing collapses, overlaps or is cut."""
 
 import numpy as np
 import pytest
 from matplotlib import pyplot as plt
 
 import mechvlm as mv
-from helpers.boxes import outside, overlaps, smallest
+from helpers.boxes import covered, outside, overlaps, smallest
 from helpers.drawn import MAKERS
+from helpers.images import noise_image
 
 JOURNAL = {"font.size": 7, "axes.titlesize": 8, "axes.labelsize": 7}
+LEFT = {"font.family": "serif", "font.size": 8, "axes.titlelocation": "left"}
+FOURS = (
+    ("norms", "contextualization", "head_map", "flow"), ("lens", "trace", "attribution", "patched"),
+    ("memory", "shares", "localization", "controls"), ("head_sets", "ablation", "neurons", "pairs"),
+    ("words", "queries", "phases", "lens of 576"),
+)  # fmt: skip
+"""Each kind once, in figures of four panels."""
 
 
 @pytest.fixture(autouse=True)
@@ -20,6 +28,7 @@ def _closed():
 def assert_readable(figure, least: float = 0.4) -> None:
     assert overlaps(figure) == []
     assert outside(figure) == []
+    assert covered(figure) == []
     assert smallest(figure) > least, "inches"
 
 
@@ -35,7 +44,17 @@ def test_a_plot_fits_the_column_of_a_journal(kind):
         assert_readable(figure, 0.3)
 
 
-@pytest.mark.parametrize("count", [2, 3, 4])
+@pytest.mark.parametrize("kinds", FOURS)
+@pytest.mark.parametrize("style", [{}, LEFT], ids=["default", "left"])
+def test_four_panels_of_any_kind_are_readable(kinds, style):
+    assert sorted(sum(FOURS, ())) == sorted(MAKERS)
+    with plt.rc_context(style):
+        figure = mv.figures.grid([MAKERS[kind]() for kind in kinds])
+        assert figure.get_figwidth() == 7
+        assert_readable(figure)
+
+
+@pytest.mark.parametrize("count", [2, 3])
 @pytest.mark.parametrize("style", [{}, {"font.family": "serif"}, JOURNAL])
 def test_panels_across_a_page_are_readable(count, style):
     kinds = ["norms", "contextualization", "head_map", "flow"][:count]
@@ -54,6 +73,26 @@ def test_panels_in_a_column_are_readable(count):
         assert_readable(figure)
 
 
+def test_a_legend_moves_no_limits_that_the_user_sets():
+    ax = MAKERS["flow"]().plot()
+    ax.figure.draw_without_rendering()
+    low, high = ax.get_legend().data
+    assert ax.get_ylim()[1] > high, "room for the legend"
+    assert all(tick <= high for tick in ax.get_yticks()), "and no ticks beside it"
+    assert ax.get_yticks()[-1] > high - 0.3 * (high - low)
+    ax.set_ylim(-100, 100)
+    ax.figure.draw_without_rendering()
+    assert ax.get_ylim() == (-100, 100)
+
+
+def test_a_note_takes_no_width_from_a_map():
+    """Its bar stands beside the map, however long the note above both is."""
+    ax = MAKERS["head_map"]().plot(figsize=(4, 3))
+    ax.figure.draw_without_rendering()
+    bar = ax.collections[0].colorbar.ax
+    assert (bar.bbox.x0 - ax.bbox.x1) / ax.figure.dpi < 0.2, "inches"
+
+
 def test_the_test_sees_what_overlaps():
     figure, (left, right) = plt.subplots(1, 2, figsize=(3, 2))
     left.set_title("a title that is far too long for these axes")
@@ -63,6 +102,11 @@ def test_the_test_sees_what_overlaps():
     )
     assert outside(figure)
     assert smallest(figure) == pytest.approx(min(left.bbox.width, left.bbox.height) / figure.dpi)
+    left.plot([0, 1], [0, 1], label="a")
+    left.legend(loc="upper right")
+    assert covered(figure) == ["a title that is far too long for these axes"]
+    left.legend(loc="upper left")
+    assert covered(figure) == []
 
 
 def test_each_result_is_drawn_into_its_own_panel():
@@ -156,6 +200,32 @@ def test_a_mean_over_different_prompts_is_refused():
     assert result.plot(example=1).get_title().startswith("Norm-based attention")
 
 
+def test_a_mean_over_images_of_other_shapes_is_refused():
+    """Where as many patches lie in other rows and columns, though the prompts are the same."""
+    result = MAKERS["norms"]()
+    row, col = result.cells[1, :, 1].clone(), result.cells[1, :, 2].clone()
+    result.cells[1, :, 1], result.cells[1, :, 2] = col, row
+    with pytest.raises(ValueError, match=r"images of different shapes.*plot\(example=0\)"):
+        result.plot(on="image")
+    assert result.plot().get_title().startswith("Norm-based attention"), "by token the mean is right"
+
+
+def test_heat_and_words_lie_over_the_picture_that_was_read(llava_vlm):
+    images = [noise_image(seed) for seed in (1, 2)]
+    inputs = llava_vlm.inputs(images, ["What color?"] * 2)
+    lens, norms = mv.read(llava_vlm, inputs, mv.LogitLens(), mv.NormAttention(dst="last"))
+    left, top, right, bottom = inputs.token_maps[1].grids[0].crop_box
+    for result in (lens, norms):
+        ax = result.plot(on="image", example=1, inputs=inputs)
+        picture, heat = ax.images
+        np.testing.assert_array_equal(picture.get_array()[..., :3], np.asarray(inputs.images[1][0])[..., :3])
+        assert list(heat.get_extent()) == [left, right, bottom, top]
+    with pytest.raises(ValueError, match=r"The mean of 2 examples lies on none of their pictures"):
+        norms.plot(on="image", inputs=inputs)
+    with pytest.raises(ValueError, match=r"choose one, plot\(\.\.\., example"):
+        lens.plot(on="image", inputs=inputs)
+
+
 def test_a_sink_does_not_take_the_scale():
     from helpers.drawn import norms
 
@@ -169,6 +239,10 @@ def test_a_sink_does_not_take_the_scale():
     assert mesh.colorbar.extend == "max"
     note = ax.child_axes[0].get_xlabel()
     assert f"beyond the scale (green): <s> (position 0) in layers 2–15, up to {values.max():.3g}" in note
+    result.norm[7, :, :, 0] = 0.5
+    result.norm[9, :, :, 20] = 70
+    note = result.plot().child_axes[0].get_xlabel()
+    assert "<s> (position 0), color (position 20) in layers 2–6, 8–15" in note
     even = norms().plot()
     mesh = next(c for c in even.collections if hasattr(c, "get_coordinates"))
     assert mesh.colorbar.extend == "neither"

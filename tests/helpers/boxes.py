@@ -60,6 +60,25 @@ def outside(figure: Figure) -> list[str]:
     ]
 
 
+def covered(figure: Figure) -> list[str]:
+    """The axes whose legend stands over a point of a line, an interval's end, a bar or a value."""
+    figure.draw_without_rendering()
+    names = []
+    for ax in figure.axes:
+        if ax.get_legend() is None:
+            continue
+        legend = ax.get_legend().get_window_extent()
+        lines = [ax.transData.transform(line.get_xydata()) for line in ax.lines if line.get_transform() == ax.transData]
+        lines += [
+            ax.transData.transform(s) for c in ax.collections if hasattr(c, "get_segments") for s in c.get_segments()
+        ]
+        boxes = [patch.get_window_extent() for patch in ax.patches if hasattr(patch, "get_height")]
+        boxes += [text.get_window_extent() for text in ax.texts]
+        is_over = any(legend.count_contains(points) for points in lines) or any(_overlap(legend, box) for box in boxes)
+        names += [ax.get_title() or ax.get_ylabel()] if is_over else []
+    return names
+
+
 def smallest(figure: Figure) -> float:
     """The shortest side of any panel in inches, color bars and the like left out."""
     boxes = [ax.get_window_extent() for ax in figure.axes if ax.get_label() != "<colorbar>"]

@@ -1,4 +1,4 @@
-"""One result of every kind that has a plot, of numbers made here, for tests of how they are drawn."""
+"""One result of every kind that has a plot, of made numbers, for tests of how they are drawn."""
 
 import torch
 
@@ -27,7 +27,7 @@ def lens(rows: int = 24, n: int = 1, n_states: int = 8) -> mv.LogitLensResult:
 
 
 def norms(n: int = N, side: int = 4, sink: float = 1.0) -> mv.NormAttentionResult:
-    """3 tokens of text, an image of `side` by `side`, 6 tokens of text; `sink` is the first one's norm."""
+    """3 tokens of text, an image of `side` by `side`, 6 of text; `sink` is the first one's norm."""
     kinds = [Modality.SPECIAL, *[Modality.TEXT] * 2, *[Modality.IMAGE] * side * side, *[Modality.TEXT] * 6]
     length = len(kinds)
     norm = rand(LAYERS, n, 1, length)
