@@ -60,10 +60,6 @@ class FittedText(MeasuredText):
     def _within(self, room: float) -> str:
         return "\n".join(self._broken(line, min(room, self.most)) for line in self.get_text().split("\n"))
 
-    def lines(self) -> str:
-        """The words as they are drawn now, with their breaks."""
-        return self._get_wrapped_text()
-
     def _broken(self, line: str, room: float) -> str:
         lines: list[str] = []
         for piece in self._pieces(line, room):

@@ -42,6 +42,8 @@ class DataLocator(AutoLocator):
 
     def __call__(self) -> list[float]:
         """The ticks that the axis would have without the legend, less those beyond the data."""
+        if self.legend.axes.get_ylim() != self.legend.shown:
+            return list(super().__call__())
         low, high = self.legend.data
         return [tick for tick in self.tick_values(low, high) if tick <= high]
 

@@ -83,6 +83,7 @@ def test_a_legend_moves_no_limits_that_the_user_sets():
     ax.set_ylim(-100, 100)
     ax.figure.draw_without_rendering()
     assert ax.get_ylim() == (-100, 100)
+    assert {-100, 0, 100} <= set(ax.get_yticks()), "the ticks are those of the limits again"
 
 
 def test_a_note_takes_no_width_from_a_map():
