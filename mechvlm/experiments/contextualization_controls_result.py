@@ -106,7 +106,7 @@ class ContextualizationControlsResult(Result):
         if not bool(self.baseline.isnan().all()):
             ax.plot(
                 range(last + 1), np.asarray(self.baseline), color=hue("#000000"), linestyle="-", linewidth=0.8,
-                label="baseline (different examples)",
+                label="different examples",
             )  # fmt: skip
         state_axis(ax, last)
         ax.set_ylabel("image – text similarity (mean cosine)")

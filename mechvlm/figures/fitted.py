@@ -112,7 +112,7 @@ def room_of(ax: Axes, upright: bool = False, align: str = "center") -> float:
     rooms = {"left": high - start, "right": stop - low, "center": 2 * min(middle - low, high - middle)}
     room = float(rooms[align]) - GAP * figure.dpi
     # A long name beside low axes would run up into their title.
-    return min(room, 1.1 * ax.bbox.height) if upright else room
+    return min(room, ax.bbox.height) if upright else room
 
 
 def fit(text: Text, ax: Axes) -> None:

@@ -3,13 +3,12 @@
 import textwrap
 from typing import Any
 
-import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.legend import Legend
 from matplotlib.ticker import AutoLocator
 
-MOST_SHARE = 0.62
+MOST_SHARE = 0.7
 """Of the axes' height, for a legend. A taller one covers data, so a figure should be larger."""
 
 
@@ -28,7 +27,9 @@ class RoomyLegend(Legend):
         """Move the upper limit of y to where the legend ends above the data."""
         if self.axes.get_ylim() != self.shown:
             return
-        (low, high), share = self.data, self.get_window_extent().height / self.axes.bbox.height
+        # The values' words stand above the data, and the legend above them.
+        words = max((text.get_window_extent().height for text in self.axes.texts), default=0.0)
+        (low, high), share = self.data, (self.get_window_extent().height + words) / self.axes.bbox.height
         self.axes.set_ylim(low, low + (high - low) / (1 - min(share, MOST_SHARE)))
         self.shown = self.axes.get_ylim()
 
@@ -56,9 +57,11 @@ def legend_above(ax: Axes) -> None:
         "loc": "upper left", "handlelength": 1.8, "columnspacing": 1.0, "borderaxespad": 0.2, "frameon": False,
     }  # fmt: skip
     # The layout will make the axes a bit narrower.
-    narrow = ax.legend(handles, labels, **looks).get_window_extent().width
-    columns = int(np.clip(0.92 * ax.bbox.width / narrow, 1, len(labels)))
-    legend = ax.legend(handles, labels, ncols=columns, **looks)
+    room = 0.85 * ax.bbox.width
+    for columns in range(len(labels), 0, -1):
+        legend = ax.legend(handles, labels, ncols=columns, **looks)
+        if legend.get_window_extent().width <= room:
+            break
     # Where it is wider than its axes, they would be laid out the narrower for it.
     legend.set_in_layout(False)
     legend.__class__ = RoomyLegend

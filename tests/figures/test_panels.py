@@ -104,6 +104,7 @@ def test_the_test_sees_what_overlaps():
     assert outside(figure)
     assert smallest(figure) == pytest.approx(min(left.bbox.width, left.bbox.height) / figure.dpi)
     left.plot([0, 1], [0, 1], label="a")
+    left.set(xlim=(0, 1.25), ylim=(0, 1.25))
     left.legend(loc="upper right")
     assert covered(figure) == ["a title that is far too long for these axes"]
     left.legend(loc="upper left")

@@ -72,7 +72,7 @@ def covered(figure: Figure) -> list[str]:
         lines += [
             ax.transData.transform(s) for c in ax.collections if hasattr(c, "get_segments") for s in c.get_segments()
         ]
-        boxes = [patch.get_window_extent() for patch in ax.patches if hasattr(patch, "get_height")]
+        boxes = [patch.get_window_extent() for patch in ax.patches if patch.get_data_transform() == ax.transData]
         boxes += [text.get_window_extent() for text in ax.texts]
         is_over = any(legend.count_contains(points) for points in lines) or any(_overlap(legend, box) for box in boxes)
         names += [ax.get_title() or ax.get_ylabel()] if is_over else []

@@ -17,11 +17,11 @@ from mechvlm.study.report.page import format_interval, format_number
 from mechvlm.study.report.pairs import pair_lines
 from mechvlm.study.report.summary import summary
 
-COLUMNS = (
+SUMMARY_COLUMNS = (
     "model", "layers", "n", "precision\nbest (state)", "at 0", "other\ncaptions", "decode to\na word",
     "recall\nbest (state)", "at 0", "other\ncaptions", "cosine\nlow (state)", "\nhigh (state)", "phases", "s",
 )  # fmt: skip
-PARTS = {
+NARROW_TABLES = {
     "Words on visual tokens: precision": (0, 1, 2, 3, 4, 5, 6), "Words on visual tokens: recall": (0, 7, 8, 9),
     "Inter-modal cosine and phases": (0, 10, 11, 12, 13),
 }  # fmt: skip
@@ -29,9 +29,9 @@ PARTS = {
 
 
 def _table(title: str, columns: Sequence[int], rows: Sequence[Sequence[str]]) -> Table:
-    """These columns of the rows, by their numbers in `COLUMNS`."""
+    """These columns of the rows, by their numbers in `SUMMARY_COLUMNS`."""
     table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left")
-    for name in (COLUMNS[i] for i in columns):
+    for name in (SUMMARY_COLUMNS[i] for i in columns):
         overflow: Literal["fold", "ellipsis"] = "fold" if name in ("model", "layers", "n") else "ellipsis"
         table.add_column(name, justify="left" if name in ("model", "phases") else "right", overflow=overflow)
     for row in rows:
@@ -57,11 +57,11 @@ def print_summary(study: StudyRecord) -> None:
         rows.append([escape(printable(cell)) for cell in cells])
     # Without a terminal rich assumes 80 columns, which would cut the table.
     console = Console(width=None if sys.stdout.isatty() else 160)
-    whole = _table("Words on visual tokens, inter-modal cosine and phases", range(len(COLUMNS)), rows)
+    whole = _table("Words on visual tokens, inter-modal cosine and phases", range(len(SUMMARY_COLUMNS)), rows)
     if console.measure(whole).maximum <= console.width:
         console.print(whole)
     else:
-        for title, columns in PARTS.items():
+        for title, columns in NARROW_TABLES.items():
             console.print(_table(title, columns, rows))
     print("Beneath each mean, its 95 % bootstrap interval over examples.")
     for model, controls in study.controls.items():
