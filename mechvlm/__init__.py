@@ -1,5 +1,7 @@
 """Look inside vision-language models: where image and text tokens meet, layer by layer."""
 
+import sys
+import warnings
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -128,6 +130,13 @@ __all__ = [
     "patch_grid", "precision_recall", "query_reading", "read", "reweight", "steer", "study", "view", "winoground",
     "word_reading",
 ]  # fmt: skip
+
+
+if "ipykernel" in sys.modules:
+    # In a notebook without ipywidgets tqdm, which transformers imports, would warn in red.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import_module("tqdm.auto")
 
 
 def __getattr__(name: str) -> Any:

@@ -45,6 +45,9 @@ with study_stages() as show:
 with StatusLine("waiting") as line:
     line.update("still waiting")
     time.sleep(1)
+---
+import mechvlm as mv
+print(mv.load("tiny-llava").name)
 """
 
 
@@ -54,10 +57,11 @@ def test_a_notebook_shows_bars_without_ipywidgets():
     notebook = nbformat.v4.new_notebook(cells=cells)
     nbclient.NotebookClient(notebook, timeout=120, allow_errors=True).execute()
     outputs = [cell.outputs for cell in notebook.cells]
-    assert [out.get("name") for cell in outputs for out in cell if out.output_type == "stream"] == ["stdout"], (
-        "no warning"
+    assert {out.get("name") for cell in outputs for out in cell if out.output_type == "stream"} == {"stdout"}
+    assert [out.text for out in outputs[-1] if out.output_type == "stream"] == ["tiny-llava\n"], (
+        "tqdm's warning and transformers' bar would be red"
     )
-    quick, slow, broken, study, waiting = ([out.data for out in cell if "data" in out] for cell in outputs)
+    quick, slow, broken, study, waiting, _ = ([out.data for out in cell if "data" in out] for cell in outputs)
     assert quick == []
     assert [out["text/plain"] for out in slow] == ["slow <steps> · 3 of 3 · done, 1 s"]
     assert '<progress value="3" max="3">' in slow[0]["text/html"]
