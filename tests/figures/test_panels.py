@@ -51,7 +51,7 @@ def test_four_panels_of_any_kind_are_readable(kinds, style):
     with plt.rc_context(style):
         figure = mv.figures.grid([MAKERS[kind]() for kind in kinds])
         assert figure.get_figwidth() == 7
-        assert_readable(figure)
+        assert_readable(figure, 0.35)  # the small maps of neurons
 
 
 @pytest.mark.parametrize("count", [2, 3])
