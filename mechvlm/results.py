@@ -71,8 +71,8 @@ class Result:
             value = getattr(self, f.name)
             if isinstance(value, Tensor):
                 shown.append(f"{f.name}: {list(value.shape)}")
-            elif f.name in self.per_example or (isinstance(value, tuple) and any(isinstance(v, tuple) for v in value)):
-                continue  # no settings: one of each example, or a table such as the members of sets
+            elif f.name in self.per_example or _is_table(value):
+                continue  # no settings
             elif isinstance(value, str | int | float | tuple) and len(text := repr(value)) <= SHOWN_UP_TO:
                 shown.append(f"{f.name}={text}")
         return f"{type(self).__name__}({', '.join(shown)})"
@@ -223,6 +223,12 @@ class Result:
     def counted_from_0(cls, values: dict[str, Any]) -> dict[str, Any]:
         """The fields of a file of format 1, with their layers counted from 0."""
         return values
+
+
+def _is_table(value: Any) -> bool:
+    """Whether a value is tuples of tuples of tuples, such as the members of sets of heads."""
+    rows = [row for row in value if isinstance(row, tuple)] if isinstance(value, tuple) else []
+    return any(isinstance(cell, tuple) for row in rows for cell in row)
 
 
 def _digest_of_result(header: dict[str, str], tensors: dict[str, Tensor]) -> str:

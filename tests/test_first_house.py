@@ -90,6 +90,8 @@ def test_results_of_probes(vlm, inputs):
     for (name, kind), new in zip(kinds.items(), mv.read(vlm, inputs, *PROBES), strict=True):
         if name == "lens":  # its files did not hold it
             new = replace(new, n_positions=None)
+        if name == "norms":  # nor theirs the tokens and their places
+            new = replace(new, ids=None, vocabulary=(), cells=None)
         assert_same(saved(kind, name), new)
 
 

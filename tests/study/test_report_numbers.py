@@ -217,7 +217,7 @@ def test_in_80_columns_the_terminal_holds_the_same_numbers(study, capsys, monkey
     monkeypatch.setattr("sys.stdout.isatty", lambda: True)
     monkeypatch.setenv("COLUMNS", "80")
     print_summary(study)
-    narrow = capsys.readouterr().out
+    narrow = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out)
     assert numbers(narrow) == numbers(wide) != []
     tables = narrow.split("Beneath each mean")[0]
     assert "…" not in tables

@@ -58,7 +58,8 @@ def print_summary(study: StudyRecord) -> None:
     # Without a terminal rich assumes 80 columns, which would cut the table.
     console = Console(width=None if sys.stdout.isatty() else 160)
     whole = _table("Words on visual tokens, inter-modal cosine and phases", range(len(SUMMARY_COLUMNS)), rows)
-    if console.measure(whole).maximum <= console.width:
+    endless = console.options.update(max_width=10_000)
+    if console.measure(whole, options=endless).maximum <= console.width:
         console.print(whole)
     else:
         for title, columns in NARROW_TABLES.items():
