@@ -7,9 +7,12 @@ four arguments everywhere:
 >>> lens.plot(left, example=0)
 >>> norms.plot(right, title="What the last token reads")
 
-The figure keeps the user's own rcParams: fonts, sizes, colors. A figure that `plot` opens belongs
-to pyplot, as with pandas: a notebook shows it at the end of its cell, `plt.show()` in a window, and
-a script that makes many closes them with `plt.close`. On given axes pyplot is not even loaded.
+The figure keeps the user's own rcParams: fonts, sizes, colors. Where these are still matplotlib's,
+a new figure has a pale grid, fewer spines, and smaller titles and legends.
+
+A figure that `plot` opens belongs to pyplot, as with pandas: a notebook shows it at the end of its
+cell, `plt.show()` in a window, and a script that makes many closes them with `plt.close`. On given
+axes pyplot is not even loaded.
 """
 
 import inspect
