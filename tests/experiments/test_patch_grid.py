@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import mechvlm as mv
+from helpers.artists import note_of
 from helpers.copying import HEAD, LAYER, PATCH, copying, picture
 from helpers.forwards import decoder_of
 from helpers.images import noise_image
@@ -223,7 +224,7 @@ def test_examples_that_agree_have_nothing_to_bring_back(copier):
     assert grid.restored[..., 0].isnan().all()
     assert grid.interval.mean[LAYER, HEAD] == pytest.approx(1, abs=1e-5)
     ax = grid.plot()
-    assert any("n = 1 of 2 examples" in text.get_text() for text in ax.texts)
+    assert "n = 1 of 2 examples" in note_of(ax)
 
 
 # -- results and refusals --
