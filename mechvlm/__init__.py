@@ -1,10 +1,12 @@
 """Look inside vision-language models: where image and text tokens meet, layer by layer."""
 
+import sys
+import warnings
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mechvlm import bundled, datasets, study, view
+    from mechvlm import bundled, datasets, figures, study, view
     from mechvlm.errors import InputError, ModelError, NonFiniteError, RemoteError, ViewError
     from mechvlm.experiments.causal_trace import CausalTraceResult, causal_trace
     from mechvlm.experiments.contextualization_controls import contextualization_controls
@@ -110,7 +112,7 @@ _HOMES = {
     "study.compare": ("Comparison", "compare"),
     "study.study": ("Study",),
 }
-_MODULES = ("bundled", "datasets", "study", "view")
+_MODULES = ("bundled", "datasets", "figures", "study", "view")
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
@@ -122,11 +124,19 @@ __all__ = [
     "MultimodalNeuronsResult", "NonFiniteError", "NormAttention", "NormAttentionResult", "ObjectAblationResult",
     "PairScores", "PatchGrid", "PatchGridResult", "QueryReading", "QueryReadingResult", "RemoteError", "Study",
     "TokenMap", "ViewError", "WinogroundResult", "WordReadingResult", "ablate", "bundled", "caption_logprob",
-    "causal_trace", "compare", "concat", "contextualization", "contextualization_controls", "datasets", "fit_phases",
-    "head_ablation", "information_flow", "knock_out", "load", "logit_attribution", "logit_lens", "memory_attention",
-    "multimodal_neurons", "norm_attention", "object_ablation", "pair_scores", "patch", "patch_grid",
-    "precision_recall", "query_reading", "read", "reweight", "steer", "study", "view", "winoground", "word_reading",
+    "causal_trace", "compare", "concat", "contextualization", "contextualization_controls", "datasets", "figures",
+    "fit_phases", "head_ablation", "information_flow", "knock_out", "load", "logit_attribution", "logit_lens",
+    "memory_attention", "multimodal_neurons", "norm_attention", "object_ablation", "pair_scores", "patch",
+    "patch_grid", "precision_recall", "query_reading", "read", "reweight", "steer", "study", "view", "winoground",
+    "word_reading",
 ]  # fmt: skip
+
+
+if "ipykernel" in sys.modules:
+    # In a notebook without ipywidgets tqdm, which transformers imports, would warn in red.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import_module("tqdm.auto")
 
 
 def __getattr__(name: str) -> Any:

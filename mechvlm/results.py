@@ -9,7 +9,7 @@ import json
 import shutil
 import warnings
 from collections.abc import Sequence
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields, replace
 from os import PathLike
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar, get_args, get_type_hints
@@ -24,12 +24,15 @@ from torch import Tensor
 
 from mechvlm.errors import InputError
 from mechvlm.outside.integrity import SEAL, check_size, check_type, digest, parse_json
+from mechvlm.outside.pieces import as_text
 
 RESULT_FORMAT = 3
 """Version of a saved result. Version 1, which names none, counts the layers of attention, heads and
 neurons from 1, and holds a tokenizer's pieces for the tokens' texts."""
 SEALED_FORMAT = 3
 """From this version on a saved result carries a checksum."""
+SHOWN_UP_TO = 36
+"""Letters up to which a result shows one of its settings."""
 EXAMPLE_AXES = {"example", "point", "pair"}
 """Names of axes along which results of several batches follow each other."""
 
@@ -68,8 +71,10 @@ class Result:
             value = getattr(self, f.name)
             if isinstance(value, Tensor):
                 shown.append(f"{f.name}: {list(value.shape)}")
-            elif isinstance(value, str | int | float) or (isinstance(value, tuple) and len(value) < 5):
-                shown.append(f"{f.name}={value!r}")
+            elif f.name in self.per_example or _is_table(value):
+                continue  # no settings
+            elif isinstance(value, str | int | float | tuple) and len(text := repr(value)) <= SHOWN_UP_TO:
+                shown.append(f"{f.name}={text}")
         return f"{type(self).__name__}({', '.join(shown)})"
 
     def to_frame(self) -> pd.DataFrame:
@@ -108,11 +113,27 @@ class Result:
         """The fields of a joined result that are more than its parts', one after the other."""
         return {}
 
-    def plot(self, ax=None):
-        """Plot the result with matplotlib, on `ax` or a new pyplot figure, which a notebook shows.
+    def single(self, example: int) -> Any:
+        """The result of one example, which then has number 0.
+
+        Raises:
+            InputError: for a result that holds no numbers of single examples.
+            IndexError: for an example that is not there.
+        """
+        axes, n = _example_axes(self), self.count_examples()
+        if not axes:
+            raise InputError(f"A {type(self).__name__} holds nothing of single examples. {self.apart}".strip())
+        if not 0 <= example < n:
+            raise IndexError(f"Example {example} was asked for; this result holds 0 to {n - 1}.")
+        tuples = [*self.per_example, *(["example_ids"] if self.example_ids else [])]
+        values: dict[str, Any] = {name: value.narrow(axis, example, 1) for name, (value, axis) in axes.items()}
+        return replace(self, **values, **{name: getattr(self, name)[example : example + 1] for name in tuples})
+
+    def plot(self, ax=None, title=None, figsize=None, example=None):
+        """Plot the result with matplotlib; `mechvlm.figures.canvas` explains the arguments.
 
         Returns:
-            The axes.
+            The axes, given or of a new pyplot figure, which a notebook shows.
 
         Raises:
             TypeError: for a result that has no plot.
@@ -204,6 +225,12 @@ class Result:
         return values
 
 
+def _is_table(value: Any) -> bool:
+    """Whether a value is tuples of tuples of tuples, such as the members of sets of heads."""
+    rows = [row for row in value if isinstance(row, tuple)] if isinstance(value, tuple) else []
+    return any(isinstance(cell, tuple) for row in rows for cell in row)
+
+
 def _digest_of_result(header: dict[str, str], tensors: dict[str, Tensor]) -> str:
     """The SHA-256 of a saved result: its header without the digest, and its tensors' bytes."""
     sha = hashlib.sha256(digest({key: value for key, value in header.items() if key != SEAL}).encode())
@@ -236,33 +263,6 @@ def _check_fields(cls: type[Result], values: dict[str, Any]) -> None:
                 check_type(value, annotation, name)
             elif name in known and known[name].default is MISSING:
                 raise ValueError(f"it lacks {name}")
-
-
-def as_text(pieces):
-    """Tokens as text out of a tokenizer's pieces, in tuples of any depth; numbers stay as they are.
-
-    For files that hold no tokenizer. `Ġ` and `Ċ` tell byte-level pieces from SentencePiece's.
-    """
-    from tokenizers import decoders
-
-    marks = set("".join(_strings(pieces)))
-    if marks & set("ĠĊ") and "▁" not in marks:
-        decoder = decoders.ByteLevel()
-    else:
-        decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
-
-    def decoded(value):
-        if isinstance(value, tuple):
-            return tuple(map(decoded, value))
-        return decoder.decode([value]) if isinstance(value, str) else value
-
-    return decoded(pieces)
-
-
-def _strings(value) -> list[str]:
-    if isinstance(value, tuple):
-        return [text for part in value for text in _strings(part)]
-    return [value] if isinstance(value, str) else []
 
 
 def _tuples(value):

@@ -326,6 +326,17 @@ def test_models_lists_models_and_classes(capsys):
         assert name in out
 
 
+def test_in_a_terminal_of_80_columns_no_line_is_wider(capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "80")
+    _, out, _ = call(capsys, "models")
+    assert max(map(len, out.split("\n"))) <= 80
+    monkeypatch.setattr("sys.stdout.isatty", lambda: False)
+    _, file, _ = call(capsys, "models")
+    assert out.split() == file.split(), "the same words; in a file each entry is one line"
+    assert max(map(len, file.split("\n"))) > 80
+
+
 @pytest.mark.parametrize(
     ("command", "options"),
     [

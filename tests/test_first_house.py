@@ -25,7 +25,7 @@ from mechvlm.datasets.naming import naming
 from mechvlm.datasets.scenes import scenes
 from mechvlm.measures.phases import Phases
 from mechvlm.ndif.connection import Connection
-from mechvlm.results import as_text
+from mechvlm.outside.pieces import as_text
 from mechvlm.study import run
 from mechvlm.study.running.settings import RESULT_PACKAGES, read_settings
 
@@ -90,6 +90,8 @@ def test_results_of_probes(vlm, inputs):
     for (name, kind), new in zip(kinds.items(), mv.read(vlm, inputs, *PROBES), strict=True):
         if name == "lens":  # its files did not hold it
             new = replace(new, n_positions=None)
+        if name == "norms":  # nor theirs the tokens and their places
+            new = replace(new, ids=None, vocabulary=(), cells=None)
         assert_same(saved(kind, name), new)
 
 

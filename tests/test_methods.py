@@ -48,9 +48,10 @@ def test_an_unknown_option_is_told_the_known_ones(llava_vlm, one_batch, method):
 def test_completion_offers_public_names():
     """Modules among them are those that a user writes after `mv.`."""
     modules = {name for name in dir(mv) if inspect.ismodule(getattr(mv, name))}
-    assert modules == {"bundled", "datasets", "study", "view"}
+    assert modules == {"bundled", "datasets", "figures", "study", "view"}
     assert mv.bundled.NAMES
     assert mv.datasets.load_dataset
+    assert mv.figures.grid
     assert mv.study.run
 
 

@@ -1,7 +1,9 @@
 """What the commands share: messages, quiet libraries, names of new files."""
 
 import itertools
+import shutil
 import sys
+import textwrap
 from pathlib import Path
 
 from mechvlm.outside.files import printable
@@ -16,6 +18,23 @@ def print_stderr(message: str) -> None:
 def say(message: str) -> None:
     """The same on stdout, for what a command answers."""
     print(printable(message))
+
+
+def say_lines(text: str, indent: int = 6) -> None:
+    """Print lines; in a terminal, long ones go on in the next line, `indent` columns in."""
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+    for line in text.split("\n"):
+        say(line if width is None else wrapped(line, width, indent))
+
+
+def wrapped(line: str, width: int, indent: int) -> str:
+    """A line, broken between words where it is wider than `width`."""
+    start = line[: len(line) - len(line.lstrip())]
+    lines = textwrap.wrap(
+        line.lstrip(), width, initial_indent=start, subsequent_indent=" " * indent, break_long_words=False,
+        break_on_hyphens=False, replace_whitespace=False,
+    )  # fmt: skip
+    return "\n".join(lines)
 
 
 def quiet_libraries() -> None:

@@ -23,8 +23,10 @@ from torch import Tensor
 from mechvlm.errors import InputError
 from mechvlm.experiments.cases import Example, Examples, for_each, positions
 from mechvlm.experiments.sweep import Edit, run, sweep, windows
-from mechvlm.figures.headings import ALONE, INTERVAL, heading, n_examples, number, short_name, window_width
-from mechvlm.figures.style import SIGNED, axes, heatmap, style, text
+from mechvlm.figures.canvas import Canvas, plots
+from mechvlm.figures.fitted import write_in_cell
+from mechvlm.figures.headings import ALONE, INTERVAL, n_examples, number, short_name, window_width
+from mechvlm.figures.style import SIGNED, color_bar, heatmap, text
 from mechvlm.inputs.batch import Inputs
 from mechvlm.inputs.batches import Answers, as_batches
 from mechvlm.inputs.tokens import Modality
@@ -45,7 +47,6 @@ CORRUPTED = {
 """Each corruption as a picture's heading says it."""
 TOTAL_WIDTH = 0.5
 """Width of the total effect's cell in a picture; a group's is 1."""
-CELL_TEXT: dict[str, Any] = {"ha": "center", "va": "center", "fontsize": 7}
 
 
 @dataclass(frozen=True, repr=False)
@@ -108,7 +109,8 @@ class CausalTraceResult(Result):
             frame[name] = getattr(self, name).numpy()[frame["example"]]
         return self.with_ids(frame.assign(effect=frame["p_restored"] - frame["p_corrupt"]))
 
-    def plot(self, ax: Axes | None = None) -> Axes:
+    @plots(lambda self, **_: self._size)
+    def plot(self, canvas: Canvas) -> None:
         """The mean effect by layer and group, and the total effect as the last column.
 
         Hatched cells are those whose interval holds 0.
@@ -122,34 +124,37 @@ class CausalTraceResult(Result):
         start, stop = n_groups - 0.3, n_groups - 0.3 + TOTAL_WIDTH
         edges = np.append(np.arange(n_groups + 1) - 0.5, [start, stop])
         most = float(np.nanmax(np.abs(shown), initial=1e-6))
-        with style():
-            ax = axes(ax, width=max(6.4, 3.2 + 0.8 * n_groups), height=1.9 + min(0.3 * n_layers, 2.4 + 0.15 * n_layers))
-            mesh = heatmap(ax, shown, self.layers, edges, cmap=SIGNED, vmin=-most, vmax=most)
-            extent = ax.get_window_extent()
-            cell = extent.width / ax.figure.dpi / (stop + 0.5), extent.height / ax.figure.dpi / n_layers
-            write_effects(ax, interval, most, cell)
-            write_total(ax, total, n_layers, most, start)
-            self._label(ax, middle=(start + stop) / 2, cell_width=cell[0])
-            bar = ax.figure.colorbar(mesh, ax=ax, label=self.units, pad=0.03)
-            bar.outline.set_visible(False)
-            bar.ax.set_ylim(min(0, float(np.nanmin(shown, initial=0))), most)
-        return ax
+        ax = canvas.ax
+        mesh = heatmap(ax, shown, self.layers, edges, cmap=SIGNED, vmin=-most, vmax=most)
+        write_effects(ax, interval, most)
+        write_total(ax, total, n_layers, most, start)
+        self._label(canvas, middle=(start + stop) / 2)
+        bar = color_bar(ax, mesh, self.units)
+        bar.ax.set_ylim(min(0, float(np.nanmin(shown, initial=0))), most)
 
-    def _label(self, ax: Axes, middle: float, cell_width: float) -> None:
+    @property
+    def _size(self) -> tuple[float, float]:
+        n_layers = len(self.layers)
+        return max(6.4, 3.2 + 0.8 * len(self.groups)), 1.9 + min(0.3 * n_layers, 2.4 + 0.15 * n_layers)
+
+    def _label(self, canvas: Canvas, middle: float) -> None:
         """Name the groups and the total effect (its cell's `middle`); titles and axis labels."""
+        ax = canvas.ax
         names = [text(group, 24) for group in self.groups]
-        ax.set_xticks([*range(len(names)), middle], [*names, "total effect"])
+        ax.set_xticks([*range(len(names)), middle], [*names, "total\neffect"])
         ax.tick_params(axis="x", length=0)
-        if max(map(len, names)) * 0.08 > cell_width:  # inches
-            for label in ax.get_xticklabels():
-                label.set(rotation=30, ha="right", rotation_mode="anchor")
+        # In inches; the layout will leave the cells about seven tenths of what they have now.
+        cell_width = 0.7 * ax.get_window_extent().width / ax.figure.dpi / (len(names) + 1)
+        letter = 0.6 * float(ax.get_xticklabels()[0].get_fontsize()) / 72
+        if max(map(len, names)) * letter > cell_width:
+            ax.tick_params(axis="x", rotation=90)
         ax.spines[:].set_visible(False)
         ax.set_xlabel(f"positions whose {self.at} was restored")
         several = f"{n_examples(self.effect)}, means; hatched: the {INTERVAL} holds 0"
-        heading(
-            ax, f"Causal trace, {short_name(self.model)}: {CORRUPTED[self.corrupt]}",
+        canvas.head(
+            f"Causal trace, {short_name(self.model)}: {CORRUPTED[self.corrupt]}",
             f"{self.at} restored {window_width(self.windows)}\n{several if len(self.p) > 1 else ALONE}",
-        )  # fmt: skip
+        )
 
 
 def causal_trace(
@@ -335,19 +340,19 @@ def _next_image(example: Example, examples: Examples) -> list[Image.Image]:
     )
 
 
-def write_effects(ax: Axes, interval: Interval, most: float, cell: tuple[float, float]) -> None:
+def write_effects(ax: Axes, interval: Interval, most: float) -> None:
     """Hatch the cells whose interval holds 0, and write the mean into cells that have room for it.
 
-    `most` is the value of the darkest color; `cell` is (width, height) in inches.
+    `most` is the value of the darkest color.
     """
     digits = _digits(most)
     for row, group in np.ndindex(*interval.mean.shape):
         value, unsure = float(interval.mean[row, group]), holds_0(interval, row, group)
         if unsure:
             hatch(ax, group - 0.5, row - 0.5, 1, 1)
-        if cell[0] > 0.3 and cell[1] > 0.12 and not np.isnan(value):
+        if not np.isnan(value):
             color = ink(value / most, "#666666" if unsure else "#222222")
-            ax.text(group, row, number(value, digits), color=color, **CELL_TEXT)
+            write_in_cell(ax, group, row, number(value, digits), color=color, fontsize="x-small")
 
 
 def write_total(ax: Axes, total: Interval, n_layers: int, most: float, start: float) -> None:
@@ -356,9 +361,9 @@ def write_total(ax: Axes, total: Interval, n_layers: int, most: float, start: fl
     if holds_0(total):
         hatch(ax, start, -0.5, TOTAL_WIDTH, n_layers)
     ends = "" if total.low.isnan() else f"\n[{number(total.low, digits)}, {number(total.high, digits)}]"
-    ax.text(
-        (start + stop) / 2, (n_layers - 1) / 2, number(total.mean, digits) + ends, rotation=90,
-        color=ink(float(total.mean) / most, "#222222"), **CELL_TEXT,
+    write_in_cell(
+        ax, (start + stop) / 2, (n_layers - 1) / 2, number(total.mean, digits) + ends, (TOTAL_WIDTH, n_layers), rotation=90,
+        color=ink(float(total.mean) / most, "#222222"), fontsize="x-small",
     )  # fmt: skip
 
 

@@ -8,11 +8,12 @@ import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float
-from matplotlib.axes import Axes
 from torch import Tensor
 
-from mechvlm.figures.headings import ALONE, heading, n_examples, short_name
-from mechvlm.figures.style import LINES, axes, curve, state_axis, style
+from mechvlm.figures.canvas import Canvas, plots
+from mechvlm.figures.headings import ALONE, n_examples, short_name
+from mechvlm.figures.legends import legend_above
+from mechvlm.figures.style import LINES, curve, hue, state_axis
 from mechvlm.measures.control_excess import ControlExcess
 from mechvlm.measures.phase_fit import fit_phases
 from mechvlm.measures.phases import Phases
@@ -92,25 +93,25 @@ class ContextualizationControlsResult(Result):
         labels = {"curve": ("image", *self.kinds), "state": range(n_states), "example": range(count)}
         return self.with_ids(long_frame(values, **labels))
 
-    def plot(self, ax: Axes | None = None) -> Axes:
+    @plots()
+    def plot(self, canvas: Canvas) -> None:
         """The images' curve in its band, the controls' means, and the baseline."""
-        with style():
-            ax = axes(ax)
-            last = self.inter.shape[0] - 1
-            curve(ax, range(last + 1), self.inter.numpy().T, LINES["inter"]._replace(label="image"))
-            for kind, control in zip(self.kinds, self.controls, strict=True):
-                color, dash = CONTROL_LINES[kind]
-                ax.plot(range(last + 1), control.mean(-1).numpy(), color=color, linestyle=dash, label=f"{kind} instead")
-            if not bool(self.baseline.isnan().all()):
-                ax.plot(
-                    range(last + 1), np.asarray(self.baseline), color="#000000", linestyle="-", linewidth=0.8,
-                    label="image and text of different examples",
-                )  # fmt: skip
-            state_axis(ax, last)
-            ax.set_ylabel("image – text similarity (mean cosine)")
-            heading(
-                ax, f"Contextualization and its controls, {short_name(self.model)}",
-                n_examples(self.inter) + ", means; band: one standard deviation" if self.inter.shape[1] > 1 else ALONE,
+        ax, last = canvas.ax, self.inter.shape[0] - 1
+        curve(ax, range(last + 1), self.inter.numpy().T, LINES["inter"]._replace(label="image"))
+        for kind, control in zip(self.kinds, self.controls, strict=True):
+            color, dash = CONTROL_LINES[kind]
+            ax.plot(
+                range(last + 1), control.mean(-1).numpy(), color=hue(color), linestyle=dash, label=f"{kind} instead"
+            )
+        if not bool(self.baseline.isnan().all()):
+            ax.plot(
+                range(last + 1), np.asarray(self.baseline), color=hue("#000000"), linestyle="-", linewidth=0.8,
+                label="different examples",
             )  # fmt: skip
-            ax.legend()
-        return ax
+        state_axis(ax, last)
+        ax.set_ylabel("image – text similarity (mean cosine)")
+        canvas.head(
+            f"Contextualization and its controls, {short_name(self.model)}",
+            n_examples(self.inter) + ", means; band: one standard deviation" if self.inter.shape[1] > 1 else ALONE,
+        )
+        legend_above(ax)

@@ -12,8 +12,13 @@ from matplotlib.axes import Axes
 from torch import Tensor
 
 from mechvlm.errors import InputError
-from mechvlm.figures.headings import ALONE, INTERVAL, answer_label, heading, n_examples, short_name
-from mechvlm.figures.style import SIGNED, axes, heatmap, style, text
+from mechvlm.figures.canvas import Canvas, plots
+from mechvlm.figures.fitted import name_places
+from mechvlm.figures.head_map import head_map, head_map_size
+from mechvlm.figures.headings import ALONE, INTERVAL, answer_label, n_examples, short_name
+from mechvlm.figures.legends import legend_above
+from mechvlm.figures.settings import pen
+from mechvlm.figures.style import SIGNED, hue, text
 from mechvlm.intervals import Interval, mean_interval
 from mechvlm.results import Result, long_frame
 
@@ -133,26 +138,20 @@ class HeadAblationResult(_Effects, Result):
         labels = {"layer": range(n_layers), "head": range(n_heads), "example": range(n)}
         return self.with_ids(_compared(self, labels, "ablated"))
 
-    def plot(self, ax: Axes | None = None, by: str = "probability") -> Axes:
+    @plots(lambda self, **_: head_map_size(*self.p_ablated.shape[:2]))
+    def plot(self, canvas: Canvas, by: str = "probability") -> None:
         """A map of the mean effects [layer head], with a dot where the interval leaves out 0.
 
         Args:
-            ax: where to draw; by default a new figure.
             by: "probability" or "logit".
         """
         effect = self._effect(by)
         interval = _interval(effect)
-        n_layers, n_heads = interval.mean.shape
         most = float(interval.mean.abs().max().clamp(min=1e-6))
-        with style():
-            ax = axes(ax, width=min(5.6 + 0.14 * n_heads, 10), height=min(2 + 0.2 * n_layers, 8))
-            mesh = heatmap(ax, interval.mean.numpy(), range(n_layers), cmap=SIGNED, vmin=-most, vmax=most)
-            mark_sure(ax, interval)
-            ax.set_xticks(range(0, n_heads, -(-n_heads // 16)))
-            ax.set_xlabel("head")
-            ax.figure.colorbar(mesh, ax=ax, label=f"change of the answer's {by}", pad=0.02).outline.set_visible(False)
-            heading(ax, _title(self), f"{_done(self)}\n{map_note(effect)}")
-        return ax
+        label = f"change of the answer's {by}"
+        head_map(canvas.ax, interval.mean, range(len(effect)), label, cmap=SIGNED, vmin=-most, vmax=most)
+        mark_sure(canvas.ax, interval)
+        canvas.head(_title(self), f"{_done(self)}\n{map_note(effect)}")
 
 
 @dataclass(frozen=True, repr=False)
@@ -229,11 +228,11 @@ class HeadSetsResult(_Effects, Result):
         frame.insert(2, "n_heads", frame["set"].map(sizes))
         return self.with_ids(frame)
 
-    def plot(self, ax: Axes | None = None, by: str = "probability") -> Axes:
+    @plots(lambda self, **_: (max(5.2, 2.2 + 1.3 * len(self.sets)), 3.8))
+    def plot(self, canvas: Canvas, by: str = "probability") -> None:
         """A bar for each set and one for its random sets, with intervals, and a dot for each draw.
 
         Args:
-            ax: where to draw; by default a new figure.
             by: "probability" or "logit".
         """
         effect, control = self._effect(by), self._effect(by, "control")
@@ -241,28 +240,24 @@ class HeadSetsResult(_Effects, Result):
         bars = (
             ("the set", "#0072B2", "", -0.2, effect), ("as many random heads", "#E69F00", "///", 0.2, control.mean(1)),
         )  # fmt: skip
-        with style():
-            ax = axes(ax, width=max(5.2, 2.2 + 1.3 * len(x)), height=3.8)
-            for label, color, hatch, offset, values in bars:
-                mean, low, high = (part.numpy() for part in _interval(values))
-                ax.bar(x + offset, mean, 0.36, label=label, color=color, hatch=hatch, edgecolor="white", linewidth=0)
-                ax.vlines(x + offset, low, high, color="#222222", linewidth=1.2)
-            by_draw = control.mean(-1).numpy()  # [set draw]
-            around = np.linspace(0.12, 0.28, by_draw.shape[1]) if by_draw.shape[1] > 1 else np.array([0.2])
-            ax.scatter(x[:, None] + around, by_draw, s=10, color="#444444", zorder=3, label="each draw")
-            ax.axhline(0, color="#444444", linewidth=0.8)
-            ax.grid(False, axis="x")
-            names = [
-                f"{text(name, 20)}\n{len(heads)} head{'s' * (len(heads) > 1)}"
-                for name, heads in zip(self.sets, self.members, strict=True)
-            ]
-            ax.set_xticks(x, names)
-            ax.set_ylabel(f"change of the answer's {by}")
-            # Above the axes, where no bar is.
-            ax.legend(ncols=3, loc="lower left", bbox_to_anchor=(-0.01, 1), borderpad=0)
-            note = f"{n_examples(effect)}; bars are means, lines their {INTERVAL}" if len(self.p) > 1 else ALONE
-            heading(ax, _title(self), f"{_done(self)}\n{note}", above=18)
-        return ax
+        ax = canvas.ax
+        for label, color, hatch, offset, values in bars:
+            mean, low, high = (part.numpy() for part in _interval(values))
+            ax.bar(x + offset, mean, 0.36, label=label, color=hue(color), hatch=hatch, edgecolor="white", linewidth=0)
+            ax.vlines(x + offset, low, high, color=pen(), linewidth=1.2)
+        by_draw = control.mean(-1).numpy()  # [set draw]
+        around = np.linspace(0.12, 0.28, by_draw.shape[1]) if by_draw.shape[1] > 1 else np.array([0.2])
+        ax.scatter(x[:, None] + around, by_draw, s=10, color=pen("#444444"), zorder=3, label="each draw")
+        ax.axhline(0, color=pen("#444444"), linewidth=0.8)
+        names = [
+            f"{text(name, 20)}\n{len(heads)} head{'s' * (len(heads) > 1)}"
+            for name, heads in zip(self.sets, self.members, strict=True)
+        ]
+        name_places(ax, names)
+        ax.set_ylabel(f"change of the answer's {by}")
+        legend_above(ax)
+        note = f"{n_examples(effect)}; bars are means, lines their {INTERVAL}" if len(self.p) > 1 else ALONE
+        canvas.head(_title(self), f"{_done(self)}\n{note}")
 
 
 def mark_sure(ax: Axes, interval: Interval) -> None:

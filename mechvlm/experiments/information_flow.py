@@ -14,14 +14,16 @@ import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float
-from matplotlib.axes import Axes
 from torch import Tensor
 
 from mechvlm.errors import InputError
 from mechvlm.experiments.cases import Example, Examples, for_each, positions
 from mechvlm.experiments.sweep import Edit, run, sweep, windows
-from mechvlm.figures.headings import ALONE, INTERVAL, heading, n_examples, short_name, window_width
-from mechvlm.figures.style import LAYER, axes, style, text
+from mechvlm.figures.canvas import Canvas, plots
+from mechvlm.figures.headings import ALONE, INTERVAL, n_examples, short_name, window_width
+from mechvlm.figures.legends import legend_above
+from mechvlm.figures.settings import marker_size, pen
+from mechvlm.figures.style import LAYER, PALETTE, hue, number_ticks, text
 from mechvlm.inputs.batches import Answers
 from mechvlm.intervals import Interval, mean_interval
 from mechvlm.results import Result, float32, long_frame
@@ -32,9 +34,8 @@ from mechvlm.vlm.vlm import VLM
 FLOWS = ("image -> question", "image -> last", "question -> last", "last -> last")
 MEMORY_FLOWS = tuple(flow.replace("image", MEMORY_SOURCE) for flow in FLOWS)
 """The same of a model whose image is a memory that its cross-attention layers read."""
-FLOW_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-"""Okabe and Ito's. Seven colors and four dashes have no common divisor: 28 flows look different."""
 FLOW_DASHES = ("-", "--", "-.", ":")
+"""Seven colors and four dashes have no common divisor: 28 flows look different."""
 FLOW_MARKERS = ("o", "s", "^", "D")
 
 
@@ -79,7 +80,8 @@ class InformationFlowResult(Result):
         frame["p"] = self.p.numpy()[frame["example"]]
         return self.with_ids(frame.assign(change=long_frame(self.change, **labels)["value"]))
 
-    def plot(self, ax: Axes | None = None) -> Axes:
+    @plots((7, 4))
+    def plot(self, canvas: Canvas) -> None:
         """The mean change by the window's center, a line in its band of the interval for each flow.
 
         An answer of probability 0 has no relative change: its example is left out.
@@ -87,27 +89,25 @@ class InformationFlowResult(Result):
         change, interval = self.change, self.interval
         layers = np.arange(len(self.windows))
         step = -(-len(layers) // 14)
-        with style():
-            ax = axes(ax, width=7, height=4)
-            ax.axhline(0, color="#444444", linewidth=0.8)
-            for i, flow in enumerate(self.flows):
-                color = FLOW_COLORS[i % len(FLOW_COLORS)]
-                mean, low, high = (values[i].numpy() for values in interval)
-                ax.fill_between(layers, low, high, color=color, alpha=0.15, linewidth=0)
-                ax.plot(
-                    layers, mean, color=color, linestyle=FLOW_DASHES[i % 4], marker=FLOW_MARKERS[i % 4], label=arrow(flow),
-                    markevery=step,
-                )  # fmt: skip
-            ax.set_xlim(-0.25, len(layers) - 0.75)
-            ax.set_xticks(layers[::step])
-            ax.set_xlabel(f"center of the window, {LAYER}")
-            ax.set_ylabel(self.units)
-            ax.legend(title="attention knocked out", title_fontsize=8, alignment="left")
-            heading(
-                ax, f"Information flow, {short_name(self.model)}: attention knocked out {window_width(self.windows)}",
-                f"{n_examples(change)}; lines are means, bands their {INTERVAL}" if change.shape[-1] > 1 else ALONE,
+        ax = canvas.ax
+        ax.axhline(0, color=pen("#444444"), linewidth=0.8)
+        for i, flow in enumerate(self.flows):
+            color = hue(PALETTE[i % len(PALETTE)])
+            mean, low, high = (values[i].numpy() for values in interval)
+            ax.fill_between(layers, low, high, color=color, alpha=0.15, linewidth=0)
+            ax.plot(
+                layers, mean, color=color, linestyle=FLOW_DASHES[i % 4], marker=FLOW_MARKERS[i % 4], label=arrow(flow),
+                markevery=step, markersize=marker_size(),
             )  # fmt: skip
-        return ax
+        ax.set_xlim(-0.25, len(layers) - 0.75)
+        number_ticks(ax.xaxis, range(len(layers)))
+        ax.set_xlabel(f"center of the window, {LAYER}")
+        ax.set_ylabel(self.units)
+        legend_above(ax)
+        canvas.head(
+            f"Information flow, {short_name(self.model)}: attention knocked out {window_width(self.windows)}",
+            f"{n_examples(change)}; lines are means, bands their {INTERVAL}" if change.shape[-1] > 1 else ALONE,
+        )
 
 
 def information_flow(

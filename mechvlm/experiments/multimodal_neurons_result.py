@@ -9,9 +9,11 @@ from jaxtyping import Float, Int
 from matplotlib.axes import Axes
 from torch import Tensor
 
-from mechvlm.figures.headings import answer_label
+from mechvlm.figures.canvas import Canvas, plots
+from mechvlm.figures.headings import ALONE, answer_label, short_name
 from mechvlm.figures.panels import beside
-from mechvlm.figures.style import SIGNED, axes, style, text
+from mechvlm.figures.settings import pen
+from mechvlm.figures.style import SIGNED, text
 from mechvlm.intervals import Interval, mean_interval
 from mechvlm.results import Result
 
@@ -38,6 +40,7 @@ class MultimodalNeuronsResult(Result):
 
     units: ClassVar[str] = "logit"
     texts: ClassVar[tuple[str, ...]] = ("words", "answers")
+    per_example: ClassVar[tuple[str, ...]] = ("answers",)
     apart: ClassVar[str] = (
         "neurons are chosen by their mean over all examples. Give multimodal_neurons all batches at once, as a list."
     )
@@ -101,17 +104,18 @@ class MultimodalNeuronsResult(Result):
         )
         return self.with_ids(frame)
 
-    def plot(self, ax: Axes | None = None) -> Axes:
+    @plots(lambda self, **_: (7.5, 1.4 + 0.52 * self.attribution.shape[1]))
+    def plot(self, canvas: Canvas) -> None:
         """Each neuron's attribution with its words, and where on the image it fires.
 
         The map of a neuron is from the example in which it did most.
         """
-        with style():
-            ax = axes(ax, width=7.5, height=1.1 + 0.52 * self.attribution.shape[1])
-            side = beside(ax, 0.3)
-            self._draw_attribution(ax)
-            self._draw_maps(side)
-        return ax
+        side = beside(canvas.ax, 0.3)
+        self._draw_attribution(canvas.ax)
+        self._draw_maps(side)
+        n = len(self.answers)
+        note = f"mean of {n} examples with 95 % intervals" if n > 1 else ALONE
+        canvas.head(f"Multimodal neurons for {answer_label(self.answers)}, {short_name(self.model)}", note)
 
     def _draw_attribution(self, ax: Axes) -> None:
         n_examples, n_neurons = self.attribution.shape
@@ -120,15 +124,14 @@ class MultimodalNeuronsResult(Result):
         ax.barh(rows, mean, height=0.5, color="#009E73", alpha=0.8)
         if n_examples > 1:
             error = np.clip([mean - low, high - mean], 0, None)
-            ax.errorbar(mean, rows, xerr=error, fmt="none", color="#222222", capsize=2, linewidth=1)
+            ax.errorbar(mean, rows, xerr=error, fmt="none", color=pen(), capsize=2, linewidth=1)
         names = zip(self.layer.tolist(), self.index.tolist(), self.words, strict=True)
         labels = [f"layer {layer}, {i}\n" + " ".join(text(w, 10) for w in words[:5]) for layer, i, words in names]
-        ax.set_yticks(rows, labels, fontsize=7)
+        ax.set_yticks(rows, labels, fontsize="x-small")
         ax.set_ylim(n_neurons - 0.5, -0.5)
         ax.grid(axis="y", visible=False)
         ax.set_ylabel("MLP neuron, and the words it writes")
-        ax.set_xlabel("attribution on the image (logits)" + (", 95 % intervals" if n_examples > 1 else ""))
-        ax.set_title(f"Multimodal neurons for {answer_label(self.answers)}, {self.model}", fontsize=8.5)
+        ax.set_xlabel("attribution on the image (logits)")
 
     def _draw_maps(self, ax: Axes) -> None:
         """A small map per neuron, each to its own maximum: their strengths are not compared."""
@@ -140,13 +143,15 @@ class MultimodalNeuronsResult(Result):
             half = 0.44 if self.grid else 0.2
             extent = (0.0, 1.0, row + half, row - half)
             ax.imshow(
-                neuron_map, extent=extent, cmap=SIGNED, vmin=-most, vmax=most, aspect="auto", interpolation="nearest"
-            )
-            ax.text(1.05, row, f"±{most:.2g}\nexample {example}", fontsize=6, va="center")
+                neuron_map, extent=extent, cmap=SIGNED, vmin=-most, vmax=most, aspect="auto", interpolation="nearest",
+                origin="upper",
+            )  # fmt: skip
+            where = f"\nexample {example}" if len(self.attribution) > 1 else ""
+            ax.text(1.05, row, f"±{most:.2g}{where}", fontsize="xx-small", va="center")
         ax.set_xlim(0, 1.5)
         ax.set_ylim(len(best) - 0.5, -0.5)
         ax.set_xticks([])
         ax.tick_params(labelleft=False, left=False)
         ax.grid(False)
         ax.set_frame_on(False)
-        ax.set_xlabel("activation" if self.grid else "activation, by query", fontsize=8)
+        ax.set_xlabel("activation" if self.grid else "activation, by query")

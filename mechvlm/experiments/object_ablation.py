@@ -20,8 +20,12 @@ from torch import Tensor
 from mechvlm.errors import InputError
 from mechvlm.experiments.cases import Example, Examples, for_each
 from mechvlm.experiments.sweep import Edit, run, sweep
-from mechvlm.figures.headings import ALONE, INTERVAL, heading, number, short_name
-from mechvlm.figures.style import axes, style
+from mechvlm.figures.canvas import Canvas, plots
+from mechvlm.figures.fitted import name_places
+from mechvlm.figures.headings import ALONE, INTERVAL, number, short_name
+from mechvlm.figures.legends import legend_above
+from mechvlm.figures.settings import pen
+from mechvlm.figures.style import hue
 from mechvlm.inputs.batch import Inputs
 from mechvlm.inputs.batches import Answers, as_batches
 from mechvlm.intervals import Interval, mean_interval
@@ -61,6 +65,7 @@ class ObjectAblationResult(Result):
 
     units: ClassVar[str] = "drop in naming accuracy (percentage points)"
     texts: ClassVar[tuple[str, ...]] = ("answers",)
+    per_example: ClassVar[tuple[str, ...]] = ("answers",)
 
     apart: ClassVar[str] = (
         "each call ablates with the mean visual token of its own examples. Give object_ablation all batches at once, as a list."
@@ -106,33 +111,26 @@ class ObjectAblationResult(Result):
         rows = frame["margin"].map({m: i for i, m in enumerate(self.margins)})
         return self.with_ids(frame.assign(n_tokens=self.n_tokens.numpy()[rows, frame["example"]]))
 
-    def plot(self, ax: Axes | None = None) -> Axes:
+    @plots(lambda self, **_: (max(5.5, 1.8 + 1.5 * len(self.margins)), 3.9))
+    def plot(self, canvas: Canvas) -> None:
         """The drop in naming accuracy by margin, a bar for each condition.
 
         A bar over fewer examples than there are says over how many.
         """
-        n_conditions, n_margins, n = self.drop.shape
-        with style():
-            ax = axes(ax, width=max(5.5, 1.8 + 1.5 * n_margins), height=3.9)
-            self._draw_bars(ax)
-            ax.axhline(0, color="#444444", linewidth=0.8)
-            ax.margins(y=0.12)
-            ax.grid(False, axis="x")
-            tokens = self.n_tokens.double().mean(-1).tolist()
-            ax.set_xticks(
-                range(n_margins), [f"{m}\n{k:.1f} tokens" for m, k in zip(self.margins, tokens, strict=True)]
-            )  # fmt: skip
-            ax.tick_params(axis="x", length=0)
-            ax.set_xlabel("margin around the object (patches); tokens ablated (mean)")
-            ax.set_ylabel(self.units)
-            # Above the axes, where no bar is.
-            ax.legend(ncols=n_conditions, loc="lower left", bbox_to_anchor=(-0.01, 1), borderpad=0)
-            before = 100 * self.correct.double().mean()
-            heading(
-                ax, f"Object ablation, {short_name(self.model)}: naming accuracy before {before:.0f} %",
-                f"n = {n} examples; bars are means, lines their {INTERVAL}" if n > 1 else ALONE, above=18,
-            )  # fmt: skip
-        return ax
+        ax, n = canvas.ax, self.drop.shape[-1]
+        self._draw_bars(ax)
+        ax.axhline(0, color=pen("#444444"), linewidth=0.8)
+        ax.margins(y=0.15)
+        tokens = self.n_tokens.double().mean(-1).tolist()
+        name_places(ax, [f"{m}\n{k:.1f} tokens" for m, k in zip(self.margins, tokens, strict=True)])
+        ax.set_xlabel("margin around the object (patches); tokens ablated (mean)")
+        ax.set_ylabel(self.units)
+        legend_above(ax)
+        before = 100 * self.correct.double().mean()
+        canvas.head(
+            f"Object ablation, {short_name(self.model)}: naming accuracy before {before:.0f} %",
+            f"n = {n} examples; bars are means, lines their {INTERVAL}" if n > 1 else ALONE,
+        )
 
     def _draw_bars(self, ax: Axes) -> None:
         """A bar per condition and margin, with its interval and value, and n where it is fewer."""
@@ -144,14 +142,14 @@ class ObjectAblationResult(Result):
             label, color, hatch = BARS[condition]
             x = np.arange(n_margins) + (i - (n_conditions - 1) / 2) * width
             mean, low, high = (part[i].numpy() for part in interval)
-            ax.bar(x, mean, 0.9 * width, label=label, color=color, hatch=hatch, edgecolor="white", linewidth=0)
-            ax.vlines(x, low, high, color="#222222", linewidth=1.2)
+            ax.bar(x, mean, 0.9 * width, label=label, color=hue(color), hatch=hatch, edgecolor="white", linewidth=0)
+            ax.vlines(x, low, high, color=pen(), linewidth=1.2)
             tops = np.fmax(high, np.fmax(mean, 0))
             for at, value, top, count in zip(x, mean.tolist(), tops, n_compared[i].tolist(), strict=True):
                 note = ("–" if np.isnan(value) else number(value, 0)) + (f"\nn = {count}" if count < n else "")
                 ax.annotate(
                     note, (at, 0 if np.isnan(value) else top), xytext=(0, 2), textcoords="offset points", ha="center",
-                    va="bottom", fontsize=7, color="#222222",
+                    va="bottom", fontsize="x-small", color=pen(),
                 )  # fmt: skip
 
 

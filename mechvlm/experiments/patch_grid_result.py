@@ -7,12 +7,13 @@ import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Bool, Float
-from matplotlib.axes import Axes
 from torch import Tensor
 
 from mechvlm.experiments.head_ablation_result import map_note, mark_sure
-from mechvlm.figures.headings import answer_label, heading, short_name
-from mechvlm.figures.style import SIGNED, axes, heatmap, style, text
+from mechvlm.figures.canvas import Canvas, plots
+from mechvlm.figures.headings import answer_label, short_name
+from mechvlm.figures.style import SIGNED, color_bar, heatmap, number_ticks, text
+from mechvlm.figures.token_axis import name_columns
 from mechvlm.intervals import Interval, mean_interval
 from mechvlm.results import Result, long_frame
 
@@ -99,32 +100,28 @@ class PatchGridResult(Result):
             frame[name] = getattr(self, name).numpy()[frame["example"]]
         return self.with_ids(frame.assign(restored=long_frame(self.restored, **labels)["value"]))
 
-    def plot(self, ax: Axes | None = None) -> Axes:
+    @plots(lambda self, **_: self._size)
+    def plot(self, canvas: Canvas) -> None:
         """A map of the mean shares [layer column], with a dot where the interval leaves out 0."""
         interval = self.interval
         n_layers, n_columns = interval.mean.shape
         most = float(np.nanmax(np.abs(interval.mean.numpy()), initial=1.0))
-        is_head = self.at == "z"
-        with style():
-            ax = axes(
-                ax, width=min(5.6 + (0.14 if is_head else 0.22) * n_columns, 12), height=min(2.4 + 0.2 * n_layers, 8)
-            )
-            mesh = heatmap(ax, interval.mean.numpy(), range(n_layers), cmap=SIGNED, vmin=-most, vmax=most)
-            mark_sure(ax, interval)
-            if is_head:
-                ax.set_xticks(range(0, n_columns, -(-n_columns // 16)))
-                ax.set_xlabel(
-                    f"head, its z patched at {'all positions' if self.positions == 'all' else self.positions}"
-                )
-            else:
-                step = -(-n_columns // 40)
-                names = [text(column, 16) for column in self.columns]
-                ax.set_xticks(range(0, n_columns, step), names[::step], rotation=60, ha="right", rotation_mode="anchor")
-                ax.set_xlabel(f"position whose {self.at} was patched")
-            label = "share brought back (0 corrupted, 1 clean)"
-            ax.figure.colorbar(mesh, ax=ax, label=label, pad=0.02).outline.set_visible(False)
-            heading(ax, self._title(), map_note(self.restored))
-        return ax
+        ax = canvas.ax
+        mesh = heatmap(ax, interval.mean.numpy(), range(n_layers), cmap=SIGNED, vmin=-most, vmax=most)
+        mark_sure(ax, interval)
+        if self.at == "z":
+            number_ticks(ax.xaxis, range(n_columns))
+            ax.set_xlabel(f"head, its z patched at {'all positions' if self.positions == 'all' else self.positions}")
+        else:
+            name_columns(ax, range(n_columns), [text(column, 16) for column in self.columns])
+            ax.set_xlabel(f"position whose {self.at} was patched")
+        color_bar(ax, mesh, "share brought back (0 corrupted, 1 clean)")
+        canvas.head(self._title(), map_note(self.restored))
+
+    @property
+    def _size(self) -> tuple[float, float]:
+        n_layers, n_columns, _ = self.m_patched.shape
+        return min(5.6 + (0.14 if self.at == "z" else 0.22) * n_columns, 12), min(2.4 + 0.2 * n_layers, 8)
 
     def _title(self) -> str:
         looks_at = {"logit difference": (self.answers, self.versus), "probability": (self.answers, ())}.get(self.metric)

@@ -3,7 +3,7 @@
 `pair_scores` is the formula of the three scores; `WinogroundResult` holds every measure.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -13,8 +13,12 @@ from jaxtyping import Bool, Float
 from matplotlib.axes import Axes
 from torch import Tensor
 
+from mechvlm.figures.canvas import Canvas, plots
+from mechvlm.figures.fitted import fit, name_places
 from mechvlm.figures.headings import INTERVAL, short_name
-from mechvlm.figures.style import LAYER, axes, state_axis, style
+from mechvlm.figures.legends import legend_above
+from mechvlm.figures.settings import marker_size, pen
+from mechvlm.figures.style import LAYER, hue, state_axis
 from mechvlm.intervals import Interval, mean_interval
 from mechvlm.results import Result, long_frame
 
@@ -38,6 +42,10 @@ class PairScores(NamedTuple):
     text: Bool[Tensor, " pair"]
     image: Bool[Tensor, " pair"]
     group: Bool[Tensor, " pair"]
+
+    def __repr__(self) -> str:
+        right = ", ".join(f"{name} {int(values.sum())}" for name, values in self._asdict().items())
+        return f"PairScores(right of {len(self.group)} pairs: {right})"
 
     def to_frame(self, seed: int = 0) -> pd.DataFrame:
         """One row per score.
@@ -169,46 +177,50 @@ class WinogroundResult(Result):
             frame = frame[(frame["measure"] != measure) | rows.loc[frame.index]]
         return frame[["pair", "image", "measure", "layer", "condition", "value"]].reset_index(drop=True)
 
-    def plot(self, ax: Axes | None = None) -> Axes:
+    @plots((8, 6.6))
+    def plot(self, canvas: Canvas) -> None:
         """The scores as bars, with their intervals and chance.
 
         A new figure also shows, below them, each measure's difference by layer.
         """
-        with style():
-            if ax is None:
-                figure = axes(None, width=8, height=6.6).figure
-                figure.clear()
-                grid = figure.add_gridspec(3, 2, height_ratios=(1.1, 1, 1))
-                ax = figure.add_subplot(grid[0, :])
-                interval = self.difference
-                for i, measure in enumerate(LABELS):
-                    row = self.measures.index(measure)
-                    values = (ends[row].numpy() for ends in interval)
-                    draw_difference(figure.add_subplot(grid[1 + i // 2, i % 2]), measure, *values)
-            draw_scores(ax, self)
-        return ax
+        if canvas.is_new:
+            figure, interval = canvas.ax.figure, self.difference
+            grid = figure.add_gridspec(3, 2, height_ratios=(1.1, 1, 1))
+            canvas.ax.set_subplotspec(grid[0, :])
+            for i, measure in enumerate(LABELS):
+                row = self.measures.index(measure)
+                values = (ends[row].numpy() for ends in interval)
+                draw_difference(figure.add_subplot(grid[1 + i // 2, i % 2]), measure, *values)
+        draw_scores(canvas, self)
+
+    def single(self, example: int) -> "WinogroundResult":
+        """The result of one pair, without those set aside."""
+        return replace(super().single(example), set_aside=())
 
 
-def draw_scores(ax: Axes, result: WinogroundResult) -> None:
+def draw_scores(canvas: Canvas, result: WinogroundResult) -> None:
     """The three scores as bars, with their intervals and chance."""
+    ax = canvas.ax
     scores = result.scores.to_frame()
     x = np.arange(len(scores))
-    ax.bar(x, scores["percent"], 0.55, color="#0072B2")
-    ax.vlines(x, scores["low"], scores["high"], color="#222222", linewidth=1.2)
-    ax.hlines(scores["chance"], x - 0.4, x + 0.4, color="#D55E00", linestyle="--", linewidth=1.5, label="chance")
+    ax.bar(x, scores["percent"], 0.55, color=hue("#0072B2"))
+    ax.vlines(x, scores["low"], scores["high"], color=pen(), linewidth=1.2)
+    ax.hlines(scores["chance"], x - 0.4, x + 0.4, color=hue("#D55E00"), linestyle="--", linewidth=1.5, label="chance")
     for at, percent, high in zip(x, scores["percent"], scores["high"], strict=True):
         top = np.nanmax([percent, high, 25])
-        ax.annotate(f"{percent:.1f}", (at, top), xytext=(0, 2), textcoords="offset points", ha="center", fontsize=8)
-    ax.set_xticks(x, [f"{name} score" for name in scores["score"]])
+        ax.annotate(
+            f"{percent:.1f}", (at, top), xytext=(0, 2), textcoords="offset points", ha="center", fontsize="small"
+        )
+    name_places(ax, [f"{name} score" for name in scores["score"]])
     ax.set_ylim(0, 112)
     ax.set_ylabel("pairs (%)")
-    ax.grid(False, axis="x")
-    ax.legend(loc="upper right")
+    legend_above(ax)
     n = len(result.pairs)
     set_aside = f", {len(result.set_aside)} set aside" if result.set_aside else ""
-    ax.set_title(f"Winoground's scores, {short_name(result.model)}: n = {n} pairs{set_aside}", pad=18)
-    note = f"bars are shares of pairs, bands and vertical lines the {INTERVAL} over pairs"
-    ax.annotate(note, (0, 1), xycoords="axes fraction", xytext=(0, 6), textcoords="offset points", fontsize=8)
+    canvas.head(
+        f"Winoground's scores, {short_name(result.model)}: n = {n} pairs{set_aside}",
+        f"bars are shares of pairs, bands and vertical lines the {INTERVAL} over pairs",
+    )
 
 
 def draw_difference(ax: Axes, measure: str, mean: np.ndarray, low: np.ndarray, high: np.ndarray) -> None:
@@ -217,11 +229,11 @@ def draw_difference(ax: Axes, measure: str, mean: np.ndarray, low: np.ndarray, h
     Paired, because measures differ more between pairs than within one.
     """
     x = np.arange(len(mean))
-    ax.axhline(0, color="#444444", linewidth=0.8)
-    ax.fill_between(x, low, high, color="#0072B2", alpha=0.15, linewidth=0)
-    ax.plot(x, mean, color="#0072B2", marker="o", markersize=3.5 if len(x) < 20 else 0)
+    ax.axhline(0, color=pen("#444444"), linewidth=0.8)
+    ax.fill_between(x, low, high, color=hue("#0072B2"), alpha=0.15, linewidth=0)
+    ax.plot(x, mean, color=hue("#0072B2"), marker="o", markersize=marker_size(thin=True) if len(x) < 20 else 0)
     state_axis(ax, len(mean) - 1)
     if measure == "norm attention":
         ax.set_xlabel(LAYER)
-    ax.set_title(LABELS[measure], fontsize=9)
-    ax.set_ylabel("own less other caption", fontsize=8)
+    fit(ax.set_title(LABELS[measure], fontsize="medium"), ax)
+    ax.set_ylabel("own less other caption", fontsize="small")

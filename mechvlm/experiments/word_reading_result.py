@@ -1,8 +1,8 @@
 """Result of `word_reading`: each word's heat on the image, its scores, and their controls."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import numpy as np
 import pandas as pd
@@ -12,8 +12,13 @@ from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 from torch import Tensor
 
-from mechvlm.figures.headings import ALONE, INTERVAL, heading, short_name
-from mechvlm.figures.style import HEAT, axes, style, text
+from mechvlm.figures.canvas import Canvas, Size, canvas, plots
+from mechvlm.figures.fitted import name_places
+from mechvlm.figures.headings import ALONE, INTERVAL, short_name
+from mechvlm.figures.image_map import image_map
+from mechvlm.figures.legends import legend_above
+from mechvlm.figures.settings import pen
+from mechvlm.figures.style import HEAT, color_bar, hue, text
 from mechvlm.inputs.images import ImageLike, open_image
 from mechvlm.intervals import Interval, mean_interval
 from mechvlm.results import Result
@@ -90,6 +95,21 @@ class WordReadingResult(Result):
         rows, cols = self.shape[word].tolist()
         return self.heat[word, :rows, :cols]
 
+    def single(self, example: int) -> "WordReadingResult":
+        """The words of one example."""
+        if not 0 <= example < len(self.answers):
+            raise IndexError(f"Example {example} was asked for; this result holds 0 to {len(self.answers) - 1}.")
+        own = (self.example == example).nonzero()[:, 0]
+        names = ("heat", "inside", "hit", "occurrence", "logprob", "shape", "area")
+        words: dict[str, Any] = {
+            name: tuple(getattr(self, name)[i] for i in own.tolist()) for name in ("word", "boxes")
+        }
+        ids = None if self.example_ids is None else self.example_ids[example : example + 1]
+        return replace(
+            self, **{name: getattr(self, name)[own] for name in names}, **words, example=torch.zeros_like(own),
+            answers=self.answers[example : example + 1], example_ids=ids,
+        )  # fmt: skip
+
     @property
     def by_example(self) -> Float[Tensor, "example score condition"]:
         """The mean scores of each example's words with boxes; NaN for an example without any."""
@@ -132,41 +152,39 @@ class WordReadingResult(Result):
                 frame[f"{name}, {condition}" if number else name] = values[:, number].numpy()
         return self.with_ids(frame)
 
-    def plot_word(self, word: int, image: ImageLike | None = None, ax: Axes | None = None) -> Axes:
+    def plot_word(
+        self,
+        word: int,
+        image: ImageLike | None = None,
+        ax: Axes | None = None,
+        title: str | bool | None = None,
+        figsize: Size | None = None,
+    ) -> Axes:
         """The heat of the word of this number, over its image where one is given, with its boxes.
+
+        `ax`, `title` and `figsize` as for `plot`.
 
         Raises:
             IndexError: for a word that is not there.
         """
         if not 0 <= word < len(self):
             raise IndexError(f"Word {word} was asked for; there are 0 to {len(self) - 1}.")
-        left, top, right, bottom = self.area[word].tolist()
-        with style():
-            ax = axes(ax, width=4.6, height=4.2)
-            if image is not None:
-                ax.imshow(open_image(image))
-            mesh = ax.imshow(
-                self.map(word).numpy(), extent=(left, right, bottom, top), cmap=HEAT, vmin=0, interpolation="nearest",
-                alpha=1 if image is None else 0.65,
-            )  # fmt: skip
+        picture, inside = None if image is None else open_image(image), self.inside[word, 0]
+        share = "" if inside.isnan() else f", {100 * float(inside):.0f} % in its box"
+        with canvas(ax, title, figsize, (4.6, 4.2)) as drawn_on:
+            ax = drawn_on.ax
+            mesh = image_map(ax, self.map(word).numpy(), picture, self.area[word].tolist(), cmap=HEAT, vmin=0)
             for x0, y0, x1, y1 in self.boxes[word]:
                 ax.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor="#0072B2", linewidth=1.6))
-            ax.set_xlim(left, right)
-            ax.set_ylim(bottom, top)
-            ax.set_xticks([])
-            ax.set_yticks([])
-            ax.grid(False)
-            inside = "" if self.inside[word, 0].isnan() else f", {100 * float(self.inside[word, 0]):.0f} % in its box"
-            example = int(self.example[word])
-            heading(
-                ax,
+            drawn_on.head(
                 f"Read to write “{text(self.word[word], 24)}”",
-                f"example {example}, {short_name(self.model)}{inside}",
+                f"example {int(self.example[word])}, {short_name(self.model)}{share}",
             )
-            ax.figure.colorbar(mesh, ax=ax, label="norm written (mean over layers)", pad=0.02)
+            color_bar(ax, mesh, "norm written (mean over layers)")
         return ax
 
-    def plot(self, ax: Axes | None = None) -> Axes:
+    @plots((6.4, 3.8))
+    def plot(self, canvas: Canvas) -> None:
         """Both scores, a bar for each condition: the word's own beside its controls.
 
         Raises:
@@ -176,26 +194,20 @@ class WordReadingResult(Result):
             raise TypeError("No word of this result has a box, so there are no rates: plot_word(number) draws a heat.")
         mean, low, high = (part.numpy() for part in self.interval)
         n = int((~self.by_example[:, 0, 0].isnan()).sum())
-        with style():
-            ax = axes(ax, width=6.4, height=3.8)
-            self._draw_bars(ax, mean, low, high)
-            ax.set_xticks(range(len(SCORE_NAMES)), SCORE_TITLES)
-            ax.tick_params(axis="x", length=0)
-            ax.grid(False, axis="x")
-            ax.set_ylim(0, 1.05)
-            ax.set_ylabel("mean over examples")
-            ax.legend(
-                ncols=len(READING_CONDITIONS), loc="lower left", bbox_to_anchor=(-0.01, 1), borderpad=0, handlelength=1.2,
-                columnspacing=1.2,
-            )  # fmt: skip
-            note = f"n = {n} examples; bars are means, lines their {INTERVAL}" if n > 1 else ALONE
-            heading(ax, f"Reading while writing a word, {short_name(self.model)}", note, above=18)
-        return ax
+        ax = canvas.ax
+        self._draw_bars(ax, mean, low, high)
+        name_places(ax, SCORE_TITLES)
+        ax.set_ylim(0, 1.05)
+        ax.set_ylabel("mean over examples")
+        legend_above(ax)
+        ax.set_yticks(np.linspace(0, 1, 6))
+        note = f"n = {n} examples; bars are means, lines their {INTERVAL}" if n > 1 else ALONE
+        canvas.head(f"Reading while writing a word, {short_name(self.model)}", note)
 
     def _draw_bars(self, ax: Axes, mean: np.ndarray, low: np.ndarray, high: np.ndarray) -> None:
         width = 0.8 / len(READING_CONDITIONS)
         looks: Sequence[tuple[str, str]] = list(zip(READING_CONDITIONS, CONDITION_COLORS, strict=True))
         for number, (condition, color) in enumerate(looks):
             x = np.arange(len(SCORE_NAMES)) + (number - (len(looks) - 1) / 2) * width
-            ax.bar(x, mean[:, number], 0.9 * width, label=condition, color=color)
-            ax.vlines(x, low[:, number], high[:, number], color="#222222", linewidth=1.2)
+            ax.bar(x, mean[:, number], 0.9 * width, label=condition, color=hue(color))
+            ax.vlines(x, low[:, number], high[:, number], color=pen(), linewidth=1.2)

@@ -1,1 +1,8 @@
-"""What all figures share: one style, headings, and axes beside axes."""
+"""What all figures share: one home for axes, titles and sizes; headings, scales, and panels.
+
+>>> mv.figures.grid([lens, norms, flow])    # several results in one figure
+"""
+
+from mechvlm.figures.several import grid
+
+__all__ = ["grid"]

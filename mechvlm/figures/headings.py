@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 
-from matplotlib.axes import Axes
 from torch import Tensor
 
 from mechvlm.figures.style import text
@@ -33,22 +32,6 @@ def short_name(name: str) -> str:
 def number(value: float | Tensor, digits: int) -> str:
     """A number with this many decimals and a true minus sign; -0 becomes 0."""
     return f"{round(float(value), digits) + 0.0:.{digits}f}".replace("-", "−")
-
-
-def heading(ax: Axes, title: str, note: str, above: int = 6) -> None:
-    """A title, and beneath it a note in plain letters on what the numbers are.
-
-    Args:
-        ax: gets the title and the note.
-        title: in bold.
-        note: one line or several.
-        above: distance of the note from the axes, in points.
-    """
-    ax.set_title(title, pad=above + 2 + 10 * (note.count("\n") + 1))
-    ax.annotate(
-        note, (0, 1), xycoords="axes fraction", xytext=(0, above), textcoords="offset points", fontsize=8, color="#444444",
-        va="bottom", linespacing=1.1,
-    )  # fmt: skip
 
 
 def answer_label(answers: Sequence[str], versus: Sequence[str] = ()) -> str:

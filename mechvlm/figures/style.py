@@ -1,20 +1,24 @@
-"""One style for every figure: colors, lines and bands, axes of layers and states, heat maps.
+"""What figures are made of: colors, lines and bands, axes of layers and states, heat maps.
 
-A figure that `result.plot()` makes belongs to pyplot, as with pandas: a notebook shows it at the
-end of its cell, `plt.show()` in a window, and a script that makes many closes them with
-`plt.close`. On given axes pyplot is neither needed nor loaded.
+`style` is the look of reports and pages, the same for every reader. What `result.plot()` draws is
+for the user's own paper or notebook, and keeps the user's rcParams (`mechvlm.figures.canvas`).
 
 Colors are Okabe and Ito's, which the color-blind can tell apart. Lines also differ by their dashes
 and markers, so that a figure survives a grey printer.
 """
 
 from collections.abc import Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import NamedTuple
 
 import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
+from matplotlib.colorbar import Colorbar
+from matplotlib.ticker import Formatter, MaxNLocator
+
+from mechvlm.figures.settings import marker_size, pen, settings
 
 
 class Line(NamedTuple):
@@ -33,6 +37,8 @@ and write states 1 to n_layers."""
 HEAT = "magma_r"
 SIGNED = "RdBu_r"
 """Colors for values of either sign, white at 0; the color-blind can tell the ends apart."""
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+"""Okabe and Ito's."""
 PALE, DARK = 0.13, 0.35
 """Opacity of a band of standard deviations, and of a band of intervals of the mean."""
 LINES = {
@@ -52,30 +58,13 @@ FIGURE_STYLE = {
     "grid.color": "#e4e4e4", "grid.linewidth": 0.6, "xtick.labelsize": 8, "ytick.labelsize": 8, "legend.fontsize": 8,
     "legend.frameon": False, "legend.handlelength": 3, "lines.linewidth": 1.8, "lines.markersize": 4.5,
     "figure.dpi": 100, "savefig.dpi": 200, "savefig.facecolor": "white", "figure.facecolor": "white",
-    "svg.hashsalt": "mechvlm", "svg.fonttype": "path",
+    "axes.prop_cycle": mpl.rcParamsDefault["axes.prop_cycle"], "svg.hashsalt": "mechvlm", "svg.fonttype": "path",
 }  # fmt: skip
 
 
-@contextmanager
-def style():
-    """Context in which figures have this package's style; it changes nothing outside."""
-    # mpl.rc_context would undo too much: in a notebook the first figure loads the backend, which
-    # turns on interactive mode for good. Undone, no later figure would be shown.
-    before = {key: mpl.rcParams[key] for key in FIGURE_STYLE}
-    mpl.rcParams.update(FIGURE_STYLE)
-    try:
-        yield
-    finally:
-        mpl.rcParams.update(before)
-
-
-def axes(ax: Axes | None, width: float | int = 6, height: float | int = 3.6) -> Axes:
-    """The given axes, or those of a new pyplot figure, `width` x `height` inches."""
-    if ax is not None:
-        return ax
-    import matplotlib.pyplot as plt  # only here: a study draws on its own figures, without pyplot
-
-    return plt.subplots(figsize=(width, height), layout="constrained")[1]
+def style() -> AbstractContextManager[None]:
+    """Context in which figures have the look of reports; it changes nothing outside."""
+    return settings(FIGURE_STYLE)
 
 
 def curve(
@@ -129,17 +118,29 @@ def banded(
         limits: the pale band ends here; no value can lie outside.
         thin: a thinner line with smaller markers.
     """
+    color = hue(line.color)
     if spread is not None:
         # Standard deviations and not percentiles: when shares are mostly 0, their mean can lie
         # outside the percentiles.
         low, high = np.clip([mean - spread, mean + spread], *limits)
-        ax.fill_between(x, low, high, color=line.color, alpha=PALE, linewidth=0)
+        ax.fill_between(x, low, high, color=color, alpha=PALE, linewidth=0)
     if interval is not None:
-        ax.fill_between(x, *interval, color=line.color, alpha=DARK, linewidth=0)
+        ax.fill_between(x, *interval, color=color, alpha=DARK, linewidth=0)
     ax.plot(
-        x, mean, color=line.color, linestyle=line.dash, marker=line.marker, label=line.label,
-        linewidth=1.1 if thin else None, markersize=(2.5 if thin else 4.5) if len(x) < 20 else 0,
+        x, mean, color=color, linestyle=line.dash, marker=line.marker, label=line.label,
+        linewidth=1.1 if thin else None, markersize=marker_size(thin) if len(x) < 20 else 0,
     )  # fmt: skip
+
+
+def hue(color: str) -> str:
+    """A color of `PALETTE`, or its counterpart where the user has a cycle of their own."""
+    if color[1:3] == color[3:5] == color[5:7] < "80":  # a dark grey
+        return pen(color)
+    own = mpl.rcParams["axes.prop_cycle"]
+    if own == mpl.rcParamsDefault["axes.prop_cycle"] or color not in PALETTE:
+        return color
+    colors = own.by_key().get("color", PALETTE)
+    return colors[PALETTE.index(color) % len(colors)]
 
 
 def layer_axis(ax: Axes, n_layers: int) -> None:
@@ -154,8 +155,25 @@ def state_axis(ax: Axes, n_layers: int) -> None:
 
 def _number_axis(ax: Axes, count: int, label: str) -> None:
     ax.set_xlim(-0.25, count - 0.75)
-    ax.set_xticks(range(0, count, -(-count // 14)))
+    number_ticks(ax.xaxis, range(count))
     ax.set_xlabel(label)
+
+
+class NumberNames(Formatter):
+    """Names of the places 0, 1, ..."""
+
+    def __init__(self, names: Sequence[object]):
+        self.names = names
+
+    def __call__(self, x: float, pos: int | None = None) -> str:
+        """The name of a place, "" of any other."""
+        return str(self.names[round(x)]) if 0 <= x < len(self.names) else ""
+
+
+def number_ticks(axis: Axis, names: Sequence[object]) -> None:
+    """Name places 0, 1, ... of an axis, as many of them as have room whenever it is drawn."""
+    axis.set_major_locator(MaxNLocator("auto", integer=True, steps=[1, 2, 5, 10]))
+    axis.set_major_formatter(NumberNames(names))
 
 
 def heatmap(ax: Axes, values: np.ndarray, layers: Sequence[int], edges: np.ndarray | None = None, cmap=HEAT, **limits):
@@ -176,13 +194,28 @@ def heatmap(ax: Axes, values: np.ndarray, layers: Sequence[int], edges: np.ndarr
     rows = np.arange(len(layers) + 1) - 0.5
     # Pixels even in vector files: half a million small rectangles would stall a browser.
     mesh = ax.pcolormesh(edges, rows, values, cmap=cmap, rasterized=True, **limits)
-    step = -(-len(layers) // 9)
-    ax.set_yticks(range(0, len(layers), step), [str(layer) for layer in layers[::step]])
+    number_ticks(ax.yaxis, layers)
     ax.set_ylabel(LAYER)
     ax.grid(False)
     for spine in ax.spines.values():
         spine.set_visible(True)
     return mesh
+
+
+def color_bar(ax: Axes, mesh, label: str, extend: str = "neither") -> Colorbar:
+    """A color bar beside its map; with extend="max" its arrow says that cells lie beyond."""
+    bar = ax.figure.colorbar(mesh, ax=ax, label=label, pad=0.02, extend=extend)
+    bar.outline.set_visible(False)
+    return bar
+
+
+def no_ticks(ax: Axes) -> None:
+    """Leave out what an image does not need: ticks, grid and frame."""
+    ax.set_xticks([])
+    ax.set_yticks([])
+    ax.grid(False)
+    for spine in ax.spines.values():
+        spine.set_visible(False)
 
 
 def text(piece: str, most: int) -> str:
@@ -193,6 +226,5 @@ def text(piece: str, most: int) -> str:
 
 
 def position_ticks(ax: Axes, positions: list[int]) -> None:
-    """Label the x axis with up to about 16 of the positions, evenly spaced."""
-    step = max(1, len(positions) // 16)
-    ax.set_xticks(range(0, len(positions), step), [str(p) for p in positions[::step]])
+    """Label the x axis with the positions, as many of them as have room."""
+    number_ticks(ax.xaxis, positions)

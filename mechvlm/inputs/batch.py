@@ -32,7 +32,7 @@ class WeakLink:
         return type(None), ()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Inputs:
     """A batch for the model, with the token maps, images and prompts that its activations need.
 
@@ -54,16 +54,23 @@ class Inputs:
         write: the way to what `answered` asks of the model; copies and pickles have none.
     """
 
-    encoding: dict[str, Tensor] = field(repr=False)
-    token_maps: tuple[TokenMap, ...] = field(repr=False)
-    images: tuple[tuple[Image.Image, ...], ...] = field(repr=False)
+    encoding: dict[str, Tensor]
+    token_maps: tuple[TokenMap, ...]
+    images: tuple[tuple[Image.Image, ...], ...]
     prompts: tuple[Prompt, ...]
-    texts: tuple[str, ...] = field(repr=False)
+    texts: tuple[str, ...]
     model: str = ""
     ids: tuple[str, ...] | None = None
-    parts: dict[str, Parts] = field(default_factory=dict, repr=False)
-    equal_lengths: bool = field(default=False, repr=False)
-    write: WeakLink | None = field(default=None, repr=False, compare=False)
+    parts: dict[str, Parts] = field(default_factory=dict)
+    equal_lengths: bool = False
+    write: WeakLink | None = field(default=None, compare=False)
+
+    def __repr__(self) -> str:
+        n_images = sum(map(len, self.images))
+        return (
+            f"Inputs({len(self)} example{'s' * (len(self) != 1)} of {len(self.token_maps[0])} positions, "
+            f"{n_images} image{'s' * (n_images != 1)}, model={self.model!r})"
+        )
 
     def __len__(self) -> int:
         return len(self.token_maps)
@@ -200,6 +207,16 @@ def _until(tokens: TokenMap, stop: int, ids: Tensor) -> TokenMap:
         kept, ids=ids, strings=("",) * n + kept.strings, spelled=("",) * n + kept.spelled,
         modality=torch.cat([padding, kept.modality]), n_answer=tokens.n_answer - (len(tokens) - stop),
     )  # fmt: skip
+
+
+def picture_of(inputs: "Inputs | None", example: int, image: int = 0) -> tuple[Any, Any]:
+    """One image of one example, and the (left, top, right, bottom) that its grid covers, in pixels.
+
+    Both are None without inputs.
+    """
+    if inputs is None:
+        return None, None
+    return inputs.images[example][image], inputs.token_maps[example].grids[image].crop_box
 
 
 def check_lengths(lengths: Sequence[int], equal: bool) -> None:

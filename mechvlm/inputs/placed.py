@@ -13,6 +13,7 @@ from mechvlm.inputs.views import MEMORY, Grid, Layout, Place, View, shows_whole
 class Placed:
     """Visual tokens at positions `image`, which lie on their images as `layouts` say."""
 
+    ids: Int[Tensor, " pos"]
     layouts: tuple[Layout, ...]
 
     @cached_property
@@ -65,6 +66,19 @@ class Placed:
         """Positions of the visual tokens that have no place: line breaks between rows, queries."""
         placed = [view.positions.flatten() for views in self.views for view in views]
         return self.image[~torch.isin(self.image, torch.cat(placed))] if placed else self.image
+
+    @cached_property
+    def whole_cells(self) -> Int[Tensor, "pos 3"]:
+        """(image, row, col) of each position in the view of the whole image; -1 where it is none.
+
+        All are -1 for queries, and where the image is a memory.
+        """
+        cells = torch.full((len(self.ids), 3), -1)
+        for image, views in enumerate(() if self.is_memory else self.views):
+            for grid in (view.positions for view in views[:1]):  # queries have no view
+                row, col = (grid >= 0).nonzero(as_tuple=True)
+                cells[grid[row, col]] = torch.stack([torch.full_like(row, image), row, col], 1)
+        return cells
 
     def position(self, row: int, col: int, image: int = 0, view: int | str = 0) -> int:
         """The position of the visual token at a row and a column.

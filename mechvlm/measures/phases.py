@@ -23,10 +23,14 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 import pandas as pd
 from jaxtyping import Float
+from matplotlib import font_manager
 from matplotlib.axes import Axes
 from torch import Tensor
 
-from mechvlm.figures.style import LINES, axes, state_axis, style
+from mechvlm.figures.canvas import Canvas, plots
+from mechvlm.figures.headings import ALONE
+from mechvlm.figures.settings import marker_size
+from mechvlm.figures.style import LINES, hue, state_axis
 from mechvlm.results import Result
 
 PAPER_PHASES = {
@@ -169,26 +173,29 @@ class Phases(Result):
             columns += [f"{prefix}change", f"{prefix}change_low", f"{prefix}change_high"]
         return pd.DataFrame(rows, columns=columns)
 
-    def plot(self, ax: Axes | None = None) -> Axes:
-        """Plot the mean curve, its fitted segments and the phases that the data show.
-
-        Returns:
-            The axes, those given or new ones.
-        """
-        with style():
-            ax = axes(ax)
-            last = len(self.mean) - 1
-            shade(ax, self)
-            line = LINES["inter"]
-            marker = line.marker if last < 20 else ""
-            ax.plot(range(last + 1), self.mean.numpy(), color=line.color, marker=marker, label="mean", zorder=3)
-            ax.plot(
-                range(last + 1), self.fit.numpy(), color="#222222", linestyle="--", linewidth=1, label="fitted segments"
-            )
-            state_axis(ax, last)
-            ax.set_ylabel("image – text similarity (mean cosine)")
-            ax.legend(loc="lower right")
-        return ax
+    @plots()
+    def plot(self, canvas: Canvas) -> None:
+        """Plot the mean curve, its fitted segments and the phases that the data show."""
+        ax, last = canvas.ax, len(self.mean) - 1
+        shade(ax, self)
+        line = LINES["inter"]
+        marker = line.marker if last < 20 else ""
+        ax.plot(
+            range(last + 1), self.mean.numpy(), color=hue(line.color), marker=marker, markersize=marker_size(),
+            label="mean", zorder=3,
+        )  # fmt: skip
+        ax.plot(
+            range(last + 1), self.fit.numpy(), color="#666666", linestyle="--", linewidth=1, label="fitted segments"
+        )
+        state_axis(ax, last)
+        ax.set_ylabel("image – text similarity (mean cosine)")
+        low, high = ax.get_ylim()
+        ax.set_ylim(low, high + 0.3 * (high - low))  # for the phases' names
+        ax.legend(loc="lower right")
+        level = f"bars: {100 * self.confidence:.0f} % intervals of the boundaries"
+        canvas.head(
+            "Phases of contextualization", f"n = {self.n_examples} examples; {level}" if self.n_examples > 1 else ALONE
+        )
 
 
 def shade(ax: Axes, phases: Phases, names: bool = True, heads: bool = True) -> None:
@@ -201,6 +208,9 @@ def shade(ax: Axes, phases: Phases, names: bool = True, heads: bool = True) -> N
         heads: write each segment's phase number (or an arrow, if it has no phase) at the top, and
             draw the intervals of the boundaries.
     """
+    em = font_manager.FontProperties(size="x-small").get_size_in_points() / 72  # inches
+    below = -3 - 1.4 * font_manager.FontProperties(size="large").get_size_in_points()
+    per_state = ax.get_window_extent().width / ax.figure.dpi / len(phases.mean)
     for i, ((first, last), label, direction) in enumerate(
         zip(phases.intervals, phases.labels, phases.directions, strict=True)
     ):
@@ -211,13 +221,13 @@ def shade(ax: Axes, phases: Phases, names: bool = True, heads: bool = True) -> N
         head = label.split()[0] if label else {"rise": "↗", "fall": "↘"}[direction]
         ax.annotate(
             head, ((first + last) / 2, 1), xycoords=ax.get_xaxis_transform(), xytext=(0, -3), ha="center", va="top",
-            textcoords="offset points", fontsize=11 if label else 9, weight="bold", color="#333333",
+            textcoords="offset points", fontsize="large" if label else "medium", weight="bold", color="#333333",
         )  # fmt: skip
-        if label and names and last - first > 0.1 * len(phases.mean):
-            words = label.split(maxsplit=1)[1].replace(" ", "\n").replace("-", "-\u200b")
+        words = "".join((label or "").split(maxsplit=1)[1:]).replace(" ", "\n").replace("-", "-\u200b")
+        if words and names and (last - first) * per_state > 0.6 * em * max(map(len, words.split("\n"))):
             ax.annotate(
-                words, ((first + last) / 2, 1), xycoords=ax.get_xaxis_transform(), xytext=(0, -18), ha="center",
-                va="top", textcoords="offset points", fontsize=6.5, color="#444444", linespacing=1.05,
+                words, ((first + last) / 2, 1), xycoords=ax.get_xaxis_transform(), xytext=(0, below), ha="center",
+                va="top", textcoords="offset points", fontsize="x-small", color="#444444", linespacing=1.05,
             )  # fmt: skip
     for at, (low, high) in zip(phases.boundaries, phases.boundary_intervals, strict=True):
         ax.axvline(at, color="#333333", linewidth=0.8, linestyle=(0, (2, 2)), zorder=1)

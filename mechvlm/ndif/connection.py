@@ -249,8 +249,8 @@ class JobDisplay:
         self.line.__enter__()
         return self
 
-    def __exit__(self, *_) -> None:
-        self.line.__exit__()
+    def __exit__(self, *error) -> None:
+        self.line.__exit__(*error)
         del self.line
 
     def update(self, response: ResponseModel) -> None:

@@ -17,10 +17,12 @@ from typing import Any, ClassVar, NamedTuple
 import pandas as pd
 import torch
 from jaxtyping import Bool, Float
-from matplotlib.axes import Axes
 from torch import Tensor
 
-from mechvlm.figures.style import LINES, axes, curve, state_axis, style
+from mechvlm.figures.canvas import Canvas, plots
+from mechvlm.figures.headings import ALONE, n_examples, short_name
+from mechvlm.figures.legends import legend_above
+from mechvlm.figures.style import LINES, curve, state_axis
 from mechvlm.inputs.batch import Inputs
 from mechvlm.inputs.tokens import Modality, image_mask
 from mechvlm.probes.probe import Model, Row, State
@@ -228,15 +230,14 @@ class ContextualizationResult(Result):
         values = {pair: getattr(self, pair) - self.baseline[i][:, None] for i, pair in enumerate(MODALITY_PAIRS)}
         return ContextualizationResult(**{**vars(self), **values, "adjusted": True})
 
-    def plot(self, ax: Axes | None = None) -> Axes:
+    @plots()
+    def plot(self, canvas: Canvas) -> None:
         """The three curves by state: means over examples, in bands of their standard deviation."""
-        with style():
-            ax = axes(ax)
-            n_layers = self.inter.shape[0] - 1
-            for pair in MODALITY_PAIRS:
-                curve(ax, range(n_layers + 1), getattr(self, pair).numpy().T, LINES[pair])
-            state_axis(ax, n_layers)
-            ax.set_ylabel("mean cosine" + (" less baseline" if self.adjusted else ""))
-            ax.set_title(f"Contextualization, {self.model}")
-            ax.legend()
-        return ax
+        ax, (n_states, n) = canvas.ax, self.inter.shape
+        for pair in MODALITY_PAIRS:
+            curve(ax, range(n_states), getattr(self, pair).numpy().T, LINES[pair])
+        state_axis(ax, n_states - 1)
+        ax.set_ylabel("mean cosine" + (" less baseline" if self.adjusted else ""))
+        note = f"{n_examples(self.inter)}, means; band: one standard deviation" if n > 1 else ALONE
+        canvas.head(f"Contextualization, {short_name(self.model)}", note)
+        legend_above(ax)

@@ -17,14 +17,14 @@ from typing import Any, ClassVar, NamedTuple
 import pandas as pd
 import torch
 from jaxtyping import Float, Int
-from matplotlib.axes import Axes
 from torch import Tensor
 
 from mechvlm.decoder.attention import attention_rows
 from mechvlm.errors import InputError
+from mechvlm.figures.canvas import Canvas, plots
 from mechvlm.figures.head_map import head_map, head_map_size
-from mechvlm.figures.headings import heading, n_examples, short_name
-from mechvlm.figures.style import axes, style, text
+from mechvlm.figures.headings import n_examples, short_name
+from mechvlm.figures.style import text
 from mechvlm.inputs.batch import Inputs
 from mechvlm.measures.heads import elbow, rank_heads, spatial_entropy
 from mechvlm.probes.norm_attention import NormAttention
@@ -172,17 +172,14 @@ class LocalizationHeadsResult(Result):
         frame = long_frame(self.image, **labels).rename(columns={"value": "image"})
         return self.with_ids(frame.assign(entropy=long_frame(self.entropy, **labels)["value"]))
 
-    def plot(self, ax: Axes | None = None) -> Axes:
+    @plots(lambda self, **_: head_map_size(len(self.image), self.image.shape[2]))
+    def plot(self, canvas: Canvas) -> None:
         """A map of how often each head is selected."""
-        n_layers, _, n_heads = self.image.shape
-        skip = min(SKIPPED, n_layers - 1)
-        with style():
-            ax = axes(ax, **head_map_size(n_layers, n_heads))
-            values = self.selected(skip_layers=skip).mean(0)
-            head_map(ax, values, range(n_layers), "share of the examples", vmin=0, vmax=1)
-            note = f"selected among the {PER_EXAMPLE} least scattered, for {text(self.name, 24)}; {n_examples(self.image.sum(2))}"
-            heading(ax, f"Localization heads, {short_name(self.model)}", note)
-        return ax
+        n_layers = len(self.image)
+        values = self.selected(skip_layers=min(SKIPPED, n_layers - 1)).mean(0)
+        head_map(canvas.ax, values, range(n_layers), "share of the examples", vmin=0, vmax=1)
+        note = f"selected among the {PER_EXAMPLE} least scattered, for {text(self.name, 24)}; {n_examples(self.image.sum(2))}"
+        canvas.head(f"Localization heads, {short_name(self.model)}", note)
 
     def _later(self, skip_layers: int) -> Tensor:
         if not 0 <= skip_layers < len(self.image):

@@ -20,15 +20,17 @@ from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from matplotlib.axes import Axes
 from matplotlib.colors import CenteredNorm
-from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from mechvlm.decoder.attention import Attention, attention_rows
 from mechvlm.decoder.norms import Norm
 from mechvlm.decoder.unembedding import Unembedding
-from mechvlm.figures.headings import answer_label
-from mechvlm.figures.panels import above
-from mechvlm.figures.style import SIGNED, Line, axes, layer_axis, style
+from mechvlm.figures.canvas import Canvas, plots
+from mechvlm.figures.headings import ALONE, answer_label, short_name
+from mechvlm.figures.legends import legend_above
+from mechvlm.figures.panels import beneath
+from mechvlm.figures.settings import marker_size, pen
+from mechvlm.figures.style import LAYER, SIGNED, Line, color_bar, hue, number_ticks
 from mechvlm.inputs.batch import Inputs
 from mechvlm.inputs.batches import Answers, answers_of
 from mechvlm.inputs.tokens import image_mask
@@ -320,19 +322,26 @@ class LogitAttributionResult(Result):
         columns = ["part", "layer", "head", "example", "value", "from_image"]
         return self.with_ids(pd.concat(frames, ignore_index=True)[columns])
 
-    def plot(self, ax: Axes | None = None) -> Axes:
-        """The parts of each layer, and above them each head; means over examples with intervals.
+    @plots(lambda self, **_: (6.6, 3.2 + self._height_of_heads), stacked=True)
+    def plot(self, canvas: Canvas) -> None:
+        """The parts of each layer, and below them each head; means over examples with intervals.
 
         The intervals are the 95 % bootstrap ones. W_O's bias, where there is one, is drawn with the
         attention to the rest.
         """
-        tall = min(0.9 + 0.14 * self.heads.shape[2], 3.5)  # inches
-        with style():
-            ax = axes(ax, width=6.6, height=3.2 + tall)
-            top = above(ax, tall / 3)
-            self._draw_parts(ax)
-            self._draw_heads(top)
-        return ax
+        below = beneath(canvas.ax, self._height_of_heads / 3)
+        self._draw_parts(canvas.ax)
+        self._draw_heads(below)
+        n = len(self.logit)
+        canvas.head(
+            f"Logit attribution: {answer_label(self.answers, self.versus)}, {short_name(self.model)}",
+            f"mean of {n} examples with 95 % intervals; a dot where it leaves out 0" if n > 1 else ALONE,
+        )
+
+    @property
+    def _height_of_heads(self) -> float:
+        """Of the map of heads, in inches."""
+        return min(0.9 + 0.14 * self.heads.shape[2], 3.5)
 
     def _draw_parts(self, ax: Axes) -> None:
         """The embedding, and each layer's attention to the image, to the rest, and MLP."""
@@ -343,24 +352,25 @@ class LogitAttributionResult(Result):
             "rest": (self.from_rest.sum(-1) + self.attn_bias).T,
             "mlp": self.mlps.T,
         }
-        ax.axhline(0, color="#888888", linewidth=0.8)
+        ax.axhline(0, color=pen("#888888"), linewidth=0.8)
         for number, (part, by_example) in enumerate(values.items()):
             mean, low, high = (x.numpy() for x in mean_interval(by_example))
             layers = -np.ones(1) if part == "embed" else np.arange(n_layers) + (number - 2) * 0.12
             line = PARTS[part]
             ax.errorbar(
-                layers, mean, yerr=None if n_examples < 2 else np.clip([mean - low, high - mean], 0, None), color=line.color,
+                layers, mean, yerr=None if n_examples < 2 else np.clip([mean - low, high - mean], 0, None), color=hue(line.color),
                 linestyle=line.dash, marker=line.marker, label=line.label, linewidth=1.3, elinewidth=1, capsize=2,
+                markersize=marker_size(),
             )  # fmt: skip
-        layer_axis(ax, n_layers)
+        ax.tick_params(labelbottom=False)
         # The embedding stands before the first layer.
         ax.set_xlim(-1.25, n_layers - 0.5)
         ax.set_ylabel("written toward it (logits)")
-        ax.legend(ncols=2)
+        legend_above(ax)
 
     def _draw_heads(self, ax: Axes) -> None:
         """A map [head layer] of the heads' means, with a dot where the interval leaves out 0."""
-        n_layers, n_examples, n_heads = self.heads.shape
+        n_layers, _, n_heads = self.heads.shape
         heads = self.interval("heads")
         mesh = ax.pcolormesh(
             np.arange(n_layers + 1) - 0.5, np.arange(n_heads + 1) - 0.5, heads.mean.T.numpy(), cmap=SIGNED,
@@ -369,11 +379,9 @@ class LogitAttributionResult(Result):
         sure = ((heads.low > 0) | (heads.high < 0)).nonzero().numpy()
         size = 9 if n_layers * n_heads < 400 else 2
         ax.scatter(sure[:, 0], sure[:, 1], s=size, color="#222222", edgecolors="white", linewidths=0.4)
-        ax.tick_params(labelbottom=False)
-        ax.yaxis.set_major_locator(MaxNLocator(8, integer=True))
+        number_ticks(ax.xaxis, range(n_layers))
+        number_ticks(ax.yaxis, range(n_heads))
+        ax.set_xlabel(LAYER)
         ax.set_ylabel("head")
         ax.grid(False)
-        ax.figure.colorbar(mesh, ax=ax, label="logits", pad=0.01)
-        note = f"mean of {n_examples} examples with 95 % intervals; a dot where it leaves out 0"
-        title = f"Logit attribution: {answer_label(self.answers, self.versus)}, {self.model}"
-        ax.set_title(f"{title}\n{note}" if n_examples > 1 else title, fontsize=8.5)
+        color_bar(ax, mesh, "logits")

@@ -9,24 +9,19 @@ from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any, ClassVar, NamedTuple
 
-import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float, Int
-from matplotlib.axes import Axes
 from torch import Tensor
 
 from mechvlm.errors import InputError, refuse_renamed
-from mechvlm.figures.style import STATE, axes, position_ticks, style, text
 from mechvlm.inputs.batch import Inputs
 from mechvlm.inputs.numbers import shortened, state_numbers, whole_numbers
 from mechvlm.inputs.selections import part_of_selection, positions_of
+from mechvlm.probes.lens_picture import LensPicture
 from mechvlm.probes.likeliest import top_tokens
 from mechvlm.probes.probe import Model, Row, State
 from mechvlm.results import Result, stack
-
-WORDS_UP_TO = 80
-"""Positions up to which a picture shows the words; with more of them they would overlap."""
 
 
 class LensPlan(NamedTuple):
@@ -98,26 +93,13 @@ class LogitLens:
         vocabulary = tuple(zip(distinct.tolist(), vlm.to_str_tokens(distinct), strict=True))
         probs = stack([row["probs"] for row in rows])
         patches = all(tokens.patches for tokens in inputs.token_maps)
-        cells, length = _cells(plan, inputs), len(inputs.token_maps[0])
+        cells = torch.stack([tokens.whole_cells for tokens in inputs.token_maps])[plan.example, plan.position]
+        length = len(inputs.token_maps[0])
         return LogitLensResult(ids, probs, *plan, vocabulary, self.final_norm, vlm.name, cells, patches, length)
 
 
-def _cells(plan: LensPlan, inputs: Inputs) -> Int[Tensor, "point 3"]:
-    """(image, row, col) of each point in the view of the whole image; -1 where it is not there."""
-    cells = torch.full((len(plan.position), 3), -1)
-    for i, tokens in enumerate(inputs.token_maps):
-        by_position = torch.full((len(tokens), 3), -1)
-        for image, views in enumerate(() if tokens.is_memory else tokens.views):
-            for grid in (view.positions for view in views[:1]):  # queries have no view
-                row, col = (grid >= 0).nonzero(as_tuple=True)
-                by_position[grid[row, col]] = torch.stack([torch.full_like(row, image), row, col], 1)
-        of_example = plan.example == i
-        cells[of_example] = by_position[plan.position[of_example]]
-    return cells
-
-
 @dataclass(frozen=True, repr=False)
-class LogitLensResult(Result):
+class LogitLensResult(LensPicture, Result):
     """Top-k tokens of chosen states at chosen positions.
 
     >>> lens.words(state=8, row=3, col=4)   # of a patch
@@ -215,6 +197,10 @@ class LogitLensResult(Result):
             read = shortened(sorted(set(self.position.tolist())))
             raise IndexError(f"Positions {shortened(missing)} were not read; the lens holds {read}.")
         return self._subset(torch.isin(self.position, torch.tensor(numbers)))
+
+    def single(self, example: int) -> "LogitLensResult":
+        """The points of one example, which keep its number."""
+        return self.of(example)
 
     def _subset(self, chosen: Tensor) -> "LogitLensResult":
         by_point = {"example", "position", "cells"}
@@ -345,33 +331,3 @@ class LogitLensResult(Result):
             }
         )
         return self.with_ids(frame)
-
-    def plot(self, ax: Axes | None = None) -> Axes:
-        """Each position's likeliest token at each state, on the color of its probability.
-
-        Of more than 80 positions the colors alone.
-        """
-        n_states, n_points, _ = self.ids.shape
-        with style():
-            ax = axes(ax, width=min(2 + 0.5 * n_points, 24), height=1.6 + 0.28 * n_states)
-            top = self.probs[:, :, 0].numpy()  # [state point]
-            mesh = ax.imshow(top, origin="lower", aspect="auto", cmap="Blues", vmin=0, vmax=1)
-            if n_points <= WORDS_UP_TO:
-                self._write_words(ax, top)
-            ax.set_yticks(range(n_states), [str(state) for state in self.states])
-            position_ticks(ax, self.position.tolist())
-            ax.set_ylabel(STATE)
-            ax.set_xlabel("position")
-            dropped = "" if n_points <= WORDS_UP_TO else f" (words left out: {n_points} positions)"
-            ax.set_title(f"Logit lens: likeliest token, {self.model}{dropped}")
-            ax.grid(False)
-            ax.figure.colorbar(mesh, ax=ax, label="probability", pad=0.01)
-        return ax
-
-    def _write_words(self, ax: Axes, top: np.ndarray) -> None:
-        """Write the likeliest token of each cell into it; `top` holds the probabilities."""
-        longest, name = 8 if self.ids.shape[1] <= 48 else 6, dict(self.vocabulary)
-        for row, points in enumerate(self.ids[:, :, 0].tolist()):
-            for col, best in enumerate(points):
-                color = "white" if top[row, col] > 0.6 else "#222222"
-                ax.text(col, row, text(name[best], longest), ha="center", va="center", fontsize=6, color=color)

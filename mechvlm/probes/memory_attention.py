@@ -14,10 +14,12 @@ from typing import Any, ClassVar
 import pandas as pd
 import torch
 from jaxtyping import Float, Int
-from matplotlib.axes import Axes
 from torch import Tensor
 
-from mechvlm.figures.style import axes, heatmap, style
+from mechvlm.figures.canvas import Canvas, plots
+from mechvlm.figures.headings import ALONE, short_name
+from mechvlm.figures.scale import clipped
+from mechvlm.figures.style import color_bar, heatmap, number_ticks, text
 from mechvlm.inputs.batch import Inputs
 from mechvlm.inputs.selections import part_of_selection
 from mechvlm.probes.norm_attention import NormAttention, NormPlan, moved_destinations
@@ -145,12 +147,18 @@ class MemoryAttentionResult(Result):
         frames = [long_frame(values, **labels).assign(measure=measure) for measure, values in measures.items()]
         return self.with_ids(pd.concat(frames, ignore_index=True))
 
-    def plot(self, ax: Axes | None = None) -> Axes:
+    @plots(lambda self, **_: (8, 1.6 + 0.22 * len(self.layers)))
+    def plot(self, canvas: Canvas) -> None:
         """The first destination's vectors by memory layer, mean over examples."""
-        with style():
-            ax = axes(ax, width=8, height=1.6 + 0.22 * len(self.layers))
-            mesh = heatmap(ax, self.norm[:, :, 0].mean(1).numpy(), list(self.layers))
-            ax.set_xlabel("vector of the image's memory")
-            ax.set_title(f"Attention of {self.names[0]} to the image's memory, {self.model}")
-            ax.figure.colorbar(mesh, ax=ax, label="norm written (residual-stream units)", pad=0.01)
-        return ax
+        ax, (_, n, _, n_memory) = canvas.ax, self.norm.shape
+        values = self.norm[:, :, 0].mean(1).numpy()
+        scale = clipped(values)
+        mesh = heatmap(ax, values, list(self.layers), vmin=0, vmax=scale.most, cmap=scale.colors)
+        number_ticks(ax.xaxis, range(n_memory))
+        ax.set_xlabel("vector of the image's memory")
+        several = ALONE if n == 1 else f"mean of {n} examples"
+        canvas.head(
+            f"Attention of {text(self.names[0], 24)} to the image's memory, {short_name(self.model)}",
+            "\n".join(filter(None, (several, scale.sentence(self.layers, "vector {}".format)))),
+        )
+        color_bar(ax, mesh, "norm written (residual-stream units)", scale.extend)

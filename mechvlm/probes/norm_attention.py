@@ -15,16 +15,15 @@ import pandas as pd
 import torch
 from einops import rearrange
 from jaxtyping import Bool, Float, Int
-from matplotlib.axes import Axes
 from torch import Tensor
 
 from mechvlm.decoder.attention import attention_rows
 from mechvlm.errors import InputError
-from mechvlm.figures.style import axes, heatmap, position_ticks, style
 from mechvlm.inputs.batch import Inputs
 from mechvlm.inputs.selections import part_of_selection, parts_of
 from mechvlm.inputs.tokens import Modality
 from mechvlm.inputs.views import MEMORY
+from mechvlm.probes.norm_picture import NormPicture
 from mechvlm.probes.probe import Attended, Model, Row
 from mechvlm.probes.shares import OF, AttentionShareResult, group_shares
 from mechvlm.probes.value_gram import items_per_chunk, norm_attention_sum, shared_gram
@@ -128,9 +127,13 @@ class NormAttention:
         padding = torch.stack([tokens.modality == Modality.PADDING for tokens in inputs.token_maps])
         parts["value_norm"].masked_fill_(padding[:, None], 0)
         modality = torch.stack([tokens.modality for tokens in inputs.token_maps])
+        ids = torch.stack([tokens.ids for tokens in inputs.token_maps]).masked_fill(padding, -1)
+        distinct = ids[ids >= 0].unique()
         return NormAttentionResult(
             **parts, layers=tuple(range(vlm.n_layers)), dest=plan.dest, names=plan.names, model=vlm.name,
-            modality=modality, divisor=divisor,
+            modality=modality, divisor=divisor, ids=ids,
+            vocabulary=tuple(zip(distinct.tolist(), vlm.to_str_tokens(distinct), strict=True)),
+            cells=torch.stack([tokens.whole_cells for tokens in inputs.token_maps]),
         )  # fmt: skip
 
 
@@ -156,7 +159,7 @@ def moved_destinations(
 
 
 @dataclass(frozen=True, repr=False)
-class NormAttentionResult(Result):
+class NormAttentionResult(NormPicture, Result):
     """What each source wrote to chosen destinations, layer by layer, and the raw weights beside it.
 
     All examples are of one batch, so source positions are those of the padded sequence (0 on
@@ -174,8 +177,13 @@ class NormAttentionResult(Result):
         modality: what each source position holds, a `Modality`; None in files of earlier versions.
         divisor: what a norm after the attention divides each destination's sum by, in `norm`
             already; 1 where there is none, and None in files of earlier versions.
+        ids: token ids of the sources, -1 on padding; None in files of earlier versions.
+        vocabulary: the text of every id in `ids`, as (id, text) pairs.
+        cells: (image, row, col) of each source's patch, -1 where it is none; None in files of
+            earlier versions.
     """
 
+    computed: ClassVar[tuple[str, ...]] = ("vocabulary",)
     units: ClassVar[str] = "norm of the vector written (residual-stream units)"
 
     norm: Float[Tensor, "layer example dest src"]
@@ -187,6 +195,9 @@ class NormAttentionResult(Result):
     model: str
     modality: Int[Tensor, "example src"] | None = None
     divisor: Float[Tensor, "layer example dest"] | None = None
+    ids: Int[Tensor, "example src"] | None = None
+    vocabulary: tuple[tuple[int, str], ...] = ()
+    cells: Int[Tensor, "example src 3"] | None = None
 
     @classmethod
     def counted_from_0(cls, values: dict[str, Any]) -> dict[str, Any]:
@@ -217,16 +228,17 @@ class NormAttentionResult(Result):
         value_norm = pad(self.value_norm, (shift, 0))
         modality = None if self.modality is None else pad(self.modality, (shift, 0), value=int(Modality.PADDING))
         divisor = None if self.divisor is None else pad(self.divisor, (rows, 0), value=1)
+        ids = None if self.ids is None else pad(self.ids, (shift, 0), value=-1)
+        cells = None if self.cells is None else pad(self.cells, (0, 0, shift, 0), value=-1)
         return replace(
-            self,
-            norm=norm,
-            weight=weight,
-            value_norm=value_norm,
-            dest=dest,
-            names=names,
-            modality=modality,
-            divisor=divisor,
-        )
+            self, norm=norm, weight=weight, value_norm=value_norm, dest=dest, names=names, modality=modality,
+            divisor=divisor, ids=ids, cells=cells,
+        )  # fmt: skip
+
+    @classmethod
+    def joined(cls, results: Sequence["NormAttentionResult"]) -> dict[str, Any]:
+        """The texts of all ids."""
+        return {"vocabulary": tuple(sorted({pair for result in results for pair in result.vocabulary}))}
 
     @property
     def norm_head(self) -> Float[Tensor, "layer example head dest src"]:
@@ -293,15 +305,3 @@ class NormAttentionResult(Result):
             ignore_index=True,
         )
         return self.with_ids(frame)
-
-    def plot(self, ax: Axes | None = None) -> Axes:
-        """The first destination's sources by layer, mean over examples."""
-        with style():
-            n_layers, _, _, n_src = self.norm.shape
-            ax = axes(ax, width=8, height=1.6 + 0.22 * n_layers)
-            mesh = heatmap(ax, self.norm[:, :, 0].mean(1).numpy(), list(self.layers))
-            position_ticks(ax, list(range(n_src)))
-            ax.set_xlabel("source position")
-            ax.set_title(f"Norm-based attention of {self.names[0]}, {self.model}")
-            ax.figure.colorbar(mesh, ax=ax, label="norm written (residual-stream units)", pad=0.01)
-        return ax

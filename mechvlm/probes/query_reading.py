@@ -10,10 +10,11 @@ from typing import ClassVar, NamedTuple
 import numpy as np
 import pandas as pd
 from jaxtyping import Float
-from matplotlib.axes import Axes
 from torch import Tensor
 
-from mechvlm.figures.style import HEAT, axes, style
+from mechvlm.figures.canvas import Canvas, plots
+from mechvlm.figures.headings import short_name
+from mechvlm.figures.style import HEAT, color_bar, no_ticks
 from mechvlm.inputs.batch import Inputs
 from mechvlm.probes.probe import Model, Queried, Row
 from mechvlm.results import Result, long_frame, stack
@@ -97,23 +98,27 @@ class QueryReadingResult(Result):
         labels = {name: range(n) for name, n in zip(names, self.weight.shape, strict=True)}
         return self.with_ids(long_frame(self.weight, **labels))
 
-    def plot(self, ax: Axes | None = None) -> Axes:
+    @plots((6, 5.2))
+    def plot(self, canvas: Canvas) -> None:
         """Where each query of the first example reads: one small map per query, in their order."""
         maps = self.map[0].numpy()
         n_queries, rows, cols = maps.shape
         across = int(np.ceil(np.sqrt(n_queries)))
         corners = [((i // across) * (rows + 1), (i % across) * (cols + 1)) for i in range(n_queries)]
-        with style():
-            ax = axes(ax, width=6, height=5.2)
-            mesh = ax.imshow(tiled(maps, corners), cmap=HEAT, vmin=0, interpolation="nearest")
-            for query, (top, left) in enumerate(corners):
-                ax.text(left - 0.4, top - 0.4, str(query), fontsize=6, va="top", color="#0072B2", weight="bold")
-            ax.set_xticks([])
-            ax.set_yticks([])
-            ax.grid(False)
-            ax.set_title(f"Where each query reads, example 0, {self.model}")
-            ax.figure.colorbar(mesh, ax=ax, label="attention weight (mean over layers and heads)", pad=0.02)
-        return ax
+        ax = canvas.ax
+        mesh = ax.imshow(tiled(maps, corners), cmap=HEAT, vmin=0, interpolation="nearest", origin="upper")
+        for query, (top, left) in enumerate(corners):
+            at = left - 0.4, top - 0.4
+            ax.text(
+                *at, str(query), fontsize="xx-small", va="top", color="#222222", clip_on=True,
+                bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.8, "alpha": 0.85},
+            )  # fmt: skip
+        no_ticks(ax)
+        canvas.head(
+            f"Where each query reads, {short_name(self.model)}",
+            "" if self.map.shape[0] == 1 else "example 0, the first",
+        )
+        color_bar(ax, mesh, "attention weight (mean over layers and heads)")
 
 
 def tiled(maps: np.ndarray, corners: list[tuple[int, int]]) -> np.ndarray:

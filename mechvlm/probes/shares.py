@@ -7,12 +7,12 @@ import pandas as pd
 import torch
 from einops import rearrange
 from jaxtyping import Float, Int
-from matplotlib.axes import Axes
 from torch import Tensor
 
+from mechvlm.figures.canvas import Canvas, plots
 from mechvlm.figures.head_map import head_map, head_map_size
-from mechvlm.figures.headings import ALONE, heading, n_examples, short_name
-from mechvlm.figures.style import axes, style, text
+from mechvlm.figures.headings import ALONE, n_examples, short_name
+from mechvlm.figures.style import text
 from mechvlm.inputs.tokens import Modality
 from mechvlm.measures.heads import rank_heads
 from mechvlm.results import Result, long_frame
@@ -115,14 +115,12 @@ class AttentionShareResult(Result):
         labels = {"layer": range(n_layers), "example": range(n), "head": range(n_heads), "dest": self.names}
         return self.with_ids(long_frame(values, **labels, group=names).rename(columns={"value": "share"}))
 
-    def plot(self, ax: Axes | None = None, by: str = "image") -> Axes:
+    @plots(lambda self, **_: head_map_size(len(self.share), self.share.shape[2]))
+    def plot(self, canvas: Canvas, by: str = "image") -> None:
         """A map of all heads' mean share of a group, over destinations and examples."""
         values = self.group(by)
-        n_layers, n, n_heads, n_dest = values.shape
-        with style():
-            ax = axes(ax, **head_map_size(n_layers, n_heads))
-            head_map(ax, values.mean((1, 3)), range(n_layers), f"share of the {by}", vmin=0)
-            where = text(self.names[0], 24) if n_dest == 1 else f"{n_dest} destinations, means"
-            several = f"{n_examples(values.mean((2, 3)))}, means" if n > 1 else ALONE
-            heading(ax, f"Attention to the {by}, {short_name(self.model)}", f"{OF[self.of]} of {where}; {several}")
-        return ax
+        n_layers, n, _, n_dest = values.shape
+        head_map(canvas.ax, values.mean((1, 3)), range(n_layers), f"share of the {by}", vmin=0)
+        where = text(self.names[0], 24) if n_dest == 1 else f"{n_dest} destinations, means"
+        several = f"{n_examples(values.mean((2, 3)))}, means" if n > 1 else ALONE
+        canvas.head(f"Attention to the {by}, {short_name(self.model)}", f"{OF[self.of]} of {where}; {several}")

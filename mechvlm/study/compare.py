@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from mechvlm.errors import InputError
 from mechvlm.figures.style import Line, style
 from mechvlm.study.curves import check_measures
 from mechvlm.study.load import load_study
-from mechvlm.study.record import StudyRecord
+from mechvlm.study.record import StudyRecord, shortened_names
 from mechvlm.study.report.captioned import (
     DOTTED,
     GREY,
@@ -44,7 +44,7 @@ CONTROLS = {
 """{ending of a control's measure: its name and dash}."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Comparison:
     """The curves of several models by relative depth.
 
@@ -57,10 +57,14 @@ class Comparison:
         seeds: of the studies' bootstraps, in the order of the studies.
     """
 
-    frame: pd.DataFrame = field(repr=False)
+    frame: pd.DataFrame
     counts: tuple[str, ...]
     notes: tuple[str, ...]
     seeds: tuple[int, ...]
+
+    def __repr__(self) -> str:
+        labels = [label.rstrip("/").split("/")[-1] for label in self.frame["label"].unique()]
+        return f"Comparison({len(labels)} curves a measure: {shortened_names(labels)}; {len(self.notes)} notes)"
 
     def plot(self, measures: Sequence[str] = DEFAULT_MEASURES) -> CaptionedFigure:
         """Draw the curves with their bands: a panel for each measure, and its controls beneath it.

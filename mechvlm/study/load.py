@@ -18,7 +18,7 @@ from mechvlm.measures.control_excess import ControlExcess
 from mechvlm.measures.phases import Phases
 from mechvlm.outside.files import file_inside, printable, require_regular
 from mechvlm.outside.integrity import SEAL, check_file, check_seal, check_size, check_type, digest, read_json
-from mechvlm.results import as_text
+from mechvlm.outside.pieces import as_text
 from mechvlm.study.curves import controls_of, phases_of
 from mechvlm.study.parquet import MOST_TABLE_ROWS, READ_ERRORS, check_kinds, check_parquet, read_columns
 from mechvlm.study.record import GalleryView

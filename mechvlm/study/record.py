@@ -27,7 +27,13 @@ class GalleryView(NamedTuple):
     layer: int
 
 
-@dataclass(frozen=True)
+def shortened_names(names: list[str], most: int = 3) -> str:
+    """Names in a row, each up to 30 letters; of many the first ones, and how many more."""
+    shown = ", ".join(name if len(name) <= 30 else name[:29] + "…" for name in names[:most])
+    return shown if len(names) <= most else f"{shown} and {len(names) - most} more"
+
+
+@dataclass(frozen=True, repr=False)
 class StudyRecord:
     """The data of a study.
 
@@ -58,17 +64,26 @@ class StudyRecord:
             without controls or phases, and empty for studies of earlier versions.
     """
 
-    tables: dict[str, pd.DataFrame] = field(repr=False)
-    phases: dict[str, Phases | None] = field(repr=False)
-    skipped: pd.DataFrame = field(repr=False)
+    tables: dict[str, pd.DataFrame]
+    phases: dict[str, Phases | None]
+    skipped: pd.DataFrame
     settings: dict[str, Any]
     models: dict[str, dict[str, Any]]
     dataset: dict[str, Any]
-    gallery: list[tuple[Example, Image.Image]] = field(repr=False)
-    views: dict[tuple[str, str], GalleryView] = field(repr=False)
+    gallery: list[tuple[Example, Image.Image]]
+    views: dict[tuple[str, str], GalleryView]
     seconds: float
     out: Path | None = None
-    controls: dict[str, ControlExcess | None] = field(default_factory=dict, repr=False)
+    controls: dict[str, ControlExcess | None] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        n = len(self.models)
+        names = shortened_names([name.rstrip("/").split("/")[-1] for name in self.models])
+        where = "no folder" if self.out is None else f"folder {self.out.name!r}"
+        return (
+            f"{type(self).__name__}({n} model{'s' * (n != 1)}: {names}; {self.dataset['n']:,} examples of "
+            f"{self.dataset['name'][-40:]}; {where})"
+        )
 
     def frame(self, measure: str | None = None) -> pd.DataFrame:
         """Every value: model, example, layer, measure, value.

@@ -27,6 +27,7 @@ from mechvlm.vlm.processors import load_processor
 from mechvlm.vlm.records import record_of, require_fitting, require_readable_class
 from mechvlm.vlm.verify import check_model
 from mechvlm.vlm.vlm import VLM
+from mechvlm.vlm.weights_line import weights_line
 
 
 def load(
@@ -182,9 +183,10 @@ def _used(options: dict[str, Any]) -> str:
 def _load_weights(source: str, name: str, hf_class: str, **options) -> nn.Module:
     """The model with all its weights: none missing, none of another shape, none unpickled."""
     try:
-        hf, info = getattr(transformers, hf_class).from_pretrained(
-            source, use_safetensors=True, output_loading_info=True, **options
-        )
+        with weights_line(name):
+            hf, info = getattr(transformers, hf_class).from_pretrained(
+                source, use_safetensors=True, output_loading_info=True, **options
+            )
     except torch.OutOfMemoryError:
         raise
     except OSError as error:

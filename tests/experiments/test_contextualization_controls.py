@@ -247,7 +247,7 @@ def test_false_alarms_and_power():
 def test_it_is_drawn_saved_and_tabled(controls, tmp_path):
     ax = controls.plot()
     labels = [line.get_label() for line in ax.lines]
-    assert labels == ["image", "noise instead", "words instead", "text instead", "image and text of different examples"]
+    assert labels == ["image", "noise instead", "words instead", "text instead", "different examples"]
     for line, values in zip(ax.lines, [controls.inter, *controls.controls], strict=False):
         assert line.get_ydata() == pytest.approx(values.mean(-1), abs=1e-6)
     assert ax.lines[-1].get_ydata() == pytest.approx(controls.baseline, abs=1e-6)

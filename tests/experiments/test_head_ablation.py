@@ -289,7 +289,7 @@ def test_plots_show_the_means(llava_vlm):
         sure = {(int(x), int(y)) for x, y in ax.collections[1].get_offsets()}
         interval = result.interval if by == "probability" else result.logit_interval
         assert sure == {(h, la) for la, h in np.ndindex(3, 4) if interval.low[la, h] > 0 or interval.high[la, h] < 0}
-        assert ax.get_title(loc="left").endswith(": this")
+        assert ax.get_title().endswith(": this")
     sets = mv.head_ablation(llava_vlm, inputs, "this", sets={"x": [(0, 1)], "y": [(1, 1), (2, 0)]}, draws=2)
     ax = sets.plot()
     heights = [bar.get_height() for bar in ax.patches]

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import mechvlm as mv
+from helpers.artists import note_of
 from helpers.copying import HEAD, LAYER, PATCH, copying, picture
 from helpers.forwards import decoder_of
 from helpers.images import noise_image
@@ -223,7 +224,7 @@ def test_examples_that_agree_have_nothing_to_bring_back(copier):
     assert grid.restored[..., 0].isnan().all()
     assert grid.interval.mean[LAYER, HEAD] == pytest.approx(1, abs=1e-5)
     ax = grid.plot()
-    assert any("n = 1 of 2 examples" in text.get_text() for text in ax.texts)
+    assert "n = 1 of 2 examples" in note_of(ax)
 
 
 # -- results and refusals --
@@ -252,7 +253,7 @@ def test_the_plot_shows_the_means(copier, colors):
         ax = grid.plot()
         drawn = np.asarray(ax.collections[0].get_array()).reshape(grid.m_patched.shape[:2])
         np.testing.assert_allclose(drawn, grid.restored.mean(-1), atol=1e-5)
-        assert "red less blue" in ax.get_title(loc="left")
+        assert "red less blue" in ax.get_title()
     assert [label.get_text() for label in ax.get_xticklabels()][-1] == ": (2)"
 
 

@@ -257,8 +257,8 @@ def test_the_picture(result, tmp_path):
     scores = result.scores.to_frame()
     ax = result.plot()
     assert [bar.get_height() for bar in ax.patches] == pytest.approx(scores["percent"].tolist())
-    assert "n = 3 pairs" in ax.get_title(loc="left")
-    panels = {panel.get_title(loc="left"): panel for panel in ax.figure.axes if panel is not ax}
+    assert "n = 3 pairs" in ax.get_title()
+    panels = {panel.get_title(): panel for panel in ax.figure.axes if panel is not ax}
     assert len(panels) == 4
     line = panels["cosine of image and caption"].get_lines()[-1]
     matched, mismatched = result.by_condition[:, result.measures.index("contextualization")].mean((-1, -2))

@@ -120,7 +120,7 @@ def test_the_models_own_answers_are_read(tmp_path):
     result.save(tmp_path / "r.safetensors")
     loaded = mv.WordReadingResult.load(tmp_path / "r.safetensors")
     assert loaded.boxes == result.boxes
-    assert result.plot_word(1, examples[0].image).get_title(loc="left").endswith(f"{result.word[1]}”")
+    assert result.plot_word(1, examples[0].image).get_title().endswith(f"{result.word[1]}”")
     assert len(result.plot().patches) == 2 * len(READING_CONDITIONS)
 
 

@@ -20,6 +20,7 @@ from helpers.artists import (
     line_of,
     lines_like,
     mesh_of,
+    numbered,
     on_screen,
     value_at,
     x_ticks,
@@ -130,7 +131,7 @@ def test_each_model_has_its_own_phases_and_curves(study):
         assert spans == [tuple(span) for span in study.phases[model].intervals]
         assert [(p.get_x(), p.get_x() + p.get_width()) for p in bottom.patches] == spans
         assert bottom.get_xlabel() == "state (0 = embeddings)"
-        assert x_ticks(bottom) == {state: str(state) for state in states}
+        assert numbered(x_ticks(bottom))
         assert top.get_ylabel() == "image – text similarity\n(mean cosine)"
         assert bottom.get_ylabel() == "similarity within\n(mean cosine)"
         notes = [t for t in top.texts if "four phases" in t.get_text()]
@@ -163,7 +164,7 @@ def test_each_panel_of_the_lens_holds_its_own_measure(study):
                 values = by_example(study, model, "lens", tokens=tokens, captions=captions, measure=measure)
                 assert_curve(ax, line_of(ax, label), values, limits=(0.0, 1.0))
         assert block[-1].get_xlabel() == "state (0 = embeddings)"
-        assert x_ticks(block[-1]) == {state: str(state) for state in range(DEPTHS[model] + 1)}
+        assert numbered(x_ticks(block[-1]))
     assert [t.get_text() for t in figure.legends[0].get_texts()][:5] == list(WORDS)
 
 
@@ -174,7 +175,7 @@ def test_contextualization_holds_three_curves_and_their_baselines(study):
             assert_curve(ax, line_of(ax, label), by_example(study, model, "contextualization", pair=pair))
             (dotted,) = lines_like(ax, LINES[pair].color, DOTTED)
             assert dotted.get_ydata() == pytest.approx(baseline(study, model, pair))
-        assert x_ticks(ax) == {state: str(state) for state in range(DEPTHS[model] + 1)}
+        assert numbered(x_ticks(ax))
         assert (ax.get_xlabel(), ax.get_ylabel()) == ("state (0 = embeddings)", "mean cosine")
 
 
@@ -237,7 +238,7 @@ def test_maps_hold_their_measure_by_layer_and_source(norm_rows):
                 assert value_at(mesh, columns_of(ax, n_src)[src], layer) == pytest.approx(table[layer, src])
             assert mesh.get_clim() == pytest.approx((0, table.max()))
             assert bar_of(mesh).get_ylabel() == label
-            assert y_ticks(ax) == {layer: str(layer) for layer in range(0, DEPTHS[model], 2)}
+            assert numbered(y_ticks(ax))
 
 
 def test_sources_are_named_below_their_columns(norm_rows):

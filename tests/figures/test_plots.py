@@ -8,6 +8,7 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
 import mechvlm as mv
+from helpers.artists import y_ticks
 from helpers.images import noise_image
 from mechvlm.figures.style import LINES, curve, heatmap, style, text
 from mechvlm.measures.phases import PHASE_COLORS
@@ -79,7 +80,7 @@ def test_layers_go_up(llava_vlm):
     mesh = heatmap(ax, np.array([[1.0, 2], [3, 4]]), [1, 2])
     assert ax.get_ylim()[0] < ax.get_ylim()[1]
     assert mesh.get_array().tolist() == [[1, 2], [3, 4]]
-    assert [t.get_text() for t in ax.get_yticklabels()] == ["1", "2"]
+    assert y_ticks(ax) == {0: "1", 1: "2"}
 
 
 def test_lines_differ_without_color():

@@ -65,10 +65,20 @@ def y_ticks(ax: Axes) -> dict[float, str]:
     return _ticks(ax.get_yticks(), ax.get_yticklabels(), ax.get_ylim())
 
 
+def numbered(ticks: dict[float, str]) -> bool:
+    """Whether ticks name their own places: 0 among them, and enough of them to read the others."""
+    return ticks == {at: str(round(at)) for at in ticks} and 0 in ticks and 2 <= len(ticks) <= 14
+
+
 def _ticks(places, labels, limits) -> dict[float, str]:
     low, high = sorted(limits)
     pairs = zip(places, labels, strict=True)
     return {float(at): label.get_text() for at, label in pairs if low <= at <= high}
+
+
+def note_of(ax: Axes) -> str:
+    """The note between a plot's title and its axes; "" where there is none."""
+    return next((top.get_xlabel() for top in ax.child_axes), "")
 
 
 def words_at(ax: Axes) -> dict[tuple[float, float], str]:

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import mechvlm as mv
+from helpers.artists import note_of
 from helpers.images import noise_image
 
 
@@ -112,7 +113,7 @@ def test_the_map_of_heads_shows_the_means(llava_vlm, answered, both):
     ax = shares.plot(by="text")
     drawn = ax.collections[0].get_array().reshape(both.n_layers, -1)
     assert torch.allclose(torch.tensor(drawn.data), shares.group("text").mean((1, 3)), atol=1e-6)
-    assert "2 destinations, means; n = 2 examples, means" in ax.texts[0].get_text()
+    assert "2 destinations, means; n = 2 examples, means" in note_of(ax)
 
 
 def test_a_head_that_copies_one_patch_comes_first():

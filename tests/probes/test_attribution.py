@@ -242,7 +242,8 @@ def test_the_picture_shows_the_parts_with_their_intervals(vlm, batch, tmp_path):
     ends = np.array([segment[:, 1] for segment in bars.get_segments()])
     np.testing.assert_allclose(ends, np.stack([low, high], 1), rtol=1e-5, atol=1e-7)
     assert "logits" in left.get_ylabel()
-    assert "layer" in left.get_xlabel()
+    (below,) = (ax for ax in figure.axes if ax.get_ylabel() == "head")
+    assert "layer" in below.get_xlabel()
     (mesh,) = [
         c for a in figure.axes for c in a.collections if type(c).__name__ == "QuadMesh" and a.get_ylabel() == "head"
     ]

@@ -204,3 +204,24 @@ def test_the_terminal_holds_the_same_numbers(study, capsys):
         assert numbers[: len(expected)] == expected
         assert ends.startswith(" ".join(intervals))
     assert any(line.startswith("Winoground's scores, deep: text ") for line in lines)
+
+
+def test_in_80_columns_the_terminal_holds_the_same_numbers(study, capsys, monkeypatch):
+    """In tables one after the other, none of which is cut; the sentences are not part of them."""
+
+    def numbers(text: str) -> list[str]:
+        return sorted(re.findall(r"\d+\.\d\d", text.split("Beneath each mean")[0]))
+
+    print_summary(study)
+    wide = capsys.readouterr().out
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "80")
+    print_summary(study)
+    narrow = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out)
+    assert numbers(narrow) == numbers(wide) != []
+    tables = narrow.split("Beneath each mean")[0]
+    assert "…" not in tables
+    assert max(map(len, tables.split("\n"))) <= 80
+    assert [line.strip() for line in tables.split("\n") if line.startswith(("Words", "Inter"))] == [
+        "Words on visual tokens: precision", "Words on visual tokens: recall", "Inter-modal cosine and phases",
+    ]  # fmt: skip

@@ -225,6 +225,8 @@ def test_a_notebook_shows_the_figure_with_its_caption(tmp_path):
     captioned = study.plot("lens")
     html = captioned._repr_html_()
     assert "data:image/png;base64," in html
+    width = captioned.figure.get_figwidth() * mpl.rcParamsDefault["figure.dpi"]
+    assert f"width: {width:.0f}px; max-width: 100%" in html, "as large as figures of results"
     assert "&lt;b&gt;model" not in captioned.caption
     assert "b&gt; n = 3" in html
     assert "<b>" not in html

@@ -56,8 +56,10 @@ class CaptionedFigure(NamedTuple):
             self.figure.savefig(file, format="png")
         source = base64.b64encode(file.getvalue()).decode()
         caption = html.escape(self.caption)
+        # An inch is as long as in what `plot` of a result shows, whatever the file's own dots.
+        width = f"{self.figure.get_figwidth() * self.figure.dpi:.0f}px"
         return (
-            f'<figure><img style="max-width: 100%" alt="" src="data:image/png;base64,{source}">'
+            f'<figure><img style="width: {width}; max-width: 100%" alt="" src="data:image/png;base64,{source}">'
             f"<figcaption>{caption}</figcaption></figure>"
         )
 

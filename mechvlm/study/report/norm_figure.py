@@ -1,7 +1,5 @@
 """Figure 4: norm-based attention, raw attention weights, and the image tokens' share of both."""
 
-from collections.abc import Iterator
-
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
@@ -10,7 +8,9 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.patches import Rectangle
 from matplotlib.transforms import ScaledTranslation, blended_transform_factory
 
-from mechvlm.figures.style import DARK, PALE, Line, heatmap, text
+from mechvlm.figures.scale import clipped
+from mechvlm.figures.style import DARK, PALE, Line, heatmap, number_ticks, text
+from mechvlm.figures.token_axis import column_edges, runs_of
 from mechvlm.study.record import StudyRecord
 from mechvlm.study.report.captioned import (
     DOTTED,
@@ -43,15 +43,19 @@ def norm_figure(study: StudyRecord) -> CaptionedFigure:
     grid = figure.subplots(
         len(rows), 3, squeeze=False, gridspec_kw={"height_ratios": heights, "width_ratios": [1, 1, 0.36]}
     )
+    beyonds: list[str] = []
     for (left, middle, right), (model, dest) in zip(grid, rows, strict=True):
         values = _norms_of(norms, model, dest)
         sources = values.drop_duplicates("src").sort_values("src")
-        edges = _edges(sources["modality"].tolist())
+        edges, names = column_edges(sources["modality"].tolist()), [text(piece, 16) for piece in sources["piece"]]
         for ax, measure, label in ((left, "norm", "norm written"), (middle, "weight", "raw weight")):
             table = values.pivot(index="layer", columns="src", values=measure)
-            mesh = heatmap(ax, table.to_numpy(), table.index.tolist(), edges, vmin=0)
+            layers, scale = table.index.tolist(), clipped(table.to_numpy())
+            mesh = heatmap(ax, scale.values, layers, edges, cmap=scale.colors, vmin=0, vmax=scale.most)
             _label_sources(ax, sources, edges)
-            bar = figure.colorbar(mesh, ax=ax, pad=0.012, aspect=12)
+            if beyond := scale.sentence(layers, names.__getitem__):
+                beyonds.append(f"{short_name(model, models)}, {DESTINATIONS[dest]}, {label}: {beyond}.")
+            bar = figure.colorbar(mesh, ax=ax, pad=0.012, aspect=12, extend=scale.extend)
             bar.set_label(label, fontsize=8)
             bar.outline.set_visible(False)
         _draw_shares(right, study, model, dest, uniform=1 - (sources["modality"] != "image").mean())
@@ -66,9 +70,16 @@ def norm_figure(study: StudyRecord) -> CaptionedFigure:
         "heads, and uniform attention, which gives each of N sources the weight 1 / N. The panels on the right show the image "
         "tokens' share of the sum over all sources in each example, by norms, by weights, and under uniform attention. The "
         "strip under each map marks image tokens (blue, drawn narrower), text tokens (green) and special tokens (grey). Each "
-        "map has its own color scale. "
+        f"map has its own color scale{_clipped_sentence(beyonds)}. "
         f"{describe_bands(study.settings['seed'])} {describe_counts(study)}"
     ))  # fmt: skip
+
+
+def _clipped_sentence(beyonds: list[str]) -> str:
+    """Of a caption: which cells are beyond the scales, such as those of an attention sink."""
+    if not beyonds:
+        return ""
+    return f"; it ends where a few cells are far beyond the others, and its arrow stands for these. {' '.join(beyonds)[:-1]}"
 
 
 def _draw_shares(ax: Axes, study: StudyRecord, model: str, dest: str, uniform: float) -> None:
@@ -95,22 +106,11 @@ def _draw_shares(ax: Axes, study: StudyRecord, model: str, dest: str, uniform: f
     ax.set_xlim(-0.04, 1.04)
     ax.set_ylim(-0.5, len(rows) - 0.5)
     ax.set_xticks([0, 0.5, 1], ["0", "0.5", "1"])
-    step = -(-len(rows) // 9)
-    ax.set_yticks(rows[::step], [str(layer) for layer in curve["layer"][::step]])
+    number_ticks(ax.yaxis, curve["layer"].tolist())
 
 
 def _norms_of(norms: pd.DataFrame, model: str, dest: str) -> pd.DataFrame:
     return norms[(norms["model"] == model) & (norms["dest"] == dest)]
-
-
-def _edges(kinds: list[str]) -> np.ndarray:
-    """The borders of a map's columns, one more than there are sources.
-
-    Visual tokens are narrow: together they take at most half of the width, so that text is legible.
-    """
-    visual = np.array([kind == "image" for kind in kinds])
-    others = max(int((~visual).sum()), 8)
-    return np.concatenate([[0], np.where(visual, min(1.0, others / max(visual.sum(), 1)), 1.0).cumsum()])
 
 
 def _label_sources(ax: Axes, sources: pd.DataFrame, edges: np.ndarray) -> None:
@@ -121,7 +121,7 @@ def _label_sources(ax: Axes, sources: pd.DataFrame, edges: np.ndarray) -> None:
     # x in columns of the map, y in inches below it, so that the strip is as high under every map.
     below = ax.figure.dpi_scale_trans + ScaledTranslation(0, 0, ax.transAxes)  # type: ignore[arg-type]
     strip = blended_transform_factory(ax.transData, below)
-    for first, last, kind in _runs(kinds):
+    for first, last, kind in runs_of(kinds):
         left, right = edges[first], edges[last + 1]
         color = SOURCE_COLORS.get(kind, "#888888")
         ax.add_patch(
@@ -140,12 +140,3 @@ def _label_sources(ax: Axes, sources: pd.DataFrame, edges: np.ndarray) -> None:
         if not tick.get_text().endswith("image tokens"):
             tick.set_rotation(90)
     ax.tick_params(axis="x", length=0, pad=9)
-
-
-def _runs(kinds: list[str]) -> Iterator[tuple[int, int, str]]:
-    """Each run of equal kinds: (first, last, kind), both included."""
-    first = 0
-    for i in range(1, len(kinds) + 1):
-        if i == len(kinds) or kinds[i] != kinds[first]:
-            yield first, i - 1, kinds[first]
-            first = i

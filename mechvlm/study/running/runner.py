@@ -20,7 +20,7 @@ from mechvlm.experiments.winoground import PROMPT
 from mechvlm.families.known import architecture_of
 from mechvlm.inputs.views import MEMORY
 from mechvlm.measures.words import caption_words
-from mechvlm.progress import Progress
+from mechvlm.progress import Progress, study_stages
 from mechvlm.study.running import merge
 from mechvlm.study.running.answer_rows import ANSWER_SETTINGS
 from mechvlm.study.running.assemble import assemble_study, seconds_so_far
@@ -97,7 +97,7 @@ def run(
             study with the same settings. None writes nothing.
         progress: called with the stage, how much of it is done, and how much there is. While models
             read, these count the examples of all models together; with Winoground, both sides of
-            each pair once more.
+            each pair once more. By default a notebook shows a bar for each stage.
         ray: "auto" or the address of a Ray cluster, whose workers then read the examples. "auto" is
             the cluster of RAY_ADDRESS, or without that variable a new one on this machine, for this
             run. Tables, folder and resuming are the same with and without a cluster.
@@ -135,7 +135,6 @@ def run(
         RemoteError: when NDIF refuses the study; the message says why.
     """
     started = time.perf_counter()
-    progress = progress or (lambda stage, done, total: None)
     out = None if out is None else Path(out).expanduser()
     names = _checked_names(models, batch_size, seed, device, device_map, remote, ray)
     cluster = cluster_of(models, ray, workers, gpus_per_worker, device, device_map)
@@ -150,6 +149,7 @@ def run(
         "remote": remote, "measures": MEASURE_SETTINGS, **({"answers": ANSWER_SETTINGS} if answers else {}),
     }  # fmt: skip
     with ExitStack() as stack:
+        progress = progress or stack.enter_context(study_stages())
         weights: dict[str, dict] = {}
         settings_key = ""
         if out is None:
