@@ -31,11 +31,11 @@ from mechvlm.progress import track
 from mechvlm.view import packing
 from mechvlm.view.drawn import FRAME_COLOR, added_up, frames
 from mechvlm.view.example import Pick, ShownExample, match_example
-from mechvlm.view.page import PAGE_LIMIT, View, to_json
+from mechvlm.view.page import PAGE_LIMIT, View, page_script, to_json
 
-SCRIPTS = ("unpack", "frames", "image", "words", "heads", "link", "patches")
-"""The page's scripts: numbers, heat, images, the lens's words, layers and heads, two views with one
-cursor; the page itself."""
+SCRIPTS = ("places", "unpack", "frames", "elements", "image", "words", "heads", "link", "patches")
+"""The page's scripts: places, numbers, heat, what pages are made of, images, the lens's words,
+layers and heads, two views with one cursor; the page itself."""
 STAGE_PIXELS = 400
 """Pixels a side in which the still picture draws an image's heat."""
 VEIL = 0.76
@@ -155,25 +155,18 @@ def patches(
         "reading": None if shown.maps is None else _pack_maps(shown.maps),
         "color": list(FRAME_COLOR),
     }
-    body = f'<article class="patch-view"><script type="application/json">{to_json(data)}</script></article>'
+    body = f'<article class="view patch-view"><script type="application/json">{to_json(data)}</script></article>'
     _check_size(len(body), shown)
     return PatchView(
         title=f"Patches, {norms.model}: {question}{_answer_text(shown)}",
         body=body,
-        scripts=(_script(),),
-        styles=((files("mechvlm.view") / "patches.css").read_text("utf-8"),),
+        scripts=(page_script(SCRIPTS),),
+        styles=((files("mechvlm.view") / "views.css").read_text("utf-8"),),
         preview=lambda: _preview(shown),
         height=_height(shown),
         model=norms.model,
         images=tuple(image["src"] for image in data["images"]),
     )
-
-
-def _script() -> str:
-    """The page's scripts as one function, so that no name of theirs reaches another view's."""
-    folder = files("mechvlm.view")
-    sources = [(folder / f"{name}.js").read_text("utf-8") for name in SCRIPTS]
-    return '(() => {\n"use strict";\n' + "\n".join(sources) + "})();\n"
 
 
 def _pack_picks(shown: ShownExample) -> list[dict]:

@@ -4,6 +4,7 @@ Grids are not square, one image is padded and one is cut, and values fall on no 
 """
 
 import io
+import json
 import re
 from dataclasses import replace
 
@@ -266,15 +267,14 @@ def test_the_picture_of_words(saved):
 
 
 def test_the_cells_over_the_images():
-    """Three rows of patches in two cells: the first takes two; the frame holds the padding."""
+    """Three rows of patches in two cells: the first takes two; cells of padding lie outside."""
     inputs, _, norms = uneven(dest=range(21))
     body = mv.view.attention(inputs, norms, 3, heads=(), pool=2).body
-    figures = re.findall(r'<svg viewBox="([^"]*)".*?</svg>', body)
-    assert figures == ["0 -25 300 200", "0 0 250 300"]
-    cell = r'<rect x="([\d.-]+)" y="([\d.-]+)" width="([\d.]+)" height="([\d.]+)" fill="none"'
-    boxes = [[tuple(map(float, box)) for box in re.findall(cell, figure)] for figure in body.split("<svg")[1:]]
-    assert boxes[0] == [(0, -25, 200, 100), (200, -25, 100, 100), (0, 75, 200, 100), (200, 75, 100, 100)]
-    assert boxes[1] == [(25, 0, 100, 200), (125, 0, 100, 200), (25, 200, 100, 100), (125, 200, 100, 100)]
-    named = re.findall(r'<text x="([\d.]+)" y="([\d.]+)"[^>]*>(\w+)</text>', body)
-    assert named[1] == ("250.0", "25.0", "r0c1")
-    assert named[6] == ("75.0", "250.0", "r1c0")
+    page = json.loads(re.search(r'json">(.*?)</script>', body)[1])
+    boxes = [[tuple(view["crop"]) for view in page["views"] if view["image"] == image] for image in (0, 1)]
+    assert boxes[0] == [(0, -25, 200, 75), (200, -25, 300, 75), (0, 75, 200, 175), (200, 75, 300, 175)]
+    assert boxes[1] == [(25, 0, 125, 200), (125, 0, 225, 200), (25, 200, 125, 300), (125, 200, 225, 300)]
+    assert [view["name"] for view in page["views"]] == ["r0c0", "r0c1", "r1c0", "r1c1"] * 2
+    assert [page["units"][unit]["piece"] for unit in page["cells"]] == [
+        f"{image}:r{r}c{c}" for image in (0, 1) for r in (0, 1) for c in (0, 1)
+    ]
