@@ -203,10 +203,7 @@ def attention_row(
     return token_page(
         token_units(inputs, example), f"What “{word}” looked at, from position {position}",
         f"{kind} attention: how much it read from each token and patch at a layer. “All” is {all_heads}.",
-        previews.by_layer(
-            values[:, 0], norms.layers, f"{kind} attention of {word} (position {position}), {norms.model}",
-            f"{unit},\n{all_heads}",
-        ),
+        previews.by_layer(values[:, 0], norms.layers, f"{kind} attention of {word}, {norms.model}", f"{unit},\n{all_heads}"),
         60, "a shorter prompt, or read the norms with fewer destinations and save those", unit=unit, step="Layer",
         steps=list(norms.layers), first=(len(norms.layers) - 1) // 2, heads=["all", *map(str, range(values.shape[1] - 1))],
         values=rounded(values),

@@ -1,4 +1,4 @@
-"""Pages of single tokens, whose tokens and attention maps CircuitsVis draws (Nanda and Cooney 2022).
+"""Pages of single tokens, which CircuitsVis draws (Nanda and Cooney 2022), and their maps.
 
 Its JavaScript comes from the installed package: nothing is fetched.
 

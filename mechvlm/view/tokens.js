@@ -131,6 +131,7 @@ async function startTokens(root) {
       event.preventDefault();
       event.stopPropagation();
       const from = own.indexOf(pinned.source);
+      preview = {};  // a pointer that rests on the image
       pin({ source: own[clamp(from < 0 ? (step > 0 ? 0 : own.length - 1) : from + step, 0, own.length - 1)] });
     });
     return { title, node, runs, own };

@@ -1,4 +1,4 @@
-"""What holds on every page, asked in the browser: contrast, sizes of what is hit, words that are cut."""
+"""What holds on every page, asked in the browser: contrast, sizes of targets, words cut."""
 
 SCREENS = [(1280, "light"), (1280, "dark"), (390, "light"), (390, "dark"), (1920, "light")]
 """(width in pixels, theme): the last is 1080p, the third and fourth a phone."""

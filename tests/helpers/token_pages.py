@@ -1,4 +1,4 @@
-"""Pages of single tokens as tests read them: results with hostile text, and what is on the screen."""
+"""Pages of single tokens as tests read them: results with hostile text, the screen's pixels."""
 
 import io
 import re

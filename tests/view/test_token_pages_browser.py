@@ -23,7 +23,7 @@ def read(llava_vlm):
 
 
 def shares(page) -> dict[str, float]:
-    """The share of the largest that each token's color shows, by its text; values below 0 as such."""
+    """The share of the largest that each token's color shows, by its text; below 0 as such."""
     read = """spans => spans.map(s => [s.textContent,
         (s.classList.contains("below") ? -1 : 1) * s.style.getPropertyValue("--share")])"""
     return {
@@ -95,7 +95,8 @@ def test_tokens_have_the_colors_of_their_values(open_page, read):
     )
     ground = "s => getComputedStyle(s.firstChild).backgroundColor"
     colors = [page.locator(".colored-tokens > span").nth(i).evaluate(ground) for i in (0, -1)]
-    assert colors[0].startswith("color(srgb 0.83")  # the frames' pink, and the green of values below 0
+    # The frames' pink, and the green of values below 0.
+    assert colors[0].startswith("color(srgb 0.83")
     assert colors[1].startswith("color(srgb 0 0.47")
     stage = page.locator(".stage")
     box = stage.bounding_box()

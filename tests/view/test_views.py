@@ -180,7 +180,7 @@ def test_a_row_by_its_name(llava_vlm, read):
 
 
 def test_topk_holds_the_lens(read):
-    """The bytes as the page reads them: three of a word's number, then its chance; then the words."""
+    """The bytes as the page reads them: a word's number in three, its chance, then all words."""
     inputs, lens, _ = read
     (data,) = data_of(mv.view.topk(inputs, lens, example=1))
     pieces, probs, own = lens.of(1).pieces(), lens.of(1).probs, data["lens"]
