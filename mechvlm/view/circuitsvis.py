@@ -27,7 +27,6 @@ from mechvlm.view.pooling import (
     pool_shape,
     position_rows,
     readable,
-    token_labels,
 )
 from mechvlm.view.units import cell_units, token_units
 
@@ -103,12 +102,13 @@ def attention(
     values = pool_attention(torch.stack(maps), member)
     top = float(values.max())
     kind = "Norm-based" if measure == "norm" else "Raw"
-    preview = previews.pattern(values[0], names, f"{kind} attention, {norms.model}, layer {titles[0]}", unit)
+    title = f"{kind} attention, {norms.model}, layer {titles[0]}"
     return token_page(
         units, f"{kind} attention, map by map",
         f"Pick a token or a cell of the image: colors and frames show what it reads from each other one. "
         f"“All” is {all_heads}. A cell's patches are summed as sources and averaged as destinations.",
-        preview, 700 + 115 * -(-len(titles) // 6), "fewer layers, fewer heads, or a smaller pool", unit=unit, step="Layer",
+        lambda: previews.pattern(values[0], names, title, unit), 700 + 115 * -(-len(titles) // 6),
+        "fewer layers, fewer heads, or a smaller pool", unit=unit, step="Layer",
         steps=layers, heads=["all", *map(str, heads)], patterns=rounded(values),
         labels=[name.removeprefix(PATCH_SIGN) for name in names], maps=titles, top=top,
         whyImage="The stronger a cell's frame, the more was read from it; inside, the image is as it is.",
@@ -151,13 +151,12 @@ def tokens(inputs: Inputs | Answer, values, *, name: str = "value", example: int
     has_value = token_map.answer if of_answer else token_map.all
     values = values if of_answer else values[token_map.all]
     shown = dict(zip(has_value.tolist(), rounded(values), strict=True))
-    labels = token_labels(token_map)
-    padded = torch.cat([torch.zeros(len(labels) - len(values)), values])  # the answer stands last
+    units = token_units(inputs, example)
+    by_unit = [shown.get(position) for (position,) in units.positions]
     title = f"{name}, {inputs.model}" if inputs.model else name
     return token_page(
-        token_units(inputs, example), name, "Each token has the color of its value, and each patch of the image a frame of it.",
-        previews.chips(padded, labels, title, name), 0, unit=name,
-        values=[[[shown.get(position) for position in token_map.all.tolist()]]],
+        units, name, "Each token has the color of its value, and each patch of the image a frame of it.",
+        lambda: previews.tokens(units, by_unit, title, name), 0, unit=name, values=[[by_unit]],
     )  # fmt: skip
 
 
@@ -203,7 +202,7 @@ def attention_row(
     return token_page(
         token_units(inputs, example), f"What “{word}” looked at, from position {position}",
         f"{kind} attention: how much it read from each token and patch at a layer. “All” is {all_heads}.",
-        previews.by_layer(values[:, 0], norms.layers, f"{kind} attention of {word}, {norms.model}", f"{unit},\n{all_heads}"),
+        lambda: previews.by_layer(values[:, 0], norms.layers, f"{kind} attention of {word}", f"{unit},\n{all_heads}"),
         60, "a shorter prompt, or read the norms with fewer destinations and save those", unit=unit, step="Layer",
         steps=list(norms.layers), first=(len(norms.layers) - 1) // 2, heads=["all", *map(str, range(values.shape[1] - 1))],
         values=rounded(values),
@@ -240,7 +239,7 @@ def topk(inputs: Inputs, lens: LogitLensResult, *, example: int = 0) -> View:
     return token_page(
         token_units(inputs, example), "What each position reads as",
         "Colors and frames show how likely a position's first word is at the state: pick a patch or a token for all its words.",
-        previews.words(lens), 160 + 26 * len(lens.states) + 40 * max(map(len, rows)),
+        lambda: previews.words(lens), 160 + 26 * len(lens.states) + 40 * max(map(len, rows)),
         "fewer positions, fewer states or a smaller k when reading the lens", unit="chance of the likeliest word",
         step="State", steps=list(lens.states), first=len(lens.states) - 1, start=held[0],
         rows=[{"name": name, "units": [held[i] for i in row]} for name, row in zip(names, rows, strict=True)],

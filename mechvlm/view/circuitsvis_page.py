@@ -7,6 +7,7 @@ Its JavaScript comes from the installed package: nothing is fetched.
 """
 
 import re
+from collections.abc import Callable
 from functools import lru_cache
 from importlib.resources import files
 from importlib.util import find_spec
@@ -28,14 +29,16 @@ MORE = {
 """What a page holds where a view says nothing else."""
 
 
-def token_page(units: TokenUnits, title: str, why: str, preview: bytes, height: int, instead: str = "", **data) -> View:
+def token_page(
+    units: TokenUnits, title: str, why: str, preview: Callable[[], bytes], height: int, instead: str = "", **data
+) -> View:
     """The page of a view.
 
     Args:
         units: what it shows, and where.
         title: its title, without the model's name.
         why: one sentence on what is seen.
-        preview: the picture of the page, a PNG.
+        preview: draws the picture of the page, a PNG.
         height: of the frame in a notebook, in pixels, without the image and the tokens.
         instead: what to choose when the page is too large.
         data: what tokens.js draws; `MORE` has the rest.
@@ -48,7 +51,7 @@ def token_page(units: TokenUnits, title: str, why: str, preview: bytes, height: 
     folder, model = files("mechvlm.view"), units.inputs.model
     return View(
         f"{title}, {model}" if model else title, body, (bundle(), page_script(TOKEN_SCRIPTS)),
-        tuple((folder / f"{name}.css").read_text("utf-8") for name in ("views", "tokens")), lambda: preview,
+        tuple((folder / f"{name}.css").read_text("utf-8") for name in ("views", "tokens")), preview,
         height=height + _height(page), **({"instead": instead} if instead else {}),
     )  # fmt: skip
 

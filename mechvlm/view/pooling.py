@@ -125,29 +125,6 @@ def cell_boxes(grid: Grid, down: int, across: int) -> Iterator[tuple[int, int, B
             yield r, c, (left, top, right, bottom)
 
 
-def token_labels(tokens: TokenMap) -> list[str]:
-    """A label for each token that is not padding, in order.
-
-    A patch is a dot, a query its number, a line break of the model's own "⏎". A label that ends in
-    a line break ends a line: after each row of patches, and around each image.
-    """
-    labels = {p: readable(tokens.strings[p]) for p in tokens.all.tolist()}
-    for image, positions in enumerate(tokens.images):
-        for i, p in enumerate(positions.tolist()):
-            labels[p] = " · " if tokens.patches else f" q{i}"
-        for view in tokens.views[image]:
-            for p in view.positions[:, -1].tolist():
-                labels[p] = " · \n"
-        for p in tokens.without_place.tolist() if tokens.patches else ():
-            labels[p] = " ⏎\n"
-            labels[p - 1] = labels[p - 1].removesuffix("\n")
-        before, last = int(positions[0]) - 1, int(positions[-1])
-        if before in labels:
-            labels[before] += "\n" * (not labels[before].endswith("\n"))
-        labels[last] += "\n" * (not labels[last].endswith("\n"))
-    return list(labels.values())
-
-
 def position_rows(tokens: TokenMap, positions: list[int]) -> tuple[list[str], list[list[int]]]:
     """A result's positions in rows, as (names of the rows, indices into `positions` in each).
 

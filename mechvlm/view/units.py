@@ -8,9 +8,11 @@ on the image, the others stand as words beside it.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from jaxtyping import Float
+from PIL import Image
 from torch import Tensor
 
 from mechvlm.inputs.batch import Inputs
@@ -18,12 +20,9 @@ from mechvlm.inputs.prompts import prompt_text
 from mechvlm.inputs.tokens import Modality, TokenMap
 from mechvlm.inputs.views import Box
 from mechvlm.view import packing
-from mechvlm.view.drawn import FRAME_COLOR, drawn_views
+from mechvlm.view.drawn import BELOW_COLOR, FRAME_COLOR, drawn_views
 from mechvlm.view.match import load_image
 from mechvlm.view.pooling import PATCH_SIGN, Pool, cell_boxes, cell_names, pool_shape, token_groups
-
-BELOW_COLOR = (0, 122, 92)
-"""The color of values below 0; the color-blind can tell it from `FRAME_COLOR`."""
 
 
 @dataclass(frozen=True)
@@ -52,18 +51,26 @@ class TokenUnits:
     def tokens(self) -> TokenMap:
         return self.inputs.token_maps[self.example]
 
+    @cached_property
+    def pictures(self) -> list[Image.Image]:
+        """The example's original images.
+
+        Raises:
+            ViewError: when one is gone.
+        """
+        return [load_image(self.inputs, self.example, number) for number in range(len(self.tokens.layouts))]
+
     def page(self) -> dict[str, Any]:
         """The units and the images as the page's scripts read them.
 
         Raises:
             ViewError: when an image is gone.
         """
-        tokens, answer = self.tokens, set(self.tokens.answer.tolist())
-        pictures = [load_image(self.inputs, self.example, number) for number in range(len(tokens.layouts))]
+        answer = set(self.tokens.answer.tolist())
         return {
             "model": self.inputs.model,
             "question": prompt_text(self.inputs.prompts[self.example]).strip(),
-            "images": [{"src": packing.data_url(image), "size": list(image.size)} for image in pictures],
+            "images": [{"src": packing.data_url(image), "size": list(image.size)} for image in self.pictures],
             "views": list(self.views),
             "cells": list(self.cells),
             "units": [

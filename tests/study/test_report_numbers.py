@@ -143,7 +143,7 @@ def test_each_figure_stands_under_its_own_title(page):
         assert source is not None
         assert base64.b64decode(source[1]).decode() == f'<svg width="321.6pt">the figure {name}'
         assert f"<figcaption>caption of {name}</figcaption>" in part
-        assert 'style="min-width: min(322px, 66rem)"' in part, "type of 9 points is 9 pixels high"
+        assert 'style="width: max(322px, min(100%, 429px))"' in part, "type of 9 points is 9 pixels high"
         links = re.findall(r'href="([^"]*)"', page.split(f". {title}</h2>")[1].split("<h")[0])
         assert links == [f"figures/{name}.{suffix}" for suffix in ("png", "png", "svg", "pdf")]
 

@@ -66,7 +66,8 @@ VEIL = 0.76
 
 def frame(image: np.ndarray, share: float) -> np.ndarray:
     """The image's color under the frame of a patch: its opacity is the share of the largest."""
-    return image * (1 - share) + np.array([214, 0, 108]) * share
+    color = [0, 122, 92] if share < 0 else [214, 0, 108]
+    return image * (1 - abs(share)) + np.array(color) * abs(share)
 
 
 def frame_scale(grid) -> float:
@@ -208,23 +209,31 @@ def test_the_picture_of_patterns(saved):
 
 
 def test_the_picture_of_tokens(saved):
-    """Values on their tokens, an image's rows in lines, padding left out."""
+    """Values as frames of the patches and colors of the words, padding left out."""
     inputs, *_ = uneven()
     tokens = inputs.tokens
     values = torch.linspace(-1, 3, 21)[torch.randperm(21, generator=torch.Generator().manual_seed(3))]
-    lines = [[2, 3], [4, 5, 6], [7, 8, 9], [10], [11, 12], [13, 14], [15, 16], [17, 18, 19, 20]]
     picture = rgb(mv.view.tokens(inputs, values).picture)
-    ax, most = saved[-1].axes[0], float(values[tokens.all].abs().max())
+    *stages, ax, _ = saved[-1].axes
+    most = float(values[tokens.image].abs().max())
+    assert (values[tokens.image] < 0).any(), "else nothing is tested"
+    for stage, image, where, grid in zip(stages, inputs.images[0], tokens.images, tokens.grids, strict=True):
+        pixels = np.asarray(image).astype(float)
+        for (r, c), value in np.ndenumerate(values[where].reshape(grid.rows, grid.cols).numpy()):
+            if grid.box(r, c)[3] <= image.height:
+                check_cell(picture, stage, pixels, grid, (r, c), float(value) / most)
+        assert stage.get_title(loc="left") == f"value: at most {most:.3g}"
+    words = [p for p in tokens.all.tolist() if p not in set(tokens.image.tolist())]
+    most = float(values[words].abs().max())
+    low, high = (np.array(end) * 0.58 + 255 * 0.42 for end in ((0, 122, 92), (214, 0, 108)))
     assert ax.yaxis_inverted()
-    for row, line in enumerate(lines):
-        for col, position in enumerate(line):
-            expected = color("PuOr_r", float(values[position] / most + 1) / 2)
-            assert pixel(picture, ax, col - 0.42, row - 0.36) == pytest.approx(expected, abs=4), (row, col)
-            name = "·" if position in tokens.image else tokens.strings[position].strip()
-            assert texts(ax)[col, row] == name
-    assert len(ax.texts) == 19
-    previews.chips(torch.tensor([0.0, 2.0, 1.0]), ["a", "b\n", "c"], "title", "unit")
-    assert saved[-1].axes[0].images[0].get_clim() == (0, 2), "without negative values: white to blue"
+    for number, position in enumerate(words):
+        row, col = divmod(number, 8)
+        share = float(values[position]) / most
+        expected = 255 + abs(share) * ((high if share > 0 else low) - 255)
+        assert pixel(picture, ax, col - 0.44, row - 0.4) == pytest.approx(expected, abs=5), position
+        assert texts(ax)[col, row] == tokens.strings[position].strip()
+    assert len(ax.texts) == len(words)
 
 
 @pytest.mark.parametrize("measure", ["norm", "weight"])
