@@ -47,6 +47,8 @@ def token_page(
         ViewError: when an image is gone, a value is NaN or infinite, or the page is too large.
     """
     page = {**MORE, **units.page(), "title": title, "why": why, **data}
+    if not units.cells:
+        page["whyImage"] = "No token has a place on the image: each may read all of it."
     body = f'<article class="view token-view"><script type="application/json">{to_json(page)}</script></article>'
     folder, model = files("mechvlm.view"), units.inputs.model
     return View(

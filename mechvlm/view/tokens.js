@@ -3,8 +3,8 @@
 
 const NEAREST = [0, 0.25, 0.5, 0.75, 1], SIGNED = [-1, -0.5, 0, 0.5, 1];
 const dark = matchMedia("(prefers-color-scheme: dark)");
-// CircuitsVis draws on white: in the dark, views.css turns its maps over, which makes this color the frames' own, lighter.
-const MAP_COLOR = { light: [214, 0, 108], dark: [250, 85, 155] };
+// CircuitsVis draws on white: in the dark, tokens.css turns its maps over, which makes of this color the frames' own, lighter.
+const TURNED_OVER = [250, 85, 155];
 
 // CircuitsVis takes a token for HTML: an invisible word joiner behind `<` and `&` keeps either from opening anything.
 const asText = label => label.replace(/[<&]/g, "$&\u2060");
@@ -164,7 +164,7 @@ async function startTokens(root) {
 
   // ---- the maps ------------------------------------------------------------------------------------------------------
   async function drawMaps() {
-    const color = `rgb(${MAP_COLOR[dark.matches ? "dark" : "light"].join()})`;
+    const color = `rgb(${(dark.matches ? TURNED_OVER : m.color).join()})`;
     root.style.setProperty("--map", color);
     const view = await circuitsvis("AttentionHeads", maps, { attention: patterns, tokens: data.labels, attentionHeadNames: data.maps,
       maskUpperTri: false, minValue: -1, maxValue: data.top || 1, positiveColor: color, negativeColor: color });

@@ -90,7 +90,8 @@ def token_units(inputs: Inputs, example: int) -> TokenUnits:
     unit_of = {position: number for number, position in enumerate(positions)}
     drawn = drawn_views(tokens) if tokens.patches else []
     on_image = {p for view in drawn if view.positions is not None for p in view.positions.flatten().tolist()}
-    number_of = {p: i for own in tokens.images for i, p in enumerate(own.tolist())} if len(tokens.layouts) else {}
+    has_queries = not tokens.patches and not tokens.is_memory
+    number_of = {p: i for own in tokens.images for i, p in enumerate(own.tolist())} if has_queries else {}
     pieces, kinds = [], []
     for position in positions:
         visual = tokens.modality[position] == Modality.IMAGE

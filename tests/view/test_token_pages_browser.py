@@ -252,3 +252,25 @@ def test_topk_shows_the_words_of_a_patch(open_page):
     page.locator(".line button").first.click()
     title = page.locator(".panel-tokens h2 small").inner_text().strip()
     assert title == f"patch at row 7, column 0, position {inputs.tokens.position(7, 0)}"
+
+
+def test_queries_stand_among_the_words(open_page, blip_vlm):
+    """They have no place on the image, which is shown as it is."""
+    inputs = blip_vlm.inputs(noise_image(0, (90, 60)), "what is this")
+    lens, norms = mv.read(blip_vlm, inputs, mv.LogitLens(k=2), mv.NormAttention(dst="all pairs"))
+    tokens, last = inputs.tokens, inputs.tokens.last
+    views = [
+        mv.view.attention_row(inputs, norms, last), mv.view.topk(inputs, lens), mv.view.attention(inputs, norms, 1, pool=2),
+    ]  # fmt: skip
+    page = opened(open_page, views[0] + views[1] + views[2])
+    first = page.locator(".token-view").first
+    assert first.locator(".stage, .chip.image, .panel-image .legend").count() == 0
+    assert first.locator(".look img").evaluate("i => [i.naturalWidth, i.naturalHeight]") == [90, 60]
+    assert "No token has a place on the image" in first.locator(".panel-image").inner_text()
+    chips = first.locator(".colored-tokens > span")
+    assert [plain(text) for text in chips.all_text_contents()][:5] == [f"q{i}" for i in range(5)]
+    row = norms.norm[int(first.locator(".layer output b").inner_text()), 0, last, tokens.all]
+    drawn = chips.evaluate_all("s => s.map(x => +x.style.getPropertyValue('--share'))")
+    assert drawn == pytest.approx((row / row.max()).tolist(), abs=0.002)
+    names = page.locator(".token-view").nth(2).locator(".colored-tokens > span").all_text_contents()
+    assert [plain(name) for name in names][:2] == ["q0–2", "q3–4"]
