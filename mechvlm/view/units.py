@@ -128,8 +128,8 @@ def cell_units(inputs: Inputs, example: int, pool: Pool) -> tuple[TokenUnits, li
             kinds.append("token")
             pieces.append(tokens.strings[own[0]])
             continue
-        of_whole = tokens.patches and (place := tokens.place(own[0])) is not None
-        is_cell = of_whole and place.view == tokens.views[place.image][0].name
+        place = tokens.place(own[0])
+        is_cell = place is not None and place.view == tokens.views[place.image][0].name
         kinds.append("query" if not tokens.patches else "cell" if is_cell else "view")
         pieces.append(name.removeprefix(PATCH_SIGN))
     down, across = pool_shape(tokens, pool)

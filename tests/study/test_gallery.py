@@ -62,7 +62,7 @@ def test_each_card_leads_to_its_examples_views(study, views, llava_vlm, blip_vlm
     assert [(v["model"], v["example"]) for v in views] == [(name, i) for name in names for i in IDS]
     cards = (study.out / "report.html").read_text(encoding="utf-8").split('<div class="card">')[1:]
     for card, (example, _) in zip(cards, study.gallery, strict=True):
-        assert unescape(card).count(example.id) == 1
+        assert unescape(card).count(example.id) == 3, "beside the picture, and in the name of each link"
         files = [v["file"] for v in views if v["example"] == example.id]
         assert re.findall(r'href="([^"]*)"', card) == [file for file in files for _ in range(2)], "picture and words"
 
@@ -168,7 +168,7 @@ def test_the_report_is_read_on_every_screen(open_page, study, width, scheme):
     ground = page.evaluate("getComputedStyle(document.body).backgroundColor")
     assert ground == ("rgb(255, 255, 255)" if scheme == "light" else "rgb(20, 24, 28)")
     for figure in page.locator("figure").all():
-        # Type of 9 points is drawn 9 pixels high or more, and what is wider than the window scrolls.
+        # Type of 9 points is 9 pixels high or more, and what is wider than the window scrolls.
         natural, drawn, room = figure.evaluate(
             """f => { const i = f.querySelector("img");
             return [i.naturalWidth, i.clientWidth, f.querySelector(".scroll").clientWidth]; }"""

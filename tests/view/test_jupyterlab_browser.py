@@ -100,7 +100,7 @@ def test_jupyterlab_shows_the_pages_and_their_pictures(lab, chromium):
         page.keyboard.press("ArrowRight")
         assert layer.inner_text() == "6", "keys work inside"
 
-    page.goto(f"{address}/lab/tree/other.ipynb")
+    page.goto(f"{address}/lab/workspaces/other/tree/other.ipynb")
     pictures = page.locator(".jp-OutputArea img")
     pictures.nth(1).wait_for()
     assert pictures.count() == 2

@@ -253,7 +253,7 @@ def test_the_picture_of_one_row(measure, saved):
 def test_the_picture_of_words(saved):
     """Of 13 positions all, of 39 every third."""
     _, lens, _ = uneven()
-    mv.view.topk(*uneven()[:2])
+    assert mv.view.topk(*uneven()[:2]).picture
     ax = saved[-1].axes[0]
     assert texts(ax) == {
         (col, row): lens.pieces()[state][p][0].strip()
