@@ -7,8 +7,8 @@
                             captions, image and heat (PNG files: a small copy of the image, and the
                             same with the heat that the page shows first), token and layer (of that
                             heat), file (the page)
-    figures/*.png, *.svg    the four figures phases, lens, contextualization and norm_attention;
-                            for Winoground also pairs, with answers also answers
+    figures/*.png, *.svg,   the four figures phases, lens, contextualization and norm_attention;
+    figures/*.pdf           for Winoground also pairs, with answers also answers
     data/*.parquet          the tables described below
     data/README.txt         this description
     skipped.csv             the examples that were set aside: model (empty for an example set aside

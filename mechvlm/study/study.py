@@ -62,7 +62,7 @@ class Study(StudyRecord):
         return draw_all(self)
 
     def save_figures(self, folder: str | os.PathLike) -> None:
-        """Save each figure as PNG (200 dpi) and SVG. The folder is made when it does not exist."""
+        """Save each figure as PNG (200 dpi), SVG and PDF. A missing folder is made."""
         save_all(self.figures(), Path(folder))
 
     def compare(self, others: Sequence[StudyRecord | str | os.PathLike]) -> Comparison:

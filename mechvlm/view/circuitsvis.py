@@ -1,37 +1,38 @@
-"""Views that CircuitsVis draws: attention patterns, values on tokens, tables of the logit lens."""
+"""Views whose tokens and maps CircuitsVis draws: attention patterns, values on tokens, the lens.
+
+They stand in the package's own page: title, prompt, the image beside the tokens, legends and keys.
+"""
 
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 
 from mechvlm.errors import ViewError
+from mechvlm.inputs.answer import Answer
 from mechvlm.inputs.batch import Inputs
 from mechvlm.inputs.numbers import whole_numbers
 from mechvlm.inputs.tokens import TokenMap
 from mechvlm.probes.logit_lens import LogitLensResult
 from mechvlm.probes.norm_attention import NormAttentionResult
-from mechvlm.view import previews
-from mechvlm.view.circuitsvis_page import circuitsvis_view, html_safe, rounded
+from mechvlm.view import packing, previews
+from mechvlm.view.circuitsvis_page import rounded, token_page
 from mechvlm.view.match import check_example, check_match
 from mechvlm.view.page import View
 from mechvlm.view.pooling import (
+    PATCH_SIGN,
     Pool,
-    cell_map,
     cell_names,
     pool_attention,
     pool_shape,
     position_rows,
     readable,
-    token_groups,
-    token_labels,
 )
+from mechvlm.view.units import cell_units, token_units
 
 ATTENTION_LIMIT = 20_000
 """Most (maps + 1) x tokens² that the attention view draws: about 0.1 ms each, 2 to 3 s for all."""
 
-POSITIVE, NEGATIVE = "#0072B2", "#D55E00"
 ATTENTION_MEASURES = {
     "norm": ("norm written (residual-stream units)", "all heads' vectors summed"),
     "weight": ("attention weight", "the heads' mean"),
@@ -92,7 +93,7 @@ def attention(
     pool_shape(token_map, pool)
     _check_cost(token_map, len(layers) * (1 + len(heads)), pool)
 
-    names, member = token_groups(token_map, pool)
+    units, names, member = cell_units(inputs, example, pool)
     maps, titles = [], []
     for layer in layers:
         together, by_head = _layer_maps(norms, measure, norms.layers.index(layer), example)
@@ -100,57 +101,63 @@ def attention(
         titles += [f"{layer} all", *(f"{layer}.{head}" for head in heads)]
     values = pool_attention(torch.stack(maps), member)
     top = float(values.max())
-    data = {
-        "attention": rounded(values), "tokens": names, "attentionHeadNames": titles, "maskUpperTri": False,
-        "minValue": -1, "maxValue": top or 1.0, "positiveColor": POSITIVE, "negativeColor": NEGATIVE,
-    }  # fmt: skip
-    title = f"{'Norm-based' if measure == 'norm' else 'Raw'} attention, {norms.model}"
-    note = (
-        f"From each source (across) to each destination (down): {unit}, 0 (white) to {top:.3g} (blue) on every map. Labels are "
-        f"layer.head, 'all' is {all_heads}. A cell's patches are summed as sources, averaged as destinations."
-    )
-    preview = previews.pattern(values[0], names, f"{title}, layer {titles[0]}", unit)
-    return circuitsvis_view(
-        title, note, [("AttentionHeads", data)], preview, aside=cell_map(inputs, example, pool),
-        height=860 + 115 * -(-len(titles) // 6), instead="fewer layers, fewer heads, or a smaller pool",
+    kind = "Norm-based" if measure == "norm" else "Raw"
+    title = f"{kind} attention, {norms.model}, layer {titles[0]}"
+    return token_page(
+        units, f"{kind} attention, map by map",
+        f"Pick a token or a cell of the image: colors and frames show what it reads from each other one. "
+        f"“All” is {all_heads}. A cell's patches are summed as sources and averaged as destinations.",
+        lambda: previews.pattern(values[0], names, title, unit), 700 + 115 * -(-len(titles) // 6),
+        "fewer layers, fewer heads, or a smaller pool", unit=unit, step="Layer",
+        steps=layers, heads=["all", *map(str, heads)], patterns=rounded(values),
+        labels=[name.removeprefix(PATCH_SIGN) for name in names], maps=titles, top=top,
+        whyImage="The stronger a cell's frame, the more was read from it; inside, the image is as it is.",
     )  # fmt: skip
 
 
-def tokens(inputs: Inputs, values, *, name: str = "value", example: int = 0) -> View:
-    """One value per position, as the color of its token; patches stand in rows as on the image.
+def tokens(inputs: Inputs | Answer, values, *, name: str = "value", example: int = 0) -> View:
+    """One value per position: the color of its token, or the frame of its patch on the image.
 
-    Hover over a token to read its value.
+    Frames and colors go from 0 to the largest value of the image and of the words, each with its
+    legend. The answer's words stand before the prompt's. Point at a token to read its value.
 
         >>> norms = mechvlm.norm_attention(vlm, inputs, dst="last")
         >>> mechvlm.view.tokens(inputs, norms.norm[15, 0, 0], name="norm read at layer 15")
 
+        >>> answer = vlm.generate(inputs)[0]
+        >>> mechvlm.view.tokens(answer, answer.logprobs.exp(), name="probability when written")
+
     Args:
-        inputs: the tokens, and the model that they are for.
-        values: [pos], over the padded sequence, like the model's activations.
+        inputs: the tokens, and the model that they are for; or an answer, with its prompt.
+        values: [pos], over the padded sequence, like the model's activations. Of inputs that hold
+            an answer also [token], one for each of the answer's tokens.
         name: what the values are.
         example: which of the batch.
 
     Raises:
-        ViewError: when there are not as many values as positions, or a token's value is NaN or
-            infinite.
+        ViewError: when there are not as many values as positions, a token's value is NaN or
+            infinite, or the image is gone.
     """
+    inputs = inputs.inputs if isinstance(inputs, Answer) else inputs
     token_map = inputs.token_maps[check_example(inputs, example)]
     values = torch.as_tensor(values).detach().cpu().float()
-    if values.shape != (len(token_map),):
+    of_answer = token_map.n_answer > 0 and values.shape == (token_map.n_answer,)
+    if values.shape != (len(token_map),) and not of_answer:
+        answer = f", or one for each of the answer's {token_map.n_answer} tokens" if token_map.n_answer else ""
         raise ViewError(
             f"{name!r} has the shape {list(values.shape)}; example {example} has {len(token_map)} positions, padding "
-            "included: give one value for each."
+            f"included: give one value for each{answer}."
         )
-    values = values[token_map.all]
-    labels, low, high = token_labels(token_map), float(values.min()), float(values.max())
-    data = {
-        "tokens": [html_safe(label) for label in labels], "values": rounded(values),
-        "minValue": min(low, -1e-9), "maxValue": max(high, 1e-9), "positiveColor": POSITIVE, "negativeColor": NEGATIVE,
-    }  # fmt: skip
+    has_value = token_map.answer if of_answer else token_map.all
+    values = values if of_answer else values[token_map.all]
+    shown = dict(zip(has_value.tolist(), rounded(values), strict=True))
+    units = token_units(inputs, example)
+    by_unit = [shown.get(position) for (position,) in units.positions]
     title = f"{name}, {inputs.model}" if inputs.model else name
-    note = f"From {low:.3g} to {high:.3g}; 0 is white, above it blue, below it orange. Hover over a token to read its value."
-    preview = previews.chips(values, labels, title, name)
-    return circuitsvis_view(title, note, [("ColoredTokens", data)], preview, height=360)
+    return token_page(
+        units, name, "Each token has the color of its value, and each patch of the image a frame of it.",
+        lambda: previews.tokens(units, by_unit, title, name), 0, unit=name, values=[[by_unit]],
+    )  # fmt: skip
 
 
 def attention_row(
@@ -191,31 +198,26 @@ def attention_row(
         together, by_head = _layer_maps(norms, measure, layer, example)
         by_layer.append(torch.cat([together[None], by_head])[:, column, token_map.all])
     values = torch.stack(by_layer)  # [layer, all + heads, pos]
-    labels = token_labels(token_map)
-    data = {
-        # A list with one sample: CircuitsVis takes a plain list of strings for a sample or for
-        # several, depending on its first entry.
-        "tokens": [[html_safe(label) for label in labels]], "activations": [rounded(values.permute(2, 0, 1))],
-        "secondDimensionName": "Head", "firstDimensionLabels": [str(layer) for layer in norms.layers],
-        "secondDimensionLabels": [all_heads, *map(str, range(values.shape[1] - 1))],
-    }  # fmt: skip
-    dest_label = f"{readable(token_map.strings[position]).strip()} (position {position})"
-    title = f"{'Norm-based' if measure == 'norm' else 'Raw'} attention of {dest_label}, {norms.model}"
-    note = f"{unit[0].upper() + unit[1:]} from each token; white is 0, full blue the most of this layer and head."
-    preview = previews.by_layer(values[:, 0], norms.layers, title, f"{unit},\n{all_heads}")
-    return circuitsvis_view(
-        title, note, [("TextNeuronActivations", data)], preview, height=460,
-        instead="a shorter prompt, or read the norms with fewer destinations and save those",
+    word, kind = readable(token_map.strings[position]).strip(), "Norm-based" if measure == "norm" else "Raw"
+    return token_page(
+        token_units(inputs, example), f"What “{word}” looked at, from position {position}",
+        f"{kind} attention: how much it read from each token and patch at a layer. “All” is {all_heads}.",
+        lambda: previews.by_layer(values[:, 0], norms.layers, f"{kind} attention of {word}", f"{unit},\n{all_heads}"),
+        60, "a shorter prompt, or read the norms with fewer destinations and save those", unit=unit, step="Layer",
+        steps=list(norms.layers), first=(len(norms.layers) - 1) // 2, heads=["all", *map(str, range(values.shape[1] - 1))],
+        values=rounded(values),
     )  # fmt: skip
 
 
 def topk(inputs: Inputs, lens: LogitLensResult, *, example: int = 0) -> View:
-    """The likeliest tokens of the logit lens, in two tables.
+    """The likeliest tokens of the logit lens: of one position at every state, of many at one state.
 
-    The first holds many positions at one state, the second one position at every state. Patches are
-    chosen by row and column of their grid, other positions in groups of eight.
+    Colors and frames show how likely each position's first word is at the state. Patches are picked
+    on the image, other positions among the tokens; the words can be written over the patches.
 
         >>> mechvlm.view.topk(inputs, mechvlm.logit_lens(vlm, inputs, k=5))
+
+    Probabilities on the page are off by at most 0.4 %.
 
     Args:
         inputs: what the result was read from.
@@ -223,64 +225,28 @@ def topk(inputs: Inputs, lens: LogitLensResult, *, example: int = 0) -> View:
         example: which of the batch.
 
     Raises:
-        ViewError: when the result is of other inputs, holds nothing of this example, or the view
-            would exceed 50 MB.
+        ViewError: when the result is of other inputs, holds nothing of this example, the image is
+            gone, or the view would exceed 50 MB.
     """
     check_match(inputs, lens)
     token_map = inputs.token_maps[check_example(inputs, example)]
     if example not in lens.example.tolist():
         examples = sorted(set(lens.example.tolist()))
         raise ViewError(f"The lens holds no position of example {example}, only of {examples}. Choose one of these.")
-    lens = lens.of(example)
-    last_first = list(range(len(lens.states)))[::-1]
-    states = [str(lens.states[at]) for at in last_first]
+    lens, positions = lens.of(example), token_map.all.tolist()
+    held = [positions.index(p) for p in lens.position.tolist()]
     names, rows = position_rows(token_map, lens.position.tolist())
-    vocabulary = dict(lens.vocabulary)
-    ids = sorted(vocabulary)
-    words = [html_safe(readable(vocabulary[i])) for i in ids] + [""]  # the last fills shorter rows
-    width = max(5, *map(len, rows))  # CircuitsVis first shows five columns, even of fewer
-
-    def by_row(values: np.ndarray, fill: int) -> np.ndarray:  # [row, state, col, k]
-        n_states, _, k = values.shape
-        out = np.full((len(rows), n_states, width, k), fill, values.dtype)
-        for i, row in enumerate(rows):
-            out[i, :, : len(row)] = values[:, row]
-        return out
-
-    word_of = by_row(np.searchsorted(ids, lens.ids[last_first].numpy()), len(ids))
-    probs = by_row(np.array(rounded(lens.probs[last_first])), 0)
-    none: list = [[[]] * len(states)] * len(rows)
-    one_state = {
-        "tokens": [words] * len(rows), "sampleLabels": names, "firstDimensionName": "State",
-        "firstDimensionLabels": states, "thirdDimensionName": "Column",
-        "topkIdxs": word_of.transpose(0, 1, 3, 2).tolist(), "topkVals": probs.transpose(0, 1, 3, 2).tolist(),
-        "bottomkIdxs": none, "bottomkVals": none,
-    }  # fmt: skip
-    # Each line starts with its state's number, which has no probability.
-    lines = [
-        [
-            [[f"{state}:", *(" " + words[t].strip() for t in word_of[row, at, col])] for at, state in enumerate(states)]
-            for col in range(width)
-        ]
-        for row in range(len(rows))
-    ]
-    line_values = [
-        [[[0.0, *probs[row, at, col].tolist()] for at in range(len(states))] for col in range(width)]
-        for row in range(len(rows))
-    ]
-    one_position = {
-        "tokens": lines, "activations": line_values, "zerothDimensionName": "Row", "zerothDimensionLabels": names,
-        "firstDimensionName": "Column",
-    }  # fmt: skip
-    place = (
-        "row and column of the image's patches" if names[0].endswith("row 0") else "row of positions, and column in it"
-    )
-    title = f"Logit lens, {lens.model}"
-    note = f"By {place}. First table: the likeliest tokens at one state; second: one position's at every state, last first. "
-    note += "Darker is likelier; hover to read the probability. State 0 is the embeddings."
-    return circuitsvis_view(
-        title, note, [("TopkTokens", one_state), ("TopkSamples", one_position)], previews.words(lens), height=640,
-        instead="fewer positions, fewer states or a smaller k when reading the lens",
+    return token_page(
+        token_units(inputs, example), "What each position reads as",
+        "Colors and frames show how likely a position's first word is at the state: pick a patch or a token for all its words.",
+        lambda: previews.words(lens), 160 + 26 * len(lens.states) + 40 * max(map(len, rows)),
+        "fewer positions, fewer states or a smaller k when reading the lens", unit="chance of the likeliest word",
+        step="State", steps=list(lens.states), first=len(lens.states) - 1, start=held[0],
+        rows=[{"name": name, "units": [held[i] for i in row]} for name, row in zip(names, rows, strict=True)],
+        lens={
+            "states": list(lens.states), "k": lens.ids.shape[2], "sources": held,
+            "data": packing.pack_words(lens.ids.numpy(), lens.probs.numpy(), dict(lens.vocabulary)),
+        },
     )  # fmt: skip
 
 

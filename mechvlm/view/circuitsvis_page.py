@@ -1,14 +1,15 @@
-"""Pages that CircuitsVis draws (Nanda and Cooney 2022).
+"""Pages of single tokens, which CircuitsVis draws (Nanda and Cooney 2022), and their maps.
 
 Its JavaScript comes from the installed package: nothing is fetched.
 
-1. Each place on the page names a CircuitsVis component and holds its data as JSON.
-2. A script renders each component into its place, so that any number of them fit on one page.
+1. A page holds its units (units.py), their values and its own words as one JSON.
+2. tokens.js lays out the page as the patch view lays out its own, and calls CircuitsVis.
 """
 
 import re
+from collections.abc import Callable
 from functools import lru_cache
-from html import escape
+from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -16,63 +17,52 @@ from typing import Any
 import numpy as np
 import torch
 
-from mechvlm.view.page import View, to_json
+from mechvlm.view.page import View, page_script, to_json
+from mechvlm.view.units import TokenUnits
 
-RENDER_SCRIPT = """
-document.querySelectorAll("[data-circuitsvis]").forEach((place, i) => {
-  const view = document.createElement("div");
-  view.id = "circuitsvis-" + i;
-  place.append(view);
-  const data = JSON.parse(place.querySelector("script").textContent);
-  CircuitsVis.render(view.id, CircuitsVis[place.dataset.circuitsvis], data);
-});
-"""
-CIRCUITSVIS_STYLE = """
-h2 { font-size: 16px; margin: 0 0 4px; }
-p.note { margin: 0 0 10px; color: #555; max-width: 80ch; }
-section { margin-bottom: 28px; }
-select { font: inherit; }
-.side { display: flex; flex-wrap: wrap; gap: 16px; align-items: flex-start; }
-.side > [data-circuitsvis] { flex: 1 1 480px; min-width: 0; max-width: 680px; }
-[data-circuitsvis] > div > div { max-width: 100% !important; }
-figure.cells { margin: 0; width: 240px; }
-figure.cells svg { width: 100%; display: block; background: #ddd; }
-figure.cells text { fill: #fff; stroke: #000; paint-order: stroke; text-anchor: middle; dominant-baseline: central; }
-figcaption { color: #555; font-size: 12px; }
-[data-circuitsvis=AttentionHeads] h2 { font-size: 13px; }
-[data-circuitsvis=AttentionHeads] h3 { font-size: 13px; margin: 0 0 6px !important; }
-[data-circuitsvis=AttentionHeads] h4 { font-size: 10px; font-weight: 600; }
-[data-circuitsvis=TopkTokens] td { padding: 1px 8px; }
-/* The logit lens gives no least likely tokens: hide the controls that would show them. */
-[data-circuitsvis=TopkTokens] tr:has(> td > div), div:has(> div > #filter-select) { display: none !important; }
-/* Replace CircuitsVis's label "Sample": a sample is a row of patches in one table, and its layers in the other. */
-[data-circuitsvis^=Topk] label[for^=sample] { font-size: 0; }
-[data-circuitsvis^=Topk] label[for^=sample]::before { font-size: 14px; }
-[data-circuitsvis=TopkTokens] label[for=sample-selector]::before { content: "Row:"; }
-[data-circuitsvis=TopkSamples] label[for=sample-selector]::before { content: "Lines:"; }
-[data-circuitsvis=TopkSamples] label[for=samples-per-page-selector]::before { content: "Lines at once:"; }
-"""
+TOKEN_SCRIPTS = ("places", "unpack", "frames", "elements", "image", "words", "tokens")
+"""The page's scripts: places, numbers, heat, what pages are made of, images, words; the page."""
+MORE = {
+    "start": None, "first": 0, "step": "", "steps": [0], "heads": [""], "values": None, "patterns": None, "lens": None,
+    "whyImage": "The stronger a patch's frame, the larger its value; inside, the image is as it is.",
+}  # fmt: skip
+"""What a page holds where a view says nothing else."""
 
 
-def circuitsvis_view(
-    title: str, note: str, components: list[tuple[str, Any]], preview: bytes, aside: str = "", **view
+def token_page(
+    units: TokenUnits, title: str, why: str, preview: Callable[[], bytes], height: int, instead: str = "", **data
 ) -> View:
-    """A view of CircuitsVis components under a title and a note.
+    """The page of a view.
 
     Args:
-        title: the page's title.
-        note: how to read the page.
-        components: names of CircuitsVis components, each with its data.
-        preview: the picture of the page, a PNG.
-        aside: HTML beside the components.
-        view: further arguments of `View`.
+        units: what it shows, and where.
+        title: its title, without the model's name.
+        why: one sentence on what is seen.
+        preview: draws the picture of the page, a PNG.
+        height: of the frame in a notebook, in pixels, without the image and the tokens.
+        instead: what to choose when the page is too large.
+        data: what tokens.js draws; `MORE` has the rest.
+
+    Raises:
+        ViewError: when an image is gone, a value is NaN or infinite, or the page is too large.
     """
-    places = "".join(
-        f'<div data-circuitsvis="{name}"><script type="application/json">{to_json(data)}</script></div>'
-        for name, data in components
-    )
-    body = f'<h2>{escape(title)}</h2>\n<p class="note">{escape(note)}</p>\n<div class="side">{places}{aside}</div>'
-    return View(title, body, (bundle(), RENDER_SCRIPT), (CIRCUITSVIS_STYLE,), lambda: preview, **view)
+    page = {**MORE, **units.page(), "title": title, "why": why, **data}
+    if not units.cells:
+        page["whyImage"] = "No token has a place on the image: each may read all of it."
+    body = f'<article class="view token-view"><script type="application/json">{to_json(page)}</script></article>'
+    folder, model = files("mechvlm.view"), units.inputs.model
+    return View(
+        f"{title}, {model}" if model else title, body, (bundle(), page_script(TOKEN_SCRIPTS)),
+        tuple((folder / f"{name}.css").read_text("utf-8") for name in ("views", "tokens")), preview,
+        height=height + _height(page), **({"instead": instead} if instead else {}),
+    )  # fmt: skip
+
+
+def _height(page: dict[str, Any]) -> int:
+    """Pixels that the image and the tokens take at a notebook's width of about 900, estimated."""
+    words = sum(24 + 8 * min(len(unit["piece"]), 20) for unit in page["units"] if unit["kind"] != "image")
+    tall = [410 * height / width for width, height in (image["size"] for image in page["images"])]
+    return 150 + max(90 + round(min(480, max(tall, default=0))), 130 + 36 * -(-words // 440))
 
 
 @lru_cache
@@ -83,15 +73,6 @@ def bundle() -> str:
         raise ImportError("CircuitsVis is not installed: pip install circuitsvis")
     source = Path(spec.submodule_search_locations[0], "dist", "cdn", "iife.js").read_text(encoding="utf-8")
     return re.sub(r"\n//# sourceMappingURL=.*", "", source)
-
-
-def html_safe(text: str) -> str:
-    """Text that stays text where CircuitsVis takes it for HTML: in token lines, not in tooltips.
-
-    An invisible word joiner follows each `<` and `&`, so that neither opens anything. HTML entities
-    would be readable in the tooltip.
-    """
-    return re.sub("[<&]", lambda match: match[0] + "\u2060", text)
 
 
 def rounded(values: torch.Tensor) -> list:

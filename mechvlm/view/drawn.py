@@ -21,6 +21,8 @@ from mechvlm.inputs.views import Grid
 
 FRAME_COLOR = (214, 0, 108)
 """The one color of heat, red, green and blue; its opacity is the share of the largest."""
+BELOW_COLOR = (0, 122, 92)
+"""The color of values below 0, which the color-blind can tell from `FRAME_COLOR`."""
 FEW_CELLS = 14
 """A view of fewer cells along its longer side has thinner frames."""
 
@@ -110,8 +112,9 @@ def frames(
     """Heat as frames around the cells, to be laid over the image: colors and opacities, 0 to 1.
 
     A frame's opacity is the cell's share of `top`, or the share of what several cells hold together
-    at that spot. Inside its frame a cell is transparent: the image keeps its colors. Where cells
-    overlap, the smallest has the frame. `frames.js` draws the same on pages.
+    at that spot; below 0 it has `BELOW_COLOR`. Inside its frame a cell is transparent: the image
+    keeps its colors. Where cells overlap, the smallest has the frame. `frames.js` draws the same on
+    pages.
     """
     total, _ = added_up(views, heats, x, y)
     tone = np.full(total.shape, -1)
@@ -128,8 +131,9 @@ def frames(
         own = np.select([edge < 0.04, edge < 0.09, edge < 0.22], [0, 2, 1], 0)
         tone = np.where((tone < 0) & inside, own, tone)
     drawn = np.zeros((*total.shape, 4))
-    drawn[..., :3] = np.where((tone == 2)[..., None], 1.0, np.array(FRAME_COLOR) / 255)
-    drawn[..., 3] = np.where(tone > 0, total / (top or 1.0), 0)
+    color = np.where((total < 0)[..., None], BELOW_COLOR, FRAME_COLOR) / 255
+    drawn[..., :3] = np.where((tone == 2)[..., None], 1.0, color)
+    drawn[..., 3] = np.where(tone > 0, np.abs(total) / (top or 1.0), 0)
     return drawn
 
 

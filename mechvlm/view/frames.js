@@ -35,9 +35,10 @@ function painter(m, sheets, box, across, down, framed = true) {
     }
   }
   const at = Int32Array.from(tone.keys()).filter(i => tone[i] === 1 || tone[i] === 2);
-  const [hue, white] = [m.color, [255, 255, 255]].map(rgb =>
+  // Values below 0 have a color of their own, where a page has such.
+  const [hue, white, below] = [m.color, [255, 255, 255], m.negative ?? m.color].map(rgb =>
     Uint32Array.from({ length: 256 }, (_, a) => new Uint32Array(Uint8ClampedArray.of(...rgb, a).buffer)[0]));
-  const alone = sheets.length === 1 ? lies[0] : null, sums = new Float32Array(alone ? 0 : n), steps = new Uint8Array(m.count);
+  const alone = sheets.length === 1 ? lies[0] : null, sums = new Float32Array(alone ? 0 : n), steps = new Int16Array(m.count);
   return {
     canvas, box,
     // The largest heat that it shows. Of a single sheet each cell counts, be it smaller than a pixel.
@@ -47,12 +48,12 @@ function painter(m, sheets, box, across, down, framed = true) {
       for (const cells of lies) for (let i = 0; i < n; i++) if (cells[i] >= 0) sums[i] += heat[cells[i]];
       return largest(sums, 0, n);
     },
-    // Opacity is the share of `top`: nothing at 0, full at `top`.
+    // Opacity is the share of `top`: nothing at 0, full at `top` and at its negative.
     paint(heat, top) {
       if (alone) for (let c = 0; c < steps.length; c++) steps[c] = top > 0 ? Math.round((255 * heat[c]) / top) : 0;
       for (const i of at) {
         const step = alone ? steps[alone[i]] : top > 0 ? Math.round((255 * sums[i]) / top) : 0;
-        out[i] = tone[i] === 2 ? white[step] : hue[step];
+        out[i] = step < 0 ? (tone[i] === 2 ? white : below)[-step] : (tone[i] === 2 ? white : hue)[step];
       }
       context.putImageData(pixels, 0, 0);
     },

@@ -7,10 +7,11 @@ import base64
 import io
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from html import escape
+from importlib.resources import files
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -143,6 +144,13 @@ class View:
             f"<title>{escape(self.title)}</title>\n{styles}</head>\n"
             f"<body>\n<script>{MARK_LIVE}</script>\n{notice}\n<main>\n{self.body}\n</main>\n{scripts}</body>\n</html>\n"
         )
+
+
+def page_script(names: Sequence[str]) -> str:
+    """Scripts of this folder as one function, so that no name of theirs reaches another view's."""
+    folder = files("mechvlm.view")
+    sources = [(folder / f"{name}.js").read_text("utf-8") for name in names]
+    return '(() => {\n"use strict";\n' + "\n".join(sources) + "})();\n"
 
 
 def to_json(data: Any) -> str:

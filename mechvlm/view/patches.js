@@ -1,14 +1,5 @@
 // The patch view: what is shown, what is picked, and who draws it. Strings enter the page as text only.
 
-function el(tag, attributes = {}, ...children) {
-  const node = document.createElement(tag);
-  for (const [name, value] of Object.entries(attributes)) node.setAttribute(name, value);
-  node.append(...children);
-  return node;
-}
-const why = (...text) => el("p", { class: "why" }, ...text);
-const heading = (...text) => el("h2", {}, ...text);
-
 async function start(root) {
   const m = await model(JSON.parse(root.querySelector("script[type='application/json']").textContent));
   const { L, H, V, S, images, rows, lens, answer, parts, ready, maps, point, rowOf } = m;
@@ -39,7 +30,7 @@ async function start(root) {
   const stages = images.flatMap((image, number) => stagesOf(m, act, image, number));
   const heatTitle = heading(), legendTop = el("span", {}), legendUnit = el("span", { class: "note" });
   const read = el("p", { class: "read", "aria-live": "polite" });
-  const legend = el("div", { class: "legend" }, "0", swatches(), legendTop, legendUnit);
+  const legend = el("div", { class: "legend" }, "0", swatches(m.color, [0, 0.25, 0.5, 0.75, 1]), legendTop, legendUnit);
   const table = wordTable(m, act), search = wordSearch(m, act);
   const wordsNote = el("small", {}), wordsTitle = heading("Reads as", wordsNote);
   const follow = el("button", { type: "button", class: "follow", hidden: "" }, "Show what it looked at");
@@ -50,7 +41,7 @@ async function start(root) {
   root.style.setProperty("--hue", `rgb(${m.color.join()})`);
   const asked = m.question && el("p", { class: "asked" }, images.length > 1 ? `About ${images.length} images it was asked: ` : "Asked: ", el("q", {}, m.question));
   root.append(
-    el("header", {}, el(document.querySelector("h1") ? "h2" : "h1", { class: "title" }, m.title),
+    el("header", {}, titled(m.title),
       ...(asked ? [asked] : []),
       ...(answer.length ? [heading("Answer"), why("Pick a word: the frames on the image show where the model looked while it wrote it."), written] : []),
       heading("Prompt"), why("A token of the prompt can be picked too. The bar under a token shows how much the pick read from it."), prompt),
@@ -75,14 +66,6 @@ async function start(root) {
       el("kbd", {}, "Esc"), " to unpin."));
   root.classList.toggle("tall", lens.states.length > 16);
   root.classList.toggle("many", images.length > 1);
-
-  // Frames as they are drawn on the image: of 0, a quarter, a half, three quarters, and the largest.
-  function swatches() {
-    const view = { first: 0, rows: 1, cols: 5, cells: FEW_CELLS, crop: [0, 0, 5, 1], dx: 1, dy: 1 };
-    const made = painter({ color: m.color, sourceOf: new Int32Array(5), count: 5 }, [[view]], view.crop, 5 * 48, 48);
-    made.paint([0, 0.25, 0.5, 0.75, 1], 1);
-    return el("span", { class: "swatches" }, made.canvas);
-  }
 
   // ---- chips ---------------------------------------------------------------------------------------------------------
   // A chip that shows `to` when it is pointed at or picked; one that shows nothing is no button.

@@ -17,7 +17,6 @@ from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import ListedColormap, Normalize
 from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
 
 from mechvlm.errors import ViewError
 from mechvlm.figures.style import style, text
@@ -29,17 +28,14 @@ from mechvlm.probes.norm_attention import NormAttentionResult
 from mechvlm.probes.query_reading import QueryReadingResult
 from mechvlm.progress import track
 from mechvlm.view import packing
-from mechvlm.view.drawn import FRAME_COLOR, added_up, frames
+from mechvlm.view.drawn import FRAME_COLOR
 from mechvlm.view.example import Pick, ShownExample, match_example
-from mechvlm.view.page import PAGE_LIMIT, View, to_json
+from mechvlm.view.page import PAGE_LIMIT, View, page_script, to_json
+from mechvlm.view.stage import Stage
 
-SCRIPTS = ("unpack", "frames", "image", "words", "heads", "link", "patches")
-"""The page's scripts: numbers, heat, images, the lens's words, layers and heads, two views with one
-cursor; the page itself."""
-STAGE_PIXELS = 400
-"""Pixels a side in which the still picture draws an image's heat."""
-VEIL = 0.76
-"""How much white lies over the part of an image that the model does not see."""
+SCRIPTS = ("places", "unpack", "frames", "elements", "image", "words", "heads", "link", "patches")
+"""The page's scripts: places, numbers, heat, what pages are made of, images, the lens's words,
+layers and heads, two views with one cursor; the page itself."""
 
 
 @dataclass(frozen=True)
@@ -155,25 +151,18 @@ def patches(
         "reading": None if shown.maps is None else _pack_maps(shown.maps),
         "color": list(FRAME_COLOR),
     }
-    body = f'<article class="patch-view"><script type="application/json">{to_json(data)}</script></article>'
+    body = f'<article class="view patch-view"><script type="application/json">{to_json(data)}</script></article>'
     _check_size(len(body), shown)
     return PatchView(
         title=f"Patches, {norms.model}: {question}{_answer_text(shown)}",
         body=body,
-        scripts=(_script(),),
-        styles=((files("mechvlm.view") / "patches.css").read_text("utf-8"),),
+        scripts=(page_script(SCRIPTS),),
+        styles=((files("mechvlm.view") / "views.css").read_text("utf-8"),),
         preview=lambda: _preview(shown),
         height=_height(shown),
         model=norms.model,
         images=tuple(image["src"] for image in data["images"]),
     )
-
-
-def _script() -> str:
-    """The page's scripts as one function, so that no name of theirs reaches another view's."""
-    folder = files("mechvlm.view")
-    sources = [(folder / f"{name}.js").read_text("utf-8") for name in SCRIPTS]
-    return '(() => {\n"use strict";\n' + "\n".join(sources) + "})();\n"
 
 
 def _pack_picks(shown: ShownExample) -> list[dict]:
@@ -247,9 +236,7 @@ def _preview(shown: ShownExample) -> bytes:
     """A PNG of what the page shows first, for where its scripts do not run."""
     heats = shown.heat(shown.first_pick, shown.first_layer)
     stages = [
-        _Stage(
-            image, *zip(*[(v, h) for v, h in zip(shown.views, heats, strict=True) if v.image == number], strict=True)
-        )
+        Stage(image, *zip(*[(v, h) for v, h in zip(shown.views, heats, strict=True) if v.image == number], strict=True))
         for number, image in enumerate(shown.pictures)
     ]
     top = max(float(stage.top) for stage in stages) or 1.0
@@ -272,32 +259,6 @@ def _preview(shown: ShownExample) -> bytes:
             warnings.filterwarnings("ignore", message="Glyph .* missing")
             figure.savefig(file, format="png", dpi=100)
     return file.getvalue()
-
-
-class _Stage:
-    """One image with the heat of all of its views, added up where they overlap."""
-
-    def __init__(self, image, views, heats):
-        self.image, self.views, self.heats = image, views, heats
-        boxes = np.array([view.grid.crop_box for view in views])
-        self.box = x0, y0, x1, y1 = *boxes[:, :2].min(0), *boxes[:, 2:].max(0)
-        steps = (np.arange(STAGE_PIXELS) + 0.5) / STAGE_PIXELS
-        self.x, self.y = x0 + steps * (x1 - x0), y0 + steps * (y1 - y0)
-        # Of views that do not overlap each cell counts, be it smaller than a spot.
-        apart = len({view.sheet for view in views}) == 1
-        self.top = max(heat.max() for heat in (heats if apart else added_up(views, heats, self.x, self.y)[:1]))
-
-    def draw(self, ax: Axes, top: float) -> None:
-        """Draw the image, paler where the model does not see it, and the heat from 0 to `top`."""
-        image, (x0, y0, x1, y1) = self.image, self.box
-        veil = np.full((image.height, image.width, 1), VEIL)
-        veil[max(0, round(y0)) : max(0, round(y1)), max(0, round(x0)) : max(0, round(x1))] = 0
-        ax.imshow(np.asarray(image) / 255 * (1 - veil) + veil)
-        ax.imshow(frames(self.views, self.heats, self.x, self.y, top), extent=(x0, x1, y1, y0), interpolation="nearest")
-        ax.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, color="#444444", linewidth=0.8))
-        ax.set_xlim(min(0, x0), max(image.width, x1))
-        ax.set_ylim(max(image.height, y1), min(0, y0))
-        ax.set_axis_off()
 
 
 def _heading(shown: ShownExample, pick: Pick) -> str:

@@ -4,19 +4,15 @@ A cell is a rectangle of patches. With several images each has its own cells; qu
 place on the image, are pooled into groups of neighbours instead.
 """
 
-import base64
-import io
-from html import escape
-from math import ceil, floor
+from collections.abc import Iterator
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from mechvlm.errors import ViewError
-from mechvlm.inputs.batch import Inputs
 from mechvlm.inputs.tokens import TokenMap
-from mechvlm.view.match import load_image
+from mechvlm.inputs.views import Box, Grid
 
 PATCH_SIGN = "▦"
 """Stands for a patch or a cell among the tokens."""
@@ -113,81 +109,20 @@ def pool_attention(
     return (member / member.sum(1, keepdim=True)) @ values @ member.T
 
 
-def cell_map(inputs: Inputs, example: int, pool: Pool) -> str:
-    """The example's images with their cells and the cells' names, as HTML.
+def cell_boxes(grid: Grid, down: int, across: int) -> Iterator[tuple[int, int, Box]]:
+    """Each cell's row and column, and where it lies: (left, top, right, bottom) in original pixels.
 
-    Empty for queries, which have no place on the image.
-
-    Raises:
-        ViewError: when an image is gone.
+    A cell holds the patches that `cell_names` gives to it, the last one in each direction as many
+    as are left.
     """
-    tokens = inputs.token_maps[example]
-    if not tokens.patches:
-        return ""
-    down, across = pool_shape(tokens, pool)
-    figures = []
-    for number, grid in enumerate(tokens.grids):
-        picture = load_image(inputs, example, number).copy()
-        picture.thumbnail((480, 480))
-        file = io.BytesIO()
-        picture.convert("RGB").save(file, "JPEG", quality=80)
-        source = f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
-        width, height = grid.image_size
-        # The frame holds the image and the cells, which reach beyond it where the processor pads.
-        x0, y0, x1, y1 = grid.crop_box
-        x, y = min(0, floor(x0)), min(0, floor(y0))
-        frame_width, frame_height = max(width, ceil(x1)) - x, max(height, ceil(y1)) - y
-        thick = max(width, height) / 240
-        shapes = [f'<rect x="{x}" y="{y}" width="{frame_width}" height="{frame_height}" fill="#888"/>']
-        shapes += [f'<image href="{source}" width="{width}" height="{height}" preserveAspectRatio="none"/>']
-        # Each cell's first row and column of patches, as `cell_names` divides them.
-        edges_y = [-(-r * grid.rows // down) for r in range(down + 1)]
-        edges_x = [-(-c * grid.cols // across) for c in range(across + 1)]
-        for r in range(down):
-            for c in range(across):
-                left, top, _, _ = grid.box(edges_y[r], edges_x[c])
-                _, _, right, bottom = grid.box(edges_y[r + 1] - 1, edges_x[c + 1] - 1)
-                shapes.append(
-                    f'<rect x="{left:.1f}" y="{top:.1f}" width="{right - left:.1f}" height="{bottom - top:.1f}" '
-                    f'fill="none" stroke="#fff" stroke-opacity=".8" stroke-width="{thick:.2f}"/>'
-                )
-                if down * across <= 64:
-                    size = min((right - left) / 4, (bottom - top) / 2.5, width / 12)
-                    shapes.append(
-                        f'<text x="{(left + right) / 2:.1f}" y="{(top + bottom) / 2:.1f}" font-size="{size:.1f}" '
-                        f'stroke-width="{size / 8:.2f}">r{r}c{c}</text>'
-                    )
-        caption = f"image {number}" if len(tokens.grids) > 1 else "image"
-        if len(tokens.grids) > 1:
-            caption += f": {PATCH_SIGN}{number}:r0c0 is its top left cell"
-        figures.append(
-            f'<figure class="cells"><svg viewBox="{x} {y} {frame_width} {frame_height}" role="img">{"".join(shapes)}</svg>'
-            f"<figcaption>{escape(caption)}</figcaption></figure>"
-        )
-    return "".join(figures)
-
-
-def token_labels(tokens: TokenMap) -> list[str]:
-    """A label for each token that is not padding, in order.
-
-    A patch is a dot, a query its number, a line break of the model's own "⏎". A label that ends in
-    a line break ends a line: after each row of patches, and around each image.
-    """
-    labels = {p: readable(tokens.strings[p]) for p in tokens.all.tolist()}
-    for image, positions in enumerate(tokens.images):
-        for i, p in enumerate(positions.tolist()):
-            labels[p] = " · " if tokens.patches else f" q{i}"
-        for view in tokens.views[image]:
-            for p in view.positions[:, -1].tolist():
-                labels[p] = " · \n"
-        for p in tokens.without_place.tolist() if tokens.patches else ():
-            labels[p] = " ⏎\n"
-            labels[p - 1] = labels[p - 1].removesuffix("\n")
-        before, last = int(positions[0]) - 1, int(positions[-1])
-        if before in labels:
-            labels[before] += "\n" * (not labels[before].endswith("\n"))
-        labels[last] += "\n" * (not labels[last].endswith("\n"))
-    return list(labels.values())
+    # Each cell's first row and column of patches, as `cell_names` divides them.
+    edges_y = [-(-r * grid.rows // down) for r in range(down + 1)]
+    edges_x = [-(-c * grid.cols // across) for c in range(across + 1)]
+    for r in range(down):
+        for c in range(across):
+            left, top, _, _ = grid.box(edges_y[r], edges_x[c])
+            _, _, right, bottom = grid.box(edges_y[r + 1] - 1, edges_x[c + 1] - 1)
+            yield r, c, (left, top, right, bottom)
 
 
 def position_rows(tokens: TokenMap, positions: list[int]) -> tuple[list[str], list[list[int]]]:

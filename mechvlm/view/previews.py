@@ -7,15 +7,18 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Float
 from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from torch import Tensor
 
 from mechvlm.figures import style as look
 from mechvlm.probes.logit_lens import LogitLensResult
+from mechvlm.view.drawn import BELOW_COLOR, FRAME_COLOR, drawn_views
+from mechvlm.view.pooling import readable
+from mechvlm.view.stage import Stage
+from mechvlm.view.units import TokenUnits
 
-CHIP_COLORS = "PuOr_r"
-"""Colors for values of either sign; readable for the color-blind."""
-CHIPS_PER_LINE = 24
+CHIPS_PER_LINE = 8
 
 
 def preview_axes(width: float | int, height: float | int) -> Axes:
@@ -55,35 +58,53 @@ def pattern(values: Float[Tensor, "dest src"], names: Sequence[str], title: str,
         return to_png(ax)
 
 
-def chips(values: Float[Tensor, " pos"], labels: Sequence[str], title: str, unit: str) -> bytes:
-    """Tokens in lines, each on the color of its value; a label with a line break ends its line."""
-    lines: list[list[int]] = [[]]
-    for i, label in enumerate(labels):
-        lines[-1].append(i)
-        if label.endswith("\n") or len(lines[-1]) == CHIPS_PER_LINE:
-            lines.append([])
-    lines = [line for line in lines if line]
-    width = max(map(len, lines))
-    shown = np.full((len(lines), width), np.nan)
+def tokens(units: TokenUnits, values: Sequence[float | None], title: str, unit: str) -> bytes:
+    """Values as frames on the images and as colors of the words beside them, each to its largest.
+
+    Args:
+        units: a unit for each token.
+        values: one for each unit; None for none.
+        title: of the picture.
+        unit: what the values are.
+    """
+    views = drawn_views(units.tokens) if units.cells else []
+    by_position = np.zeros(len(units.tokens))
+    for (position,), value in zip(units.positions, values, strict=True):
+        by_position[position] = value or 0.0
+    stages = []
+    for number, image in enumerate(units.pictures):
+        own = [view for view in views if view.image == number]
+        heats = [np.where(p < 0, 0.0, by_position[p]) for view in own if (p := view.positions) is not None]
+        stages += [Stage(image.convert("RGB"), own, heats)] if own else []
+    words = [number for number in range(len(values)) if number not in set(units.cells)]
     with look.style():
-        ax = preview_axes(max(6.0, 2 + 0.42 * width), 1 + 0.3 * len(lines))
-        for row, line in enumerate(lines):
-            shown[row, : len(line)] = values[line].numpy()
-        low, high = min(float(values.min()), 0.0), max(float(values.max()), 0.0)
-        most = max(-low, high) or 1.0
-        cmap, limits = (CHIP_COLORS, (-most, most)) if low < 0 else ("Blues", (0, most))
-        mesh = ax.imshow(shown, cmap=cmap, vmin=limits[0], vmax=limits[1], aspect="auto")
-        for row, line in enumerate(lines):
-            for col, i in enumerate(line):
-                dark = abs(shown[row, col]) > 0.6 * most
-                ax.text(
-                    col, row, look.text(labels[i], 7), ha="center", va="center", fontsize=5.5,
-                    color="white" if dark else "#222222",
-                )  # fmt: skip
-        ax.set_axis_off()
-        ax.set_title(look.text(title, 200))
-        ax.figure.colorbar(mesh, ax=ax, label=look.text(unit, 60))
-        return to_png(ax)
+        figure = Figure((4.2 * len(stages) + 5.4, 4.6), layout="constrained")
+        ratios = [4.2] * len(stages) + [5.4]
+        *left, right = figure.subplots(1, len(ratios), squeeze=False, width_ratios=ratios)[0]
+        top = max((float(stage.top) for stage in stages), default=0.0)
+        for ax, stage in zip(left, stages, strict=True):
+            stage.draw(ax, top)
+            ax.set_title(look.text(f"{unit}: at most {top:.3g}", 60), fontweight="normal")
+        shown = np.array([np.nan if (value := values[number]) is None else value for number in words])
+        chips(right, shown, [units.pieces[number] for number in words], unit)
+        figure.suptitle(look.text(title, 200))
+        return to_png(right)
+
+
+def chips(ax: Axes, values: Float[np.ndarray, " word"], labels: Sequence[str], unit: str) -> None:
+    """Words in lines of eight, each on the color of its value; NaN stays white."""
+    shown = np.full((-(-len(labels) // CHIPS_PER_LINE), CHIPS_PER_LINE), np.nan)
+    shown.flat[: len(values)] = values
+    most, low = float(np.nanmax(np.abs(values), initial=0.0)) or 1.0, float(np.nanmin(values, initial=0.0))
+    # As on the page: words stay readable on the fullest color.
+    below, above = (np.array(color) / 255 * 0.58 + 0.42 for color in (BELOW_COLOR, FRAME_COLOR))
+    cmap = LinearSegmentedColormap.from_list("chips", ([below] if low < 0 else []) + [np.ones(3), above])
+    mesh = ax.imshow(shown, cmap=cmap, vmin=-most if low < 0 else 0.0, vmax=most, aspect="auto")
+    for number, label in enumerate(labels):
+        row, col = divmod(number, CHIPS_PER_LINE)
+        ax.text(col, row, look.text(readable(label), 9), ha="center", va="center", fontsize=6.5, color="#222222")
+    ax.set_axis_off()
+    ax.figure.colorbar(mesh, ax=ax, location="bottom", shrink=0.7, aspect=36, label=look.text(unit, 60))
 
 
 def by_layer(values: Float[Tensor, "layer pos"], layers: Sequence[int], title: str, unit: str) -> bytes:

@@ -24,9 +24,10 @@ const percent = x => (x > 0 && x < 0.0005 ? "<0.1" : whole(x)) + " %";
 const number = x => (x === 0 ? "0" : Math.abs(x) < 1e-4 ? x.toExponential(1) : String(Number(x.toPrecision(2))));
 const clamp = (x, low, high) => Math.min(high, Math.max(low, x));
 
+// The largest of some values, whatever their sign.
 function largest(values, from, to) {
   let most = 0;
-  for (let i = from; i < to; i++) if (values[i] > most) most = values[i];
+  for (let i = from; i < to; i++) most = Math.max(most, Math.abs(values[i]));
   return most;
 }
 
@@ -36,20 +37,29 @@ function shown(piece) {
   return plain.replace(/[\p{Cc}\p{Cf}\p{Zl}\p{Zp}]/gu, c => (c === "\u200d" ? c : "·")) || "·";
 }
 
+// The lens's words: which sources it read (`point`), and the word of each rank at each state.
+async function unpackWords(lens) {
+  const buffer = await unpack(lens.data), take = reader(buffer), n = lens.states.length * lens.k * lens.sources.length;
+  const [low, mid, high, chances] = [1, 2, 3, 4].map(() => take(Uint8Array, n));
+  const list = JSON.parse(new TextDecoder().decode(take(Uint8Array, buffer.byteLength - 4 * n)));
+  const words = { list, label: list.map(shown) }, point = new Map(lens.sources.map((source, i) => [source, i]));
+
+  // The word of rank k at the lens's state number i: its number in the list, and its chance in steps.
+  const idAt = at => low[at] | (mid[at] << 8) | (high[at] << 16);
+  function wordAt(i, k, source) {
+    if (!point.has(source)) return null;
+    const at = (i * lens.k + k) * lens.sources.length + point.get(source), id = idAt(at), share = fine[chances[at]];
+    return { id, text: words.label[id], piece: words.list[id], share };
+  }
+  return { words, point, idAt, wordAt };
+}
+
 // The page's data with what can be asked of them: `L` layers, `H` heads, `S` sources, of which the first `V` are visual.
 async function model(data) {
   const { layers: L, heads: H, visual: V, images, views, rows, lens } = data;
   const S = data.positions.length, G = images.length + 2, parts = [[0, V], [V, S]];
 
-  // Cells of all views are counted through. `sourceOf` and `cellOf` turn a cell into the source that it holds and back, -1: none.
-  let count = 0;
-  for (const view of views) {
-    Object.assign(view, { first: count, dx: (view.crop[2] - view.crop[0]) / view.cols, dy: (view.crop[3] - view.crop[1]) / view.rows });
-    count += view.rows * view.cols;
-  }
-  const viewsOf = image => views.filter(view => view.image === image);
-  const sheetsOf = image => [...new Set(viewsOf(image).map(view => view.sheet))].map(n => viewsOf(image).filter(view => view.sheet === n));
-  const sourceOf = new Int32Array(count), cellOf = new Int32Array(V);
+  const where = places(images, views), { count, sourceOf, place, ofView } = where, cellOf = new Int32Array(V);
   for (const view of views) for (const c of view.empty) sourceOf[view.first + c] = -1;
   if (!data.reading) {
     let source = 0;
@@ -113,60 +123,17 @@ async function model(data) {
     const { like, source, word } = rows[i];
     return decoded[i] ??= (like === undefined ? readRow(rows[i]) : decode(like).then(other => ({ ...other, source, word }))).then(row => (ready[i] = row));
   }
-  const [, words, maps] = await Promise.all([
+  const [, held, maps] = await Promise.all([
     decode(data.start.row),
-    unpack(lens.data).then(buffer => {
-      const take = reader(buffer), n = lens.states.length * lens.k * lens.sources.length;
-      const [low, mid, high, chances] = [1, 2, 3, 4].map(() => take(Uint8Array, n));
-      const list = JSON.parse(new TextDecoder().decode(take(Uint8Array, buffer.byteLength - 4 * n)));
-      return { low, mid, high, chances, list, label: list.map(shown) };
-    }),
+    unpackWords(lens),
     data.reading && unpack(data.reading).then(buffer => {
       const take = reader(buffer), top = take(Float32Array, V), steps = take(Uint8Array, V * count);
       return Float32Array.from(steps, (q, i) => top[Math.floor(i / count)] * fine[q]);
     }),
   ]);
-  const point = new Map(lens.sources.map((source, i) => [source, i]));
-
-  // The word of rank k at the lens's state number i: its number in the list, and its chance in steps.
-  const idAt = at => words.low[at] | (words.mid[at] << 8) | (words.high[at] << 16);
-  function wordAt(i, k, source) {
-    if (!point.has(source)) return null;
-    const at = (i * lens.k + k) * lens.sources.length + point.get(source), id = idAt(at), share = fine[words.chances[at]];
-    return { id, text: words.label[id], piece: words.list[id], share };
-  }
-
-  // ---- places --------------------------------------------------------------------------------------------------------
-  // Where a cell lies.
-  function place(cell) {
-    const view = views.findLast(v => v.first <= cell), n = cell - view.first;
-    return { view, image: view.image, row: Math.floor(n / view.cols), col: n % view.cols };
-  }
-
-  // The cell of some views that lies at (x, y) and holds a token: the smallest, where they overlap.
-  function cellAt(own, x, y) {
-    let best = null;
-    for (const view of own) {
-      const row = Math.floor((y - view.crop[1]) / view.dy), col = Math.floor((x - view.crop[0]) / view.dx);
-      if (row < 0 || row >= view.rows || col < 0 || col >= view.cols || sourceOf[view.first + row * view.cols + col] < 0) continue;
-      if (!best || view.dx * view.dy < best.view.dx * best.view.dy) best = { view, cell: view.first + row * view.cols + col };
-    }
-    return best?.cell ?? null;
-  }
 
   // ---- names ---------------------------------------------------------------------------------------------------------
   const headName = h => h ? `head ${h - 1}` : H > 1 ? "all heads" : "head 0";
-  const ofView = (view, image) => (viewsOf(image).length > 1 ? ` of ${view.name}` : "") + (images.length > 1 ? ` of image ${image}` : "");
-
-  function shapeOf(own) {
-    const shapes = [...new Set(own.map(view => `${view.rows} × ${view.cols}`))];
-    return shapes.length > 1 ? String(own.reduce((n, view) => n + view.rows * view.cols, 0)) : own.length > 1 ? `${own.length} × ${shapes[0]}` : shapes[0];
-  }
-
-  function patchName(patch) {
-    const { view, image, row, col } = place(patch);
-    return `row ${row}, column ${col}${ofView(view, image)}`;
-  }
 
   function placeName(source) {
     if (source >= V) return `token “${shown(data.pieces[source - V])}”`;
@@ -176,8 +143,8 @@ async function model(data) {
   }
 
   return {
-    ...data, L, H, V, S, count, parts, decode, ready, words, maps, point, sourceOf, cellOf,
+    ...data, ...where, ...held, L, H, V, S, parts, decode, ready, maps, cellOf,
     rowOf: new Map(rows.map((row, i) => [row.source, i])), rowOfWord: new Map(rows.map((row, i) => [row.word, i])),
-    values, shareOf, onImages, spread, wordAt, idAt, viewsOf, sheetsOf, place, cellAt, headName, shapeOf, patchName, placeName,
+    values, shareOf, onImages, spread, headName, placeName, isVisual: source => source < V,
   };
 }

@@ -54,7 +54,7 @@ function wordSearch(m, act) {
   const said = el("p", { class: "said", "aria-live": "polite" }), jump = el("button", { type: "button", class: "jump", hidden: "" }, "Jump to the first");
   const bars = el("div", { class: "counts", role: "group", "aria-label": "patches that read as the word, by state", hidden: "" });
   const curve = el("figure", { class: "curve", hidden: "" });
-  const visual = lens.sources.flatMap((source, n) => (source < m.V ? [[source, n]] : [])), what = m.maps ? "quer" : "patch";
+  const visual = lens.sources.flatMap((source, n) => (m.isVisual(source) ? [[source, n]] : [])), what = m.maps ? "quer" : "patch";
   const many = n => `${n} ${what}${m.maps ? (n === 1 ? "y" : "ies") : n === 1 ? "" : "es"}`;
   let searched = null, first = null, shownAt;
 

@@ -66,8 +66,10 @@ def baseline(study, model: str, pair: str) -> np.ndarray:
     return rows.sort_values("state")["value"].to_numpy()
 
 
-def assert_curve(ax, line, values: np.ndarray, seed: int = SEED, x=None, limits=(-1.0, 1.0)) -> None:
-    """The line holds the mean over examples, in its deviation and its interval.
+def assert_curve(
+    ax, line, values: np.ndarray, seed: int = SEED, x=None, limits=(-1.0, 1.0), spread: bool = True
+) -> None:
+    """The line holds the mean over examples, in its deviation (with `spread`) and its interval.
 
     values: [example x], NaN where an example has none.
     """
@@ -75,13 +77,18 @@ def assert_curve(ax, line, values: np.ndarray, seed: int = SEED, x=None, limits=
     x = np.arange(values.shape[1]) if x is None else x
     assert line.get_xdata() == pytest.approx(x)
     assert line.get_ydata() == pytest.approx(mean)
-    pale, dark = bands(ax, to_hex(line.get_color()))
+    *pale, dark = bands(ax, to_hex(line.get_color()))
     _, low, high = mean_interval(torch.tensor(values), seed=seed)
+    np.testing.assert_allclose(np.array(list(ends_of(dark).values())), np.stack([low, high], 1))
+    assert len(pale) == spread
+    assert len(bands(ax)) <= 5, "no more bands than an eye tells apart"
+    if not spread:
+        return
+    (pale,) = pale
     deviation = np.nanstd(values, axis=0)
-    ends, sure = list(ends_of(pale).values()), list(ends_of(dark).values())
-    spread = np.clip([mean - deviation, mean + deviation], *limits)
-    np.testing.assert_allclose(np.array(ends), spread.T)
-    np.testing.assert_allclose(np.array(sure), np.stack([low, high], 1))
+    ends = list(ends_of(pale).values())
+    within = np.clip([mean - deviation, mean + deviation], *limits)
+    np.testing.assert_allclose(np.array(ends), within.T)
     assert pale.get_alpha() < dark.get_alpha()
 
 
@@ -162,7 +169,7 @@ def test_each_panel_of_the_lens_holds_its_own_measure(study):
             assert len(ax.lines) == len(has)
             for label, (tokens, captions) in has.items():
                 values = by_example(study, model, "lens", tokens=tokens, captions=captions, measure=measure)
-                assert_curve(ax, line_of(ax, label), values, limits=(0.0, 1.0))
+                assert_curve(ax, line_of(ax, label), values, limits=(0.0, 1.0), spread=False)
         assert block[-1].get_xlabel() == "state (0 = embeddings)"
         assert numbered(x_ticks(block[-1]))
     assert [t.get_text() for t in figure.legends[0].get_texts()][:5] == list(WORDS)
@@ -172,7 +179,8 @@ def test_contextualization_holds_three_curves_and_their_baselines(study):
     figure, _ = study.plot("contextualization")
     for model, (ax,) in blocks_of(figure, 1).items():
         for pair, label in (("inter", "image – text"), ("image", "within image"), ("text", "within text")):
-            assert_curve(ax, line_of(ax, label), by_example(study, model, "contextualization", pair=pair))
+            values = by_example(study, model, "contextualization", pair=pair)
+            assert_curve(ax, line_of(ax, label), values, spread=False)
             (dotted,) = lines_like(ax, LINES[pair].color, DOTTED)
             assert dotted.get_ydata() == pytest.approx(baseline(study, model, pair))
         assert numbered(x_ticks(ax))
@@ -182,7 +190,7 @@ def test_contextualization_holds_three_curves_and_their_baselines(study):
 def test_bands_of_cosines_go_below_0(study):
     around_0 = study.tables["contextualization"].assign(value=lambda rows: rows["value"] - 0.4)
     below = replace(study, tables={**study.tables, "contextualization": around_0})
-    ax = below.plot("contextualization").figure.axes[0]
+    ax = below.plot("phases").figure.axes[0]
     values = by_example(below, "some/deep", "contextualization", pair="inter")
     assert (values.mean(0) - values.std(0)).min() < -0.1
     assert_curve(ax, line_of(ax, "image – text"), values)

@@ -18,7 +18,7 @@ from transformers.models.llava.image_processing_pil_llava import LlavaImageProce
 import mechvlm as mv
 from helpers.images import noise_image
 from mechvlm.inputs.grids import _margin, check_resize, patch_grid
-from mechvlm.view.pooling import cell_map
+from mechvlm.view.units import cell_units
 
 # Where torchvision is installed, `CLIPImageProcessor` and `LlavaImageProcessor` resize by it.
 KINDS = sorted(
@@ -145,11 +145,12 @@ def test_views_show_the_padding_around_the_image(padding_vlm):
     page = mv.view.patches(inputs, lens, norms).body
     crop = json.loads(re.search(r'"crop": ?(\[.*?\])', page)[1])
     assert crop == [0, -100, 300, 200]
-    cells = cell_map(inputs, 0, None)
-    assert 'viewBox="0 -100 300 300"' in cells, "the cells above the image are drawn, and not cut off"
-    assert re.search(r'<rect x="0\.0" y="-100\.0" width="37\.5" height="37\.5"', cells)
+    units, _, _ = cell_units(inputs, 0, None)
+    boxes = {view["name"]: view["crop"] for view in units.views}
+    assert boxes["r0c0"] == [0, -100, 37.5, -62.5], "the cells above the image are drawn too"
     plain = mv.load("tiny-llava", check=False)
-    assert 'viewBox="0 0 300 100"' in cell_map(plain.inputs(noise_image(0, (300, 100)), "a"), 0, None)
+    units, _, _ = cell_units(plain.inputs(noise_image(0, (300, 100)), "a"), 0, None)
+    assert units.views[0]["crop"] == pytest.approx([100, 0, 112.5, 12.5]), "of a cut image those that the model sees"
 
 
 def test_an_object_on_a_padded_image_is_ablated_where_it_lies(padding_vlm):

@@ -13,6 +13,7 @@ from PIL import Image
 
 import mechvlm as mv
 from helpers.images import noise_image
+from helpers.page_rules import CONTRAST, CUT, SCREENS, SMALL
 from mechvlm.datasets import Dataset, Example, fingerprint
 from mechvlm.study import run
 from mechvlm.study.report import gallery
@@ -61,7 +62,7 @@ def test_each_card_leads_to_its_examples_views(study, views, llava_vlm, blip_vlm
     assert [(v["model"], v["example"]) for v in views] == [(name, i) for name in names for i in IDS]
     cards = (study.out / "report.html").read_text(encoding="utf-8").split('<div class="card">')[1:]
     for card, (example, _) in zip(cards, study.gallery, strict=True):
-        assert unescape(card).count(example.id) == 1
+        assert unescape(card).count(example.id) == 3, "beside the picture, and in the name of each link"
         files = [v["file"] for v in views if v["example"] == example.id]
         assert re.findall(r'href="([^"]*)"', card) == [file for file in files for _ in range(2)], "picture and words"
 
@@ -138,8 +139,10 @@ def test_the_report_opens_offline_and_its_links_open_views_that_draw(open_page, 
     broken = "[...document.images].filter(i => !(i.complete && i.naturalWidth > 20)).length"
     assert page.evaluate(broken) == 0
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), "nothing sticks out"
-    links = page.get_by_role("link", name="Open the patch view")
-    assert links.count() == len(views)
+    links = page.locator("a.open")
+    names = links.all_inner_texts()
+    assert len(set(names)) == len(names) == len(views), "each says what it opens"
+    assert all(name.startswith("Patch view of ") and PROMPT in name for name in names)
     for number in range(links.count()):
         links.nth(number).click()
         page.wait_for_selector(".patch-view[data-ready]", timeout=20_000)
@@ -150,6 +153,38 @@ def test_the_report_opens_offline_and_its_links_open_views_that_draw(open_page, 
         assert PROMPT in page.title()
         page.go_back()
         assert page.evaluate("window.ran") is None
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize(("width", "scheme"), SCREENS)
+def test_the_report_is_read_on_every_screen(open_page, study, width, scheme):
+    phone = {"has_touch": True, "is_mobile": True} if width < 500 else {}
+    page = open_page(study.out / "report.html", viewport={"width": width, "height": 900}, color_scheme=scheme, **phone)
+    assert [text for ratio, text in page.evaluate(CONTRAST) if ratio < 4.5] == []
+    assert page.evaluate("document.documentElement.scrollWidth") <= width, "the page does not scroll sideways"
+    assert page.locator("main").count() == page.locator("h1").count() == 1
+    assert page.evaluate(SMALL.replace("button, input", "nav a, .files a, .open, button, input")) == []
+    assert page.evaluate(CUT, "h1, h2, p, li, dd, figcaption, .card") == [], "no word is cut"
+    ground = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert ground == ("rgb(255, 255, 255)" if scheme == "light" else "rgb(20, 24, 28)")
+    for figure in page.locator("figure").all():
+        # Type of 9 points is 9 pixels high or more, and what is wider than the window scrolls.
+        natural, drawn, room = figure.evaluate(
+            """f => { const i = f.querySelector("img");
+            return [i.naturalWidth, i.clientWidth, f.querySelector(".scroll").clientWidth]; }"""
+        )
+        assert drawn >= natural * 0.74
+        assert drawn <= room or width < 500, "on a screen the whole of it is seen"
+    for at, link in enumerate(page.locator("nav a").all()):
+        link.click()
+        tops = page.locator("h2").evaluate_all("all => all.map(h => h.getBoundingClientRect().top)")
+        at_the_end = page.evaluate("scrollY + innerHeight >= document.documentElement.scrollHeight - 2")
+        assert abs(tops[at]) < 5 or at_the_end
+    if width == 1280:
+        page.locator("figure a").first.click()
+        assert page.url.endswith("figures/phases.png")
+    files = page.locator(".files a").evaluate_all("all => all.map(a => a.getAttribute('href'))") if width > 1280 else []
+    assert all((study.out / file).stat().st_size > 3_000 for file in files)
 
 
 @pytest.mark.browser

@@ -74,8 +74,8 @@ def study() -> mv.Study:
 @pytest.fixture(scope="module")
 def page(study, tmp_path_factory) -> str:
     figures = tmp_path_factory.mktemp("figures")
-    for name in (*FIGURE_TITLES, "pairs"):
-        (figures / f"{name}.svg").write_text(f"the figure {name}")
+    for name in FIGURE_TITLES:
+        (figures / f"{name}.svg").write_text(f'<svg width="321.6pt">the figure {name}')
     models = {
         model: {**about, "class": "A", "device": "cpu", "revision": None} for model, about in study.models.items()
     }
@@ -84,7 +84,7 @@ def page(study, tmp_path_factory) -> str:
         "settings": study.settings, "models": models,
     }  # fmt: skip
     files = {key: f"views/{key[0]}-{key[1]}.html" for key in study.views}
-    return render(study, record, {name: f"caption of {name}" for name in (*FIGURE_TITLES, "pairs")}, figures, files)
+    return render(study, record, {name: f"caption of {name}" for name in FIGURE_TITLES}, figures, files)
 
 
 def rows_of(html: str) -> list[list[str]]:
@@ -106,6 +106,12 @@ def with_interval(values: np.ndarray, state: int, between: str = "") -> str:
     """A mean over examples and its interval, as the page writes them."""
     mean, low, high = (x[state].item() for x in mean_interval(torch.tensor(values), seed=SEED))
     return f"{mean:.2f}{between} {low:.2f} to {high:.2f}"
+
+
+def in_brackets(values: np.ndarray, at: int) -> str:
+    """A mean over examples and its interval, as a finding says them."""
+    mean, low, high = (x[at].item() for x in mean_interval(torch.tensor(values), seed=SEED))
+    return f"{mean:.2f} [{low:.2f}, {high:.2f}]"
 
 
 def test_the_first_table_holds_each_models_means_and_intervals(study, page):
@@ -131,16 +137,72 @@ def test_the_first_table_holds_each_models_means_and_intervals(study, page):
 
 
 def test_each_figure_stands_under_its_own_title(page):
-    for name, title in [*FIGURE_TITLES.items(), ("pairs", "Winoground’s pairs")]:
+    for name, title in FIGURE_TITLES.items():
         part = page.split(f". {title}</h2>")[1].split("</figure>")[0]
         source = re.search(r'src="data:image/svg\+xml;base64,([^"]*)"', part)
         assert source is not None
-        assert base64.b64decode(source[1]).decode() == f"the figure {name}"
+        assert base64.b64decode(source[1]).decode() == f'<svg width="321.6pt">the figure {name}'
         assert f"<figcaption>caption of {name}</figcaption>" in part
+        assert 'style="width: max(322px, min(100%, 429px))"' in part, "type of 9 points is 9 pixels high"
+        links = re.findall(r'href="([^"]*)"', page.split(f". {title}</h2>")[1].split("<h")[0])
+        assert links == [f"figures/{name}.{suffix}" for suffix in ("png", "png", "svg", "pdf")]
+
+
+def test_each_figure_stands_under_what_it_found(study, page):
+    """Its sentence holds the tables' numbers; n, controls, intervals and seed stand beneath."""
+    told = {
+        name: unescape(re.search(f'<h2 id="{name}">.*?<p class="finding">(.*?)</p>', page, re.S)[1])
+        for name in FIGURE_TITLES
+        if name != "answers"
+    }
+    for model in DEPTHS:
+        own, other = words_of(study, model, "precision"), words_of(study, model, "precision", "other")
+        best = int(own.mean(0).argmax())
+        words = told["lens"].split(f"{model}: ")[1].split(";")[0]
+        assert words.startswith(f"at state {best} of {DEPTHS[model]}, {in_brackets(own, best)} of the words")
+        assert words.rstrip(".").endswith(f"and {in_brackets(other, best)} in another image's")
+        cosines = study.tables["contextualization"].query("model == @model and pair == 'inter'")
+        inter = cosines.pivot(index="example", columns="state", values="value").to_numpy()
+        low, high = int(inter.mean(0).argmin()), int(inter.mean(0).argmax())
+        alike = told["contextualization"].split(f"{model}: ")[1].split(";")[0]
+        assert f"least alike at state {low} (mean cosine {in_brackets(inter, low)})" in alike
+        assert f"most at state {high} ({in_brackets(inter, high)})" in alike
+        shares = {}
+        for measure in ("norm", "weight"):
+            rows = study.tables["attention_share"].query(
+                "model == @model and dest == 'last_text' and measure == @measure"
+            )
+            shares[measure] = rows.pivot(index="example", columns="layer", values="value").to_numpy()
+        layer = int(shares["norm"].mean(0).argmax())
+        read = told["norm_attention"].split(f"{model}: ")[1].split(";")[0]
+        norm, weight = (in_brackets(shares[measure], layer) for measure in ("norm", "weight"))
+        assert f"at layer {layer}: {norm} of its norms, and {weight} of its raw weights" in read
+        phases, shows = study.phases[model], told["phases"].split(f"{model}: ")[1].split(";")[0]
+        assert ("does not show" in shows) != phases.shows_pattern
+        right = pair_scores(pair_values(model)[4, -1])[0]
+        text = told["pairs"].split(f"{model}: ")[1].split(";")[0]
+        assert text.startswith(f"{100 * right.double().mean():.1f} % [")
+    for name in FIGURE_TITLES:
+        rows = re.search(f'<h2 id="{name}">.*?<dl class="facts">(.*?)</dl>', page, re.S)[1]
+        facts = dict(re.findall(r"<dt>(.*?)</dt><dd>(.*?)</dd>", rows))
+        of_pairs = ", ".join(f"{model} {len(pair_values(model)[0, 0])} pairs" for model in DEPTHS)
+        assert facts["n"] == (of_pairs if name == "pairs" else "deep 5, other 5")
+        assert facts["seed"] == str(SEED)
+        assert re.match(
+            r"95 % bootstrap of the mean, [\d,]+ resamples of the " + ("pairs" if name == "pairs" else "examples"),
+            facts["intervals"],
+        )
+        assert facts["controls"]
+
+
+def test_the_contents_lead_to_every_section(page):
+    contents = re.findall(r'<li><a href="#(\w+)">', page.split("<nav")[1].split("</nav>")[0])
+    assert contents == re.findall(r'<h2 id="(\w+)"', page)
+    assert contents == ["findings", *FIGURE_TITLES, "examples", "run"]
 
 
 def test_phases_are_told_with_their_intervals(study, page):
-    part = page.split("The four-phase diagram</h2>")[1].split("<h2>")[0]
+    part = page.split("The four-phase diagram</h2>")[1].split("<h2")[0]
     for model in DEPTHS:
         phases = study.phases[model]
         table = rows_of(part.split(f"<h3>{model}</h3>")[1].split("</table>")[0])[1:]
@@ -158,7 +220,7 @@ def test_each_card_holds_its_own_answers_words_and_pictures(study, page):
     cards = page.split('<div class="card">')[1:]
     assert len(cards) == 2
     for i, card in enumerate(cards):
-        readings = re.split(r"<div><a href=", card.split("<h2>")[0])
+        readings = re.split(r"<div><a href=", card.split("<h2")[0])
         assert f"caption {i}" in readings[0]
         for reading, (model, n_layers) in zip(readings[1:], DEPTHS.items(), strict=True):
             assert f"<b>{model}</b>: answer of {model} to {i}<" in reading
@@ -167,6 +229,7 @@ def test_each_card_holds_its_own_answers_words_and_pictures(study, page):
             assert words == [(str(state), f"{model}{i}at{state}") for state in states]
             assert reading.count(f'"views/{model}-e00{i}.html"') == 2
             assert f"What “token{i}” reads at layer {i}" in reading
+            assert f">Patch view of e00{i}, “Describe the scene.”, {model}</a>" in reading
 
 
 def test_pairs_have_their_scores_and_intervals_with_the_studys_seed(study, page):

@@ -260,7 +260,9 @@ def test_a_prompt_without_room_or_text_is_refused(llava_vlm, blip_vlm):
 def test_the_folder_is_whole_and_reads_back(study):
     names = {str(p.relative_to(study.out)) for p in study.out.rglob("*") if p.is_file()}
     figures = {
-        f"figures/{n}.{s}" for n in ("phases", "lens", "contextualization", "norm_attention") for s in ("png", "svg")
+        f"figures/{n}.{s}"
+        for n in ("phases", "lens", "contextualization", "norm_attention")
+        for s in ("png", "svg", "pdf")
     }
     views = {f"views/{i + 1:02}-{VLM}-e{i % 6}.html" for i, VLM in enumerate([LLAVA] * 6 + [BLIP] * 6)}
     single = {"report.html", "run.json", "settings.json", "skipped.csv", "data/README.txt", "views/gallery.parquet"}
@@ -291,6 +293,9 @@ def test_figures_show_something(study):
         assert 0.03 < (pixels.min(-1) < 0.97).mean() < 0.97, f"{name} is blank or full"
         assert len(np.unique((pixels[::5, ::5] * 255).astype(np.uint8).reshape(-1, 3), axis=0)) > 30
         assert (study.out / "figures" / f"{name}.svg").read_text().startswith("<?xml")
+        pdf = (study.out / "figures" / f"{name}.pdf").read_bytes()
+        assert pdf.startswith(b"%PDF")
+        assert b"CreationDate" not in pdf, "the same study gives the same file"
 
 
 def test_figures_can_be_drawn_from_the_files_alone(study):
@@ -303,7 +308,6 @@ def test_figures_can_be_drawn_from_the_files_alone(study):
         "image tokens, another's captions, each alone",
         "text tokens, own captions",
         " ",
-        "± 1 standard deviation",
         "95% interval of the mean",
     ]
     assert "template included" in caption
@@ -316,7 +320,7 @@ def test_figures_can_be_drawn_from_the_files_alone(study):
 
 def requests_of(page: str) -> list[str]:
     """The addresses that a browser would fetch before anything is clicked."""
-    page = re.sub(r'<a [^>]*href="views/[\w-]+\.html"', "<a ", page)
+    page = re.sub(r'<a [^>]*href="(views/[\w-]+\.html|figures/\w+\.(png|svg|pdf)|#\w+)"', "<a ", page)
     addresses = re.findall(r"(?:src|href|srcset|poster|data|action)\s*=\s*[\"']?([^\"'\s>]+)", page, re.IGNORECASE)
     addresses += re.findall(r"(?:url\(|@import)\s*[\"']?([^\"')\s]+)", page, re.IGNORECASE)
     return [address for address in addresses if not address.startswith("data:")]

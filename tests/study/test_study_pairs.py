@@ -113,7 +113,7 @@ def test_summary_lines_and_report(study, direct):
     caption = record["figures"]["pairs"]
     assert "n = 5 (0 set aside)" in caption
     assert "seed 3" in caption
-    assert {p.name for p in (study.out / "figures").glob("pairs.*")} == {"pairs.png", "pairs.svg"}
+    assert {p.name for p in (study.out / "figures").glob("pairs.*")} == {"pairs.png", "pairs.svg", "pairs.pdf"}
 
 
 def test_the_figure_shows_matched_less_mismatched(study, direct):

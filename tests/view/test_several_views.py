@@ -13,7 +13,7 @@ from helpers.several_views import SIZE, results, tokens_of
 from mechvlm.inputs.views import AreaGrid, View
 from mechvlm.view.drawn import added_up, drawn_views
 from mechvlm.view.example import match_example
-from mechvlm.view.pooling import cell_names, pool_attention, position_rows, token_groups, token_labels
+from mechvlm.view.pooling import cell_names, pool_attention, position_rows, token_groups
 
 
 def test_every_view_has_its_heat():
@@ -94,10 +94,8 @@ def test_pooled_cells_hold_every_token_once():
     assert torch.allclose(pool_attention(rows, member).sum(-1), (member / member.sum(1, keepdim=True)) @ rows.sum(-1))
 
 
-def test_labels_and_rows_follow_the_views():
+def test_rows_follow_the_views():
     tokens = tokens_of()
-    text = "".join(token_labels(tokens))
-    assert text.split("\n")[1:-1] == [" ·  ·  ⏎", " ·  ·  ⏎", " ·  ·  · ", " ·  ·  · "]
     names, rows = position_rows(tokens, tokens.image.tolist())
     assert names == ["thumbnail, row 0", "thumbnail, row 1", "tile 0,1, row 0", "tile 0,1, row 1", "line breaks"]
     assert rows == [[6, 7, 8], [9, 10, 11], [0, 1], [3, 4], [2, 5]]

@@ -4,6 +4,7 @@ Grids are not square, one image is padded and one is cut, and values fall on no 
 """
 
 import io
+import json
 import re
 from dataclasses import replace
 
@@ -65,7 +66,8 @@ VEIL = 0.76
 
 def frame(image: np.ndarray, share: float) -> np.ndarray:
     """The image's color under the frame of a patch: its opacity is the share of the largest."""
-    return image * (1 - share) + np.array([214, 0, 108]) * share
+    color = [0, 122, 92] if share < 0 else [214, 0, 108]
+    return image * (1 - abs(share)) + np.array(color) * abs(share)
 
 
 def frame_scale(grid) -> float:
@@ -207,23 +209,31 @@ def test_the_picture_of_patterns(saved):
 
 
 def test_the_picture_of_tokens(saved):
-    """Values on their tokens, an image's rows in lines, padding left out."""
+    """Values as frames of the patches and colors of the words, padding left out."""
     inputs, *_ = uneven()
     tokens = inputs.tokens
     values = torch.linspace(-1, 3, 21)[torch.randperm(21, generator=torch.Generator().manual_seed(3))]
-    lines = [[2, 3], [4, 5, 6], [7, 8, 9], [10], [11, 12], [13, 14], [15, 16], [17, 18, 19, 20]]
     picture = rgb(mv.view.tokens(inputs, values).picture)
-    ax, most = saved[-1].axes[0], float(values[tokens.all].abs().max())
+    *stages, ax, _ = saved[-1].axes
+    most = float(values[tokens.image].abs().max())
+    assert (values[tokens.image] < 0).any(), "else nothing is tested"
+    for stage, image, where, grid in zip(stages, inputs.images[0], tokens.images, tokens.grids, strict=True):
+        pixels = np.asarray(image).astype(float)
+        for (r, c), value in np.ndenumerate(values[where].reshape(grid.rows, grid.cols).numpy()):
+            if grid.box(r, c)[3] <= image.height:
+                check_cell(picture, stage, pixels, grid, (r, c), float(value) / most)
+        assert stage.get_title(loc="left") == f"value: at most {most:.3g}"
+    words = [p for p in tokens.all.tolist() if p not in set(tokens.image.tolist())]
+    most = float(values[words].abs().max())
+    low, high = (np.array(end) * 0.58 + 255 * 0.42 for end in ((0, 122, 92), (214, 0, 108)))
     assert ax.yaxis_inverted()
-    for row, line in enumerate(lines):
-        for col, position in enumerate(line):
-            expected = color("PuOr_r", float(values[position] / most + 1) / 2)
-            assert pixel(picture, ax, col - 0.42, row - 0.36) == pytest.approx(expected, abs=4), (row, col)
-            name = "·" if position in tokens.image else tokens.strings[position].strip()
-            assert texts(ax)[col, row] == name
-    assert len(ax.texts) == 19
-    previews.chips(torch.tensor([0.0, 2.0, 1.0]), ["a", "b\n", "c"], "title", "unit")
-    assert saved[-1].axes[0].images[0].get_clim() == (0, 2), "without negative values: white to blue"
+    for number, position in enumerate(words):
+        row, col = divmod(number, 8)
+        share = float(values[position]) / most
+        expected = 255 + abs(share) * ((high if share > 0 else low) - 255)
+        assert pixel(picture, ax, col - 0.44, row - 0.4) == pytest.approx(expected, abs=5), position
+        assert texts(ax)[col, row] == tokens.strings[position].strip()
+    assert len(ax.texts) == len(words)
 
 
 @pytest.mark.parametrize("measure", ["norm", "weight"])
@@ -243,7 +253,7 @@ def test_the_picture_of_one_row(measure, saved):
 def test_the_picture_of_words(saved):
     """Of 13 positions all, of 39 every third."""
     _, lens, _ = uneven()
-    mv.view.topk(*uneven()[:2])
+    assert mv.view.topk(*uneven()[:2]).picture
     ax = saved[-1].axes[0]
     assert texts(ax) == {
         (col, row): lens.pieces()[state][p][0].strip()
@@ -266,15 +276,14 @@ def test_the_picture_of_words(saved):
 
 
 def test_the_cells_over_the_images():
-    """Three rows of patches in two cells: the first takes two; the frame holds the padding."""
+    """Three rows of patches in two cells: the first takes two; cells of padding lie outside."""
     inputs, _, norms = uneven(dest=range(21))
     body = mv.view.attention(inputs, norms, 3, heads=(), pool=2).body
-    figures = re.findall(r'<svg viewBox="([^"]*)".*?</svg>', body)
-    assert figures == ["0 -25 300 200", "0 0 250 300"]
-    cell = r'<rect x="([\d.-]+)" y="([\d.-]+)" width="([\d.]+)" height="([\d.]+)" fill="none"'
-    boxes = [[tuple(map(float, box)) for box in re.findall(cell, figure)] for figure in body.split("<svg")[1:]]
-    assert boxes[0] == [(0, -25, 200, 100), (200, -25, 100, 100), (0, 75, 200, 100), (200, 75, 100, 100)]
-    assert boxes[1] == [(25, 0, 100, 200), (125, 0, 100, 200), (25, 200, 100, 100), (125, 200, 100, 100)]
-    named = re.findall(r'<text x="([\d.]+)" y="([\d.]+)"[^>]*>(\w+)</text>', body)
-    assert named[1] == ("250.0", "25.0", "r0c1")
-    assert named[6] == ("75.0", "250.0", "r1c0")
+    page = json.loads(re.search(r'json">(.*?)</script>', body)[1])
+    boxes = [[tuple(view["crop"]) for view in page["views"] if view["image"] == image] for image in (0, 1)]
+    assert boxes[0] == [(0, -25, 200, 75), (200, -25, 300, 75), (0, 75, 200, 175), (200, 75, 300, 175)]
+    assert boxes[1] == [(25, 0, 125, 200), (125, 0, 225, 200), (25, 200, 125, 300), (125, 200, 225, 300)]
+    assert [view["name"] for view in page["views"]] == ["r0c0", "r0c1", "r1c0", "r1c1"] * 2
+    assert [page["units"][unit]["piece"] for unit in page["cells"]] == [
+        f"{image}:r{r}c{c}" for image in (0, 1) for r in (0, 1) for c in (0, 1)
+    ]

@@ -3,6 +3,8 @@
 test_browser_views.py tests in a browser what they look like.
 """
 
+import base64
+import gzip
 import io
 import json
 import re
@@ -19,7 +21,7 @@ from helpers.images import noise_image
 from mechvlm.view import page
 from mechvlm.view.match import check_match, load_image
 from mechvlm.view.page import View, to_json
-from mechvlm.view.pooling import readable, token_groups
+from mechvlm.view.pooling import token_groups
 
 
 def data_of(view: View) -> list[dict]:
@@ -78,7 +80,7 @@ def test_views_are_added_with_what_they_share_once(read):
     both = first + second
     assert both.html().count("var CircuitsVis=") == 1
     assert len(both.scripts) == 2
-    assert len(data_of(both)) == 3
+    assert len(data_of(both)) == 2
     assert both.height == first.height + second.height
     sizes = [Image.open(io.BytesIO(v.picture)).size for v in (first, second, both)]
     assert sizes[2] == (max(sizes[0][0], sizes[1][0]), sizes[0][1] + sizes[1][1])
@@ -118,14 +120,15 @@ def test_attention_holds_the_pooled_maps(measure, read):
     inputs, _, norms = read
     view = mv.view.attention(inputs, norms, [0, 2], heads=[2], pool=2, measure=measure, example=1)
     (data,) = data_of(view)
-    assert data["attentionHeadNames"] == ["0 all", "0.2", "2 all", "2.2"]
+    assert data["maps"] == ["0 all", "0.2", "2 all", "2.2"]
+    assert (data["steps"], data["heads"]) == ([0, 2], ["all", "2"])
     tokens = inputs.token_maps[1]
     whole = norms.norm[:, 1] if measure == "norm" else norms.weight[:, 1].mean(1)
     single = norms.norm_head[:, 1, 2] if measure == "norm" else norms.weight[:, 1, 2]
-    for shown, values in zip(data["attention"], [whole[0], single[0], whole[2], single[2]], strict=True):
-        naive = np.zeros((len(data["tokens"]),) * 2)
+    for shown, values in zip(data["patterns"], [whole[0], single[0], whole[2], single[2]], strict=True):
+        naive = np.zeros((len(data["labels"]),) * 2)
         names, member = token_groups(tokens, 2)
-        assert data["tokens"] == names
+        assert data["labels"] == [name.removeprefix("▦") for name in names]
         for i, dests in enumerate(member):
             for j, srcs in enumerate(member):
                 block = values[dests.bool()][:, srcs.bool()]
@@ -133,16 +136,17 @@ def test_attention_holds_the_pooled_maps(measure, read):
         np.testing.assert_allclose(shown, naive, rtol=6e-4, atol=1e-9)
         if measure == "weight":
             np.testing.assert_allclose(np.sum(shown, 1), 1, rtol=1e-3)
-    assert data["maxValue"] == pytest.approx(np.max(data["attention"]), rel=1e-3)
-    assert data["maskUpperTri"] is False, "a cell's patches may attend to a later cell's"
+    assert data["top"] == pytest.approx(np.max(data["patterns"]), rel=1e-3)
 
 
 def test_attention_over_queries(read_queries):
     inputs, _, norms = read_queries
     (data,) = data_of(mv.view.attention(inputs, norms, 2, pool=2))
-    assert data["tokens"][:3] == ["q0–2", "q3–4", "<s>"]
-    assert len(data["attention"]) == 1 + norms.weight.shape[2]
-    assert "<svg" not in mv.view.attention(inputs, norms, 2).body
+    assert data["labels"][:3] == ["q0–2", "q3–4", "<s>"]
+    assert [unit["kind"] for unit in data["units"]][:3] == ["query", "query", "token"]
+    assert len(data["patterns"]) == 1 + norms.weight.shape[2]
+    assert data["views"] == data["cells"] == [], "queries have no place on the image"
+    assert len(data["images"]) == 1
 
 
 def test_one_row_at_full_length(read):
@@ -151,14 +155,15 @@ def test_one_row_at_full_length(read):
     view = mv.view.attention_row(inputs, norms, last)
     (data,) = data_of(view)
     real = inputs.token_maps[0].all
-    shown = np.array(data["activations"][0])  # [pos, layer, all + head]
-    assert shown.shape == (len(real), 3, 1 + 4)
-    np.testing.assert_allclose(shown[:, :, 0].T, norms.norm[:, 0, last, real], rtol=6e-4)
-    np.testing.assert_allclose(shown[:, 1, 1:].T, norms.norm_head[1, 0, :, last, real], rtol=6e-4)
-    assert len(data["tokens"][0]) == len(real)
-    assert data["secondDimensionLabels"] == ["all heads' vectors summed", "0", "1", "2", "3"]
-    weights = np.array(data_of(mv.view.attention_row(inputs, norms, last, measure="weight"))[0]["activations"][0])
-    np.testing.assert_allclose(weights.sum(0), 1, rtol=1e-3)
+    shown = np.array(data["values"])  # [layer, all + head, pos]
+    assert shown.shape == (3, 1 + 4, len(real))
+    np.testing.assert_allclose(shown[:, 0], norms.norm[:, 0, last, real], rtol=6e-4)
+    np.testing.assert_allclose(shown[1, 1:], norms.norm_head[1, 0, :, last, real], rtol=6e-4)
+    assert [unit["at"] for unit in data["units"]] == real.tolist()
+    assert (data["steps"], data["heads"]) == ([0, 1, 2], ["all", "0", "1", "2", "3"])
+    assert "“All” is all heads' vectors summed." in data["why"]
+    weights = np.array(data_of(mv.view.attention_row(inputs, norms, last, measure="weight"))[0]["values"])
+    np.testing.assert_allclose(weights.sum(-1), 1, rtol=1e-3)
 
 
 def test_a_row_by_its_name(llava_vlm, read):
@@ -175,25 +180,24 @@ def test_a_row_by_its_name(llava_vlm, read):
 
 
 def test_topk_holds_the_lens(read):
+    """The bytes as the page reads them: a word's number in three, its chance, then all words."""
     inputs, lens, _ = read
-    table, lines = data_of(mv.view.topk(inputs, lens, example=1))
-    pieces, probs = lens.of(1).pieces(), lens.of(1).probs
-    assert table["sampleLabels"] == ["row 0", "row 1", "row 2", "row 3"]
-    assert table["firstDimensionLabels"] == ["3", "2", "1", "0"], "last first"
-
-    def plain(text):
-        return text.replace("\u2060", "").strip()
-
-    for row, col, layer in [(0, 0, 0), (2, 3, 1), (3, 1, 3)]:
-        point, at = row * 4 + col, 3 - layer
-        expected = [readable(p).strip() for p in pieces[layer][inputs.token_maps[1].position(row, col)]]
-        chosen = [table["topkIdxs"][row][at][rank][col] for rank in range(3)]
-        assert [plain(table["tokens"][row][i]) for i in chosen] == expected
-        shown = [table["topkVals"][row][at][rank][col] for rank in range(3)]
-        np.testing.assert_allclose(shown, probs[layer, point], rtol=6e-4)
-        spoken = lines["tokens"][row][col][at]
-        assert [plain(t) for t in spoken] == [f"{layer}:", *expected]
-        np.testing.assert_allclose(lines["activations"][row][col][at], [0, *probs[layer, point]], rtol=6e-4)
+    (data,) = data_of(mv.view.topk(inputs, lens, example=1))
+    pieces, probs, own = lens.of(1).pieces(), lens.of(1).probs, data["lens"]
+    assert [row["name"] for row in data["rows"]] == ["row 0", "row 1", "row 2", "row 3"]
+    assert data["steps"] == own["states"] == [0, 1, 2, 3]
+    packed = gzip.decompress(base64.b64decode(own["data"]))
+    shape = len(own["states"]), own["k"], len(own["sources"])
+    planes = np.frombuffer(packed[: 4 * np.prod(shape)], np.uint8).reshape(4, *shape).astype(int)
+    words = json.loads(packed[4 * np.prod(shape) :])
+    ids = planes[0] + (planes[1] << 8) + (planes[2] << 16)
+    for row, col, state in [(0, 0, 0), (2, 3, 1), (3, 1, 3)]:
+        unit, point = data["rows"][row]["units"][col], row * 4 + col
+        position = inputs.token_maps[1].position(row, col)
+        assert data["units"][unit]["at"] == position
+        at = own["sources"].index(unit)
+        assert [words[i] for i in ids[state, :, at]] == list(pieces[state][position])
+        np.testing.assert_allclose((planes[3, state, :, at] / 255) ** 2, probs[state, point], atol=0.004)
 
 
 @pytest.mark.parametrize(
@@ -205,8 +209,10 @@ def test_topk_holds_the_lens(read):
 )
 def test_topk_of_other_positions(where, names, llava_vlm):
     inputs = llava_vlm.inputs(noise_image(0), "what is this and that and more")
-    table, lines = data_of(mv.view.topk(inputs, mv.logit_lens(llava_vlm, inputs, k=2, positions=where)))
-    assert table["sampleLabels"] == lines["zerothDimensionLabels"] == names
+    (data,) = data_of(mv.view.topk(inputs, mv.logit_lens(llava_vlm, inputs, k=2, positions=where)))
+    assert [row["name"] for row in data["rows"]] == names
+    assert [data["units"][unit]["at"] for row in data["rows"] for unit in row["units"]] == where
+    assert data["units"][data["start"]]["at"] == where[0]
 
 
 def test_coloured_tokens(read):
@@ -214,10 +220,28 @@ def test_coloured_tokens(read):
     tokens = inputs.token_maps[0]
     values = torch.arange(len(tokens)).float()
     (data,) = data_of(mv.view.tokens(inputs, values, name="rank"))
-    assert data["values"] == values[tokens.all].tolist(), "padding is left out"
-    assert len(data["tokens"]) == len(tokens.all)
-    assert data["tokens"][0] == "<\u2060s>"
-    assert sum(t.endswith("\n") for t in data["tokens"]) == 5, "four rows of patches, and the line before them"
+    assert data["values"] == [[values[tokens.all].tolist()]], "padding is left out"
+    assert [unit["at"] for unit in data["units"]] == tokens.all.tolist()
+    assert data["units"][0] == {"piece": "<s>", "kind": "token", "at": int(tokens.all[0])}
+    on_image = [data["units"][unit]["at"] for unit in data["cells"]]
+    assert on_image == tokens.image.tolist(), "patches are cells of the picture, row by row"
+
+
+def test_the_tokens_of_an_answer(llava_vlm):
+    """A value for each position, or one for each of the answer's tokens."""
+    answer = llava_vlm.generate(llava_vlm.inputs(noise_image(0), "what is this"), max_new_tokens=4)[0]
+    tokens = answer.inputs.tokens
+    (data,) = data_of(mv.view.tokens(answer, answer.logprobs, name="log-probability"))
+    assert [data["units"][unit]["at"] for unit in data["answer"]] == tokens.answer.tolist()
+    shown = [data["values"][0][0][unit] for unit in data["answer"]]
+    np.testing.assert_allclose(shown, answer.logprobs, rtol=6e-4)
+    assert data["values"][0][0][: len(tokens.prompt)] == [None] * len(tokens.prompt)
+    values = torch.linspace(-1, 1, len(tokens))
+    (data,) = data_of(mv.view.tokens(answer.inputs, values))
+    np.testing.assert_allclose(data["values"][0][0], values[tokens.all], rtol=6e-4)
+    n = len(answer.ids)
+    with pytest.raises(mv.ViewError, match=rf"shape \[{n + 1}\].*or one for each of the answer's {n} tokens"):
+        mv.view.tokens(answer, torch.zeros(n + 1))
 
 
 def test_every_view_has_a_small_picture(read, read_queries, recwarn):
@@ -274,6 +298,8 @@ def test_an_image_that_is_gone(llava_vlm):
     inputs.images[0][0].close()
     with pytest.raises(mv.ViewError, match=r"Image 0 of example 0 is gone \(.*Make the inputs again"):
         mv.view.attention(inputs, norms, 1, pool=2)
+    with pytest.raises(mv.ViewError, match="Image 0 of example 0 is gone"):
+        mv.view.tokens(inputs, torch.zeros(len(inputs.tokens)))
 
 
 def test_too_many_maps_say_which_pooling_fits(llava_vlm, read):

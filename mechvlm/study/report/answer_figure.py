@@ -57,7 +57,7 @@ def answer_figure(study: StudyRecord) -> CaptionedFigure:
         "first state from which on the logit lens has the written token as the likeliest. Third and fourth: the share by layer "
         "and the written token's probability by state, for object words (words that the image's captions hold, but for stop "
         "words, colors, numbers and places), colors and function words (stop words). Answers end at different tokens: later "
-        f"ones are means over fewer examples. {describe_bands(study.settings['seed'])} {describe_counts(study)}"
+        f"ones are means over fewer examples. {describe_bands(study.settings['seed'], spread=False)} {describe_counts(study)}"
     ))  # fmt: skip
 
 
@@ -100,5 +100,4 @@ def _draw(ax: Axes, rows: pd.DataFrame, line: Line, highest: float) -> None:
     if not len(rows):
         return
     ends = (rows["low"].to_numpy(), rows["high"].to_numpy()) if rows["low"].notna().any() else None
-    spread = rows["sd"].to_numpy() if ends is not None else None
-    banded(ax, rows["at"].to_numpy(), rows["mean"].to_numpy(), line, spread, ends, limits=(0.0, highest))
+    banded(ax, rows["at"].to_numpy(), rows["mean"].to_numpy(), line, interval=ends, limits=(0.0, highest))

@@ -93,18 +93,27 @@ def panels(
 
 
 def draw_curve(
-    ax: Axes, rows: pd.DataFrame, line: Line, *, x: str = "layer", thin: bool = False, bands: bool = True
+    ax: Axes,
+    rows: pd.DataFrame,
+    line: Line,
+    *,
+    x: str = "layer",
+    thin: bool = False,
+    bands: bool = True,
+    spread: bool = True,
 ) -> None:
     """Draw one measure of one model (rows of `Study.curves`): the mean within its bands.
 
-    NaN is left out.
+    NaN is left out. Without `spread` the band of the interval is drawn alone: of more than two
+    curves, both bands of each would hide one another.
     """
     rows = rows[rows["mean"].notna()].sort_values(x)
     limits = (0.0, 1.0) if rows["measure"].str.match("precision|recall|word_share").all() else (-1.0, 1.0)
-    spread, ends = None, None
+    deviation, ends = None, None
     if bands and rows["low"].notna().any():
-        spread, ends = rows["sd"].to_numpy(), (rows["low"].to_numpy(), rows["high"].to_numpy())
-    banded(ax, rows[x].to_numpy(), rows["mean"].to_numpy(), line, spread, ends, limits=limits, thin=thin)
+        deviation = rows["sd"].to_numpy() if spread else None
+        ends = rows["low"].to_numpy(), rows["high"].to_numpy()
+    banded(ax, rows[x].to_numpy(), rows["mean"].to_numpy(), line, deviation, ends, limits=limits, thin=thin)
 
 
 def draw_baseline(ax: Axes, rows: pd.DataFrame, color: str, x: str = "layer") -> None:
@@ -114,10 +123,10 @@ def draw_baseline(ax: Axes, rows: pd.DataFrame, color: str, x: str = "layer") ->
         ax.plot(rows[x].to_numpy(), rows["mean"].to_numpy(), color=color, linestyle=DOTTED, linewidth=1.1)
 
 
-def legend(figure: Figure, *axes: Axes, bands: bool = True, extra: Sequence = ()) -> None:
+def legend(figure: Figure, *axes: Axes, bands: bool = True, spread: bool = True, extra: Sequence = ()) -> None:
     """Draw one legend below the figure.
 
-    It holds the lines of `axes`, then `extra`, and in a last column the bands.
+    It holds the lines of `axes`, then `extra`, and in a last column the bands that were drawn.
     """
     handles = [handle for ax in axes for handle in ax.get_legend_handles_labels()[0]] + list(extra)
     columns = len(handles)
@@ -127,15 +136,10 @@ def legend(figure: Figure, *axes: Axes, bands: bool = True, extra: Sequence = ()
             # Legends are filled column by column, here with two entries each. An empty entry makes
             # the number even, so that the two bands fill the last column.
             handles += [Line2D([], [], linestyle="none", label=" ")] * (len(handles) % 2)
-        handles += [
-            Patch(color=GREY, alpha=PALE, linewidth=0, label="± 1 standard deviation"),
-            Patch(
-                color=GREY,
-                alpha=1 - (1 - PALE) * (1 - DARK),
-                linewidth=0,
-                label=f"{CONFIDENCE:.0%} interval of the mean",
-            ),
-        ]
+        deviation = Patch(color=GREY, alpha=PALE, linewidth=0, label="± 1 standard deviation")
+        opacity = 1 - (1 - PALE) * (1 - DARK) if spread else DARK
+        interval = Patch(color=GREY, alpha=opacity, linewidth=0, label=f"{CONFIDENCE:.0%} interval of the mean")
+        handles += [deviation, interval] if spread else [interval]
     figure.legend(handles=handles, loc="outside lower center", ncols=columns)
 
 
@@ -150,12 +154,12 @@ def panel_title(study: StudyRecord, model: str) -> str:
     return f"{short_name(model, list(study.models))}  (n = {study.models[model]['n_examples']})"
 
 
-def describe_bands(*seeds: int) -> str:
+def describe_bands(*seeds: int, spread: bool = True) -> str:
     """The sentence of a caption on lines and bands."""
+    deviation = "pale bands their standard deviation to either side, darker bands" if spread else "bands"
     return (
-        "Lines are means over examples, pale bands their standard deviation to either side, darker bands the "
-        f"{CONFIDENCE:.0%} bootstrap interval of the mean ({N_RESAMPLES:,} resamples of the examples, "
-        f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))})."
+        f"Lines are means over examples, {deviation} the {CONFIDENCE:.0%} bootstrap interval of the mean "
+        f"({N_RESAMPLES:,} resamples of the examples, seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))})."
     )
 
 

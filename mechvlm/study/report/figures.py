@@ -32,6 +32,8 @@ from mechvlm.study.report.norm_figure import norm_figure
 from mechvlm.study.report.pair_figure import pair_figure
 
 BASELINE = Line2D([], [], color=GREY, linestyle=DOTTED, linewidth=1.1, label="baseline (different examples)")
+FIGURE_FORMATS = ("png", "svg", "pdf")
+"""The files of each figure."""
 LENS_MEASURES = {"own": "", "single": "_single", "other": "_other", "other_single": "_other_single", "prompt": "_text"}
 """{line of the lens figure: ending of its measure}."""
 
@@ -55,16 +57,18 @@ def draw_all(study: StudyRecord) -> dict[str, CaptionedFigure]:
 
 
 def save_all(figures: dict[str, CaptionedFigure], folder: Path) -> None:
-    """Save each figure as PNG (200 dpi) and SVG. A missing folder is made.
+    """Save each figure as PNG (200 dpi), SVG and PDF. A missing folder is made.
 
-    Both have the same layout: finding one takes as long as drawing, so it is found once.
+    All have the same layout: finding one takes as long as drawing, so it is found once.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for name, captioned in figures.items():
-        captioned.save(folder / f"{name}.png")
+        first, *others = FIGURE_FORMATS
+        captioned.save(folder / f"{name}.{first}")
         layout = captioned.figure.get_layout_engine()
         captioned.figure.set_layout_engine("none")
-        captioned.save(folder / f"{name}.svg")
+        for suffix in others:
+            captioned.save(folder / f"{name}.{suffix}")
         captioned.figure.set_layout_engine(layout)
 
 
@@ -120,12 +124,12 @@ def lens_figure(study: StudyRecord) -> CaptionedFigure:
             for line, ending in LENS_MEASURES.items():
                 rows = model_curves[model_curves["measure"] == measure + ending]
                 if len(rows):
-                    draw_curve(ax, rows, LINES[line])
+                    draw_curve(ax, rows, LINES[line], spread=False)
             ax.set_ylim(-0.03, 1.03)
             ax.set_ylabel("share that decode\nto a word" if measure == "word_share" else f"{measure} of decoded words")
         state_axis(block[-1], study.models[model]["n_layers"])
         block[0].set_title(panel_title(study, model))
-    legend(figure, blocks[models[0]][0])
+    legend(figure, blocks[models[0]][0], spread=False)
     share = (
         "Lowest panels: the share of the positions that decode to a word at all; precision is of these alone."
         if has_share
@@ -137,7 +141,7 @@ def lens_figure(study: StudyRecord) -> CaptionedFigure:
         "words that are decoded. Words are unique and lemmatised, without stop words. An example has no precision where no "
         "word is decoded. The captions of an image count together; where it has several, the mean over each caption alone is "
         "drawn too. Controls: the same words against another image's captions, together and each alone, and the words "
-        f"decoded from the text positions of the prompt, template included. {share} {_describe(study)}"
+        f"decoded from the text positions of the prompt, template included. {share} {_describe(study, spread=False)}"
     ))  # fmt: skip
 
 
@@ -147,15 +151,16 @@ def context_figure(study: StudyRecord) -> CaptionedFigure:
     figure, blocks = panels(models, (2.9,), same_y=True)
     for model, (ax,) in blocks.items():
         for pair in MODALITY_PAIRS:
-            _draw_similarity(ax, curves[curves["model"] == model], pair)
+            _draw_similarity(ax, curves[curves["model"] == model], pair, spread=False)
         state_axis(ax, study.models[model]["n_layers"])
         ax.set_title(panel_title(study, model))
         ax.set_ylabel("mean cosine")
-    legend(figure, blocks[models[0]][0], extra=[BASELINE])
+    legend(figure, blocks[models[0]][0], spread=False, extra=[BASELINE])
     return CaptionedFigure(figure, (
         "Contextualization by state: the mean pairwise cosine between image and text tokens, within image tokens, and within "
         "text tokens. The cosine of each vector with itself is included, as in the paper. The dotted lines are anisotropy "
-        f"baselines: the same mean over tokens of different examples, computed from all examples together. {_describe(study)}"
+        "baselines: the same mean over tokens of different examples, computed from all examples together. "
+        f"{_describe(study, spread=False)}"
     ))  # fmt: skip
 
 
@@ -177,15 +182,15 @@ def _figures_of(study: StudyRecord) -> Mapping[str, Callable[[StudyRecord], Capt
     return FIGURES | further
 
 
-def _draw_similarity(ax: Axes, curves: pd.DataFrame, pair: str, thin: bool = False) -> None:
+def _draw_similarity(ax: Axes, curves: pd.DataFrame, pair: str, thin: bool = False, spread: bool = True) -> None:
     """Draw one similarity ("inter", "image" or "text") and its baseline."""
-    draw_curve(ax, curves[curves["measure"] == f"cosine_{pair}"], LINES[pair], thin=thin)
+    draw_curve(ax, curves[curves["measure"] == f"cosine_{pair}"], LINES[pair], thin=thin, spread=spread)
     draw_baseline(ax, curves[curves["measure"] == f"cosine_{pair}_baseline"], LINES[pair].color)
 
 
-def _describe(study: StudyRecord) -> str:
+def _describe(study: StudyRecord, spread: bool = True) -> str:
     """The last sentences of a caption: bands and counts."""
-    return f"{describe_bands(study.settings['seed'])} {describe_counts(study)}"
+    return f"{describe_bands(study.settings['seed'], spread=spread)} {describe_counts(study)}"
 
 
 def _draw_controls(ax: Axes, controls: ControlExcess | None) -> None:

@@ -16,7 +16,8 @@ from mechvlm.inputs.images import ImageLike
 from mechvlm.study.record import GalleryView
 from mechvlm.view.drawn import added_up, frames
 from mechvlm.view.example import Pick, ShownExample, match_example
-from mechvlm.view.patches import VEIL, patches
+from mechvlm.view.patches import patches
+from mechvlm.view.stage import VEIL
 from mechvlm.vlm.vlm import VLM
 
 HEAT_SIDE = 256

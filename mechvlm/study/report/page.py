@@ -12,7 +12,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from mechvlm import bundled
 from mechvlm.study.record import StudyRecord
-from mechvlm.study.report.answer_figure import answer_sentence
+from mechvlm.study.report.figures import FIGURE_FORMATS
+from mechvlm.study.report.findings import facts, findings
 from mechvlm.study.report.pairs import pair_section
 from mechvlm.study.report.summary import summary
 from mechvlm.view.packing import data_url
@@ -22,7 +23,10 @@ FIGURE_TITLES = {
     "lens": "Words on visual tokens",
     "contextualization": "Contextualization",
     "norm_attention": "Norm-based attention",
+    "pairs": "Winoground’s pairs",
+    "answers": "The models’ own answers",
 }
+"""The report's sections with a figure, in order; the last two only where a study read them."""
 MOST_SKIPPED = 50
 """The most rows of skipped.csv that the page lists."""
 
@@ -47,18 +51,22 @@ def render(
     )  # fmt: skip
     environment.filters["number"] = format_number
     environment.globals["interval"] = format_interval
-    rows = summary(study).to_dict("records")
+    rows, sentences, about = summary(study).to_dict("records"), findings(study), facts(study)
+
+    def figure(name: str) -> dict:
+        told = {"caption": captions[name], "finding": sentences.get(name, ""), "facts": about[name]}
+        return {"name": name, "title": FIGURE_TITLES[name], **told, **_picture(figures / f"{name}.svg")}
+
+    sections = [name for name in FIGURE_TITLES if name in captions or (name == "pairs" and pair_section(study))]
     return environment.get_template("page.html.j2").render(
         study=study,
         record=record,
         rows=rows,
         has_word_share=any(pd.notna(row["word_share"]) for row in rows),
-        figures=[
-            {"name": name, "title": title, "caption": captions[name], "source": _svg(figures / f"{name}.svg")}
-            for name, title in FIGURE_TITLES.items()
-        ],
-        pairs=_pairs(study, captions, figures),
-        answers=_answers(study, captions, figures),
+        sections=[(name, FIGURE_TITLES[name], sentences.get(name, "")) for name in sections],
+        figures={name: figure(name) for name in sections if name in captions},
+        formats=FIGURE_FORMATS,
+        pairs=pair_section(study),
         phases=[_phases(study, model) for model in study.models],
         gallery=_gallery(study, views),
         skipped=study.skipped.head(MOST_SKIPPED).to_dict("records"),
@@ -93,26 +101,6 @@ def training_note(model: str) -> str:
     paragraphs = (" ".join(p.split()) for p in training.partition("\n## ")[0].split("\n\n"))
     # The page shows plain text, so Markdown's marks of emphasis go.
     return " ".join(re.sub(r"[*`]+", "", p) for p in paragraphs if re.search(r"\bloss is on\b|\blens reads\b", p))
-
-
-def _answers(study: StudyRecord, captions: dict[str, str], figures: Path) -> dict | None:
-    """The section on the models' answers, or None for a study that read none."""
-    if "answers" not in captions:
-        return None
-    return {
-        "sentence": answer_sentence(study), "caption": captions["answers"], "source": _svg(figures / "answers.svg"),
-    }  # fmt: skip
-
-
-def _pairs(study: StudyRecord, captions: dict[str, str], figures: Path) -> dict | None:
-    """The section on Winoground's pairs, or None. It has a figure when a pair could be read."""
-    section = pair_section(study)
-    if section is None:
-        return None
-    figure = None
-    if "pairs" in captions:
-        figure = {"caption": captions["pairs"], "source": _svg(figures / "pairs.svg")}
-    return section | {"figure": figure}
 
 
 def _phases(study: StudyRecord, model: str) -> dict:
@@ -171,7 +159,12 @@ def _flat(settings: dict, prefix: str = "") -> list[tuple[str, str]]:
     return rows
 
 
-def _svg(path: Path) -> str:
+def _picture(path: Path) -> dict[str, str | int]:
+    """The figure as a page holds it, and its width in pixels where its words are readable."""
     # Embedded as an image, not as markup: so its ids cannot clash with those of another figure, and
     # nothing in it can run or load.
-    return "data:image/svg+xml;base64," + base64.b64encode(path.read_bytes()).decode()
+    svg = path.read_bytes()
+    points = re.search(rb'<svg[^>]* width="([\d.]+)pt"', svg)
+    # Points for pixels: type of 9 points is then 9 pixels high, and a narrower window scrolls.
+    width = round(float(points[1])) if points else 0
+    return {"source": "data:image/svg+xml;base64," + base64.b64encode(svg).decode(), "width": width}
