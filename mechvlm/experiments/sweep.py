@@ -186,22 +186,23 @@ def _finish(vlm: VLM, layers: range, change: Callable[[int], None]) -> Tensor:
     last = vlm.n_layers - 1
     for at in range(layers.start, vlm.n_layers):
         change(at)
-    if last not in layers and _mlp_is_apart(vlm, last):
+    path = _norm_of_an_mlp_apart(vlm, last)
+    if last not in layers and path is not None:
         # The layer adds this one row to all positions: a right sum at the last, which alone is read.
-        norm = part(vlm.layers[last], vlm.record.kind(last).mid_norm)
+        norm = part(vlm.layers[last], path)
         norm.output = norm.output[:, -1:]
     return vlm.unembed(vlm.final_norm(vlm.resid_post[last][:, -1]))
 
 
-def _mlp_is_apart(vlm: VLM, layer: int) -> bool:
-    """Whether nothing but one MLP reads the norm before it, [batch pos d_model].
+def _norm_of_an_mlp_apart(vlm: VLM, layer: int) -> str | None:
+    """The path of the norm that one MLP alone reads, [batch pos d_model]; None where there is none.
 
     A mixture of experts may be told more of each position than its state (Ernie's are told which
     positions hold images).
     """
     kind = vlm.record.kind(layer)
-    plain = kind.mid_norm is not None and kind.down_proj is not None
-    return plain and not (kind.flat or kind.memory or vlm.record.adds_between)
+    is_apart = kind.down_proj is not None and not (kind.flat or kind.memory or vlm.record.adds_between)
+    return kind.mid_norm if is_apart else None
 
 
 @dataclass(frozen=True)
