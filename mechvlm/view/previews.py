@@ -18,7 +18,8 @@ from mechvlm.view.pooling import readable
 from mechvlm.view.stage import Stage
 from mechvlm.view.units import TokenUnits
 
-CHIPS_PER_LINE = 8
+CHIPS_PER_LINE, CHIP_LINES = 8, 10
+"""Words in a line of a picture, and how many lines fit before it grows."""
 
 
 def preview_axes(width: float | int, height: float | int) -> Axes:
@@ -78,7 +79,8 @@ def tokens(units: TokenUnits, values: Sequence[float | None], title: str, unit: 
         stages += [Stage(image.convert("RGB"), own, heats)] if own else []
     words = [number for number in range(len(values)) if number not in set(units.cells)]
     with look.style():
-        figure = Figure((4.2 * len(stages) + 5.4, 4.6), layout="constrained")
+        height = max(4.6, 1.2 + 0.3 * -(-len(words) // CHIPS_PER_LINE))
+        figure = Figure((4.2 * len(stages) + 5.4, height), layout="constrained")
         ratios = [4.2] * len(stages) + [5.4]
         *left, right = figure.subplots(1, len(ratios), squeeze=False, width_ratios=ratios)[0]
         top = max((float(stage.top) for stage in stages), default=0.0)
@@ -102,8 +104,15 @@ def chips(ax: Axes, values: Float[np.ndarray, " word"], labels: Sequence[str], u
     mesh = ax.imshow(shown, cmap=cmap, vmin=-most if low < 0 else 0.0, vmax=most, aspect="auto")
     for number, label in enumerate(labels):
         row, col = divmod(number, CHIPS_PER_LINE)
-        ax.text(col, row, look.text(readable(label), 9), ha="center", va="center", fontsize=6.5, color="#222222")
-    ax.set_axis_off()
+        ax.text(col, row, look.text(readable(label), 9), ha="center", va="center", fontsize=7, color="#222222")
+    ax.set_xticks(np.arange(CHIPS_PER_LINE) - 0.5)
+    ax.set_yticks(np.arange(len(shown)) - 0.5)
+    ax.grid(color="white", linewidth=2)
+    ax.set_ylim(max(len(shown), CHIP_LINES) - 0.5, -0.5)  # few words do not fill the height
+    ax.set_axisbelow(False)
+    ax.tick_params(length=0, labelbottom=False, labelleft=False)
+    for spine in ax.spines.values():
+        spine.set_visible(False)
     ax.figure.colorbar(mesh, ax=ax, location="bottom", shrink=0.7, aspect=36, label=look.text(unit, 60))
 
 
