@@ -188,7 +188,7 @@ def _finish(vlm: VLM, layers: range, change: Callable[[int], None]) -> Tensor:
         change(at)
     path = _norm_of_an_mlp_apart(vlm, last)
     if last not in layers and path is not None:
-        # The layer adds this one row to all positions: a right sum at the last, which alone is read.
+        # The layer adds this row to all positions: a right sum at the last, which alone is read.
         norm = part(vlm.layers[last], path)
         norm.output = norm.output[:, -1:]
     return vlm.unembed(vlm.final_norm(vlm.resid_post[last][:, -1]))
