@@ -169,10 +169,11 @@ def settle(figure: Figure) -> None:
         engine.execute(figure)  # type: ignore[union-attr]
         make_room(figure)
         unsettled = [text for text in texts if not text.is_settled()]  # type: ignore[attr-defined]
+        # The first layout moves everything. Of the last one all lines are kept: one more follows.
+        for text in (unsettled if number else ()) if unsettled else texts:
+            text.narrow()  # type: ignore[attr-defined]
         if not unsettled:
             return
-        for text in unsettled if number else ():  # the first layout moves everything
-            text.narrow()  # type: ignore[attr-defined]
 
 
 class CellText(MeasuredText):

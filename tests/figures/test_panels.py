@@ -86,6 +86,12 @@ def test_a_legend_moves_no_limits_that_the_user_sets():
     assert {-100, 0, 100} <= set(ax.get_yticks()), "the ticks are those of the limits again"
 
 
+@pytest.mark.parametrize("width", [3.4, 3.46, 6.34])
+def test_a_note_that_fits_only_once_it_is_broken_stays_broken(width):
+    """At these widths each layout breaks the note's line or does not, by turns."""
+    assert outside(MAKERS["head_map"]().plot(figsize=(width, 4)).figure) == []
+
+
 def test_a_note_takes_no_width_from_a_map():
     """Its bar stands beside the map, however long the note above both is."""
     ax = MAKERS["head_map"]().plot(figsize=(4, 3))
