@@ -74,11 +74,11 @@ def documented() -> list[str]:
 
 
 def public() -> set[str]:
-    from mechvlm import datasets, view
+    from mechvlm import datasets, figures, view
 
-    rooms = {"bundled", "datasets", "study", "view"}
+    rooms = {"bundled", "datasets", "figures", "study", "view"}
     names = {f"mechvlm.{name}" for name in mechvlm.__all__ if name not in rooms}
-    for module in (datasets, view):
+    for module in (datasets, figures, view):
         names |= {f"{module.__name__}.{name}" for name in module.__all__}
     return names | {"mechvlm.study.run"}
 
