@@ -155,13 +155,13 @@ def test_tensors_without_entries_or_axes_come_back(tmp_path):
     @dataclass(frozen=True, repr=False)
     class Odd(Result):
         empty: Float[Tensor, "a b"]
-        single: Int[Tensor, ""]
+        lone: Int[Tensor, ""]
         half: Float[Tensor, " a"]
 
     odd = Odd(torch.zeros(0, 3), torch.tensor(5), torch.zeros(0, dtype=torch.bfloat16))
     odd.save(tmp_path / "odd.safetensors")
     back = Odd.load(tmp_path / "odd.safetensors")
-    assert (back.empty.shape, back.single.item(), back.half.dtype) == ((0, 3), 5, torch.bfloat16)
+    assert (back.empty.shape, back.lone.item(), back.half.dtype) == ((0, 3), 5, torch.bfloat16)
 
 
 @pytest.mark.long

@@ -88,7 +88,7 @@ def test_its_outputs_are_small_and_name_no_machine(path):
         else:
             assert set(output.data) <= {"text/plain", "image/png"}
             pictures += "image/png" in output.data
-            assert len(base64.b64decode(output.data.get("image/png", ""))) < 70_000
+            assert len(base64.b64decode(output.data.get("image/png", ""))) < 120_000
     assert 1 <= pictures <= 2
     for place in ("/home/", "/root/", "/tmp/", "/usr/", "/Users/", "\\Users\\", "site-packages", str(ROOT)):
         assert place not in json.dumps(notebook), place

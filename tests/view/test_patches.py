@@ -249,8 +249,7 @@ def change_tensors(norms, to, **fields):
     return change(
         norms,
         **{f: to(getattr(norms, f)) for f in ("norm", "weight", "value_norm")},
-        modality=None,
-        divisor=None,
+        **dict.fromkeys(("modality", "divisor", "ids", "cells")),
         **fields,
     )
 

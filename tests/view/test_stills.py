@@ -56,6 +56,11 @@ def labels(ax, axis: str) -> dict[float, str]:
     return {float(at): label.get_text() for at, label in zip(*ticks, strict=True)}
 
 
+def shown(ax, axis: str) -> dict[float, str]:
+    """The labels within the axis: matplotlib has empty ones beyond its ends."""
+    return {tick: label for tick, label in labels(ax, axis).items() if label}
+
+
 def texts(ax) -> dict[tuple[float, float], str]:
     return {text.get_position(): text.get_text() for text in ax.texts}
 
@@ -246,7 +251,7 @@ def test_the_picture_of_one_row(measure, saved):
     for layer, j in np.ndindex(*values.shape):
         expected = color(HEAT, (values[layer, j] - low) / (high - low))
         assert pixel(picture, ax, j, layer) == pytest.approx(expected, abs=4), (layer, j)
-    assert labels(ax, "y") == {float(i): str(i) for i in (0, 2, 4, 6, 8, 10)}
+    assert shown(ax, "y") == {float(i): str(i) for i in (0, 2, 4, 6, 8, 10)}
     assert not ax.yaxis_inverted()
 
 
@@ -270,8 +275,8 @@ def test_the_picture_of_words(saved):
         assert texts(ax)[col, row] == dict(lens.vocabulary)[int(many.ids[row, 3 * col, 0])].strip()
         expected = color("Blues", float(many.probs[row, 3 * col, 0]))
         assert pixel(picture, ax, col - 0.45, row - 0.35) == pytest.approx(expected, abs=4)
-    assert labels(ax, "x") == {float(i): str(3 * i) for i in range(13)}
-    assert labels(ax, "y") == {float(i): str(state) for i, state in enumerate(lens.states)}
+    assert shown(ax, "x") == {float(i): str(3 * i) for i in range(0, 13, 2)}
+    assert shown(ax, "y") == {float(i): str(state) for i, state in enumerate(lens.states)}
     assert ax.get_title(loc="left").endswith("(13 of 39 positions)")
 
 
