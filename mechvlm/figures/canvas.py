@@ -130,6 +130,7 @@ def plots(
 
         plot.stacked = stacked  # type: ignore[attr-defined]
         plot.__signature__ = signature  # type: ignore[attr-defined]
+        del plot.__wrapped__  # type: ignore[attr-defined]  # whose parameters are others
         plot.__doc__ = f"{inspect.cleandoc(draw.__doc__ or '')}\n{SHARED_ARGUMENTS}"
         return plot
 
