@@ -21,6 +21,8 @@ sys.path.insert(0, str(Path(mv.__file__).parents[1] / "scripts"))
 import bundled_card
 import evaluate_bundled as evaluate
 
+pytestmark = pytest.mark.long
+
 ROOT = Path(mv.__file__).parents[1]
 HALF = 24 / 0.88
 """Half width of a square of 48 x 48 pixels: exactly four patches of 24 x 24, if it lies on them."""

@@ -24,6 +24,8 @@ sys.path.insert(0, str(Path(mechvlm.__file__).parents[1] / "scripts" / "convert"
 import limber
 from tensors import ConversionError
 
+pytestmark = pytest.mark.long
+
 PROMPT = "<|image|>A picture of"
 FILES = ("proj.ckpt", "llm", "encoder", "out")
 

@@ -39,6 +39,8 @@ import minigpt4
 from folder import add_word, with_llama_spaces
 from tensors import ConversionError
 
+pytestmark = pytest.mark.long
+
 PROMPT = "###Human: <Img><ImageHere></Img> What is it?###Assistant: "
 ONE = torch.ones(1)
 FILES = ("own.pth", "llm", "eva.pth", "qformer.pth", "out")

@@ -34,6 +34,8 @@ sys.path.insert(0, str(Path(mechvlm.__file__).parents[1] / "scripts" / "convert"
 import minigpt_v2
 from tensors import ConversionError
 
+pytestmark = pytest.mark.long
+
 PROMPT = "[INST] <Img><ImageHere></Img> [vqa] What is it? [/INST]"
 QUERIES_OF = "llama_model.base_model.model.model.layers.0.self_attn.q_proj"
 

@@ -189,8 +189,9 @@ def test_the_verdict_does_not_hang_on_how_many_are_tried(monkeypatch, most):
     assert not fit_phases(examples(zigzag), n_bootstrap=10).shows_pattern
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", ["layers", "walk", "exactly flat"])
-@pytest.mark.parametrize("n_examples", [5, pytest.param(100, marks=pytest.mark.long)])
+@pytest.mark.parametrize("n_examples", [5, 100])
 def test_noise_shows_no_phases(kind, n_examples):
     rng = np.random.default_rng(0)
     numbers = []

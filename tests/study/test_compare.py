@@ -13,6 +13,8 @@ from mechvlm.figures.style import style
 from mechvlm.study import run
 from mechvlm.study.running.settings import MEASURE_SETTINGS
 
+pytestmark = pytest.mark.long
+
 MODELS = {"org/small": 3, "large": 32}
 
 

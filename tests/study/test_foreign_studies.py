@@ -16,6 +16,8 @@ from mechvlm.errors import InputError, StoppedError
 from mechvlm.study import Study, run
 from mechvlm.study.running import runner
 
+pytestmark = pytest.mark.long
+
 DATA = Path(__file__).parent.parent / "data" / "first_house"
 
 

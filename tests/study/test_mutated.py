@@ -28,6 +28,8 @@ from mechvlm.study.running.atomic import read_about, read_table, write_folder
 from mechvlm.study.running.settings import differences, read_settings, was_begun_with
 from mechvlm.study.save import encode_png, run_record
 
+pytestmark = pytest.mark.long
+
 EXAMPLES = [pytest.param(6, id="sample"), pytest.param(60, marks=pytest.mark.long, id="all")]
 
 

@@ -353,6 +353,7 @@ def test_groups_of_queries_are_few_enough(read_queries):
             mv.view.attention(inputs, norms, 1, pool=pool)
 
 
+@pytest.mark.long
 def test_a_view_opens_no_figure_of_its_own(read):
     """A pyplot figure of the picture would appear under the view in a notebook."""
     inputs, lens, norms = read
@@ -367,6 +368,7 @@ def test_a_view_opens_no_figure_of_its_own(read):
     assert plt.get_fignums() == []
 
 
+@pytest.mark.long
 def test_every_form_of_layers_and_heads_means_the_same(read):
     inputs, _, norms = read
     want = data_of(mv.view.attention(inputs, norms, [0, 2], heads=[0, 3], pool=2))
