@@ -4,7 +4,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.axes._secondary_axes import SecondaryAxis
-from matplotlib.gridspec import GridSpec, SubplotSpec
+from matplotlib.gridspec import GridSpec, GridSpecBase, SubplotSpec
 
 TOP, PANEL = "mechvlm-top", "mechvlm_panel"
 
@@ -19,18 +19,18 @@ class TopAxis(SecondaryAxis):
 
 def beneath(ax: Axes, share: float) -> Axes:
     """New axes under `ax`, `share` times as high, on the same x axis; `ax` shrinks for it."""
-    grid = _spec(ax).subgridspec(2, 1, height_ratios=(1, share))
-    ax.set_subplotspec(grid[0])
-    new = ax.figure.add_subplot(grid[1], sharex=ax)
-    setattr(new, PANEL, ax)
-    return new
+    return _second(ax, _spec(ax).subgridspec(2, 1, height_ratios=(1, share)), sharex=ax)
 
 
 def beside(ax: Axes, share: float) -> Axes:
     """New axes right of `ax`, `share` times as wide, on the same y axis; `ax` shrinks for it."""
-    grid = _spec(ax).subgridspec(1, 2, width_ratios=(1, share))
+    return _second(ax, _spec(ax).subgridspec(1, 2, width_ratios=(1, share)), sharey=ax)
+
+
+def _second(ax: Axes, grid: GridSpecBase, **shared: Axes) -> Axes:
+    """New axes in the second cell of a grid, whose first cell `ax` takes; both are one panel."""
     ax.set_subplotspec(grid[0])
-    new = ax.figure.add_subplot(grid[1], sharey=ax)
+    new = ax.figure.add_subplot(grid[1], **shared)
     setattr(new, PANEL, ax)
     return new
 

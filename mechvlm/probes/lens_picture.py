@@ -118,7 +118,7 @@ class LensPicture:
             (row, col): text(name[best], 12)
             for (row, col), best in zip(cells[own, 1:].tolist(), self.ids[at, own, 0].tolist(), strict=True)
         }
-        picture, area = picture_of(inputs, canvas.example or example, image)
+        picture, area = picture_of(inputs, example, image)
         mesh = image_map(
             canvas.ax, on_grid(top[at], cells, image), picture, area, words, cmap="Blues", vmin=0, vmax=1
         )  # fmt: skip

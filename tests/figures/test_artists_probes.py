@@ -98,8 +98,8 @@ def test_norms_are_the_mean_over_examples_of_the_first_destination():
     weight = random(n_layers, 3, 4, 2, n_src)
     result = mv.NormAttentionResult(
         norm=random(n_layers, 3, 2, n_src, seed=1), weight=weight, value_norm=random(n_layers, 3, 4, n_src),
-        layers=tuple(range(n_layers)), dest=torch.tensor([[36, 20], [36, 21], [36, 22]]), names=("last_text", "last_image"),
-        model="some/model",
+        layers=tuple(range(3, n_layers + 3)), dest=torch.tensor([[36, 20], [36, 21], [36, 22]]),
+        names=("last_text", "last_image"), model="some/model",
     )  # fmt: skip
     ax = result.plot()
     mesh = mesh_of(ax)
@@ -109,7 +109,7 @@ def test_norms_are_the_mean_over_examples_of_the_first_destination():
         assert value_at(mesh, src, layer) == pytest.approx(float(expected[layer, src]), rel=1e-5)
     rows = y_ticks(ax)
     assert {0, 10} <= rows.keys()
-    assert rows == {layer: str(round(layer)) for layer in rows}
+    assert rows == {row: str(round(row) + 3) for row in rows}, "by the layers that were read"
     ticks = x_ticks(ax)
     assert ticks == {at: str(round(at)) for at in ticks}
     assert 5 <= len(ticks) <= 12

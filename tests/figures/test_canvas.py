@@ -5,6 +5,7 @@ import pickle
 
 import matplotlib as mpl
 import numpy as np
+import pandas as pd
 import pytest
 from matplotlib import font_manager
 from matplotlib import pyplot as plt
@@ -85,11 +86,21 @@ def test_one_example_is_that_of_the_example_alone(kind):
     assert "example 2" in note_of(ax)
     alone = many.single(2)
     assert alone.count_examples() == 1
+    pd.testing.assert_frame_equal(rows_of(alone), rows_of(many, 2))
     assert drawn_numbers(ax) == drawn_numbers(alone.plot())
     if kind not in ("queries", "neurons", "words"):
         assert drawn_numbers(ax) != drawn_numbers(many.plot()), "and not that of all"
     with pytest.raises(IndexError, match=f"Example {N} was asked for; this result holds 0 to {N - 1}"):
         many.plot(example=N)
+
+
+def rows_of(result, example: int | None = None) -> pd.DataFrame:
+    """The table's rows of one example, or of all, without their example's number and name."""
+    frame = result.to_frame()
+    if example is not None:
+        number = frame["example"] if "example" in frame else frame["pair"].factorize()[0]
+        frame = frame[number == example]
+    return frame.drop(columns=["example", "pair", "id"], errors="ignore").reset_index(drop=True)
 
 
 def drawn_numbers(ax) -> str:

@@ -63,6 +63,16 @@ def test_panels_across_a_page_are_readable(count, style):
         assert_readable(figure)
 
 
+def test_a_title_ends_before_the_next_panel():
+    """The left panel has no neighbour at its left, so only the right one holds its title back."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(7, 2.9), layout="constrained")
+    MAKERS["contextualization"]().plot(left, title="a title of many words " * 4)
+    figure.draw_without_rendering()
+    box = left.title.get_window_extent()
+    assert box.x1 <= (left.bbox.x1 + right.bbox.x0) / 2
+    assert box.width > 0.7 * left.bbox.width, "and takes the room that it has"
+
+
 @pytest.mark.parametrize("count", [2, 3, 4])
 def test_panels_in_a_column_are_readable(count):
     kinds = ["lens", "norms", "trace", "ablation"][:count]
