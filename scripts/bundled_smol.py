@@ -109,6 +109,7 @@ class Smol(nn.Module):
 
     def image(self, pixels):
         """Embeddings of the visual tokens, [scene, 64, 576]."""
+        pixels = pixels.to(self.projector.linear_1.weight.dtype)
         return self.projector(self.tower(pixel_values=pixels).last_hidden_state[:, 1:])
 
     def read(self, x, mask, positions, past=None):
@@ -268,7 +269,7 @@ def stage(args) -> None:
             packed |= {"anchors": word_targets(drawn, embedding, texts.encode), "anchor": args.anchor}
         return packed
 
-    held = list(sample_scenes(8, 7, "val", (1, 2)))
+    held = list(sample_scenes(32, 7, "val", (1, 2)))
     rng = np.random.default_rng(0)
     val, kinds = texts.pack([texts.chosen(rng, s, 6) for s in held])
     val["pixels"] = pixels_of(held, images)
@@ -296,8 +297,7 @@ def stage(args) -> None:
         args.steps or 400,
         1.5e-3,
         validate=validate,
-        dtype=torch.float32,
-        every=25,
+        every=100,
         warmup=20,
     )
     save(full, processor(decoder), args.out / name)
