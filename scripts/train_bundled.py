@@ -14,8 +14,8 @@ Four stages. Each keeps its checkpoints in `--work` and resumes from the last on
 4. `instructblip`: the same decoder reads the tower through a Q-Former. The loss is on text alone.
 
 `decoder` and `towers` do not depend on each other, nor do `llava` and `instructblip`: with
-`--stage`, the two can run side by side. One more stage runs only when it is named, `smol-llava`: a
-projector from the frozen tower to SmolLM2.
+`--stage`, the two can run side by side. Two more stages run only when they are named: `smol-llava`,
+a projector from the frozen tower to SmolLM2, and `smol-instructblip`, a Q-Former before SmolLM2.
 """
 
 from __future__ import annotations
@@ -306,13 +306,20 @@ def instructblip(args):
 
 def smol_llava(args):
     """The projector of smol-llava, before SmolLM2. Writes smol-llava's folder."""
-    import bundled_smol  # apart: it needs SmolLM2
+    import bundled_smol_llava  # apart: it needs SmolLM2
 
-    bundled_smol.stage(args)
+    bundled_smol_llava.stage(args)
+
+
+def smol_instructblip(args):
+    """The Q-Former of smol-instructblip, before SmolLM2. Writes smol-instructblip's folder."""
+    import bundled_smol_instructblip  # apart: it needs SmolLM2
+
+    bundled_smol_instructblip.stage(args)
 
 
 TINY = {"decoder": decoder, "towers": towers, "llava": llava, "instructblip": instructblip}
-STAGES = TINY | {"smol-llava": smol_llava}
+STAGES = TINY | {"smol-llava": smol_llava, "smol-instructblip": smol_instructblip}
 
 
 def main():

@@ -67,7 +67,7 @@ def _checked(parts: Path, home: Path) -> Path:
                 warnings.warn(f"{folder} is damaged ({reason}): it is made anew.", stacklevel=2)
                 shutil.rmtree(folder)
             if not folder.is_dir():
-                _assemble(parts, folder)
+                _assemble(parts, set(taken) - {VISION_WEIGHTS}, folder)
     except OSError as error:
         raise ModelError(
             f"{parts.name} cannot be put together in {home} ({error.strerror or error}), where it takes 280 MB. Set "
@@ -100,16 +100,16 @@ def _alone(home: Path, name: str) -> Iterator[None]:
         yield
 
 
-def _assemble(parts: Path, folder: Path) -> None:
+def _assemble(parts: Path, copied: set[str], folder: Path) -> None:
     import torch
     from safetensors.torch import load_file, save_file
 
     decoder = read_decoder()
     tensors = load_file(parts / VISION_WEIGHTS) | {DECODER + name: value for name, value in decoder.weights.items()}
     with atomic_folder(folder) as unfinished:
-        for path in parts.iterdir():
-            if path.suffix in TAKEN and path.name != VISION_WEIGHTS:
-                shutil.copyfile(path, unfinished / path.name)
+        for name in copied:
+            (unfinished / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(parts / name, unfinished / name)
         decoder.tokenizer.save(str(unfinished / "tokenizer.json"))
         halves = {name: value.to(torch.float16).contiguous() for name, value in tensors.items()}
         save_file(halves, unfinished / "model.safetensors", {"format": "pt"})

@@ -13,29 +13,32 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoProcessor, LlavaForConditionalGeneration
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 import mechvlm as mv
 from helpers.small_decoder import small_decoder
 from mechvlm import bundled
 from mechvlm.bundled import assemble, smollm2
+from mechvlm.datasets.scenes import sample_scenes
 
 sys.path.insert(0, str(Path(mv.__file__).parents[1] / "scripts"))
 
 import bundled_smol
+import bundled_smol_instructblip
+import bundled_smol_llava
 from bundled_models import _TOWER, CLIPVisionConfig
 
 
 @pytest.fixture(scope="module")
 def full():
     torch.manual_seed(1)
-    return bundled_smol.build(small_decoder(), CLIPVisionConfig(**_TOWER, hidden_act="gelu"))
+    return bundled_smol_llava.build(small_decoder(), CLIPVisionConfig(**_TOWER, hidden_act="gelu"))
 
 
 @pytest.fixture
 def parts(full, tmp_path):
     folder = tmp_path / "parts" / "smol-llava"
-    bundled_smol.save(full, bundled_smol.processor(small_decoder()), folder)
+    bundled_smol.save(full, bundled_smol_llava.processor(small_decoder()), folder)
     return folder
 
 
@@ -50,22 +53,46 @@ def home(tmp_path, monkeypatch):
     assemble._checked.cache_clear()
 
 
-def test_the_whole_model_has_all_weights_in_float16(parts, full, home):
-    folder = assemble.assembled(parts)
-    model, info = LlavaForConditionalGeneration.from_pretrained(folder, output_loading_info=True)
+def _loaded(folder, full):
+    """The assembled model, which is `full` in float16 (Hugging Face keeps queries in float32)."""
+    model, info = AutoModelForImageTextToText.from_pretrained(folder, output_loading_info=True)
+    assert type(model) is type(full)
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
-    assert model.dtype == torch.float16
+    assert model.get_input_embeddings().weight.dtype == torch.float16
     for (name, value), (other, expected) in zip(
         sorted(model.state_dict().items()), sorted(full.state_dict().items()), strict=True
     ):
         assert name == other
-        assert torch.equal(value, expected.half()), name
-    assert model.lm_head.weight is model.model.language_model.embed_tokens.weight
+        assert torch.equal(value, expected.half().to(value.dtype)), name
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    return model
+
+
+def test_the_whole_model_has_all_weights_in_float16(parts, full, home):
+    folder = assemble.assembled(parts)
+    model = _loaded(folder, full)
     tokenizer = AutoProcessor.from_pretrained(folder).tokenizer
     text = "<|im_start|>user\n<image>\na red circle"
     assert tokenizer(text).input_ids == small_decoder().tokenizer.encode(text).ids
     assert tokenizer.convert_tokens_to_ids("<image>") == model.config.image_token_index
+
+
+def test_a_model_with_a_tokenizer_of_its_own_in_a_folder(tmp_path, home):
+    """An InstructBLIP: the Q-Former's tokenizer stands in a folder of its own."""
+    full = bundled_smol_instructblip.build(
+        small_decoder(), AutoConfig.from_pretrained(bundled.path("tiny-instructblip"))
+    )
+    processor = bundled_smol_instructblip.processor(small_decoder())
+    bundled_smol.save(full, processor, tmp_path / "parts" / "smol-instructblip")
+    folder = assemble.assembled(tmp_path / "parts" / "smol-instructblip")
+    model = _loaded(folder, full)
+    read = AutoProcessor.from_pretrained(folder)
+    assert read.qformer_tokenizer("a red circle").input_ids == processor.qformer_tokenizer("a red circle").input_ids
+    (scene,) = sample_scenes(1, 0, "train", (1,))
+    ids = read(images=scene.render(), text="Describe the scene.", return_tensors="pt").input_ids[0].tolist()
+    assert ids[:16] == [model.config.image_token_index] * 16
+    assert ids[16:] == small_decoder().tokenizer.encode("Describe the scene.").ids
 
 
 def test_it_is_put_together_once(parts, home):

@@ -22,6 +22,7 @@ from mechvlm.datasets.scenes import sample_scenes
 sys.path.insert(0, str(Path(mv.__file__).parents[1] / "scripts"))
 
 import bundled_smol
+import bundled_smol_llava
 from transformers import LlavaConfig
 
 pytestmark = pytest.mark.smollm2
@@ -34,11 +35,11 @@ def folder(tmp_path_factory):
     """As the model would be put together in a cache."""
     decoder = read_decoder()
     torch.manual_seed(0)
-    full = bundled_smol.build(decoder, LlavaConfig.from_pretrained(bundled.path("tiny-llava")).vision_config)
+    full = bundled_smol_llava.build(decoder, LlavaConfig.from_pretrained(bundled.path("tiny-llava")).vision_config)
     with torch.no_grad():  # visual tokens of the size of words
         full.model.multi_modal_projector.linear_2.weight.mul_(10)
     home = tmp_path_factory.mktemp("home")
-    bundled_smol.save(full, bundled_smol.processor(decoder), home / "smol")
+    bundled_smol.save(full, bundled_smol_llava.processor(decoder), home / "smol")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MECHVLM_CACHE", str(home / "cache"))
         yield assemble.assembled(home / "smol")
