@@ -27,8 +27,10 @@ from mechvlm.datasets.scenes import Scene, sample_scene, sample_scenes
 
 OBJECTS = (1, 1, 2, 2, 2, 3)
 START, END = "<|im_start|>", "<|im_end|>"
-QUESTIONS = 6
+QUESTIONS = 4
 """Questions about a scene in a step, beside its caption."""
+WHAT = ("color", "shape", "count")
+"""Kinds of questions that every scene is asked."""
 WORD = 2.0
 """Loss weight of a one-word answer, beside captions of ten tokens."""
 
@@ -83,17 +85,21 @@ class Texts:
         raise NotImplementedError
 
     def chosen(self, rng: np.random.Generator, scene: Scene, n: int) -> list[tuple[str, str, str]]:
-        """A caption and `n` questions of different kinds where there are, as (kind, prompt, answer)."""
+        """A caption and `n` questions, as (kind, prompt, answer).
+
+        One of each kind that says what an object is, then one about places or whether it is there,
+        then any others.
+        """
         parts = segments(scene)
         order = [parts[i] for i in rng.permutation(len(parts))]
         lists = [p for p in order if p[0] in ("list", "there")]
         places = [p for p in order if p[0] == "places"]
-        caption = places[0] if places and rng.random() < 0.3 else lists[0]
+        caption = places[0] if places and rng.random() < 0.15 else lists[0]
         questions = [p for p in order if p[0] not in ("list", "there", "places")]
-        first = list({p[0]: p for p in questions}.values())
-        rng.shuffle(first)
-        rest = [p for p in questions if p not in first]
-        parts = [caption, *[*first, *rest][:n]]
+        each = list({p[0]: p for p in questions if p[0] in WHAT}.values())
+        each += [p for p in questions if p[0] not in WHAT][:1]
+        rest = [p for p in questions if p not in each]
+        parts = [caption, *[*each, *rest][:n]]
         return [(kind, prompts[rng.integers(len(prompts))], answer) for kind, prompts, answer in parts]
 
     def pack(self, texts: list[list[tuple]]) -> tuple[dict[str, torch.Tensor], np.ndarray]:
