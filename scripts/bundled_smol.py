@@ -1,4 +1,4 @@
-"""What trains the smol models: image readers between a frozen tower and SmolLM2-135M, frozen as well.
+"""What trains the smol models: readers of images before SmolLM2-135M, which is frozen.
 
 Captions and answers pass their loss through the frozen decoder to the part that is trained. The
 loss is on the answers' tokens alone: never on a visual position.
@@ -213,7 +213,7 @@ def train(name: str, module: Smol, texts: Texts, images, args, steps: int, lr: f
                     right.setdefault(row_kinds[at][0], []).append(bool(row[at].all()))
         return " ".join(f"{k} {np.mean(v):.2f}" for k, v in sorted(right.items()))
 
-    return fit(name, module, batch, args, args.steps or steps, lr, validate=validate, every=100, warmup=20)
+    return fit(name, module, batch, args, steps, lr, validate=validate, every=100, warmup=20)
 
 
 def save(full: nn.Module, processor, folder: Path) -> None:

@@ -126,5 +126,5 @@ def stage(args) -> None:
     print(f"smol-instructblip: from words to words, R2 {r2:.3f}", flush=True)
     reads = processor(decoder)
     texts = InstructBlipTexts(reads.tokenizer, reads.qformer_tokenizer)
-    train("smol-instructblip", SmolInstructBlip(full), texts, reads.image_processor, args, 3000, 1e-3)
+    train("smol-instructblip", SmolInstructBlip(full), texts, reads.image_processor, args, args.steps or 1600, 1e-3)
     save(full, reads, args.out / "smol-instructblip")

@@ -1,8 +1,9 @@
-"""smol-llava: a projector is trained between tiny-llava's tower and SmolLM2-135M, both frozen.
+"""smol-llava: a projector is trained between tiny-llava's tower and SmolLM2-135M.
 
 1. The projector starts as a ridge regression, from what the tower says of a patch to the embeddings
    of words: its color and shape, or its ground.
-2. It is trained on captions and answers, as `bundled_smol` says.
+2. It is trained on captions and answers, as `bundled_smol` says, behind the frozen tower.
+3. Tower and projector are trained together, in the same way.
 """
 
 from __future__ import annotations
@@ -79,7 +80,7 @@ class LlavaTexts(Texts):
 
 
 class SmolLlava(Smol):
-    """The projector between the frozen tower and decoder."""
+    """The projector between the tower, frozen at first, and the frozen decoder."""
 
     def __init__(self, full: LlavaForConditionalGeneration):
         super().__init__(full.model.language_model, full.config.image_token_index)
@@ -148,5 +149,7 @@ def stage(args) -> None:
         return {"anchors": word_targets(drawn, embedding, texts.encode), "anchor": args.anchor} if args.anchor else {}
 
     name = "smol-llava-anchored" if args.anchor else "smol-llava"
-    train(name, module, texts, images, args, 3000, 1.5e-3, anchored)
+    train(f"{name}-projector", module, texts, images, args, args.steps or 2000, 1.5e-3, anchored)
+    module.tower.requires_grad_(True)
+    train(name, module, texts, images, args, args.steps or 1200, 6e-4, anchored)
     save(full, processor(decoder), args.out / name)
