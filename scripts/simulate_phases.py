@@ -119,7 +119,9 @@ def main() -> None:
         grid = [(size, deviation) for size in SIZES for deviation in CONTROL_RIPPLES]
         further = [pool.submit(controlled_rates, *settings, args.curves, args.seed) for settings in grid]
         for (size, deviation), both in zip(grid, further, strict=True):
-            print(f"{f'{size:.0%} of the range':<30} {deviation:>7.0%} " + cells(both.result(), args.curves), flush=True)
+            print(
+                f"{f'{size:.0%} of the range':<30} {deviation:>7.0%} " + cells(both.result(), args.curves), flush=True
+            )
 
 
 def cells(rates: Sequence[float], curves: int) -> str:
