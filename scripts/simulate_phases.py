@@ -51,7 +51,7 @@ OWN = {0: 0, 2: 0.9, 20: 0.75, 22: 0.82, 24: 0.65, 29: 1, 30: 0.5}
 """Corners of the decoder's own curve in the second table, as shares of its range."""
 PHASES = {0: 0, 4: 1, 13: -1, 26: 1, 30: -1}
 """Corners of the phases that are added to it, in units of their size."""
-SIZES = (0, 0.15, 0.3, 0.5)
+SIZES = (0, 0.3, 0.5)
 """How far the phases go up and down, as shares of the own curve's range."""
 CONTROL_RIPPLES = (0.02, 0.05, 0.1)
 CONTROL_EXAMPLES = 32
