@@ -2,7 +2,7 @@
 """Both errors of the four-phase verdict on simulated curves, by the smallest turn that counts.
 
     python scripts/simulate_phases.py
-    python scripts/simulate_phases.py --curves 60 --seed 7     # of `MIN_TURN`'s docstring; 7 minutes
+    python scripts/simulate_phases.py --curves 60 --seed 7     # of `MIN_TURN`'s docstring; 9 minutes
 
 Each simulated study has a curve of the decoder's own, the same for all examples, and differences
 between examples that are small beside it. The curve is
@@ -95,7 +95,7 @@ def controlled_study(rng: np.random.Generator, size: float, deviation: float) ->
 
 
 def controlled_rates(size: float, deviation: float, curves: int, seed: int) -> tuple[float, float]:
-    """The share of studies of which any segment exceeds every control, and of those with the pattern."""
+    """The share of studies with any segment beyond every control, and of those with the pattern."""
     rng = np.random.default_rng(seed)
     studies = [controlled_study(rng, size, deviation) for _ in range(curves)]
     return float(np.mean([any(s.exceeding) for s in studies])), float(np.mean([s.shows_pattern for s in studies]))

@@ -127,7 +127,7 @@ class ControlExcess:
 
 
 def _nearby(intervals: Sequence[tuple[int, int]], i: int) -> tuple[int, int]:
-    """From the middle of the segment before segment `i` to the middle of the one after, inclusive."""
+    """From the middle of the segment before segment `i` to that of the one after, inclusive."""
     before, after = intervals[max(i - 1, 0)], intervals[min(i + 1, len(intervals) - 1)]
     first = sum(before) // 2 if i else before[0]
     last = (sum(after) + 1) // 2 if i + 1 < len(intervals) else after[1]
@@ -135,7 +135,7 @@ def _nearby(intervals: Sequence[tuple[int, int]], i: int) -> tuple[int, int]:
 
 
 def _largest_rise(curve: Float[Tensor, " state"], nearby: tuple[int, int]) -> tuple[int, int]:
-    """The states (start, end) between which a curve rises most; the same one twice where it only falls."""
+    """The states between which a curve rises most; the same one twice where it only falls."""
     first, last = nearby
     lowest = curve[first : last + 1].cummin(0)
     end = int((curve[first : last + 1] - lowest.values).argmax())

@@ -63,7 +63,7 @@ def shuffled(vlm, inputs, controls):
 
 @pytest.mark.parametrize("kind", ["noise", "words", "text"])
 def test_what_is_no_image_shows_no_phases(controls, others, kind):
-    """Its own curve turns, and may turn as the paper's does: other draws of its kind do the same."""
+    """Its own curve turns, and may turn as the paper's: other draws of its kind do the same."""
     result = replace(controls, inter=others[kind])
     assert result.phases.n_segments > 0
     assert not result.shows_pattern

@@ -193,7 +193,7 @@ def test_one_control_that_does_the_same_is_enough():
 
 
 def test_a_control_that_turns_elsewhere_nearby_is_enough():
-    """Two states later: over the images' own segments it changes less, since they end where these turn."""
+    """Two states later: over the images' own segments it changes less."""
     later = np.interp(np.arange(17) - 2, np.arange(17), OWN)
     result = made(OWN, [later], noise=0.002)
     rise = result.excess.iloc[0]

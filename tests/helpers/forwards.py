@@ -28,7 +28,7 @@ def first_states(vlm, inputs) -> torch.Tensor:
 
 
 def naive_curve(vlm, inputs, embeddings: torch.Tensor) -> torch.Tensor:
-    """s(l) [state example], all pairs, of a plain forward whose first layer is given other states."""
+    """s(l) [state example], all pairs, of a plain forward with other states at its first layer."""
     decoder, states = decoder_of(vlm), []
     hooks = [decoder.layers[0].register_forward_pre_hook(lambda _, args: (embeddings, *args[1:]))]
     hooks += [
