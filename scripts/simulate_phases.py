@@ -2,7 +2,7 @@
 """Both errors of the four-phase verdict on simulated curves, by the smallest turn that counts.
 
     python scripts/simulate_phases.py
-    python scripts/simulate_phases.py --curves 60 --seed 7     # of `MIN_TURN`'s docstring; 9 minutes
+    python scripts/simulate_phases.py --curves 60 --seed 7     # of `MIN_TURN`'s docstring
 
 Each simulated study has a curve of the decoder's own, the same for all examples, and differences
 between examples that are small beside it. The curve is

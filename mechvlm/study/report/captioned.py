@@ -126,8 +126,8 @@ def draw_baseline(ax: Axes, rows: pd.DataFrame, color: str, x: str = "layer") ->
 def legend(figure: Figure, *axes: Axes, bands: bool = True, spread: bool = True, extra: Sequence = ()) -> None:
     """Draw one legend below the figure.
 
-    It holds the lines of `axes`, then `extra`, and in a last column the bands that were drawn, in as
-    many columns as the figure has room for.
+    It holds the lines of `axes`, then `extra`, and in a last column the bands that were drawn. It
+    has as many columns as the figure has room for.
     """
     handles = [handle for ax in axes for handle in ax.get_legend_handles_labels()[0]] + list(extra)
     columns = len(handles)
