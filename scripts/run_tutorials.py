@@ -25,7 +25,7 @@ METADATA = {
 PREVIEW = re.compile(r'<img [^>]*src="data:image/png;base64,([^"]+)"')
 
 
-def run(path: Path, timeout: int = 120) -> nbformat.NotebookNode:
+def run(path: Path, timeout: int = 600) -> nbformat.NotebookNode:
     """The notebook with fresh outputs, executed in the repository's root.
 
     Args:

@@ -1,6 +1,7 @@
 """The Python of README.md and of every page runs, prints what is shown, and writes what it names.
 
-All pages run in one process: run with `pytest -m docs -n 0`.
+All pages run in one process: run with `pytest -m docs -n 0`. Those of a model with SmolLM2 are in
+the lane `-m smollm2`.
 """
 
 import functools
@@ -25,9 +26,15 @@ spec.loader.exec_module(script)
 SAVED = re.compile(r"(?:savefig|save)\(\"([\w-]+\.\w+)\"\)")
 
 
-@pytest.mark.docs
+def in_its_lane(path: Path):
+    """A page as a parameter, marked by what its program needs."""
+    needs_smollm2 = any('"smol-' in block.code for block in script.blocks_of(path.read_text(encoding="utf-8")))
+    mark = pytest.mark.smollm2 if needs_smollm2 else pytest.mark.docs
+    return pytest.param(path, marks=mark, id=path.relative_to(ROOT).as_posix())
+
+
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("path", script.pages(), ids=lambda path: path.relative_to(ROOT).as_posix())
+@pytest.mark.parametrize("path", [in_its_lane(path) for path in script.pages()])
 def test_it_runs_as_it_stands(path, tmp_path):
     text = path.read_text(encoding="utf-8")
     for block, output in script.printed(text, tmp_path):

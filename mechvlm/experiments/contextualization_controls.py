@@ -3,8 +3,8 @@
 1. One forward reads the curve of the images: s(l) between image and text tokens, state by state.
 2. The same forward runs again with other things at the image's positions, as they enter layer 0:
    noise, random words, running text. Prompt, positions and masks stay.
-3. The phases of the images' curve are fitted, and each is compared with what the controls do over
-   the same states (`ContextualizationControlsResult.excess`).
+3. The phases of the images' curve are fitted, and each is compared with what the controls do
+   nearby (`ContextualizationControlsResult.excess`).
 
 What the controls do too is no phase of an image: it is how this decoder treats any token there.
 """

@@ -64,7 +64,7 @@ class ContextualizationControlsResult(Result):
 
     @property
     def excess(self) -> pd.DataFrame:
-        """Each segment of the images' curve, less what a control does over the same states.
+        """Each segment of the images' curve, less what a control does nearby.
 
         One row for each segment and control, as `mechvlm.measures.control_excess` describes them:
         `change`, `control_change`, `excess` with `low` and `high`, and `exceeds`.

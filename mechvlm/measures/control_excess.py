@@ -1,11 +1,12 @@
 """What of a curve's phases exceeds its controls: the same curve with something else in the image.
 
-A segment of the images' curve exceeds a control where it changes by more than the control does over
-the same states, in its direction. What the controls do too is no phase of an image: it is how this
-decoder treats any token there.
+A segment of the images' curve exceeds a control where it changes by more than the control does in
+its direction nearby. Nearby, since a segment begins and ends where the images' curve turns: over
+exactly these states any other curve of the decoder changes less, also one that turns a layer later.
+What the controls do too is no phase of an image: it is how this decoder treats any token there.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -40,18 +41,26 @@ class ControlExcess:
     def frame(self) -> pd.DataFrame:
         """A row for each segment and control, as `EXCESS_COLUMNS` names them.
 
-        `change` of the images' mean curve, `control_change`, and `excess`, their difference in the
-        segment's direction with its 95 % bootstrap interval over examples (`low`, `high`; NaN for
-        one example). `exceeds`: the interval lies above 0 and the excess is as large as a turn must
-        be, `Phases.min_turn` of the curve's range.
+        `change` of the images' mean curve, and `control_change`: the largest that the control's
+        mean curve changes in the segment's direction between any two states from the middle of the
+        segment before to the middle of the one after. `excess` is their difference in that
+        direction, with its 95 % bootstrap interval over examples (`low`, `high`; NaN for one
+        example). `exceeds`: the interval lies above 0 and the excess is as large as a turn must be,
+        `Phases.min_turn` of the curve's range.
+
+        Tested: against every pair of states. `scripts/simulate_phases.py` measures both errors.
         """
         phases, rows = self.phases, []
         enough = phases.min_turn * float(phases.mean.max() - phases.mean.min())
-        for label, direction, (first, last) in zip(phases.labels, phases.directions, phases.intervals, strict=True):
+        for i, (label, direction, (first, last)) in enumerate(
+            zip(phases.labels, phases.directions, phases.intervals, strict=True)
+        ):
             sign = 1 if direction == "rise" else -1
             change = self.inter[last] - self.inter[first]
+            nearby = _nearby(phases.intervals, i)
             for kind, control in self.controls.items():
-                control_change = control[last] - control[first]
+                start, end = _largest_rise(sign * control.mean(-1), nearby)
+                control_change = control[end] - control[start]
                 mean, low, high = map(float, mean_interval(sign * (change - control_change)))
                 exceeds = low > 0 and mean >= enough
                 rows.append(
@@ -115,3 +124,19 @@ class ControlExcess:
         )
         start = "The paper's four phases show, each beyond the controls" if self.shows_pattern else beyond
         return f"{start}: {'; '.join(parts)}."
+
+
+def _nearby(intervals: Sequence[tuple[int, int]], i: int) -> tuple[int, int]:
+    """From the middle of the segment before segment `i` to that of the one after, inclusive."""
+    before, after = intervals[max(i - 1, 0)], intervals[min(i + 1, len(intervals) - 1)]
+    first = sum(before) // 2 if i else before[0]
+    last = (sum(after) + 1) // 2 if i + 1 < len(intervals) else after[1]
+    return first, last
+
+
+def _largest_rise(curve: Float[Tensor, " state"], nearby: tuple[int, int]) -> tuple[int, int]:
+    """The states between which a curve rises most; the same one twice where it only falls."""
+    first, last = nearby
+    lowest = curve[first : last + 1].cummin(0)
+    end = int((curve[first : last + 1] - lowest.values).argmax())
+    return first + int(lowest.indices[end]), first + end

@@ -1,5 +1,6 @@
 """Controls of the contextualization curve: against plain forwards, and verdicts on made curves."""
 
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -8,7 +9,7 @@ import torch
 
 import mechvlm as mv
 from helpers import families
-from helpers.forwards import decoder_of
+from helpers.forwards import first_states, naive_curve
 from helpers.images import noise_image
 from mechvlm.experiments import contextualization_controls as experiment
 from mechvlm.experiments.contextualization_controls import _chosen, _text_ids, _vocabulary, with_noise, with_words
@@ -26,35 +27,6 @@ def inputs(llava_vlm):
 @pytest.fixture(scope="module")
 def controls(llava_vlm, inputs):
     return mv.contextualization_controls(llava_vlm, inputs, text=WORDS)
-
-
-def naive_curve(vlm, inputs, embeddings: torch.Tensor) -> torch.Tensor:
-    """s(l), pair by pair, of a plain forward whose first layer is given other states."""
-    decoder, states = decoder_of(vlm), []
-    hooks = [decoder.layers[0].register_forward_pre_hook(lambda _, args: (embeddings, *args[1:]))]
-    hooks += [
-        layer.register_forward_pre_hook(lambda _, args: states.append(args[0]))
-        for layer in [*decoder.layers, decoder.norm]
-    ]
-    try:
-        with torch.no_grad():
-            vlm.hf(**vlm.encoding(inputs))
-    finally:
-        for hook in hooks:
-            hook.remove()
-    curve = torch.zeros(len(states), len(inputs))
-    for number, state in enumerate(states):
-        for row, tokens in enumerate(inputs.token_maps):
-            pairs = [
-                torch.cosine_similarity(state[row, i], state[row, j], dim=0) for i in tokens.image for j in tokens.text
-            ]
-            curve[number, row] = torch.stack(pairs).mean()
-    return curve
-
-
-def first_states(vlm, inputs) -> torch.Tensor:
-    with torch.no_grad():
-        return vlm.hf(**vlm.encoding(inputs), output_hidden_states=True).hidden_states[0]
 
 
 @pytest.mark.parametrize("kind", ["words", "text"])
@@ -218,6 +190,31 @@ def test_one_control_that_does_the_same_is_enough():
         "The curve is in part the decoder's own: the rise over states 0-3 does not exceed the controls (noise, words);"
     )
     assert not half.shows_pattern
+
+
+def test_a_control_that_turns_elsewhere_nearby_is_enough():
+    """Two states later: over the images' own segments it changes less."""
+    later = np.interp(np.arange(17) - 2, np.arange(17), OWN)
+    result = made(OWN, [later], noise=0.002)
+    rise = result.excess.iloc[0]
+    same_states = float((result.controls[0, rise.last_state] - result.controls[0, 0]).mean())
+    assert rise.change - same_states > 0.2 * float(np.ptp(OWN))
+    assert rise.control_change == pytest.approx(0.5, abs=0.01)
+    assert result.exceeding[:3] == (False,) * 3, "the last fall has no state to come later at"
+
+
+def test_the_controls_change_is_the_largest_of_all_pairs_of_states_nearby():
+    result = made(OWN + PHASES, [np.zeros(17), 0.5 * OWN, PHASES[::-1].copy()], noise=0.2)
+    ends = result.phases.intervals
+    assert len(ends) == 4
+    for (first, last), rows in result.excess.groupby(["first_state", "last_state"]):
+        i = ends.index((first, last))
+        low = math.floor(sum(ends[i - 1]) / 2) if i else 0
+        high = math.ceil(sum(ends[i + 1]) / 2) if i < 3 else 16
+        for row in rows.itertuples():
+            mean = result.controls[result.kinds.index(row.control)].mean(-1)
+            pairs = [float(mean[b] - mean[a]) for a in range(low, high + 1) for b in range(a, high + 1)]
+            assert row.control_change == pytest.approx(max(pairs) if row.direction == "rise" else min(pairs), abs=1e-6)
 
 
 def test_a_sure_and_small_excess_is_none():

@@ -21,6 +21,34 @@ def decoder_of(vlm):
     return hf.language_model.model if type(hf).__name__.startswith("InstructBlip") else hf.model.language_model
 
 
+def first_states(vlm, inputs) -> torch.Tensor:
+    """What enters the first layer [batch pos d_model]."""
+    with torch.no_grad():
+        return vlm.hf(**vlm.encoding(inputs), output_hidden_states=True).hidden_states[0]
+
+
+def naive_curve(vlm, inputs, embeddings: torch.Tensor) -> torch.Tensor:
+    """s(l) [state example], all pairs, of a plain forward with other states at its first layer."""
+    decoder, states = decoder_of(vlm), []
+    hooks = [decoder.layers[0].register_forward_pre_hook(lambda _, args: (embeddings, *args[1:]))]
+    hooks += [
+        layer.register_forward_pre_hook(lambda _, args: states.append(args[0]))
+        for layer in [*decoder.layers, decoder.norm]
+    ]
+    try:
+        with torch.no_grad():
+            vlm.hf(**vlm.encoding(inputs))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    curve = torch.zeros(len(states), len(inputs))
+    for number, state in enumerate(states):
+        for row, tokens in enumerate(inputs.token_maps):
+            image, text = state[row, tokens.image, None], state[row, None, tokens.text]
+            curve[number, row] = torch.cosine_similarity(image, text, dim=-1).mean()
+    return curve
+
+
 @contextmanager
 def decoder_calls(vlm):
     """A list that gets the number of positions of every call of the decoder meanwhile."""

@@ -126,7 +126,8 @@ def draw_baseline(ax: Axes, rows: pd.DataFrame, color: str, x: str = "layer") ->
 def legend(figure: Figure, *axes: Axes, bands: bool = True, spread: bool = True, extra: Sequence = ()) -> None:
     """Draw one legend below the figure.
 
-    It holds the lines of `axes`, then `extra`, and in a last column the bands that were drawn.
+    It holds the lines of `axes`, then `extra`, and in a last column the bands that were drawn. It
+    has as many columns as the figure has room for.
     """
     handles = [handle for ax in axes for handle in ax.get_legend_handles_labels()[0]] + list(extra)
     columns = len(handles)
@@ -140,7 +141,12 @@ def legend(figure: Figure, *axes: Axes, bands: bool = True, spread: bool = True,
         opacity = 1 - (1 - PALE) * (1 - DARK) if spread else DARK
         interval = Patch(color=GREY, alpha=opacity, linewidth=0, label=f"{CONFIDENCE:.0%} interval of the mean")
         handles += [deviation, interval] if spread else [interval]
-    figure.legend(handles=handles, loc="outside lower center", ncols=columns)
+    while True:
+        drawn = figure.legend(handles=handles, loc="outside lower center", ncols=columns)
+        if columns == 1 or drawn.get_window_extent().width <= figure.bbox.width:
+            return
+        drawn.remove()
+        columns -= 1
 
 
 def short_name(model: str, models: list[str]) -> str:
