@@ -26,6 +26,8 @@ from mechvlm.bundled.smollm2 import IMAGE_TOKEN, Decoder
 from mechvlm.datasets.scenes import Scene, sample_scene, sample_scenes
 
 OBJECTS = (1, 1, 2, 2, 2, 3)
+SEVERAL = (1, 2, 2, 2, 2, 3)
+"""Objects in a scene where which color belongs to which shape is still to be learned."""
 START, END = "<|im_start|>", "<|im_end|>"
 QUESTIONS = 4
 """Questions about a scene in a step, beside its caption."""
@@ -84,22 +86,22 @@ class Texts:
     def answer(self, text: str) -> list[int]:
         raise NotImplementedError
 
-    def chosen(self, rng: np.random.Generator, scene: Scene, n: int) -> list[tuple[str, str, str]]:
-        """A caption and `n` questions, as (kind, prompt, answer).
+    def chosen(self, rng: np.random.Generator, scene: Scene, n: int, captions: int = 1) -> list[tuple[str, str, str]]:
+        """Some captions and `n` questions, as (kind, prompt, answer).
 
-        One of each kind that says what an object is, then one about places or whether it is there,
-        then any others.
+        The first caption is at times one of places. Of the questions, one of each kind that says
+        what an object is, then one about places or whether it is there, then any others.
         """
         parts = segments(scene)
         order = [parts[i] for i in rng.permutation(len(parts))]
         lists = [p for p in order if p[0] in ("list", "there")]
         places = [p for p in order if p[0] == "places"]
-        caption = places[0] if places and rng.random() < 0.15 else lists[0]
+        told = [*(places[:1] if rng.random() < 0.15 else []), *lists][:captions]
         questions = [p for p in order if p[0] not in ("list", "there", "places")]
         each = list({p[0]: p for p in questions if p[0] in WHAT}.values())
         each += [p for p in questions if p[0] not in WHAT][:1]
         rest = [p for p in questions if p not in each]
-        parts = [caption, *[*each, *rest][:n]]
+        parts = [*told, *[*each, *rest][:n]]
         return [(kind, prompts[rng.integers(len(prompts))], answer) for kind, prompts, answer in parts]
 
     def pack(self, texts: list[list[tuple]]) -> tuple[dict[str, torch.Tensor], np.ndarray]:
@@ -182,7 +184,10 @@ def pixels_of(scenes: list[Scene], images) -> torch.Tensor:
     return images([s.render() for s in scenes], return_tensors="pt").pixel_values
 
 
-def train(name: str, module: Smol, texts: Texts, images, args, steps: int, lr: float, anchored=lambda scenes: {}):
+def train(
+    name: str, module: Smol, texts: Texts, images, args, steps: int, lr: float,
+    anchored=lambda scenes: {}, objects=OBJECTS, captions: int = 1, questions: int = QUESTIONS,
+):  # fmt: skip
     """Train `module` on scenes that are drawn anew for each step, in bfloat16 on a copy.
 
     `anchored` gives what a batch of these scenes holds besides.
@@ -190,8 +195,8 @@ def train(name: str, module: Smol, texts: Texts, images, args, steps: int, lr: f
 
     def batch(rng, step):
         shuffle = random.Random(int(rng.integers(2**62)))
-        drawn = [sample_scene(shuffle, "train", OBJECTS) for _ in range(args.batch or 4)]
-        packed, _ = texts.pack([texts.chosen(rng, s, QUESTIONS) for s in drawn])
+        drawn = [sample_scene(shuffle, "train", objects) for _ in range(args.batch or 4)]
+        packed, _ = texts.pack([texts.chosen(rng, s, questions, captions) for s in drawn])
         return packed | {"pixels": pixels_of(drawn, images)} | anchored(drawn)
 
     held = list(sample_scenes(32, 7, "val", (1, 2)))

@@ -5,6 +5,8 @@ Tower and decoder are frozen.
 1. The Q-Former and its queries start as tiny-instructblip's. The projection starts as that of
    tiny-instructblip too, followed by the linear map from its decoder's words to SmolLM2's.
 2. Q-Former, queries and projection are trained on captions and answers, as `bundled_smol` says.
+3. Then again, on more captions of several objects: one-word answers are learned first, and which
+   color belongs to which shape last.
 
 As in every InstructBLIP, the queries stand before the text, and the prompt has no template. The
 Q-Former reads the prompt too: each prompt has queries of its own.
@@ -15,7 +17,7 @@ from __future__ import annotations
 import torch
 from bundled_models import QUERIES, llama_tokenizer
 from bundled_models import processor as tiny_processor
-from bundled_smol import Smol, Texts, generation, save, tokenizer, train
+from bundled_smol import SEVERAL, Smol, Texts, generation, save, tokenizer, train
 from transformers import InstructBlipConfig, InstructBlipForConditionalGeneration, InstructBlipProcessor
 
 from mechvlm import bundled
@@ -126,5 +128,10 @@ def stage(args) -> None:
     print(f"smol-instructblip: from words to words, R2 {r2:.3f}", flush=True)
     reads = processor(decoder)
     texts = InstructBlipTexts(reads.tokenizer, reads.qformer_tokenizer)
-    train("smol-instructblip", SmolInstructBlip(full), texts, reads.image_processor, args, args.steps or 1600, 1e-3)
+    module = SmolInstructBlip(full)
+    train("smol-instructblip-words", module, texts, reads.image_processor, args, args.steps or 1600, 1e-3)
+    train(
+        "smol-instructblip", module, texts, reads.image_processor, args, args.steps or 1600, 1e-3,
+        objects=SEVERAL, captions=3, questions=2,
+    )  # fmt: skip
     save(full, reads, args.out / "smol-instructblip")

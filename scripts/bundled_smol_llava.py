@@ -151,5 +151,5 @@ def stage(args) -> None:
     name = "smol-llava-anchored" if args.anchor else "smol-llava"
     train(f"{name}-projector", module, texts, images, args, args.steps or 2000, 1.5e-3, anchored)
     module.tower.requires_grad_(True)
-    train(name, module, texts, images, args, args.steps or 1200, 6e-4, anchored)
+    train(name, module, texts, images, args, args.steps or 1000, 2.5e-4, anchored)
     save(full, processor(decoder), args.out / name)
