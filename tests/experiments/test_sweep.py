@@ -77,6 +77,56 @@ def test_tokens_that_see_later_ones_are_computed_again():
         torch.testing.assert_close(got[pos,], want[0, -1], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", families.cases(memories=False))
+def test_edits_behind_an_attention_leave_it_as_it_was(name):
+    """In every family: z and what the MLP adds are changed, and the attention is the kept one."""
+    vlm = mv.load(*families.build(name))
+    inputs = vlm.inputs(families.picture(60, 44, seed=0), "what is this")
+    layers = [layer for layer in range(vlm.n_layers) if vlm.layer_parts[layer].kind.attention is not None]
+    places = (int(inputs.tokens.image[1]), inputs.tokens.last)
+    for site in ("z", "mlp_out"):
+        edits = [Edit((layer, pos), range(layer, layer + 1), pos) for layer in layers for pos in places]
+
+        def change(layer, rows, site=site):
+            pos = [[0] if layer in edit.layers else None for edit in rows]
+            if rows[0].pos != rows[0].key[1]:  # every position is computed
+                pos = [[edit.key[1]] if layer in edit.layers else None for edit in rows]
+            if any(pos):
+                mv.ablate(vlm, pos, layer, at=site)
+
+        clean = run(vlm, inputs, edits_at=site)
+        assert any(clean.projected) and any(heads is not None for heads in clean.heads)
+        got = sweep(vlm, clean, edits, change)
+        for layer, pos in got:
+            want = forward(vlm, inputs, lambda layer=layer, pos=pos, site=site: mv.ablate(vlm, pos, layer, at=site))
+            torch.testing.assert_close(got[layer, pos], want[0, -1].float(), rtol=1e-4, atol=1e-5)
+            if layer < vlm.n_layers - 1 or pos == inputs.tokens.last:
+                assert not torch.equal(got[layer, pos], clean.logits)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_a_kept_attention_projects_nothing(attention):
+    """Of the first layer only the output projection runs; the last one's sees one position."""
+    vlm = mv.load(*families.build("llava", attention=attention))
+    inputs = vlm.inputs(families.picture(60, 44, seed=0), "what is this")
+    clean, calls = run(vlm, inputs, edits_at="z"), []
+    handles = [
+        getattr(block.self_attn, name).register_forward_hook(
+            lambda _, args, out, at=(layer, name): calls.append((*at, *args[0].shape[:2]))
+        )
+        for layer, block in enumerate(vlm.hf.model.language_model.layers)
+        for name in ("q_proj", "o_proj")
+    ]
+    n, last = len(inputs.tokens), vlm.n_layers - 1
+    try:
+        sweep(vlm, clean, [Edit((0,), range(1), 0)], lambda layer, rows: None)
+    finally:
+        for handle in handles:
+            handle.remove()
+    between = [call for layer in range(1, last) for call in ((layer, "q_proj", 1, n), (layer, "o_proj", 1, n))]
+    assert calls == [(0, "o_proj", 1, n), *between, (last, "q_proj", 1, n), (last, "o_proj", 1, 1)]
+
+
 def test_a_sweep_computes_no_layer_and_no_position_twice(llava_vlm, monkeypatch):
     """The MLPs run only in layers, and at positions, from the first edited one on.
 
