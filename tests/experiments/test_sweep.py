@@ -105,26 +105,29 @@ def test_edits_behind_an_attention_leave_it_as_it_was(name):
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_a_kept_attention_projects_nothing(attention):
+def test_a_kept_attention_projects_nothing(attention, monkeypatch):
     """Of the first layer only the output projection runs; the last one's sees one position."""
     vlm = mv.load(*families.build("llava", attention=attention))
     inputs = vlm.inputs(families.picture(60, 44, seed=0), "what is this")
-    clean, calls = run(vlm, inputs, edits_at="z"), []
-    handles = [
-        getattr(block.self_attn, name).register_forward_hook(
-            lambda _, args, out, at=(layer, name): calls.append((*at, *args[0].shape[:2]))
-        )
+    clean, calls, linear = run(vlm, inputs, edits_at="z"), [], torch.nn.functional.linear
+    projections = ("q_proj", "k_proj", "v_proj", "o_proj")
+    names = {
+        getattr(block.self_attn, name).weight: (layer, name)
         for layer, block in enumerate(vlm.hf.model.language_model.layers)
-        for name in ("q_proj", "o_proj")
-    ]
+        for name in projections
+    }
+
+    def counted(x, weight, bias=None):
+        if weight in names:
+            calls.append((*names[weight], x.shape[1]))
+        return linear(x, weight, bias)
+
+    monkeypatch.setattr(torch.nn.functional, "linear", counted)
+    sweep(vlm, clean, [Edit((0,), range(1), 0)], lambda layer, rows: None)
     n, last = len(inputs.tokens), vlm.n_layers - 1
-    try:
-        sweep(vlm, clean, [Edit((0,), range(1), 0)], lambda layer, rows: None)
-    finally:
-        for handle in handles:
-            handle.remove()
-    between = [call for layer in range(1, last) for call in ((layer, "q_proj", 1, n), (layer, "o_proj", 1, n))]
-    assert calls == [(0, "o_proj", 1, n), *between, (last, "q_proj", 1, n), (last, "o_proj", 1, 1)]
+    between = [(layer, name, n) for layer in range(1, last) for name in projections]
+    ends = [(last, name, 1 if name == "o_proj" else n) for name in projections]
+    assert calls == [(0, "o_proj", n), *between, *ends]
 
 
 def test_a_sweep_computes_no_layer_and_no_position_twice(llava_vlm, monkeypatch):
