@@ -53,8 +53,13 @@ LAYERS, WIDTH, HEADS, MLP, VOCABULARY, VISUAL, LENGTH = 40, 5120, 40, 13_824, 32
 """LLaVA-1.5-13B, with about 44 tokens of text."""
 CORES_A_GPU = 8
 """Assumed."""
-SHARED_SYNC = 0.1
+NETWORK_SYNC = 0.1
 """Assumed seconds until a shard is safe in a folder that is shared over a network."""
+WEIGHTS, FOLDER_RATE, IMAGE_BYTES = 26.7e9, 1.2e9, 0.16e6
+"""Bytes of the model in bfloat16; bytes a second of the folder that models and images are read from,
+assumed; bytes of an image of COCO."""
+SHARDS_A_WORKER = 20
+"""Simulated, in the table on paper."""
 
 
 def flops() -> dict[str, float]:
@@ -78,8 +83,11 @@ def device_seconds(gpu: str) -> float:
     return ((sum(by_part.values()) - in_float32) / half + in_float32 / single) / UTILISATION
 
 
-def on_paper(gpu: str, write: float, sync: float) -> Costs:
-    """LLaVA-1.5-13B: the device's time from its FLOPs, the host's from the benchmark."""
+def on_paper(gpu: str, record: dict) -> Costs:
+    """LLaVA-1.5-13B: the device's time from its FLOPs, the host's from the benchmark.
+
+    Ray's call and the writer's times are those measured with tiny-llava's shards.
+    """
     ms = host_ms()
     deeper = LAYERS / 32
     return Costs(
@@ -88,10 +96,11 @@ def on_paper(gpu: str, write: float, sync: float) -> Costs:
         join=deeper * ms["results"] / 1000,
         rows=deeper * ms["rows and words"] / 1000,
         shard=deeper * ms["shards and the loop"] / 1000 * shard_size(BATCH),
-        call=0.005,
-        write=write,
-        sync=sync,
-        shard_bytes=9000 * shard_size(BATCH),
+        call=record["costs"]["call"],
+        write=record["costs"]["write"],
+        sync=record["costs"]["sync"],
+        # Most of a shard are rows by state: tiny-llava has 9 states.
+        shard_bytes=record["costs"]["shard_bytes"] * (LAYERS + 1) / 9,
     )
 
 
@@ -215,39 +224,42 @@ def check_table(record: dict) -> list[str]:
 
 def paper_table(record: dict) -> list[str]:
     """LLaVA-1.5-13B over COCO's images, simulated."""
-    lines = [
-        "| | examples a second | a GPU's time at work | writer at work | to the writer | reading | loading |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    head = ("", "examples a second", "a GPU's time at work", "writer's time at work", "to the writer", "reading", "loading")
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for gpu in GPUS:
-        costs = on_paper(gpu, record["costs"]["write"], record["costs"]["sync"])
-        for gpus in (1, 8, 64, 512):
-            lines.append(paper_row(f"{gpus} {gpu}", gpus, costs))
-        lines.append(paper_row(f"64 {gpu}, a folder on the network", 64, replace(costs, sync=SHARED_SYNC)))
-        lines.append(paper_row(f"512 {gpu}, a folder on the network", 512, replace(costs, sync=SHARED_SYNC)))
+        costs = on_paper(gpu, record)
+        lines += [paper_row(f"{gpus} {gpu}", gpus, costs) for gpus in (1, 8, 64)]
+        lines.append(paper_row(f"64 {gpu}, `--out` on a network", 64, replace(costs, sync=NETWORK_SYNC)))
     return lines
 
 
 def paper_row(label: str, gpus: int, costs: Costs) -> str:
-    """A row of the table. Enough shards a worker are simulated that beginning and end count little."""
-    nodes = max(1, gpus // 8)
-    examples = gpus * 40 * shard_size(BATCH)
-    speed: Speed = simulate(costs, examples, 0 if gpus == 1 else gpus, nodes, CORES_A_GPU * min(gpus, 8), BATCH)
+    """A row of the table, for so many shards a worker that beginning and end count little."""
+    nodes, n = max(1, gpus // 8), gpus * SHARDS_A_WORKER * shard_size(BATCH)
+    speed: Speed = simulate(costs, n, 0 if gpus == 1 else gpus, nodes, CORES_A_GPU * min(gpus, 8), BATCH)
     hours = COCO / speed.rate / 3600
     reading = f"{hours:.1f} h" if hours >= 1 else f"{hours * 60:.0f} min"
-    return (
-        f"| {label} | {speed.rate:.1f} | {speed.device:.0%} | {speed.writer:.1%} | {speed.traffic / 1e6:.2f} MB/s "
-        f"| {reading} | {loading_minutes(gpus):.1f} min |"
-    )
+    loading = gpus * WEIGHTS / FOLDER_RATE / 60
+    cells = (
+        label, f"{speed.rate:.1f}", f"{speed.device:.0%}", f"{speed.writer:.1%}", f"{speed.traffic / 1e6:.2f} MB/s",
+        reading, f"{loading:.1f} min",
+    )  # fmt: skip
+    return f"| {' | '.join(cells)} |"
 
 
-WEIGHTS_GB, FOLDER_GB_A_SECOND = 26.7, 1.2
-"""Of the model in bfloat16; of the shared folder, assumed."""
-
-
-def loading_minutes(gpus: int) -> float:
-    """Minutes until every worker has read the weights from one shared folder, nothing cached."""
-    return gpus * WEIGHTS_GB / FOLDER_GB_A_SECOND / 60
+def limits_table(record: dict) -> list[str]:
+    """What each part could do alone, in examples a second."""
+    costs = on_paper("H100", record)
+    shard = shard_size(BATCH)
+    alone = {
+        "H100, each": 1 / costs.device,
+        "inputs, each worker's thread": 1 / costs.prepare,
+        "rows, each worker's thread": 1 / (costs.rows + costs.shard / shard),
+        "the writer, on this disk": shard / (costs.write + costs.sync),
+        "the writer, on a network": shard / (costs.write + NETWORK_SYNC),
+        "images out of the shared folder": FOLDER_RATE / IMAGE_BYTES,
+    }
+    return ["| | examples a second |", "|---|---|", *(f"| {part} | {rate:,.0f} |" for part, rate in alone.items())]
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -260,6 +272,8 @@ def main(argv: list[str] | None = None) -> None:
     print("\n".join(check_table(record)))
     print(f"\nLLaVA-1.5-13B, {COCO:,} images, simulated\n")
     print("\n".join(paper_table(record)))
+    print("\nWhat each part could do alone\n")
+    print("\n".join(limits_table(record)))
 
 
 if __name__ == "__main__":

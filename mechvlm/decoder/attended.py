@@ -77,11 +77,12 @@ def attend_from_last(layer: Layer) -> None:
     """
     call = attention_call(layer.attn)
     (attention, q, k, v, mask, *rest), options = call.inputs
-    row = mask[..., -1:, :] if isinstance(mask, Tensor) and mask.ndim == 4 else mask
-    call.inputs = ((attention, q[:, :, -1:], k, v, row, *rest), options)
-    out = call.output
-    call.output = with_first(out, first(out).expand(-1, q.shape[2], -1, -1))
+    by_row = isinstance(mask, Tensor) and mask.ndim == 4
+    if (mask is None or by_row) and options.get("position_bias") is None:
+        row = mask[..., -1:, :] if by_row else None
+        call.inputs = ((attention, q[:, :, -1:], k, v, row, *rest), options)
+        out = call.output
+        # The module gives its heads' outputs the shape of all positions.
+        call.output = with_first(out, first(out).expand(-1, q.shape[2], -1, -1))
     projection = layer.proj("o")
     projection.input = projection.input[:, -1:]
-
-
