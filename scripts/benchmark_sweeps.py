@@ -11,8 +11,6 @@ import mechvlm as mv
 
 MOST = 0.5
 """Bar of a sweep over heads or positions, in whole forwards of each."""
-HEADS_A_LAYER = 2
-"""Heads of each layer that are ablated by number, beside as many drawn ones."""
 
 
 def sweeps(layers: int, width: int, repeats: int) -> list[dict]:
@@ -102,10 +100,10 @@ def heads(layers: int, width: int, d_head: int, repeats: int) -> list[dict]:
     A head is ablated at every position, so nothing is saved but the layers below, and in its own
     layer the attention: half of the work. A position saves those before it too.
 
-    Of the heads, two sets of one of each layer stand for all: some by number, and as many drawn by
-    the experiment itself. They start at each layer as often as all heads do. Of the positions, those
-    after each eighth of the sequence. Every time includes the experiment's clean forward, and the
-    trace's corrupted one.
+    Two heads of each layer stand for all: the first, and another that the experiment draws. They
+    start at each layer as often as all heads do. Of the positions, those after each eighth of the
+    sequence stand for all. Every time includes the experiment's clean forward, and the trace's
+    corrupted one.
 
     Args:
         layers: layers of the decoder.
@@ -116,25 +114,23 @@ def heads(layers: int, width: int, d_head: int, repeats: int) -> list[dict]:
     vlm, hf = build("llava", layers, width, d_head=d_head)
     inputs = vlm.inputs(noise(0), QUESTION)
     encoding, length = vlm.encoding(inputs), len(inputs.tokens)
-    numbers = range(0, vlm.n_heads, max(1, vlm.n_heads // HEADS_A_LAYER))
-    sets = {f"{layer}.{head}": [(layer, head)] for layer in range(layers) for head in numbers}
+    sets = {str(layer): [(layer, 0)] for layer in range(layers)}
     places = [length * i // 8 for i in range(1, 8)]
-    few = dict(list(sets.items())[:: max(1, len(sets) // 3)])  # by whole forwards
+    few = list(range(0, layers, max(1, layers // 3)))  # by whole forwards
     measured: dict[str, list[float]] = {}
 
     def ablate() -> None:
         result = mv.head_ablation(vlm, inputs, 7, sets=sets, draws=1)
-        by_name = dict(zip(result.sets, result.logit_ablated[:, 0].tolist(), strict=True))
-        measured["heads ablated"] = [by_name[name] for name in few]
+        measured["heads ablated"] = result.logit_ablated[few, 0].tolist()
 
     def trace() -> None:
         mv.causal_trace(vlm, inputs, 7, groups=[{str(place): [place] for place in places}])
 
     def ablate_by_forwards() -> None:
         logits = []
-        for ((layer, head),) in few.values():
+        for layer in few:
             with torch.no_grad(), vlm.trace(inputs, logits_to_keep=1, use_cache=False):
-                mv.ablate(vlm, inputs.tokens.all, layer, at="z", heads=head)
+                mv.ablate(vlm, inputs.tokens.all, layer, at="z", heads=0)
                 logit = nnsight.save(vlm.logits[0, -1, 7])
             logits.append(float(logit))
         measured["whole"] = logits
@@ -151,7 +147,8 @@ def heads(layers: int, width: int, d_head: int, repeats: int) -> list[dict]:
     forward = (before["bare forward"] + times({"bare forward": bare}, repeats)["bare forward"]) / 2
     rows = []
     for name, s in seconds.items():
-        row: dict = {"case": name, "how many": count[name], "seconds": s, "of as many bare forwards": s / forward / count[name]}
+        share = s / forward / count[name]
+        row: dict = {"case": name, "how many": count[name], "seconds": s, "of as many bare forwards": share}
         if name != "bare forward":
             row["most"] = MOST
         rows.append(row)

@@ -95,7 +95,7 @@ def test_edits_behind_an_attention_leave_it_as_it_was(name):
                 mv.ablate(vlm, pos, layer, at=site)
 
         clean = run(vlm, inputs, edits_at=site)
-        assert any(clean.projected) and any(heads is not None for heads in clean.heads)
+        assert any(clean.projected), "an attention was kept"
         got = sweep(vlm, clean, edits, change)
         for layer, pos in got:
             want = forward(vlm, inputs, lambda layer=layer, pos=pos, site=site: mv.ablate(vlm, pos, layer, at=site))
