@@ -11,8 +11,8 @@
              in one forward of both
     sweeps   the causal experiments over all windows of 32 layers, against one whole forward per
              window
-    heads    ablation of heads of 32 layers with 32 each, and states restored position by position,
-             against one whole forward for each
+    heads    ablation of heads of 32 layers with 32 each, and states restored position by
+             position, against one whole forward for each
     host     what a study does outside of the forward, in milliseconds an example, and its rate with
              a stand-in for a device
     loading  mechvlm.load of a model that is in memory, with a known and with a derived record

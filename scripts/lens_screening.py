@@ -1,10 +1,10 @@
-"""Could the lens do without its whole product? Screened in bfloat16, then exact in float32: measured.
+"""The lens without its whole product: screened in bfloat16, then exact in float32. Measured.
 
     python scripts/lens_screening.py            # random numbers of width 4096
     python scripts/lens_screening.py --smollm2  # SmolLM2's unembedding and states of English text
 
-1. All logits in bfloat16. Each is within a bound of the right one: |x| |w - w'| + |x - x'| |w'|, and
-   the rounding of the result.
+1. All logits in bfloat16. Each is within a bound of the right one: |x| |w - w'| + |x - x'| |w'|,
+   and the rounding of the result.
 2. Tokens that may be among the k likeliest within that bound, and those close behind the first, are
    computed in float32. The k likeliest are then certain.
 3. So is a probability, up to what the bound lets the other tokens' sum differ. Where that is more
@@ -23,8 +23,8 @@ from torch import Tensor
 from mechvlm.probes.likeliest import largest, rows_at_once, top_tokens
 
 K, TOLERANCE, MOST_TOKENS, CLOSE = 5, 1e-3, 512, 7.0
-"""Tokens; relative error of a probability; tokens that are computed again for a state; logits behind
-the first token within which they are."""
+"""Tokens; relative error of a probability; tokens that are computed again for a state; logits
+behind the first token within which they are."""
 TEXT = Path(__file__).parents[1] / "docs" / "concepts.md"
 
 

@@ -55,8 +55,8 @@ CORES_A_GPU = 8
 NETWORK_SYNC = 0.1
 """Assumed seconds until a shard is safe in a folder that is shared over a network."""
 WEIGHTS, FOLDER_RATE, IMAGE_BYTES = 26.7e9, 1.2e9, 0.16e6
-"""Bytes of the model in bfloat16; bytes a second of the folder that models and images are read from,
-assumed; bytes of an image of COCO."""
+"""Bytes of the model in bfloat16; bytes a second of the folder with models and images, assumed;
+bytes of an image of COCO."""
 SHARDS_A_WORKER = 20
 """Simulated, in the table on paper."""
 

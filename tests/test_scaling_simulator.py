@@ -20,10 +20,10 @@ NOTHING = Costs(
 
 
 def test_cores_are_shared_evenly():
-    """Three jobs of 1, 1 and 2 seconds on two cores: the short ones end after 1.5, the long after 2.
+    """Three jobs of 1, 1 and 2 seconds on two cores: the short ones end after 1.5, the other 2.5.
 
-    At two thirds of a core each, 1 second of work takes 1.5; then the long job has a core alone,
-    and 1 second left.
+    At two thirds of a core each, 1 second of work takes 1.5. Then the long job has a core alone, and
+    1 second left.
     """
     clock, ended = Clock(), {}
     cores = Cores(clock, 2)
