@@ -22,8 +22,8 @@ NOTHING = Costs(
 def test_cores_are_shared_evenly():
     """Three jobs of 1, 1 and 2 seconds on two cores: the short ones end after 1.5, the other 2.5.
 
-    At two thirds of a core each, 1 second of work takes 1.5. Then the long job has a core alone, and
-    1 second left.
+    At two thirds of a core each, 1 second of work takes 1.5. Then the long job has a core alone,
+    and 1 second left.
     """
     clock, ended = Clock(), {}
     cores = Cores(clock, 2)
@@ -80,13 +80,12 @@ def test_the_slowest_part_is_the_bottleneck():
 
 
 def test_the_simulation_against_a_measured_study():
-    """With tiny-llava, from the recorded times of its parts: 1 and 2 workers to a tenth or so."""
+    """With tiny-llava on two cores: what a second worker brings, to a tenth."""
     record = json.loads(simulate_scaling.RECORD.read_text())
     costs = Costs(**record["costs"])
-    for workers in (0, 1, 2):
-        measured = record["examples a second"][str(workers)]
-        simulated = simulate(costs, simulate_scaling.SCENES, workers, 1, record["cores"]).rate
-        assert simulated == pytest.approx(measured, rel=0.15), f"{workers} workers"
+    measured = record["examples a second"]["2"] / record["examples a second"]["1"]
+    one, two = (simulate(costs, simulate_scaling.SCENES, n, 1, record["cores"]).rate for n in (1, 2))
+    assert two / one == pytest.approx(measured, rel=0.1)
 
 
 def test_the_flops_on_paper():

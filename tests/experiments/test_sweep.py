@@ -100,7 +100,7 @@ def test_edits_behind_an_attention_leave_it_as_it_was(name):
                 mv.ablate(vlm, pos, layer, at=site)
 
         clean = run(vlm, inputs, edits_at=site)
-        # A latent attention (MLA) has no matrices of queries, keys and values: it is computed again.
+        # A latent attention (MLA) has no matrix of queries, keys or values: it is computed again.
         assert any(clean.projected) == any(map(projections_of, vlm.layer_parts))
         got = sweep(vlm, clean, edits, change)
         for layer, pos in got:
