@@ -59,9 +59,8 @@ RATIOS = {
 }  # fmt: skip
 """The ratios that rows are judged by, and the host's times, which hold for one machine.
 
-A row is judged by the first of them that it has.
-
-Each value is the noise of the clock: a smaller absolute difference is never reported.
+A row is judged by the first of them that it has. Each value is the noise of the clock: a smaller
+absolute difference is never reported.
 """
 MORE_IS_BETTER = ("times as long", "of the device's rate")
 

@@ -214,7 +214,8 @@ def _finish(vlm: VLM, layers: range, change: Callable[[int], None]) -> Tensor:
         change(at)
     path = _norm_of_an_mlp_apart(vlm, last)
     if last not in layers and path is not None:
-        attend_from_last(vlm.layer_parts[last])
+        if vlm.record.kind(last).attention is not None:
+            attend_from_last(vlm.layer_parts[last])
         # The layer adds this row to all positions: a right sum at the last, which alone is read.
         norm = part(vlm.layers[last], path)
         norm.output = norm.output[:, -1:]
