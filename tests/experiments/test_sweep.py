@@ -129,7 +129,8 @@ def test_a_kept_attention_projects_nothing(attention, monkeypatch):
         return linear(x, weight, bias)
 
     monkeypatch.setattr(torch.nn.functional, "linear", counted)
-    sweep(vlm, clean, [Edit((0,), range(1), 0)], lambda layer, rows: None)
+    got = sweep(vlm, clean, [Edit((0,), range(1), 0)], lambda layer, rows: None)
+    torch.testing.assert_close(got[0,], clean.logits)  # nothing was changed
     n, last = len(inputs.tokens), vlm.n_layers - 1
     between = [(layer, name, n) for layer in range(1, last) for name in projections]
     ends = [(last, name, 1 if name == "o_proj" else n) for name in projections]
