@@ -61,24 +61,33 @@ biases), of Gemma 3 (norms after attention and MLP, normed queries and keys), an
 matrices, whose record is derived at load)."""
 
 
-def build(family: str, layers: int, width: int, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Built:
-    """A model with LLaMA's proportions.
-
-    Heads of 128, an MLP of 2.6875 times the width (11008 at 4096).
-    """
-    model, processor = unread(family, layers, width, device, dtype)
+def build(
+    family: str,
+    layers: int,
+    width: int,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    d_head: int = 128,
+) -> Built:
+    """A model with LLaMA's proportions: an MLP of 2.6875 times the width (11008 at 4096)."""
+    model, processor = unread(family, layers, width, device, dtype, d_head)
     # The memo makes the copy share the parameters.
     bare = copy.deepcopy(model, {id(weight): weight for weight in model.parameters()})
     return Built(mv.load(model, processor), bare)
 
 
-def unread(family: str, layers: int, width: int, device: str = "cpu", dtype: torch.dtype = torch.float32) -> tuple:
+def unread(
+    family: str, layers: int, width: int, device: str = "cpu", dtype: torch.dtype = torch.float32, d_head: int = 128
+) -> tuple:
     """The model, in evaluation mode, and its processor, before mechvlm has seen them."""
     torch.set_default_dtype(dtype)
     try:
         # The model's own initialisation would take most of a minute at width 2048.
         with torch.device(device), no_init_weights():
-            model, processor = instructblip(layers, width) if family == "instructblip" else llava(layers, width, family)
+            if family == "instructblip":
+                model, processor = instructblip(layers, width)
+            else:
+                model, processor = llava(layers, width, family, d_head)
     finally:
         torch.set_default_dtype(torch.float32)
     torch.manual_seed(0)
@@ -91,14 +100,16 @@ def unread(family: str, layers: int, width: int, device: str = "cpu", dtype: tor
     return model.eval(), processor
 
 
-def llava(layers: int, width: int, text: str = "llava") -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
+def llava(
+    layers: int, width: int, text: str = "llava", d_head: int = 128
+) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
     """LLaVA-1.5's visual tokens: 24 x 24 patches of an image of 336 pixels."""
     config = LlavaConfig(
         vision_config=CLIPVisionConfig(
             **_vision(width, hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16),
             image_size=336, patch_size=14, projection_dim=64,
         ),
-        text_config=_text(layers, width, text), image_token_index=IMAGE, vision_feature_layer=-2,
+        text_config=_text(layers, width, text, d_head), image_token_index=IMAGE, vision_feature_layer=-2,
         vision_feature_select_strategy="default",
     )  # fmt: skip
     processor = LlavaProcessor(
@@ -134,8 +145,8 @@ def _vision(width: int, **full: int) -> dict[str, int]:
     return full if width >= FULL_WIDTH else small
 
 
-def _text(layers: int, width: int, kind: str = "llava") -> PreTrainedConfig:
-    heads = width // 128
+def _text(layers: int, width: int, kind: str = "llava", d_head: int = 128) -> PreTrainedConfig:
+    heads = width // d_head
     shared = {
         "vocab_size": VOCABULARY, "hidden_size": width, "intermediate_size": int(width * 2.6875), "num_hidden_layers": layers,
         "num_attention_heads": heads, "max_position_embeddings": 2048, "bos_token_id": 1, "eos_token_id": 2,

@@ -262,9 +262,10 @@ def _restore_groups(
     clean = run(vlm, example.inputs, keep=at)
     token = example.token(clean.logits)
     if other is not None:
-        corrupted = run(vlm, other)
+        corrupted = run(vlm, other, edits_at=at)
     else:
-        corrupted = run(vlm, example.inputs, embeddings=_noisy_embeddings(example, clean.resid[0], corrupt, seed))
+        embeddings = _noisy_embeddings(example, clean.resid[0], corrupt, seed)
+        corrupted = run(vlm, example.inputs, embeddings=embeddings, edits_at=at)
     # An image that is a memory changes no embedding, but later states.
     states = zip([*corrupted.resid, corrupted.logits], [*clean.resid, clean.logits], strict=True)
     if all(torch.equal(one, other) for one, other in states):

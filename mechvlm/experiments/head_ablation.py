@@ -257,7 +257,7 @@ def _ablate_each(
 
     z becomes `mean`, or that of the example `other` at the positions `taken`, or else zero.
     """
-    clean = run(vlm, example.inputs)
+    clean = run(vlm, example.inputs, edits_at="z")
     token = example.token(clean.logits)
     states = None if other is None else [z[:, taken] for z in run(vlm, other, keep="z").kept]
     if mean is not None:

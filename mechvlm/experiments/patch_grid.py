@@ -216,7 +216,7 @@ def _patch_cells(
 
     A column is its positions, and with at="z" its head.
     """
-    clean, corrupted = run(vlm, example.inputs, keep=at), run(vlm, other.inputs)
+    clean, corrupted = run(vlm, example.inputs, keep=at), run(vlm, other.inputs, edits_at=at)
     token, versus = example.token(clean.logits), other.token(corrupted.logits)
     # An image that is a memory changes no embedding: then some later state differs.
     if all(map(torch.equal, clean.resid, corrupted.resid)):

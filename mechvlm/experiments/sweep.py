@@ -10,15 +10,17 @@ An experiment runs hundreds of interventions on one example. Most of each forwar
    the later positions alone; the recorded keys and values stand for the earlier ones
    (`PrefixLayer`). Where an image's tokens see each other (Gemma 3, PaliGemma), or the decoder is
    given more than embeddings, masks and positions, it computes all positions.
-4. Of the last layer only the last position is read. Where no edit changes that layer, its MLP
-   computes that position alone.
-5. `sweep` sorts many interventions (`Edit`) by where they start. Those that start close to each
+4. An edit of z, or of a later site, leaves the attention of its first layer as it is. `run_from`
+   gives that attention what it gave in the recorded forward (`mechvlm.decoder.attended`).
+5. Of the last layer only the last position is read. Where no edit changes that layer, its queries
+   attend from that position alone, and its MLP computes that position alone.
+6. `sweep` sorts many interventions (`Edit`) by where they start. Those that start close to each
    other are the rows of one forward.
 
 Tested: equals one whole forward per intervention.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,11 +30,13 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
+from mechvlm.decoder.attended import Projected, attend_from_last, heads_out, keep_projected, projections_of, reuse
 from mechvlm.decoder.attention import is_causal
 from mechvlm.decoder.layer import first, with_first
 from mechvlm.decoder.replay import Call, can_start_late, recorded, repeated
 from mechvlm.families.record import part
 from mechvlm.inputs.batch import Inputs
+from mechvlm.tracing.selections import SITES_AFTER_ATTENTION
 from mechvlm.vlm.vlm import VLM
 
 TOKENS_PER_FORWARD, ROWS_PER_FORWARD = 512, 8
@@ -57,6 +61,8 @@ class Run:
         kept: the output of the accessor that `run` was told to keep, by layer.
         logits: of the last position, [d_vocab] in float32.
         call: the decoder's own call; None on NDIF, where whole models are traced.
+        projected, heads: what each layer's projections and its heads gave, for edits that leave its
+            attention as it is; empty where `run` was told of no such edits.
     """
 
     inputs: Inputs
@@ -67,6 +73,8 @@ class Run:
     kept: list[Tensor]
     logits: Tensor
     call: Call | None = None
+    projected: Sequence[Projected] = ()
+    heads: Sequence[Tensor | None] = ()
 
     def p(self, token: int) -> float:
         """The probability of a token at the last position."""
@@ -74,7 +82,11 @@ class Run:
 
 
 def run(
-    vlm: VLM, inputs: Inputs, keep: str | None = None, embeddings: Float[Tensor, "1 pos d_model"] | None = None
+    vlm: VLM,
+    inputs: Inputs,
+    keep: str | None = None,
+    embeddings: Float[Tensor, "1 pos d_model"] | None = None,
+    edits_at: str | None = None,
 ) -> Run:
     """One example's forward, from its inputs, or with other embeddings entering the decoder.
 
@@ -83,13 +95,22 @@ def run(
         inputs: one example.
         keep: an accessor ("mlp_out", say) whose outputs are kept too.
         embeddings: enter the decoder instead of the example's own.
+        edits_at: the only site that edits of this run will change. From z on, what each attention
+            gave is kept for them: as much memory again as its queries, keys, values and z take.
     """
+    spared = edits_at in SITES_AFTER_ATTENTION and vlm.has_weights
+    with keep_projected(vlm.layer_parts if spared else []) as projected:
+        return _run(vlm, inputs, keep, embeddings, projected)
+
+
+def _run(vlm: VLM, inputs: Inputs, keep: str | None, embeddings: Tensor | None, projected: list[Projected]) -> Run:
     with torch.no_grad(), vlm.trace(inputs, logits_to_keep=1):
         given = nnsight.save(part(vlm.model, vlm.record.decoder).inputs)
         if embeddings is not None:
             vlm.resid_pre[0] = embeddings
         resid, outputs, kept = nnsight.save([]), nnsight.save([]), nnsight.save([])
         keys, values, causal = nnsight.save([]), nnsight.save([]), nnsight.save([])
+        heads = nnsight.save([])
         for layer in range(vlm.n_layers):
             resid.append(vlm.resid_pre[layer])
             if vlm.record.kind(layer).v_proj is None or vlm.record.kind(layer).memory:
@@ -101,13 +122,16 @@ def run(
                 causal.append(is_causal(attention))
                 keys.append(attention.k)
                 values.append(attention.v)
+            if projected:
+                heads.append(heads_out(vlm.layer_parts[layer]) if projections_of(vlm.layer_parts[layer]) else None)
             if keep is not None:
                 kept.append(resid[-1] if keep == "resid_pre" else getattr(vlm, keep)[layer])
             outputs.append(with_first(vlm.layers[layer].output, vlm.resid_post[layer]))
         logits = nnsight.save(vlm.unembed(vlm.final_norm(vlm.resid_post[vlm.n_layers - 1][:, -1])))
     call = recorded(part(vlm.hf, vlm.record.decoder), *given) if vlm.has_weights else None
     late = call is not None and all(causal) and can_start_late(call)
-    return Run(inputs, resid, outputs, keys if late else [], values if late else [], kept, logits[0].float(), call)
+    keys, values = (keys, values) if late else ([], [])
+    return Run(inputs, resid, outputs, keys, values, kept, logits[0].float(), call, projected, heads)
 
 
 class PrefixLayer(DynamicLayer):
@@ -179,6 +203,8 @@ def _start(vlm: VLM, base: Run, rows: int, layer: int, pos: int) -> None:
     if layer == 0:
         # Not as the decoder's input: some families multiply that by a factor first.
         vlm.resid_pre[0] = base.resid[0][:, pos:].expand(rows, -1, -1)
+    if base.heads and (heads := base.heads[layer]) is not None:
+        reuse(vlm.layer_parts[layer], base.projected[layer], heads, rows, pos)
 
 
 def _finish(vlm: VLM, layers: range, change: Callable[[int], None]) -> Tensor:
@@ -188,6 +214,8 @@ def _finish(vlm: VLM, layers: range, change: Callable[[int], None]) -> Tensor:
         change(at)
     path = _norm_of_an_mlp_apart(vlm, last)
     if last not in layers and path is not None:
+        if vlm.record.kind(last).attention is not None:
+            attend_from_last(vlm.layer_parts[last])
         # The layer adds this row to all positions: a right sum at the last, which alone is read.
         norm = part(vlm.layers[last], path)
         norm.output = norm.output[:, -1:]

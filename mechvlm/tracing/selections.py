@@ -14,6 +14,8 @@ SITES = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "z")
 
 z is [batch pos head d_head], the others are [batch pos d_model].
 """
+SITES_AFTER_ATTENTION = ("resid_post", "z", "attn_out", "resid_mid", "mlp_out")
+"""Those whose change leaves the layer's own attention as it is."""
 
 
 Selection = Any

@@ -99,3 +99,22 @@ def test_chosen_rows_are_those_of_all_rows(n_dest, kind):
     every = rows_of(q, k, mask)
     want = torch.stack([every[b][:, rows[b]] for b in range(BATCH)])
     torch.testing.assert_close(rows_of(q, k, mask, rows), want)
+
+
+@pytest.mark.parametrize(("dtype", "rounding"), [(torch.bfloat16, 2**-8), (torch.float16, 2**-11)])
+def test_weights_of_half_precision_are_off_by_two_roundings_of_a_score(dtype, rounding):
+    """Scores are rounded as products and once scaled; the softmax is in float32.
+
+    Against float64 of the same queries and keys, where scores reach about 15.
+    """
+    q, k = (2 * randn(1, 4, 64, 16, seed=seed).to(dtype) for seed in (0, 1))
+    got = attention_rows(Attention(q, k, k, None, 0.25))
+    open_ = torch.ones(64, 64).tril().bool()
+    scores = 0.25 * q.double() @ k.double().mT
+    wanted = scores.masked_fill(~open_, -torch.inf).softmax(-1)
+    # An error e of each score changes a weight by a factor between exp(-2 e) and exp(2 e).
+    error = (got.double().log() - wanted.log())[..., open_].abs()
+    bound = 2 * rounding * scores.masked_fill(~open_, 0).abs().amax(-1, keepdim=True).expand_as(scores)[..., open_]
+    assert got.dtype == torch.float32
+    assert (error <= bound).all()
+    assert error.max() > rounding / 8, "the scores were rounded"

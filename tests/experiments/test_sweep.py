@@ -8,8 +8,10 @@ import mechvlm as mv
 from helpers import families
 from helpers.forwards import forward
 from helpers.images import noise_image
+from mechvlm.decoder.attended import projections_of
 from mechvlm.experiments import sweep as sweep_module
 from mechvlm.experiments.sweep import Edit, run, sweep, windows
+from mechvlm.families.table import load_table
 
 
 def test_windows_lie_around_each_layer():
@@ -75,6 +77,64 @@ def test_tokens_that_see_later_ones_are_computed_again():
     for pos in (third, last):
         want = forward(vlm, inputs, lambda pos=pos: mv.steer(vlm, direction, pos, 0))
         torch.testing.assert_close(got[pos,], want[0, -1], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", families.cases(memories=False))
+def test_edits_behind_an_attention_leave_it_as_it_was(name):
+    """In every family: z and what the MLP adds are changed, and the attention is the kept one."""
+    row = load_table()[name]
+    if "refused" in row or row["methods"]["ablation of every head"]:
+        pytest.skip("it is refused")
+    vlm = mv.load(*families.build(name))
+    inputs = vlm.inputs(families.picture(60, 44, seed=0), "what is this")
+    layers = [layer for layer in range(vlm.n_layers) if vlm.layer_parts[layer].kind.attention is not None]
+    places = (int(inputs.tokens.image[1]), inputs.tokens.last)
+    for site in ("z", "mlp_out"):
+        edits = [Edit((layer, pos), range(layer, layer + 1), pos) for layer in layers for pos in places]
+
+        def change(layer, rows, site=site):
+            pos = [[0] if layer in edit.layers else None for edit in rows]
+            if rows[0].pos != rows[0].key[1]:  # every position is computed
+                pos = [[edit.key[1]] if layer in edit.layers else None for edit in rows]
+            if any(pos):
+                mv.ablate(vlm, pos, layer, at=site)
+
+        clean = run(vlm, inputs, edits_at=site)
+        # A latent attention (MLA) has no matrix of queries, keys or values: it is computed again.
+        assert any(clean.projected) == any(map(projections_of, vlm.layer_parts))
+        got = sweep(vlm, clean, edits, change)
+        for layer, pos in got:
+            want = forward(vlm, inputs, lambda layer=layer, pos=pos, site=site: mv.ablate(vlm, pos, layer, at=site))
+            torch.testing.assert_close(got[layer, pos], want[0, -1].float(), rtol=1e-4, atol=1e-5)
+            if layer < vlm.n_layers - 1 or pos == inputs.tokens.last:
+                assert not torch.equal(got[layer, pos], clean.logits)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_a_kept_attention_projects_nothing(attention, monkeypatch):
+    """Of the first layer only the output projection runs; the last one's sees one position."""
+    vlm = mv.load(*families.build("llava", attention=attention))
+    inputs = vlm.inputs(families.picture(60, 44, seed=0), "what is this")
+    clean, calls, linear = run(vlm, inputs, edits_at="z"), [], torch.nn.functional.linear
+    projections = ("q_proj", "k_proj", "v_proj", "o_proj")
+    names = {
+        getattr(block.self_attn, name).weight: (layer, name)
+        for layer, block in enumerate(vlm.hf.model.language_model.layers)
+        for name in projections
+    }
+
+    def counted(x, weight, bias=None):
+        if weight in names:
+            calls.append((*names[weight], x.shape[1]))
+        return linear(x, weight, bias)
+
+    monkeypatch.setattr(torch.nn.functional, "linear", counted)
+    got = sweep(vlm, clean, [Edit((0,), range(1), 0)], lambda layer, rows: None)
+    torch.testing.assert_close(got[0,], clean.logits)  # nothing was changed
+    n, last = len(inputs.tokens), vlm.n_layers - 1
+    between = [(layer, name, n) for layer in range(1, last) for name in projections]
+    ends = [(last, name, 1 if name == "o_proj" else n) for name in projections]
+    assert calls == [(0, "o_proj", n), *between, *ends]
 
 
 def test_a_sweep_computes_no_layer_and_no_position_twice(llava_vlm, monkeypatch):

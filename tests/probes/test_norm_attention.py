@@ -6,6 +6,7 @@ They are formed one by one from Hugging Face's eager weights.
 import nnsight
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 import mechvlm as mv
 from mechvlm.families.record import part
@@ -139,6 +140,19 @@ def test_half_precision_is_summed_in_float32(dtype, n_src):
     got = norm_attention_sum(alpha, value_gram(v, w_o))
     assert got.dtype == torch.float32
     torch.testing.assert_close(got.double(), wanted, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 8])
+def test_grouped_queries_cost_no_copies_of_their_values(kv_heads):
+    """f takes d_head products for each of 8 query heads, whose W_O differ, whoever shares a value.
+
+    By hand. (The counter does not see the Gram matrices, which are added up in place.)
+    """
+    n_src, n_heads, d_head, d_model = 20, 8, 4, 32
+    v, w_o = torch.randn(1, kv_heads, n_src, d_head), torch.randn(d_model, n_heads * d_head)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        value_gram(v, w_o)
+    assert counter.get_flop_counts()["Global"] == {torch.ops.aten.bmm: 2 * n_src * n_heads * d_head * d_model}
 
 
 def test_norm_probes_of_one_read_share_the_gram(vlm, single, monkeypatch):
