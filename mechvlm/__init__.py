@@ -3,6 +3,7 @@
 import sys
 import warnings
 from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -140,6 +141,11 @@ if "ipykernel" in sys.modules:
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        try:
+            return version("mechvlm")
+        except PackageNotFoundError:
+            return "(not installed)"
     if name in _MODULES:
         return import_module(f"mechvlm.{name}")
     if name not in _HOME_OF:

@@ -4,10 +4,12 @@ So `mechvlm --help` does not wait for torch.
 """
 
 import argparse
+import difflib
+import re
 import sys
 from collections.abc import Callable, Sequence
-from importlib.metadata import PackageNotFoundError, version
 
+import mechvlm
 from mechvlm.cli.console import print_stderr
 from mechvlm.cli.models import check_model, list_models
 from mechvlm.cli.options import parser
@@ -30,12 +32,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments; by default those of the process.
     """
     typed = list(sys.argv[1:] if argv is None else argv)
-    arguments = parser().parse_args(typed)
+    arguments, unknown = parser().parse_known_args(typed)
     arguments.typed = typed
+    if unknown:
+        arguments.parser.error(f"unrecognized arguments: {' '.join(unknown)}{_meant(unknown, arguments.parser)}")
     if arguments.command == "study":
         _check_usage(arguments)
     if arguments.version:
-        print(f"mechvlm {_version()}")
+        print(f"mechvlm {mechvlm.__version__}")
         return 0
     if arguments.command is None:
         parser().print_help()
@@ -59,9 +63,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _check_usage(arguments: argparse.Namespace) -> None:
     if arguments.ray is None and (arguments.workers is not None or arguments.gpus_per_worker is not None):
-        parser().error("--workers and --gpus-per-worker need a Ray cluster: give --ray auto or its address too")
+        arguments.parser.error("--workers and --gpus-per-worker need a Ray cluster: give --ray auto or its address too")
     if arguments.ray is not None and arguments.workers is None:
-        parser().error("--ray needs the number of workers: give --workers N")
+        arguments.parser.error("--ray needs the number of workers: give --workers N")
 
 
 def _user_message(error: Exception) -> str | None:
@@ -75,8 +79,8 @@ def _user_message(error: Exception) -> str | None:
     return None
 
 
-def _version() -> str:
-    try:
-        return version("mechvlm")
-    except PackageNotFoundError:
-        return "(not installed)"
+def _meant(unknown: Sequence[str], of: argparse.ArgumentParser) -> str:
+    """The options of the command that misspelled ones are close to, for a message."""
+    known = re.findall(r"--[a-z-]+", of.format_usage())
+    near = [match for word in unknown for match in difflib.get_close_matches(word.split("=")[0], known, n=1)]
+    return f". Did you mean {' '.join(near)}?" if near else ""
