@@ -8,8 +8,8 @@ import difflib
 import re
 import sys
 from collections.abc import Callable, Sequence
+from importlib.metadata import PackageNotFoundError, version
 
-import mechvlm
 from mechvlm.cli.console import print_stderr
 from mechvlm.cli.models import check_model, list_models
 from mechvlm.cli.options import parser
@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.command == "study":
         _check_usage(arguments)
     if arguments.version:
-        print(f"mechvlm {mechvlm.__version__}")
+        print(f"mechvlm {_version()}")
         return 0
     if arguments.command is None:
         parser().print_help()
@@ -84,3 +84,10 @@ def _meant(unknown: Sequence[str], of: argparse.ArgumentParser) -> str:
     known = re.findall(r"--[a-z-]+", of.format_usage())
     near = [match for word in unknown for match in difflib.get_close_matches(word.split("=")[0], known, n=1)]
     return f". Did you mean {' '.join(near)}?" if near else ""
+
+
+def _version() -> str:
+    try:
+        return version("mechvlm")
+    except PackageNotFoundError:
+        return "(not installed)"

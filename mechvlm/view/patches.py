@@ -202,7 +202,7 @@ def _height(shown: ShownExample) -> int:
     first, end = 0 if shown.maps is not None else shown.n_visual, shown.n_visual + shown.n_words
     held = set(shown.tokens.answer.tolist())
     strings = [shown.tokens.strings[p] for p in shown.sources[first:end] if p not in held]
-    height = 74 + 63 + 32 * _chip_lines(strings, 8, 4, 190 * len(shown.pictures))  # the question, the prompt
+    height = 98 + 63 + 32 * _chip_lines(strings, 8, 4, 190 * len(shown.pictures))  # the question, the prompt
     if shown.answer:
         height += 64 + 38 * _chip_lines([word.text for word in shown.answer], 10, 5)
     n_layers, n_states = len(shown.norms.layers), len(shown.lens.states)
@@ -214,10 +214,14 @@ def _height(shown: ShownExample) -> int:
         # All views together stand above the sheets, which lie two in a row.
         image += -(-sheets // 2) * (25 + min(480, 175 * tall // width))
     words, heads = 96 + 25 * (n_states + 1), 174 + n_layers * min(24, max(8, 416 // n_layers))
+    n_heads, is_tall = shown.norms.weight.shape[2], n_states > 16
+    if n_heads > (2 if is_tall else 5):
+        heads += 127  # shares stand under the map where they do not fit beside it
+    heads += 34 * (n_heads // 10)  # buttons, some ten a line
     if len(shown.pictures) > 1:
         columns = image + max(words, heads)
     else:  # many states need a column of their own: patches.js then puts the map of heads under the image
-        columns = max(image + heads, words) if n_states > 16 else max(image, words + heads)
+        columns = max(image + heads, words) if is_tall else max(image, words + heads)
     return height + columns + 20 + 72  # a gap, the keys
 
 
