@@ -182,7 +182,7 @@ class StudyBar(rich_progress.Progress):
 
     def __init__(self) -> None:
         super().__init__(
-            # In a narrow terminal the stage's name is folded: the other columns would lose their digits.
+            # In a narrow terminal a stage's name is folded: other columns would lose digits.
             TextColumn("{task.description}", markup=False, table_column=Column(overflow="fold")),
             BarColumn(12 if STDERR.width < 100 else 40, table_column=Column(no_wrap=True)),
             MofNCompleteColumn(), TimeElapsedColumn(),

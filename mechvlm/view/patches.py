@@ -202,11 +202,12 @@ def _height(shown: ShownExample) -> int:
     first, end = 0 if shown.maps is not None else shown.n_visual, shown.n_visual + shown.n_words
     held = set(shown.tokens.answer.tolist())
     strings = [shown.tokens.strings[p] for p in shown.sources[first:end] if p not in held]
-    height = 98 + 63 + 32 * _chip_lines(strings, 8, 4, 190 * len(shown.pictures))  # the question, the prompt
+    # The question and the prompt, the answer, the controls with the small maps.
+    height = 98 + 63 + 32 * _chip_lines(strings, 8, 4, 190 * len(shown.pictures))
     if shown.answer:
         height += 64 + 38 * _chip_lines([word.text for word in shown.answer], 10, 5)
     n_layers, n_states = len(shown.norms.layers), len(shown.lens.states)
-    height += 113 + 70 * -(-n_layers // 13)  # the controls, the small maps
+    height += 113 + 70 * -(-n_layers // 13)
     width, tall = shown.pictures[0].size
     image = 203 + (min(480, 351 * tall // width) if len(shown.pictures) == 1 else 320)
     sheets = len({view.sheet for view in shown.views if view.image == 0})
@@ -220,7 +221,8 @@ def _height(shown: ShownExample) -> int:
     heads += 34 * (n_heads // 10)  # buttons, some ten a line
     if len(shown.pictures) > 1:
         columns = image + max(words, heads)
-    else:  # many states need a column of their own: patches.js then puts the map of heads under the image
+    else:
+        # Many states have a column of their own: patches.js puts the map under the image.
         columns = max(image + heads, words) if is_tall else max(image, words + heads)
     return height + columns + 20 + 72  # a gap, the keys
 
