@@ -3,6 +3,7 @@
 import sys
 import warnings
 from importlib import import_module
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -140,6 +141,8 @@ if "ipykernel" in sys.modules:
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return version("mechvlm")
     if name in _MODULES:
         return import_module(f"mechvlm.{name}")
     if name not in _HOME_OF:

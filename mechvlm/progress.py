@@ -16,6 +16,7 @@ from rich import progress as rich_progress
 from rich.console import Console
 from rich.errors import LiveError
 from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Column
 
 from mechvlm.outside.files import printable
 
@@ -181,7 +182,10 @@ class StudyBar(rich_progress.Progress):
 
     def __init__(self) -> None:
         super().__init__(
-            TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+            # In a narrow terminal a stage's name is folded: other columns would lose digits.
+            TextColumn("{task.description}", markup=False, table_column=Column(overflow="fold")),
+            BarColumn(12 if STDERR.width < 100 else 40, table_column=Column(no_wrap=True)),
+            MofNCompleteColumn(), TimeElapsedColumn(),
             TextColumn("{task.fields[pace]}", markup=False), console=STDERR,
         )  # fmt: skip
         self.line = self.add_task("starting", total=None, pace="")

@@ -5,6 +5,7 @@ import re
 import resource
 import subprocess
 import sys
+from importlib.metadata import version
 
 import pandas as pd
 import pytest
@@ -174,6 +175,10 @@ def test_view_without_out_writes_over_nothing(capsys, folders, picture, tmp_path
         (["MODEL", "https://somewhere.example/a.png"], "is an address: fetch it first"),
         (["MODEL", "TEXT"], "cannot be read"),
         (["tiny-lava", "IMAGE"], "Did you mean tiny-llava?"),
+        (
+            ["notes.png", "MODEL"],
+            "Error: notes.png is a file, and no model. The model comes first: mechvlm view MODEL IMAGE",
+        ),
         (["MODEL", "IMAGE", "--device", "abacus"], "cannot be put on the device 'abacus'"),
         (["MODEL", "IMAGE", "--dtype", "float33"], "Error: There is no dtype 'float33'"),
         (["MODEL", "IMAGE", "--prompt", "word " * 3000], "leaves no room"),
@@ -271,6 +276,28 @@ def test_usage(capsys, arguments):
     code, _, err = call(capsys, *arguments)
     assert code == 2
     assert err.startswith("usage: mechvlm")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["study", "--modle", "tiny-llava"], "unrecognized arguments: --modle tiny-llava. Did you mean --model?"),
+        (["study", "--datset=scenes"], "unrecognized arguments: --datset=scenes. Did you mean --dataset?"),
+        (["view", "tiny-llava", "a.png", "--pompt", "a"], "unrecognized arguments: --pompt a. Did you mean --prompt?"),
+        (["models", "extra"], "unrecognized arguments: extra\n"),
+        (["study", "--workers", "2"], "need a Ray cluster"),
+    ],
+)
+def test_wrong_options_show_the_commands_own_usage(capsys, arguments, said):
+    code, _, err = call(capsys, *arguments)
+    assert code == 2
+    assert err.startswith(f"usage: mechvlm {arguments[0]} ")
+    assert said in err
+
+
+def test_the_version_is_the_packages(capsys):
+    assert call(capsys, "--version") == (0, f"mechvlm {mv.__version__}\n", "")
+    assert mv.__version__ == version("mechvlm")
 
 
 def test_no_command_shows_the_help(capsys):

@@ -1,5 +1,6 @@
 """The progress bar in a terminal, in a notebook, and for a study; and the pace that it shows."""
 
+import io
 import time
 
 import nbclient
@@ -84,6 +85,21 @@ def test_a_notebook_shows_bars_without_ipywidgets():
 )  # fmt: skip
 def test_the_pace_and_the_time_left(done, left, seconds, text):
     assert pace(done, left, seconds) == text
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_a_studys_bar_folds_names_and_keeps_its_numbers(width, monkeypatch):
+    console = Console(force_terminal=True, width=width, file=io.StringIO(), color_system=None)
+    monkeypatch.setattr(progress, "STDERR", console)
+    bar = StudyBar()
+    bar.show("some-owner/some-model-of-7b: answers, views, controls", 0, 0)
+    bar.show("some-owner/some-model-of-7b: reading", 1600, 2000)
+    bar.tasks[-1].fields["pace"] = "11.3 s each, 23 min left"
+    console.print(bar.get_renderable())
+    lines = console.file.getvalue().splitlines()
+    assert max(len(line.rstrip()) for line in lines) <= width
+    (line,) = (line for line in lines if "1600/2000 0:00:00 11.3 s each, 23 min left" in line)
+    assert "\u2501" * 6 in line, "and a bar"
 
 
 def test_a_studys_pace_covers_all_models_and_only_this_run(monkeypatch):

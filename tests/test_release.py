@@ -138,8 +138,12 @@ def test_every_dependency_is_used():
     assert unused == []
 
 
+def changelog_titles() -> list[str]:
+    return re.findall(r"^## (.+)$", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.M)
+
+
 def test_the_changelog_has_this_version_and_what_is_not_released():
-    titles = re.findall(r"^## (.+)$", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.M)
+    titles = changelog_titles()
     released = [title.split(" ")[0].strip("[]") for title in titles]
     assert PROJECT["version"] in released
     assert released[0] in ("Unreleased", PROJECT["version"])
@@ -152,3 +156,4 @@ def test_the_citation_can_be_read():
     assert citation["cff-version"] == "1.2.0"
     assert {"title", "message", "authors", "type"} <= set(citation)
     assert citation["license"] == PROJECT["license"]
+    assert f"{PROJECT['version']} - {citation['date-released']}" in changelog_titles()

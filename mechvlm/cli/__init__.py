@@ -4,6 +4,8 @@ So `mechvlm --help` does not wait for torch.
 """
 
 import argparse
+import difflib
+import re
 import sys
 from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -30,8 +32,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments; by default those of the process.
     """
     typed = list(sys.argv[1:] if argv is None else argv)
-    arguments = parser().parse_args(typed)
+    arguments, unknown = parser().parse_known_args(typed)
     arguments.typed = typed
+    if unknown:
+        arguments.parser.error(f"unrecognized arguments: {' '.join(unknown)}{_meant(unknown, arguments.parser)}")
     if arguments.command == "study":
         _check_usage(arguments)
     if arguments.version:
@@ -59,9 +63,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _check_usage(arguments: argparse.Namespace) -> None:
     if arguments.ray is None and (arguments.workers is not None or arguments.gpus_per_worker is not None):
-        parser().error("--workers and --gpus-per-worker need a Ray cluster: give --ray auto or its address too")
+        arguments.parser.error("--workers and --gpus-per-worker need a Ray cluster: give --ray auto or its address too")
     if arguments.ray is not None and arguments.workers is None:
-        parser().error("--ray needs the number of workers: give --workers N")
+        arguments.parser.error("--ray needs the number of workers: give --workers N")
 
 
 def _user_message(error: Exception) -> str | None:
@@ -73,6 +77,13 @@ def _user_message(error: Exception) -> str | None:
     if type(error).__name__ == "OutOfMemoryError":
         return "The device has not enough memory. Try --dtype bfloat16, --device cpu, or for a study a smaller --batch-size."
     return None
+
+
+def _meant(unknown: Sequence[str], of: argparse.ArgumentParser) -> str:
+    """The options of the command that misspelled ones are close to, for a message."""
+    known = re.findall(r"--[a-z-]+", of.format_usage())
+    near = [match for word in unknown for match in difflib.get_close_matches(word.split("=")[0], known, n=1)]
+    return f". Did you mean {' '.join(near)}?" if near else ""
 
 
 def _version() -> str:

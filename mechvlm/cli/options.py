@@ -39,6 +39,7 @@ def parser() -> argparse.ArgumentParser:
     """All commands and options. The libraries fill in the defaults that only they know."""
     top = argparse.ArgumentParser(prog="mechvlm", description="Look inside vision-language models.")
     top.add_argument("--version", action="store_true", help="show the version and exit")
+    top.set_defaults(parser=top)
     commands = top.add_subparsers(dest="command", metavar="COMMAND")
     study = commands.add_parser(
         "study", help="run the four-phase study and write a report", description=STUDY_HELP, epilog=EXIT_CODES,
@@ -127,4 +128,6 @@ def parser() -> argparse.ArgumentParser:
     check.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     check.add_argument("--device", metavar="NAME", help=DEVICE_HELP)
     check.add_argument("--dtype", metavar="NAME", help=DTYPE_HELP)
+    for command in commands.choices.values():
+        command.set_defaults(parser=command)  # whose usage is shown where its options are wrong
     return top

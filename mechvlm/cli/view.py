@@ -26,6 +26,10 @@ def write_view(arguments: argparse.Namespace) -> int:
         from mechvlm.vlm.devices import device_of, dtype_of
         from mechvlm.vlm.loading import load
 
+        if Path(arguments.model).is_file():
+            raise InputError(
+                f"{arguments.model} is a file, and no model. The model comes first: mechvlm view MODEL IMAGE."
+            )
         images = [open_image(image) for image in arguments.images]
         prompt = PROMPT if arguments.prompt is None else arguments.prompt
         if arguments.answer is not None and not arguments.answer.strip():

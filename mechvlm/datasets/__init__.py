@@ -1,9 +1,11 @@
 """Data sets by name. Each gives `Example`s: images with their captions."""
 
 import hashlib
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from PIL import Image
@@ -109,6 +111,11 @@ def _read(spec: str) -> tuple[list[Example], list[SetAside]]:
             return read_hub()
         options = _options(spec, query, "image", "caption", "id", "split", "config", repeatable="caption")
         return hub.read_hub(name, **options)
+    if spec and Path(os.path.expanduser(spec)).is_dir():
+        raise InputError(
+            f"{spec} is a folder, and what it holds must be said: folder:{spec} is for images with a captions.jsonl, "
+            f"coco:{spec}, winoground:{spec} and hf:{spec} are for those."
+        )
     known = ", ".join(f"{name} ({description})" for name, description in KNOWN.items())
     raise InputError(f"There is no data set {spec!r}. Known: {known}.")
 

@@ -198,26 +198,38 @@ def _pack_maps(maps: np.ndarray) -> str:
 
 
 def _height(shown: ShownExample) -> int:
-    """The page's height in pixels at a notebook's width of about 900, estimated."""
+    """The page's height in pixels in JupyterLab, where a frame is some 840 wide, estimated."""
     first, end = 0 if shown.maps is not None else shown.n_visual, shown.n_visual + shown.n_words
     held = set(shown.tokens.answer.tolist())
     strings = [shown.tokens.strings[p] for p in shown.sources[first:end] if p not in held]
-    chips = _chip_lines(strings, 190 * len(shown.pictures))
-    answer = 35 + 29 * _chip_lines([word.text for word in shown.answer]) if shown.answer else 0
-    n, (width, height) = len(shown.lens.states), shown.pictures[0].size
-    image = min(480, 410 * height // width) + 80 if len(shown.pictures) == 1 else 380 * len(shown.pictures)
+    # The question and the prompt, the answer, the controls with the small maps.
+    height = 98 + 63 + 32 * _chip_lines(strings, 8, 4, 190 * len(shown.pictures))
+    if shown.answer:
+        height += 64 + 38 * _chip_lines([word.text for word in shown.answer], 10, 5)
+    n_layers, n_states = len(shown.norms.layers), len(shown.lens.states)
+    height += 113 + 70 * -(-n_layers // 13)
+    width, tall = shown.pictures[0].size
+    image = 203 + (min(480, 351 * tall // width) if len(shown.pictures) == 1 else 320)
     sheets = len({view.sheet for view in shown.views if view.image == 0})
     if sheets > 1:
         # All views together stand above the sheets, which lie two in a row.
-        image += -(-sheets // 2) * (25 + min(480, 205 * height // width))
-    tall = n > 16  # patches.js then puts the map of heads under the image
-    columns = max(image + 620, 50 + 18 * n) if tall else max(image, 300 + 21 * n)
-    return 170 + answer + 29 * chips + columns
+        image += -(-sheets // 2) * (25 + min(480, 175 * tall // width))
+    words, heads = 96 + 25 * (n_states + 1), 174 + n_layers * min(24, max(8, 416 // n_layers))
+    n_heads, is_tall = shown.norms.weight.shape[2], n_states > 16
+    if n_heads > (2 if is_tall else 5):
+        heads += 127  # shares stand under the map where they do not fit beside it
+    heads += 34 * (n_heads // 10)  # buttons, some ten a line
+    if len(shown.pictures) > 1:
+        columns = image + max(words, heads)
+    else:
+        # Many states have a column of their own: patches.js puts the map under the image.
+        columns = max(image + heads, words) if is_tall else max(image, words + heads)
+    return height + columns + 20 + 72  # a gap, the keys
 
 
-def _chip_lines(strings: list[str], others: int = 0) -> int:
-    """Lines that chips of these texts take, beside `others` pixels: four at most, which scroll."""
-    return min(4, -(-(others + sum(18 + 7 * min(len(s), 20) for s in strings)) // 850))
+def _chip_lines(strings: list[str], letter: int, most: int, others: int = 0) -> int:
+    """Lines that chips of these texts take, beside `others` pixels: `most`, which then scroll."""
+    return min(most, -(-(others + sum(24 + letter * min(len(s), 20) for s in strings)) // 790))
 
 
 def _check_size(size: int, shown: ShownExample) -> None:

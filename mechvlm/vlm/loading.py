@@ -2,6 +2,7 @@
 
 import difflib
 import os
+import re
 from contextlib import nullcontext
 from os import PathLike
 from pathlib import Path
@@ -28,6 +29,9 @@ from mechvlm.vlm.records import record_of, require_fitting, require_readable_cla
 from mechvlm.vlm.verify import check_model
 from mechvlm.vlm.vlm import VLM
 from mechvlm.vlm.weights_line import weights_line
+
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
+"""owner/name, as the hub allows it: no path such as ./model, models/mine/ or /models/mine."""
 
 
 def load(
@@ -285,10 +289,12 @@ def class_of(name: str, revision: str | None = None, trust_remote_code: bool = F
 
 
 def _load_config(source: str, name: str, revision: str | None, trust_remote_code: bool):
-    if Path(source).is_dir() and not (Path(source) / "config.json").is_file():
+    if Path(source).is_file():
+        raise ModelError(f"{name} is a file. A model is a folder, the one that holds its config.json, or a name.")
+    if name and Path(source).is_dir() and not (Path(source) / "config.json").is_file():
         raise ModelError(f"The folder {name} holds no config.json: it is no Hugging Face model folder.")
-    if not Path(source).exists() and "/" not in name:
-        # A hub id has an owner. Do not ask the hub for this name: an unreachable hub takes long.
+    if not name or (not Path(source).exists() and not HUB_ID.fullmatch(name)):
+        # Do not ask the hub for what is no id: an unreachable hub takes long.
         near = difflib.get_close_matches(name, bundled.ALL, n=1)
         raise ModelError(
             f"There is no model {name!r}: it is neither bundled ({', '.join(bundled.ALL)}) nor a folder here, and a "
@@ -299,7 +305,7 @@ def _load_config(source: str, name: str, revision: str | None, trust_remote_code
     try:
         config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)
     except Exception as error:  # a hostile config.json leads transformers to errors of many types
-        reason = f"{error or type(error).__name__}".splitlines()[0]
+        reason = f"{error or type(error).__name__}".splitlines()[0].rstrip(".")
         if "custom code" in reason:
             raise ModelError(
                 f"{name} comes with code of its own, which is not run by default. Read it, and pass "
@@ -309,7 +315,8 @@ def _load_config(source: str, name: str, revision: str | None, trust_remote_code
             raise ModelError(f"The config.json of {name} cannot be used: {reason}") from error
         raise ModelError(
             f"There is no model {name!r}: it is neither bundled ({', '.join(bundled.ALL)}), nor a folder here, nor a hub id "
-            f"that can be reached. The hub's client says: {reason}"
+            f"that can be reached. The hub's client says: {reason}. Look up the id there; "
+            "log in (`hf auth login`) for a model that needs access; without a network, give the folder of a copy."
         ) from error
     refuse_kernels(config, name, trust_remote_code)
     return config

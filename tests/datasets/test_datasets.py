@@ -149,6 +149,11 @@ def test_an_unknown_name_lists_the_known_ones(spec):
         load_dataset(spec)
 
 
+def test_a_folder_without_its_kind_is_told_how_to_name_it(tmp_path):
+    with pytest.raises(InputError, match=f"{tmp_path} is a folder.*: folder:{tmp_path} is for images with a captions"):
+        load_dataset(str(tmp_path))
+
+
 def test_too_few():
     with pytest.raises(InputError, match="at least 1"):
         load_dataset("scenes", 0)

@@ -12,6 +12,8 @@ import pytest
 from nbconvert import HTMLExporter
 from PIL import Image
 
+import mechvlm as mv
+from helpers.patch_results import large_inputs, synthetic
 from helpers.token_pages import hostile_results, views
 
 pytestmark = pytest.mark.browser
@@ -92,3 +94,17 @@ def test_the_picture_shows_where_frames_are_stripped(open_page, read):
         page = open_page(f'<img id="only" src="{html.unescape(source)}">')
         size = Image.open(io.BytesIO(view.picture)).size
         assert page.locator("#only").evaluate("i => [i.naturalWidth, i.naturalHeight]") == list(size), name
+
+
+@pytest.mark.parametrize("layers", [8, 32])
+@pytest.mark.parametrize("answer", [None, "a red circle and a blue square on sand"])
+def test_the_patch_view_fits_its_frame(open_page, answer, layers):
+    """In JupyterLab beside its list of files; a frame that is a little too tall leaves white."""
+    inputs = large_inputs(answer=answer)
+    view = mv.view.patches(
+        inputs, *synthetic(inputs, layers, heads=8, dest=tuple(inputs.tokens.writing.tolist()) if answer else ())
+    )
+    page = open_page(view, viewport={"width": 840, "height": view.height})
+    page.wait_for_selector(".view[data-ready]")
+    bottom = page.locator(".view").evaluate("node => node.getBoundingClientRect().bottom")
+    assert view.height - 120 < bottom < view.height + 60

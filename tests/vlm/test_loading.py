@@ -48,6 +48,29 @@ def test_an_unknown_model_lists_the_places_looked_in():
         mv.load("no/such-model")
 
 
+@pytest.mark.parametrize("name", ["/no/such/folder", "./no-such", "models/of/mine", "no-such/", "", "a b/c"])
+def test_what_is_no_hub_id_is_not_looked_up_there(name, monkeypatch):
+    monkeypatch.setattr("transformers.AutoConfig.from_pretrained", lambda *_, **__: pytest.fail("the hub was asked"))
+    with pytest.raises(mv.ModelError, match=f"There is no model '{name}': .* nor a folder here, and a hub id reads"):
+        mv.load(name)
+
+
+def test_an_unreachable_hub_says_what_to_do(monkeypatch):
+    def unreachable(*_, **__):
+        raise OSError("We couldn't connect to the hub\nCheck your connection")
+
+    monkeypatch.setattr("transformers.AutoConfig.from_pretrained", unreachable)
+    with pytest.raises(
+        mv.ModelError, match=r"We couldn't connect to the hub\. Look up the id.*the folder of a copy\.$"
+    ):
+        mv.load("no/such-model")
+
+
+def test_a_file_is_no_model(folder):
+    with pytest.raises(mv.ModelError, match=r"config\.json is a file\. A model is a folder"):
+        mv.load(folder / "config.json")
+
+
 def test_a_misspelled_name_is_corrected():
     with pytest.raises(mv.ModelError, match=r"owner/name\. Did you mean tiny-llava\?"):
         mv.load("tinyllava")

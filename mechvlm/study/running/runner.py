@@ -288,7 +288,7 @@ def _make_shards(plan: Plan, model: int, missing: list[int], makers: Workers, pr
 
 
 def _make_gallery(plan: Plan, model: int, makers: Workers, progress: Progress) -> None:
-    stage = f"{plan.names[model]}: answers, patch views and controls"
+    stage = f"{plan.names[model]}: answers, views, controls"
     progress(stage, 0, 0)
     ids = merge.first_ids(plan, model, CONTROL_EXAMPLES)
     by_id = {e.id: e for e in plan.data.examples if e.id in ids}
