@@ -232,7 +232,9 @@ class WordHeat:
             for number, positions in enumerate(words):
                 mean[row, number, start : start + len(positions)] = 1 / len(positions)
                 start += len(positions)
-        return HeatPlan(plan_of(_side_by_side(dest)), mean, _side_by_side([tokens.image for tokens in inputs.token_maps]))
+        return HeatPlan(
+            plan_of(_side_by_side(dest)), mean, _side_by_side([tokens.image for tokens in inputs.token_maps])
+        )
 
     def at_attention(self, plan: HeatPlan, attended: Attended) -> Row | None:
         """The words' heat on the visual tokens, [batch word image]."""
