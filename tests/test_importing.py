@@ -1,4 +1,4 @@
-"""The commands' imports: without the garbage collector, which never looks at what they made again."""
+"""The commands' imports: no garbage is collected meanwhile, and what they made is left alone."""
 
 import gc
 

@@ -1,4 +1,4 @@
-"""A study's figures in all formats: one layout, one drawing a file, and the files of a figure alone."""
+"""A study's figures in all formats: one layout, one drawing a file, the PNG of a figure alone."""
 
 import matplotlib as mpl
 import pytest
