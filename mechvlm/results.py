@@ -10,6 +10,7 @@ import shutil
 import warnings
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, field, fields, replace
+from itertools import groupby
 from os import PathLike
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar, get_args, get_type_hints
@@ -392,5 +393,6 @@ def float32(numbers: Any) -> Tensor:
 
 
 def stack(rows: list[Tensor]) -> Tensor:
-    """The rows as one tensor on the CPU, along a new first axis; see `to_cpu`."""
-    return torch.stack([to_cpu(row) for row in rows])
+    """The rows as one tensor on the CPU, along a new first axis, in one copy a device; `to_cpu`."""
+    parts = [to_cpu(torch.stack(list(part))) for _, part in groupby(rows, key=lambda row: row.device)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)

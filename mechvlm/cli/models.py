@@ -2,7 +2,7 @@
 
 import argparse
 
-from mechvlm.cli.console import quiet_libraries, say, say_lines
+from mechvlm.cli.console import importing, quiet_libraries, say, say_lines
 
 
 def list_models(arguments: argparse.Namespace) -> int:
@@ -27,8 +27,9 @@ def list_models(arguments: argparse.Namespace) -> int:
 
 def check_model(arguments: argparse.Namespace) -> int:
     """Derive a model's record anew, print it, and how each of its claims came out."""
-    quiet_libraries()
-    from mechvlm.vlm.inspection import inspect_model
+    with importing():
+        quiet_libraries()
+        from mechvlm.vlm.inspection import inspect_model
 
     report = inspect_model(arguments.model, device=arguments.device, dtype=arguments.dtype)
     for line in report.text().split("\n"):

@@ -6,7 +6,7 @@ import signal
 import threading
 from pathlib import Path
 
-from mechvlm.cli.console import free_name, print_stderr, quiet_libraries, say
+from mechvlm.cli.console import free_name, importing, print_stderr, quiet_libraries, say
 from mechvlm.cli.options import DEFAULT_OUT
 
 
@@ -19,11 +19,12 @@ def run_study(arguments: argparse.Namespace) -> int:
         try:
             with StudyBar() as bar:
                 # Importing torch and nnsight takes half of a short run. The bar shows before that.
-                quiet_libraries()
-                from mechvlm import bundled
-                from mechvlm.experiments.winoground import PROMPT
-                from mechvlm.study import run
-                from mechvlm.study.report.terminal import print_summary
+                with importing():
+                    quiet_libraries()
+                    from mechvlm import bundled
+                    from mechvlm.experiments.winoground import PROMPT
+                    from mechvlm.study import run
+                    from mechvlm.study.report.terminal import print_summary
 
                 prompt = PROMPT if arguments.prompt is None else arguments.prompt
                 out = _study_folder(arguments, prompt)

@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from mechvlm.cli.console import check_new_file, free_name, quiet_libraries, say
+from mechvlm.cli.console import check_new_file, free_name, importing, quiet_libraries, say
 from mechvlm.cli.options import VIEW_FILE
 
 
@@ -16,15 +16,16 @@ def write_view(arguments: argparse.Namespace) -> int:
     with STDERR.status("starting") as status:
         # Loading the model can take minutes, so check everything else before it.
         check_new_file(out)
-        quiet_libraries()
-        from mechvlm.errors import InputError
-        from mechvlm.experiments.winoground import PROMPT
-        from mechvlm.explore import destinations, patch_view, with_answer
-        from mechvlm.inputs.images import open_image
-        from mechvlm.ndif.connection import retrying
-        from mechvlm.view.pooling import readable
-        from mechvlm.vlm.devices import device_of, dtype_of
-        from mechvlm.vlm.loading import load
+        with importing():
+            quiet_libraries()
+            from mechvlm.errors import InputError
+            from mechvlm.experiments.winoground import PROMPT
+            from mechvlm.explore import destinations, patch_view, with_answer
+            from mechvlm.inputs.images import open_image
+            from mechvlm.ndif.connection import retrying
+            from mechvlm.view.pooling import readable
+            from mechvlm.vlm.devices import device_of, dtype_of
+            from mechvlm.vlm.loading import load
 
         if Path(arguments.model).is_file():
             raise InputError(

@@ -28,11 +28,11 @@ from mechvlm.inputs.views import Box, Grid
 from mechvlm.measures.word_groups import is_content
 from mechvlm.measures.words import caption_words
 from mechvlm.probes.likelihood import Likelihood
-from mechvlm.probes.norm_attention import NormAttention, NormPlan
+from mechvlm.probes.norm_attention import NormAttention, NormPlan, plan_of
 from mechvlm.probes.probe import Attended, Model, Row
 from mechvlm.probes.query_reading import QueryReading
 from mechvlm.progress import track
-from mechvlm.results import to_cpu
+from mechvlm.results import stack
 from mechvlm.tracing.reading import Readable, read
 from mechvlm.tracing.selections import Layers, layer_numbers
 from mechvlm.vlm.vlm import VLM
@@ -191,12 +191,12 @@ def _key(word: str) -> frozenset[str]:
 class HeatPlan(NamedTuple):
     """Which positions wrote each word, as a mean over destinations; and the image's positions.
 
-    dest: the destinations, padded with an example's first.
+    norms: the destinations, padded with an example's first.
     mean: the weight of each destination in each word's mean; padded words have 0 everywhere.
     image: the visual tokens, padded with an example's first.
     """
 
-    dest: Int[Tensor, "batch dest"]
+    norms: NormPlan
     mean: Float[Tensor, "batch word dest"]
     image: Int[Tensor, "batch image"]
 
@@ -232,19 +232,21 @@ class WordHeat:
             for number, positions in enumerate(words):
                 mean[row, number, start : start + len(positions)] = 1 / len(positions)
                 start += len(positions)
-        return HeatPlan(_side_by_side(dest), mean, _side_by_side([tokens.image for tokens in inputs.token_maps]))
+        return HeatPlan(
+            plan_of(_side_by_side(dest)), mean, _side_by_side([tokens.image for tokens in inputs.token_maps])
+        )
 
     def at_attention(self, plan: HeatPlan, attended: Attended) -> Row | None:
         """The words' heat on the visual tokens, [batch word image]."""
         if attended.layer not in self.layers:
             return None
-        norm = NormAttention().at_attention(NormPlan(plan.dest, (), None), attended)["norm"]
+        norm = NormAttention().at_attention(plan.norms, attended)["norm"]
         image = plan.image.to(norm.device)[:, None].expand(-1, norm.shape[1], -1)
         return {"heat": plan.mean.to(norm.device) @ norm.gather(2, image)}
 
     def result(self, plan: HeatPlan, rows: list[Row], vlm: Model, inputs: Inputs) -> list[Tensor]:
         """Each example's heat, [word image]."""
-        heat = torch.stack([to_cpu(row["heat"]) for row in rows]).mean(0)
+        heat = stack([row["heat"] for row in rows]).mean(0)
         sizes = [(len(words), len(tokens.image)) for words, tokens in zip(self.words, inputs.token_maps, strict=True)]
         return [own[:n_words, :n_image] for own, (n_words, n_image) in zip(heat, sizes, strict=True)]
 

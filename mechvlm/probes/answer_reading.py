@@ -18,7 +18,7 @@ from torch import Tensor
 from mechvlm.inputs.batch import Inputs
 from mechvlm.inputs.tokens import NO_ANSWER, Modality, TokenMap
 from mechvlm.probes.likeliest import chances
-from mechvlm.probes.norm_attention import NormAttention, NormPlan
+from mechvlm.probes.norm_attention import NormAttention, NormPlan, plan_of
 from mechvlm.probes.probe import READS, Attended, Model, Row, State
 from mechvlm.results import Result, stack
 
@@ -67,12 +67,12 @@ class OnPrompt:
 class AnswerPlan(NamedTuple):
     """The positions that wrote each token, as rows of attention and as points of the lens.
 
-    dest: by example, padded with its last position.
+    norms: the rows by example, padded with its last position.
     example, position, ids: of each token that was written.
     image: which positions hold visual tokens.
     """
 
-    dest: Int[Tensor, "batch token"]
+    norms: NormPlan
     example: Int[Tensor, " point"]
     position: Int[Tensor, " point"]
     ids: Int[Tensor, " point"]
@@ -103,11 +103,11 @@ class AnswerReading:
             for parts in zip(*((tokens.writing, tokens.ids[tokens.answer]) for tokens in maps), strict=True)
         )
         image = torch.stack([tokens.modality == Modality.IMAGE for tokens in maps])
-        return AnswerPlan(dest, example, position, ids, image)
+        return AnswerPlan(plan_of(dest), example, position, ids, image)
 
     def at_attention(self, plan: AnswerPlan, attended: Attended) -> Row:
         """The image's share of norms and of weights (mean over heads), [example token] each."""
-        row = NormAttention().at_attention(NormPlan(plan.dest, (), None), attended)
+        row = NormAttention().at_attention(plan.norms, attended)
         image = plan.image.to(row["norm"].device)[:, None]
         parts = {"norm": row["norm"], "weight": row["weight"].mean(1)}
         return {name: (values * image).sum(-1) / values.sum(-1) for name, values in parts.items()}
@@ -122,7 +122,8 @@ class AnswerReading:
     def result(self, plan: AnswerPlan, rows: list[Row], vlm: Model, inputs: Inputs) -> "AnswerReadingResult":
         """All layers and states, NaN after each answer's end."""
         n_answer = torch.tensor([tokens.n_answer for tokens in inputs.token_maps])
-        written = torch.arange(plan.dest.shape[1]) < n_answer[:, None]
+        longest = plan.norms.dest.shape[1]
+        written = torch.arange(longest) < n_answer[:, None]
         shares = {
             name: stack([row[name] for row in rows if name in row]).where(written, torch.nan)
             for name in ("norm", "weight")
@@ -130,7 +131,7 @@ class AnswerReading:
         lens = {}
         for name in ("probability", "rank"):
             points = stack([row[name] for row in rows if name in row]).float()
-            lens[name] = points.new_full((len(points), *plan.dest.shape), torch.nan)
+            lens[name] = points.new_full((len(points), len(n_answer), longest), torch.nan)
             lens[name][:, written] = points
         return AnswerReadingResult(shares["norm"], shares["weight"], lens["probability"], lens["rank"], vlm.name)
 

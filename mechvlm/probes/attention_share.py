@@ -88,7 +88,7 @@ class AttentionShare:
 
     def at_attention(self, plan: SharePlan, attended: Attended) -> Row:
         """The destinations' shares [example head dest group], and the box's [example head dest]."""
-        dest, _, padding = plan.norms
+        dest, padding = plan.norms.dest, plan.norms.padding
         rows = attention_rows(attended.parts, dest)
         if padding is not None:  # a destination on padding attends to arbitrary sources
             rows.masked_fill_(padding.gather(1, dest).to(rows.device)[:, None, :, None], 0)

@@ -29,7 +29,7 @@ from mechvlm.inputs.batch import Inputs
 from mechvlm.measures.heads import elbow, rank_heads, spatial_entropy
 from mechvlm.probes.norm_attention import NormAttention
 from mechvlm.probes.probe import Attended, Model, Row
-from mechvlm.results import Result, long_frame, stack, to_cpu
+from mechvlm.results import Result, long_frame, stack
 
 SKIPPED = 2
 """The first layers, which the paper leaves out."""
@@ -72,7 +72,7 @@ class LocalizationHeads:
 
     def prepare(self, vlm: Model, inputs: Inputs) -> MapPlan:
         """Find the destinations and the patches."""
-        dest, names, _ = NormAttention(self.dst).prepare(vlm, inputs)
+        dest, _, names, _ = NormAttention(self.dst).prepare(vlm, inputs)
         if dest.shape[1] != 1:
             raise ValueError(f"dst={self.dst!r} means {dest.shape[1]} positions; localization heads are those of one.")
         patches = []
@@ -96,8 +96,8 @@ class LocalizationHeads:
     def result(self, plan: MapPlan, rows: list[Row], vlm: Model, inputs: Inputs) -> "LocalizationHeadsResult":
         """The image's attention and the maps' entropy; the maps themselves are not kept."""
         sums, entropies = [], []
-        for row in rows:
-            split = to_cpu(row["maps"]).split([grid.numel() for grid in plan.patches], -1)
+        for layer in stack([row["maps"] for row in rows]):
+            split = layer.split([grid.numel() for grid in plan.patches], -1)
             maps = [own.unflatten(-1, grid.shape) for own, grid in zip(split, plan.patches, strict=True)]
             sums.append(torch.stack([own.sum((-2, -1)) for own in maps]))
             entropies.append(torch.stack([spatial_entropy(own) for own in maps]))

@@ -31,11 +31,23 @@ from mechvlm.results import Result, long_frame, stack
 
 
 class NormPlan(NamedTuple):
-    """The destinations and their names; for all pairs also which positions are padding."""
+    """The destinations and their names; for all pairs also which positions are padding.
+
+    dest: the positions of each example's destinations.
+    furthest: of each destination, its last position in any example.
+    """
 
     dest: Int[Tensor, "batch dest"]
-    names: tuple[str, ...]
-    padding: Bool[Tensor, "batch pos"] | None
+    furthest: tuple[int, ...]
+    names: tuple[str, ...] = ()
+    padding: Bool[Tensor, "batch pos"] | None = None
+
+
+def plan_of(
+    dest: Int[Tensor, "batch dest"], names: tuple[str, ...] = (), padding: Bool[Tensor, "batch pos"] | None = None
+) -> NormPlan:
+    """The plan for these destinations."""
+    return NormPlan(dest, tuple(dest.amax(0).tolist()), names, padding)
 
 
 @dataclass(frozen=True)
@@ -70,7 +82,7 @@ class NormAttention:
         length = len(inputs.token_maps[0])
         if isinstance(self.dst, str) and self.dst == "all pairs":
             padding = torch.stack([tokens.modality == Modality.PADDING for tokens in inputs.token_maps])
-            return NormPlan(torch.arange(length).expand(len(inputs), -1), tuple(map(str, range(length))), padding)
+            return plan_of(torch.arange(length).expand(len(inputs), -1), tuple(map(str, range(length))), padding)
         by_example = parts_of(self.dst, inputs, "dst")
         sizes = {tuple(len(positions) for _, positions in parts) for parts in by_example}
         if len(sizes) != 1:
@@ -84,15 +96,14 @@ class NormAttention:
             name, n = own.pop() if len(own) == 1 else f"destination {number}", len(parts[0][1])
             names += [name] if n == 1 else [f"{name} {i}" for i in range(n)]
         dest = torch.stack([torch.cat([positions for _, positions in parts]) for parts in by_example])
-        return NormPlan(dest, tuple(names), None)
+        return plan_of(dest, tuple(names))
 
     def at_attention(self, plan: NormPlan, attended: Attended) -> Row:
         """The destinations' norms [example dest src] and weights [example head dest src].
 
         Also ‖f_h(x_src)‖ of every head and source, [example head src].
         """
-        dest, _, padding = plan
-        parts = attended.parts
+        dest, padding, parts = plan.dest, plan.padding, attended.parts
         q, k = parts.q, parts.k
         gram = shared_gram(attended)
         batch, n_heads, n_src, n_dest = len(q), q.shape[1], k.shape[2], dest.shape[1]
@@ -100,14 +111,16 @@ class NormAttention:
         norm = gram.new_zeros(batch, n_dest, n_src)
         # A few destinations at a time, so that their intermediates stay in the cache.
         size = items_per_chunk(batch * n_heads * n_src, q.device)
-        for rows, weights, norms in zip(dest.split(size, 1), weight.split(size, 2), norm.split(size, 1), strict=True):
+        for start in range(0, n_dest, size):
+            here = slice(start, start + size)
+            rows = dest[:, here]
             # No mask is the causal one: no row sees a source after the last of these destinations.
-            visible = slice(max(map(max, rows.tolist())) + 1 if parts.mask is None and parts.causal else None)
+            visible = slice(max(plan.furthest[here]) + 1 if parts.mask is None and parts.causal else None)
             alpha = attention_rows(parts._replace(q=q[:, :, visible], k=k[:, :, visible]), rows)
             if padding is not None:  # a destination on padding attends to arbitrary sources
                 alpha.masked_fill_(padding.gather(1, rows).to(alpha.device)[:, None, :, None], 0)
-            weights[..., visible] = alpha
-            norms[..., visible] = norm_attention_sum(alpha, gram[:, visible])
+            weight[:, :, here, visible] = alpha
+            norm[:, here, visible] = norm_attention_sum(alpha, gram[:, visible])
         divisor = norm.new_ones(batch, n_dest)
         if attended.divisor is not None:
             divisor = attended.divisor.float().to(norm.device).gather(1, dest.to(norm.device)[..., None])[..., 0]

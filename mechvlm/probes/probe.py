@@ -5,7 +5,8 @@
 1. `plan = probe.prepare(vlm, inputs)`, before the forward: names become positions, bad input is
    refused.
 2. Inside the forward, on the model's device, each method that the probe has is called with the
-   plan and one reading, and gives a row: a dict of small tensors, or None to keep nothing.
+   plan and one reading, and gives a row: a dict of small tensors, or None to keep nothing. The
+   plan's tensors are on that device too.
 
        at_queries(plan, Queried)      each cross-attention of the queries to the image
        at_state(plan, State)          each state, 0 (embeddings) to n_layers

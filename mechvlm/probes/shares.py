@@ -29,9 +29,9 @@ def group_shares(
 
     Tested: equals sums over the positions that a `TokenMap` gives.
     """
-    kinds = torch.tensor([Modality.IMAGE, Modality.TEXT, Modality.SPECIAL], device=rows.device)
     modality, dest = modality.to(rows.device), dest.to(rows.device)
-    groups = (modality[..., None] == kinds).to(rows)  # [batch src 3]
+    kinds = Modality.IMAGE, Modality.TEXT, Modality.SPECIAL
+    groups = torch.stack([modality == kind for kind in kinds], -1).to(rows)  # [batch src 3]
     sums = torch.einsum("bhds,bsg->bhdg", rows, groups)
     own = rows.gather(3, dest[:, None, :, None].expand(-1, rows.shape[1], -1, 1))
     of_dest = groups.gather(1, dest[..., None].expand(-1, -1, 3))

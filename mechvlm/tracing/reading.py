@@ -31,7 +31,7 @@ from mechvlm.inputs.tokens import Modality
 from mechvlm.ndif.jobs import Job
 from mechvlm.ndif.requests import backend_for
 from mechvlm.probes.probe import READS, Attended, Queried, State, Written
-from mechvlm.results import Result, concat
+from mechvlm.results import Result, concat, stack
 from mechvlm.tracing.memory import over_batches
 from mechvlm.vlm.encoding import require_cpu_default
 from mechvlm.vlm.vlm import VLM
@@ -115,11 +115,12 @@ def read_batch(
     plans = _plans(vlm, inputs, probes, first)
     wanted = {method for method in READS for probe in probes if hasattr(probe, method)}
     real = torch.stack([m.modality != Modality.PADDING for m in inputs.token_maps])
-    real = real.to(vlm.device) if vlm.has_weights else real
+    real = on_device(real, vlm)
+    placed = [on_device(plan, vlm) for plan in plans]
 
     def results(saved: dict[str, Any]) -> tuple:
         _require_whole(saved, probes, vlm)
-        _refuse_nonfinite(torch.stack([f.cpu() for f in saved["finite"]]), vlm, first)
+        _refuse_nonfinite(stack(saved["finite"]), vlm, first)
         return tuple(
             _with_ids(probe.result(plan, [row for row in kept if row is not None], vlm, inputs), inputs)
             for probe, plan, kept in zip(probes, plans, saved["rows"], strict=True)
@@ -138,7 +139,7 @@ def read_batch(
         for method, reading in _readings(vlm, wanted):
             if method == "at_state":
                 finite.append(is_finite(reading.resid, real))
-            for probe, plan, kept in zip(probes, plans, rows, strict=True):
+            for probe, plan, kept in zip(probes, placed, rows, strict=True):
                 if hasattr(probe, method):
                     kept.append(without_autocast(getattr(probe, method), plan, reading))
 
@@ -154,6 +155,23 @@ def _plans(vlm: VLM, inputs: Inputs, probes: tuple, first: int) -> list:
         if first:
             error.add_note(f"Examples are counted within their batch here: its first is example {first} of all.")
         raise
+
+
+def on_device(plan: Any, vlm: VLM) -> Any:
+    """A plan with its tensors on the model's device: a layer that moved them would wait for a GPU.
+
+    Tensors are looked for in tuples, lists and dicts. On NDIF all stays as it is, and travels.
+    """
+    if not vlm.has_weights or vlm.device.type == "cpu":
+        return plan
+    if isinstance(plan, Tensor):
+        return plan.to(vlm.device)
+    if isinstance(plan, dict):
+        return {name: on_device(value, vlm) for name, value in plan.items()}
+    if isinstance(plan, tuple | list):
+        parts = [on_device(value, vlm) for value in plan]
+        return type(plan)(*parts) if hasattr(plan, "_fields") else type(plan)(parts)
+    return plan
 
 
 def _with_ids(result: Any, inputs: Inputs) -> Any:

@@ -1,5 +1,6 @@
 """Inputs as the arguments of a model's forward, once both are fit for one."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -31,8 +32,19 @@ def model_arguments(vlm: Any, inputs: Any) -> dict[str, Tensor]:
             f"{', '.join(sorted(inputs.encoding))}. Make them again with {vlm.name}'s own vlm.inputs(image, prompt)."
         )
     if vlm.has_weights:
-        return {key: value.to(vlm.device) for key, value in inputs.encoding.items()}
+        ahead = vlm.device.type == "cuda"  # nothing waits for a copy out of page-locked memory
+        return {key: value.to(vlm.device, non_blocking=ahead) for key, value in inputs.encoding.items()}
     return dict(inputs.encoding)  # the server moves them to the model's device
+
+
+def page_locked(inputs: Inputs, vlm: Any) -> Inputs:
+    """The inputs of a model on a CUDA device in page-locked memory, which the device copies from.
+
+    The copy then runs beside the device's own work. Inputs of other models are given back.
+    """
+    if not vlm.has_weights or vlm.device.type != "cuda":
+        return inputs
+    return replace(inputs, encoding={key: value.pin_memory() for key, value in inputs.encoding.items()})
 
 
 def require_cpu_default() -> None:

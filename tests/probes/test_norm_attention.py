@@ -179,3 +179,7 @@ def test_the_model_keeps_its_attention_implementation(vlm, single):
     assert config._attn_implementation == "sdpa"
     mv.norm_attention(vlm, single)
     assert config._attn_implementation == "sdpa"
+
+
+def test_rows_reach_to_the_furthest_examples_destination():
+    assert norm_module.plan_of(torch.tensor([[1, 5], [3, 2]])).furthest == (3, 5)

@@ -1,14 +1,18 @@
 """The figures of a study. They need only its tables, so an opened study can draw them too."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
+import matplotlib as mpl
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from mechvlm.errors import InputError
 from mechvlm.experiments.contextualization_controls_result import CONTROL_LINES, CONTROL_NAMES
+from mechvlm.figures.settings import settings
 from mechvlm.figures.style import LINES, state_axis, style
 from mechvlm.measures.control_excess import ControlExcess
 from mechvlm.measures.phase_fit import N_BOOTSTRAP
@@ -59,17 +63,30 @@ def draw_all(study: StudyRecord) -> dict[str, CaptionedFigure]:
 def save_all(figures: dict[str, CaptionedFigure], folder: Path) -> None:
     """Save each figure as PNG (200 dpi), SVG and PDF. A missing folder is made.
 
-    All have the same layout: finding one takes as long as drawing, so it is found once.
+    All have the layout of the PNG: it is found once.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for name, captioned in figures.items():
-        first, *others = FIGURE_FORMATS
-        captioned.save(folder / f"{name}.{first}")
-        layout = captioned.figure.get_layout_engine()
-        captioned.figure.set_layout_engine("none")
-        for suffix in others:
-            captioned.save(folder / f"{name}.{suffix}")
-        captioned.figure.set_layout_engine(layout)
+        with _laid_out(captioned.figure):
+            for suffix in FIGURE_FORMATS:
+                captioned.save(folder / f"{name}.{suffix}")
+
+
+@contextmanager
+def _laid_out(figure: Figure) -> Iterator[None]:
+    """Find the figure's layout at the resolution of saved files, and keep it in the block.
+
+    With an engine of layouts, even one that does nothing, matplotlib draws everything once more for
+    each file.
+    """
+    engine, resolution = figure.get_layout_engine(), figure.dpi
+    with style(), settings({"figure.autolayout": False, "figure.constrained_layout.use": False}):
+        figure.dpi = mpl.rcParams["savefig.dpi"]
+        engine.execute(figure)
+        figure.dpi = resolution
+        figure.set_layout_engine(None)
+        yield
+    figure.set_layout_engine(engine)
 
 
 def phase_figure(study: StudyRecord) -> CaptionedFigure:

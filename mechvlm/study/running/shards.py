@@ -38,6 +38,7 @@ from mechvlm.study.running.rows import MeanOfHeads, ShardRows, as_tables
 from mechvlm.study.running.settings import CONTROL_EXAMPLES, pairs_per_batch
 from mechvlm.tracing.memory import first_line, out_of_memory
 from mechvlm.tracing.reading import read_batch
+from mechvlm.vlm.encoding import page_locked
 from mechvlm.vlm.vlm import VLM
 
 PROBES = (
@@ -139,8 +140,8 @@ def write_shard(
 
 
 def inputs_of(plan: Plan, vlm: VLM, batch: range) -> Inputs:
-    """The inputs of the examples with these indices."""
-    return vlm.inputs([plan.data.examples[index].image for index in batch], plan.prompt)
+    """The inputs of the examples with these indices, ready to be copied to a GPU."""
+    return page_locked(vlm.inputs([plan.data.examples[index].image for index in batch], plan.prompt), vlm)
 
 
 def _make_pair_shard(plan: Plan, vlm: VLM, model: int, number: int, progress: Callable[[int], None]) -> None:
