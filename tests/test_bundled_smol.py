@@ -228,7 +228,7 @@ def test_the_projector_starts_at_its_targets(llava):
 
 
 def test_the_projection_starts_as_tiny_words_become_the_decoders():
-    """A query that tiny's projection turns into a word's embedding starts near the decoder's word."""
+    """A query that tiny's projection turns into a word's embedding starts near the decoder's."""
     model = OfInstructBlip()
     tiny = InstructBlipForConditionalGeneration.from_pretrained(bundled.path("tiny-instructblip"), dtype=torch.float32)
     smol_blip.start_projection(model.full, tiny, decoder())

@@ -80,6 +80,7 @@ def _laid_out(figure: Figure) -> Iterator[None]:
     each file.
     """
     engine, resolution = figure.get_layout_engine(), figure.dpi
+    assert engine is not None  # every figure of a study is made with one
     with style(), settings({"figure.autolayout": False, "figure.constrained_layout.use": False}):
         figure.dpi = mpl.rcParams["savefig.dpi"]
         engine.execute(figure)
