@@ -94,11 +94,13 @@ def controlled_study(rng: np.random.Generator, size: float, deviation: float) ->
     )
 
 
-def controlled_rates(size: float, deviation: float, curves: int, seed: int) -> tuple[float, float]:
-    """The share of studies with any segment beyond every control, and of those with the pattern."""
+def controlled_rates(size: float, deviation: float, curves: int, seed: int) -> tuple[float, float, float]:
+    """The share of segments beyond every control, of studies with any such, and with the pattern."""
     rng = np.random.default_rng(seed)
     studies = [controlled_study(rng, size, deviation) for _ in range(curves)]
-    return float(np.mean([any(s.exceeding) for s in studies])), float(np.mean([s.shows_pattern for s in studies]))
+    each = [exceeds for s in studies for exceeds in s.exceeding]
+    by_study = [(any(s.exceeding), s.shows_pattern) for s in studies]
+    return float(np.mean(each)), *map(float, np.mean(by_study, 0))
 
 
 def main() -> None:
@@ -114,13 +116,13 @@ def main() -> None:
         jobs = [pool.submit(rates, TRENDS[name], deviation, args.curves, args.seed) for name, deviation in rows]
         for (name, deviation), job in zip(rows, jobs, strict=True):
             print(f"{name:<30} {deviation:>7.0%} " + cells(job.result(), args.curves), flush=True)
-        print(f"\nshare of {args.curves} studies with controls")
-        print(f"{'phases of the image':<30} {'ripple':>7} {'any beyond':>12} {'the pattern':>12}")
+        print(f"\nof {args.curves} studies with controls, the share of segments beyond them, and of studies")
+        print(f"{'phases of the image':<30} {'ripple':>7} {'a segment':>12} {'any of them':>12} {'the pattern':>12}")
         grid = [(size, deviation) for size in SIZES for deviation in CONTROL_RIPPLES]
         further = [pool.submit(controlled_rates, *settings, args.curves, args.seed) for settings in grid]
-        for (size, deviation), both in zip(grid, further, strict=True):
+        for (size, deviation), shares in zip(grid, further, strict=True):
             print(
-                f"{f'{size:.0%} of the range':<30} {deviation:>7.0%} " + cells(both.result(), args.curves), flush=True
+                f"{f'{size:.0%} of the range':<30} {deviation:>7.0%} " + cells(shares.result(), args.curves), flush=True
             )
 
 

@@ -25,15 +25,15 @@ def test_phases_on_top_of_the_decoders_own_curve_are_found_and_its_own_are_not()
 @pytest.mark.long
 @pytest.mark.parametrize("ripple", [0.05, 0.1])
 def test_false_alarms_of_the_controls(ripple):
-    """Of 40 studies whose image is one more control at most 5 % have any segment beyond."""
-    beyond, pattern = simulate_phases.controlled_rates(0, ripple, 40, seed=3)
-    assert beyond <= 0.05
+    """Where the image is one more control, at most 5 % of the segments are beyond the others."""
+    segments, _, pattern = simulate_phases.controlled_rates(0, ripple, 60, seed=3)
+    assert segments <= 0.05
     assert pattern == 0
 
 
 @pytest.mark.long
 def test_power_beside_controls():
     """Phases of half the decoder's own range, ripples of 5 %: four in five are found."""
-    beyond, pattern = simulate_phases.controlled_rates(0.5, 0.05, 20, seed=3)
+    _, beyond, pattern = simulate_phases.controlled_rates(0.5, 0.05, 20, seed=3)
     assert beyond == 1
     assert pattern >= 0.8
