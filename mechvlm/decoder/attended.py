@@ -4,8 +4,8 @@ Some interventions change nothing that a layer's attention reads: those on z, an
 after it. Then its projections and its weights need not be computed again.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 
 from jaxtyping import Float
 from torch import Tensor
@@ -18,23 +18,22 @@ Projected = dict[str, Tensor]
 """Outputs of an attention's projections [1 pos ...] by their paths, in the order of the calls."""
 
 
-@contextmanager
-def keep_projected(layers: Sequence[Layer]) -> Iterator[list[Projected]]:
+def keep_projected(layers: Sequence[Layer], stack: ExitStack) -> list[Projected]:
     """Keep what the projections of queries, keys and values give in a forward of one example.
 
-    Hooks see them in the order in which the attention calls them, which families differ in. A layer
-    without attention, or with one that reads an image's memory, keeps nothing.
+    Hooks see them in the order in which the attention calls them, which families differ in. They
+    are taken off when `stack` closes. A layer without attention, or with one that reads an image's
+    memory, keeps nothing.
     """
     kept: list[Projected] = [{} for _ in layers]
-    with ExitStack() as stack:
-        for layer, own in zip(layers, kept, strict=True):
-            for path in projections_of(layer):
+    for layer, own in zip(layers, kept, strict=True):
+        for path in projections_of(layer):
 
-                def keep(_, args, out, own=own, path=path):
-                    own[path] = out
+            def keep(_, args, out, own=own, path=path):
+                own[path] = out
 
-                stack.callback(part(layer.attn, path)._module.register_forward_hook(keep).remove)
-        yield kept
+            stack.callback(part(layer.attn, path)._module.register_forward_hook(keep).remove)
+    return kept
 
 
 def projections_of(layer: Layer) -> set[str]:

@@ -21,6 +21,7 @@ Tested: equals one whole forward per intervention.
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -99,7 +100,8 @@ def run(
             gave is kept for them: as much memory again as its queries, keys, values and z take.
     """
     spared = edits_at in SITES_AFTER_ATTENTION and vlm.has_weights
-    with keep_projected(vlm.layer_parts if spared else []) as projected:
+    with ExitStack() as hooks:
+        projected = keep_projected(vlm.layer_parts if spared else [], hooks)
         return _run(vlm, inputs, keep, embeddings, projected)
 
 
