@@ -3,7 +3,8 @@
 1. The projector starts as a ridge regression, from what the tower says of a patch to the embeddings
    of words: its color and shape, or its ground.
 2. It is trained on captions and answers, as `bundled_smol` says, behind the frozen tower.
-3. Tower and projector are trained together, in the same way.
+3. Tower and projector are trained together, in the same way, and then on more captions of several
+   objects.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from bundled_models import GRID, MEAN, PATCH, PIXELS, STD, CLIPImageProcessor
-from bundled_smol import Smol, Texts, generation, pixels_of, save, tokenizer, train
+from bundled_smol import SEVERAL, Smol, Texts, generation, pixels_of, save, tokenizer, train
 from einops import rearrange
 from torch import nn
 from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
@@ -151,5 +152,8 @@ def stage(args) -> None:
     name = "smol-llava-anchored" if args.anchor else "smol-llava"
     train(f"{name}-projector", module, texts, images, args, args.steps or 2000, 1.5e-3, anchored)
     module.tower.requires_grad_(True)
-    train(name, module, texts, images, args, args.steps or 1000, 2.5e-4, anchored)
+    train(f"{name}-tower", module, texts, images, args, args.steps or 1000, 2.5e-4, anchored)
+    train(
+        name, module, texts, images, args, args.steps or 700, 2e-4, anchored, objects=SEVERAL, captions=2, questions=2
+    )
     save(full, processor(decoder), args.out / name)

@@ -7,7 +7,7 @@ a package of its own: their folders hold all but its weights, and `path` puts bo
 from pathlib import Path
 
 NAMES = ("tiny-llava", "tiny-instructblip")
-WITH_SMOLLM2: tuple[str, ...] = ()  # smol-llava, once its projector is trained
+WITH_SMOLLM2 = ("smol-llava",)
 ALL = NAMES + WITH_SMOLLM2
 
 
