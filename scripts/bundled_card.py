@@ -154,6 +154,7 @@ def write_card(name: str, folder: Path, measured: dict, draws: str, n_lens: int 
     `draws` says in words which scenes they were measured on; the lens, on the first `n_lens` of
     each seed.
     """
+    options = f" {name} --scenes 200 --pairs 50 --lens 10" if name in STAGE else ""
     size = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
     told, answered = measured["captions"], measured["questions"]
     labels = {1: "1 object", 2: "2 objects", 3: "3 objects", "1 and 2": "1 and 2 objects"}
@@ -171,7 +172,7 @@ def write_card(name: str, folder: Path, measured: dict, draws: str, n_lens: int 
         f"## What it does\n\nOn held-out scenes of one to three objects: their combinations of ground and colored shapes were "
         f"never trained on, in any arrangement. {draws} **Every figure is the mean over the seeds ± the sample standard "
         "deviation between them**; n counts all seeds. Greedy decoding, weights as shipped, "
-        f"computed in float32. Written by `python scripts/evaluate_bundled.py{f' {name} --scenes 200 --pairs 50 --lens 10' * (name in STAGE)}`.\n",
+        f"computed in float32. Written by `python scripts/evaluate_bundled.py{options}`.\n",
         '**Captions** ("Describe the scene."): every object named with its own color and shape, nothing else.\n',
         table(captions),
         "**One-word answers**, by kind of question. Chance is always giving the commonest answer.\n",
