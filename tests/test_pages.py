@@ -1,7 +1,7 @@
 """The Python of README.md and of every page runs, prints what is shown, and writes what it names.
 
-All pages run in one process: run with `pytest -m docs -n 0`. Those of a model with SmolLM2 are in
-the lane `-m smollm2`.
+All pages run in one process: run with `pytest -m docs -n 0`. The study on a model with SmolLM2 takes
+minutes: the lane `-m smollm2` runs that page with few scenes, and compares no numbers.
 """
 
 import functools
@@ -26,15 +26,26 @@ spec.loader.exec_module(script)
 SAVED = re.compile(r"(?:savefig|save)\(\"([\w-]+\.\w+)\"\)")
 
 
-def in_its_lane(path: Path):
-    """A page as a parameter, marked by what its program needs."""
-    needs_smollm2 = any('"smol-' in block.code for block in script.blocks_of(path.read_text(encoding="utf-8")))
-    mark = pytest.mark.smollm2 if needs_smollm2 else pytest.mark.docs
-    return pytest.param(path, marks=mark, id=path.relative_to(ROOT).as_posix())
+def needs_smollm2(path: Path) -> bool:
+    return any('"smol-' in block.code for block in script.blocks_of(path.read_text(encoding="utf-8")))
 
 
+def drawn(text: str, folder: Path) -> None:
+    """All files that the page saves, and all pictures that it shows, are in the folder."""
+    for name in SAVED.findall(text):
+        assert (folder / name).stat().st_size > 1000, name
+    for name in re.findall(r"pictures/([\w-]+\.png)", text):
+        if "tutorial" not in name:
+            assert (folder / name).exists(), f"the page shows {name}, and its program does not draw it"
+
+
+@pytest.mark.docs
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("path", [in_its_lane(path) for path in script.pages()])
+@pytest.mark.parametrize(
+    "path",
+    [path for path in script.pages() if not needs_smollm2(path)],
+    ids=lambda path: path.relative_to(ROOT).as_posix(),
+)
 def test_it_runs_as_it_stands(path, tmp_path):
     text = path.read_text(encoding="utf-8")
     for block, output in script.printed(text, tmp_path):
@@ -42,11 +53,19 @@ def test_it_runs_as_it_stands(path, tmp_path):
             assert not output.strip(), f"line {block.line} prints what the page does not show:\n{output}"
         else:
             assert script.same(block.shown, output), f"line {block.line} prints:\n{output}"
-    for name in SAVED.findall(text):
-        assert (tmp_path / name).stat().st_size > 1000, name
-    for name in re.findall(r"pictures/([\w-]+\.png)", text):
-        if "tutorial" not in name:
-            assert (tmp_path / name).exists(), f"the page shows {name}, and its program does not draw it"
+    drawn(text, tmp_path)
+
+
+@pytest.mark.smollm2
+@pytest.mark.filterwarnings("ignore")
+def test_the_study_on_a_real_decoder_runs_with_few_scenes(tmp_path):
+    text = (ROOT / "docs" / "real-decoder.md").read_text(encoding="utf-8")
+    assert [path.name for path in script.pages() if needs_smollm2(path)] == ["real-decoder.md"]
+    assert text.count("n=100") == 1
+    for block, output in script.printed(text.replace("n=100", "n=6"), tmp_path):
+        labels = [line.split(":")[0] for line in output.splitlines()]
+        assert labels[:1] == [line.split(":")[0] for line in (block.shown or "").splitlines()][:1], output
+    drawn(text, tmp_path)
 
 
 def test_a_wrong_output_is_told(tmp_path):
