@@ -1,7 +1,7 @@
 """The Python of README.md and of every page runs, prints what is shown, and writes what it names.
 
-All pages run in one process: run with `pytest -m docs -n 0`. The study on a model with SmolLM2 takes
-minutes: the lane `-m smollm2` runs that page with few scenes, and compares no numbers.
+All pages run in one process: run with `pytest -m docs -n 0`. The study on a model with SmolLM2
+takes minutes: the lane `-m smollm2` runs that page with few scenes, and compares no numbers.
 """
 
 import functools
