@@ -78,21 +78,23 @@ def host(repeats: int) -> list[dict]:
     return rows
 
 
+def clocked(spent: Counter[str], part: str, work: Callable) -> Callable:
+    """The same function, whose thread's busy seconds are added to a part of what was spent."""
+
+    def run(*args, **kwargs):
+        start = time.thread_time()
+        try:
+            return work(*args, **kwargs)
+        finally:
+            spent[part] += time.thread_time() - start
+
+    return run
+
+
 def busy(local: LocalWorker) -> Counter[str]:
     """Busy milliseconds an example by part, with a device that takes no time."""
     spent: Counter[str] = Counter()
-
-    def clocked(part: str, work: Callable) -> Callable:
-        def run(*args, **kwargs):
-            start = time.thread_time()
-            try:
-                return work(*args, **kwargs)
-            finally:
-                spent[part] += time.thread_time() - start
-
-        return run
-
-    device = clocked("results", StandIn(0))
+    device = clocked(spent, "results", StandIn(0))
     start = time.process_time()
     with ExitStack() as stack:
         for target, part, work in (
@@ -100,7 +102,7 @@ def busy(local: LocalWorker) -> Counter[str]:
             ("mechvlm.study.running.workers.inputs_of", "inputs", shards.inputs_of),
             ("mechvlm.study.running.rows.ShardRows.add", "rows and words", ShardRows.add),
         ):
-            stack.enter_context(mock.patch(target, clocked(part, work)))
+            stack.enter_context(mock.patch(target, clocked(spent, part, work)))
         make(local, device)
     spent["inputs"] -= spent["decoding"]
     spent["shards and the loop"] = time.process_time() - start - spent.total()

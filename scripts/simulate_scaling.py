@@ -16,7 +16,6 @@ import os
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -24,6 +23,7 @@ from unittest import mock
 
 import study_scaling
 import torch
+from benchmark_host import clocked
 from scaling_simulator import Costs, Speed, simulate
 
 from mechvlm.datasets import load_dataset
@@ -41,9 +41,7 @@ WORKERS = (0, *study_scaling.WORKERS)
 """Of the check; 0 is one process without Ray."""
 COCO = 118_287
 HOST_TITLE = "a study's host at LLaVA-1.5's geometry, batches of 16, one thread of torch"
-HOST_MS = {"decoding": 2.0, "inputs": 10.0, "results": 1.2, "rows and words": 2.9, "shards and the loop": 2.8}
-"""Milliseconds of one core an example, for 32 layers, where benchmark.json has none of this machine
-(`python scripts/benchmark.py host`)."""
+HOST_PARTS = ("decoding", "inputs", "results", "rows and words", "shards and the loop")
 UTILISATION = 0.4
 """Assumed share of a GPU's peak."""
 GPUS = {"A100": (312e12, 19.5e12), "H100": (989e12, 67e12)}
@@ -104,11 +102,14 @@ def on_paper(gpu: str, record: dict) -> Costs:
 
 
 def host_ms() -> dict[str, float]:
-    """The host's milliseconds an example: recorded ones where there are any."""
-    for machine in json.loads(BENCHMARK.read_text()).values():
-        if (recorded := machine.get(HOST_TITLE, {})) and all(part in recorded for part in HOST_MS):
-            return {part: recorded[part] for part in HOST_MS}
-    return HOST_MS
+    """The host's recorded milliseconds of one core an example, for 32 layers.
+
+    Recorded by `python scripts/benchmark.py host --record`.
+    """
+    (recorded,) = (
+        machine[HOST_TITLE] for machine in json.loads(BENCHMARK.read_text()).values() if HOST_TITLE in machine
+    )
+    return {part: recorded[part] for part in HOST_PARTS}
 
 
 def measure() -> dict:
@@ -144,16 +145,6 @@ def busy(local: LocalWorker, numbers: list[int]) -> Counter[str]:
     """Busy seconds of all threads by part, while these shards are made."""
     spent: Counter[str] = Counter()
 
-    def clocked(part: str, work: Callable) -> Callable:
-        def run(*args, **kwargs):
-            start = time.thread_time()
-            try:
-                return work(*args, **kwargs)
-            finally:
-                spent[part] += time.thread_time() - start
-
-        return run
-
     start = time.process_time()
     with ExitStack() as stack:
         for target, part, work in (
@@ -162,7 +153,7 @@ def busy(local: LocalWorker, numbers: list[int]) -> Counter[str]:
             ("mechvlm.study.running.rows.ShardRows.add", "rows", ShardRows.add),
             ("mechvlm.study.running.shards.write_shard", "shard", shards.write_shard),
         ):
-            stack.enter_context(mock.patch(target, clocked(part, work)))
+            stack.enter_context(mock.patch(target, clocked(spent, part, work)))
         local.make_shards(0, numbers, lambda done: None)
     spent["rest"] = max(0.0, time.process_time() - start - spent.total())
     return spent
