@@ -21,6 +21,9 @@ EXCESS_COLUMNS = [
     "phase", "direction", "first_state", "last_state", "control", "change", "control_change", "excess", "low", "high",
     "exceeds",
 ]  # fmt: skip
+MIN_EXCESS = 0.25
+"""Smallest excess that counts, as a share of the range of the control's mean curve that has the widest.
+`scripts/simulate_phases.py`: STATED"""
 
 
 @dataclass(frozen=True)
@@ -42,16 +45,18 @@ class ControlExcess:
         """A row for each segment and control, as `EXCESS_COLUMNS` names them.
 
         `change` of the images' mean curve, and `control_change`: the largest that the control's
-        mean curve changes in the segment's direction between any two states from the middle of the
-        segment before to the middle of the one after. `excess` is their difference in that
-        direction, with its 95 % bootstrap interval over examples (`low`, `high`; NaN for one
-        example). `exceeds`: the interval lies above 0 and the excess is as large as a turn must be,
-        `Phases.min_turn` of the curve's range.
+        mean curve changes in the segment's direction between any two states from the start of the
+        segment before to the end of the one after. `excess` is their difference in that direction,
+        with its 95 % bootstrap interval over examples (`low`, `high`; NaN for one example).
+        `exceeds`: the interval lies above 0, and the excess is as large as a turn must be,
+        `Phases.min_turn` of the curve's range, and `MIN_EXCESS` of the widest control's range.
 
         Tested: against every pair of states. `scripts/simulate_phases.py` measures both errors.
         """
         phases, rows = self.phases, []
-        enough = phases.min_turn * float(phases.mean.max() - phases.mean.min())
+        enough = max(
+            phases.min_turn * _range(phases.mean), *(MIN_EXCESS * _range(c.mean(-1)) for c in self.controls.values())
+        )
         for i, (label, direction, (first, last)) in enumerate(
             zip(phases.labels, phases.directions, phases.intervals, strict=True)
         ):
@@ -126,12 +131,13 @@ class ControlExcess:
         return f"{start}: {'; '.join(parts)}."
 
 
+def _range(curve: Float[Tensor, " state"]) -> float:
+    return float(curve.max() - curve.min())
+
+
 def _nearby(intervals: Sequence[tuple[int, int]], i: int) -> tuple[int, int]:
-    """From the middle of the segment before segment `i` to that of the one after, inclusive."""
-    before, after = intervals[max(i - 1, 0)], intervals[min(i + 1, len(intervals) - 1)]
-    first = sum(before) // 2 if i else before[0]
-    last = (sum(after) + 1) // 2 if i + 1 < len(intervals) else after[1]
-    return first, last
+    """From the start of the segment before segment `i` to the end of the one after, inclusive."""
+    return intervals[max(i - 1, 0)][0], intervals[min(i + 1, len(intervals) - 1)][1]
 
 
 def _largest_rise(curve: Float[Tensor, " state"], nearby: tuple[int, int]) -> tuple[int, int]:

@@ -4,7 +4,6 @@ import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float
-from scipy import ndimage
 from torch import Tensor
 
 from mechvlm.intervals import mean_interval
@@ -85,6 +84,8 @@ def spatial_entropy(maps: Float[Tensor, "*rest row col"]) -> Float[Tensor, "*res
 
 
 def _entropy_of_areas(bright: np.ndarray) -> float:
+    from scipy import ndimage  # a quarter of a second to import, and nothing else needs it
+
     labels, n = ndimage.label(bright, TOUCHING)
     if not n:
         return float("inf")

@@ -136,15 +136,14 @@ def save_study(study: S, to: Path, progress: Progress, started: float, settings_
     (to / "data" / "README.txt").write_text(__doc__ or "", encoding="utf-8")
     study.skipped.to_csv(to / "skipped.csv", index=False)
     progress("figures", 0, 0)
-    captioned = figures.draw_all(study)
-    figures.save_all(captioned, to / "figures")
+    captions = figures.save_all(study, to / "figures")
     progress("report", 0, 0)
     computed = {name: value for name, value in vars(study).items() if name.endswith("_curves")}
     study = dataclasses.replace(study, seconds=round(time.perf_counter() - started, 2))
     # The copy has lost the cached curves, which take a second or more to compute.
     vars(study).update(computed)
     record = run_record(study)
-    captions = record["figures"] = {name: caption for name, (_, caption) in captioned.items()}
+    record["figures"] = captions
     files = gallery.file_names(study.views)
     record["views"] = [{"file": file, "model": model, "example": id} for (model, id), file in files.items()]
     (to / "views").mkdir()

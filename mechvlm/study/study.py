@@ -63,7 +63,7 @@ class Study(StudyRecord):
 
     def save_figures(self, folder: str | os.PathLike) -> None:
         """Save each figure as PNG (200 dpi), SVG and PDF. A missing folder is made."""
-        save_all(self.figures(), Path(folder))
+        save_all(self, Path(folder))
 
     def compare(self, others: Sequence[StudyRecord | str | os.PathLike]) -> Comparison:
         """Compare this study with others by relative depth: `mechvlm.compare([self, *others])`."""

@@ -1,6 +1,5 @@
 """Controls of the contextualization curve: against plain forwards, and verdicts on made curves."""
 
-import math
 from dataclasses import replace
 
 import numpy as np
@@ -209,8 +208,8 @@ def test_the_controls_change_is_the_largest_of_all_pairs_of_states_nearby():
     assert len(ends) == 4
     for (first, last), rows in result.excess.groupby(["first_state", "last_state"]):
         i = ends.index((first, last))
-        low = math.floor(sum(ends[i - 1]) / 2) if i else 0
-        high = math.ceil(sum(ends[i + 1]) / 2) if i < 3 else 16
+        low = ends[i - 1][0] if i else 0
+        high = ends[i + 1][1] if i < 3 else 16
         for row in rows.itertuples():
             mean = result.controls[result.kinds.index(row.control)].mean(-1)
             pairs = [float(mean[b] - mean[a]) for a in range(low, high + 1) for b in range(a, high + 1)]
@@ -222,6 +221,15 @@ def test_a_sure_and_small_excess_is_none():
     result = made(1.1 * OWN, [OWN], n=200, noise=0.001)
     assert (result.excess["low"] > 0).any()
     assert not any(result.exceeding)
+
+
+@pytest.mark.parametrize(("height", "exceeds"), [(1.9, True), (2.1, False)])
+def test_an_excess_counts_beside_what_the_decoders_curves_do_elsewhere(height, exceeds):
+    """The first rise is half, and the control rises far from it: a quarter of that must be exceeded."""
+    result = made(OWN, [np.where(np.arange(17) < 14, 0, height)], noise=0.001)
+    rise = result.excess.iloc[0]
+    assert rise.excess == pytest.approx(0.5, abs=0.01)
+    assert result.exceeding[0] == exceeds
 
 
 @pytest.mark.long

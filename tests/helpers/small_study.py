@@ -19,13 +19,8 @@ def small(monkeypatch):
 @contextmanager
 def without_figures() -> Iterator[None]:
     """A study's folder has a small file for each figure: drawing takes most of a small study."""
-    from mechvlm.study.report import figures
-    from mechvlm.study.report.captioned import CaptionedFigure
-
-    names = figures._figures_of
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(figures, "draw_all", lambda study: {name: CaptionedFigure(None, "") for name in names(study)})
-        patch.setattr(figures, "save_all", small_figures)
+        patch.setattr("mechvlm.study.report.figures.save_all", small_figures)
         yield
 
 
@@ -44,8 +39,11 @@ def undrawn() -> Iterator[None]:
         yield
 
 
-def small_figures(captioned, folder) -> None:
+def small_figures(study, folder) -> dict[str, str]:
     """One file for each figure, in place of the figures."""
+    from mechvlm.study.report.figures import _figures_of
+
     folder.mkdir()
-    for name in captioned:
+    for name in _figures_of(study):
         (folder / f"{name}.svg").write_text("a figure")
+    return dict.fromkeys(_figures_of(study), "")

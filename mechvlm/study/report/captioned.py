@@ -17,6 +17,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
+from mechvlm.figures.saving import save
 from mechvlm.figures.style import DARK, PALE, Line, banded, style, text
 from mechvlm.intervals import N_RESAMPLES
 from mechvlm.study.curves import CONFIDENCE
@@ -42,12 +43,7 @@ class CaptionedFigure(NamedTuple):
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the figure to a file, in the format of the suffix: .png (200 dpi), .svg, .pdf."""
-        # Without a date the same study gives the same file.
-        no_date = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}
-        with style(), warnings.catch_warnings():
-            # Where the font lacks a script, its tokens show as boxes.
-            warnings.filterwarnings("ignore", message="Glyph .* missing")
-            self.figure.savefig(path, metadata=no_date.get(Path(path).suffix.lower()))
+        save(self.figure, Path(path))
 
     def _repr_html_(self) -> str:
         file = io.BytesIO()

@@ -1,10 +1,8 @@
 """The figures of a study. They need only its tables, so an opened study can draw them too."""
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 
-import matplotlib as mpl
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -12,7 +10,7 @@ from matplotlib.lines import Line2D
 
 from mechvlm.errors import InputError
 from mechvlm.experiments.contextualization_controls_result import CONTROL_LINES, CONTROL_NAMES
-from mechvlm.figures.settings import settings
+from mechvlm.figures.saving import save_each
 from mechvlm.figures.style import LINES, state_axis, style
 from mechvlm.measures.control_excess import ControlExcess
 from mechvlm.measures.phase_fit import N_BOOTSTRAP
@@ -36,10 +34,11 @@ from mechvlm.study.report.norm_figure import norm_figure
 from mechvlm.study.report.pair_figure import pair_figure
 
 BASELINE = Line2D([], [], color=GREY, linestyle=DOTTED, linewidth=1.1, label="baseline (different examples)")
-FIGURE_FORMATS = ("png", "svg", "pdf")
-"""The files of each figure."""
 LENS_MEASURES = {"own": "", "single": "_single", "other": "_other", "other_single": "_other_single", "prompt": "_text"}
 """{line of the lens figure: ending of its measure}."""
+
+LARGEST = "norm_attention"
+"""The figure that takes longest to save."""
 
 
 def draw(study: StudyRecord, name: str) -> CaptionedFigure:
@@ -60,34 +59,20 @@ def draw_all(study: StudyRecord) -> dict[str, CaptionedFigure]:
     return {name: draw(study, name) for name in _figures_of(study)}
 
 
-def save_all(figures: dict[str, CaptionedFigure], folder: Path) -> None:
-    """Save each figure as PNG (200 dpi), SVG and PDF. A missing folder is made.
+def save_all(study: StudyRecord, folder: Path) -> dict[str, str]:
+    """Draw every figure and save it as PNG (200 dpi), SVG and PDF: {name: its caption}.
 
-    All have the layout of the PNG: it is found once.
+    A missing folder is made.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, captioned in figures.items():
-        with _laid_out(captioned.figure):
-            for suffix in FIGURE_FORMATS:
-                captioned.save(folder / f"{name}.{suffix}")
+    captions: dict[str, str] = {}
 
+    def drawn() -> Iterator[tuple[str, Figure]]:
+        for name in sorted(_figures_of(study), key=lambda name: name != LARGEST):
+            figure, captions[name] = draw(study, name)
+            yield name, figure
 
-@contextmanager
-def _laid_out(figure: Figure) -> Iterator[None]:
-    """Find the figure's layout at the resolution of saved files, and keep it in the block.
-
-    With an engine of layouts, even one that does nothing, matplotlib draws everything once more for
-    each file.
-    """
-    engine, resolution = figure.get_layout_engine(), figure.dpi
-    assert engine is not None  # every figure of a study is made with one
-    with style(), settings({"figure.autolayout": False, "figure.constrained_layout.use": False}):
-        figure.dpi = mpl.rcParams["savefig.dpi"]
-        engine.execute(figure)
-        figure.dpi = resolution
-        figure.set_layout_engine(None)
-        yield
-    figure.set_layout_engine(engine)
+    save_each(drawn(), folder)
+    return {name: captions[name] for name in _figures_of(study)}
 
 
 def phase_figure(study: StudyRecord) -> CaptionedFigure:
