@@ -23,7 +23,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from mechvlm.bundled.assemble import VISION_WEIGHTS
 from mechvlm.bundled.smollm2 import IMAGE_TOKEN, Decoder
-from mechvlm.datasets.scenes import Scene, sample_scene, sample_scenes
+from mechvlm.datasets.scenes import SHAPES, Scene, sample_scene, sample_scenes
 
 OBJECTS = (1, 1, 2, 2, 2, 3)
 SEVERAL = (1, 2, 2, 2, 2, 3)
@@ -35,6 +35,8 @@ WHAT = ("color", "shape", "count")
 """Kinds of questions that every scene is asked."""
 WORD = 2.0
 """Loss weight of a one-word answer, beside captions of ten tokens."""
+LISTS = ("list", "there")
+"""Kinds of captions that name every object."""
 
 
 def tokenizer(decoder: Decoder, named: bool = True) -> PreTrainedTokenizerFast:
@@ -67,6 +69,10 @@ class Texts:
     written. The image token holds the place of each visual token.
     """
 
+    shape_weight = 1.0
+    """Loss weight of the shapes in captions. After the first color, only the shape shows whether the
+    model knows which belongs to which."""
+
     def __init__(self, tokenizer: PreTrainedTokenizerFast):
         self.tokenizer, self.cache = tokenizer, {}
         self.image, self.end = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN), tokenizer.eos_token_id
@@ -94,10 +100,10 @@ class Texts:
         """
         parts = segments(scene)
         order = [parts[i] for i in rng.permutation(len(parts))]
-        lists = [p for p in order if p[0] in ("list", "there")]
+        lists = [p for p in order if p[0] in LISTS]
         places = [p for p in order if p[0] == "places"]
         told = [*(places[:1] if rng.random() < 0.15 else []), *lists][:captions]
-        questions = [p for p in order if p[0] not in ("list", "there", "places")]
+        questions = [p for p in order if p[0] not in (*LISTS, "places")]
         each = list({p[0]: p for p in questions if p[0] in WHAT}.values())
         each += [p for p in questions if p[0] not in WHAT][:1]
         rest = [p for p in questions if p not in each]
@@ -131,10 +137,13 @@ class Texts:
                 weights[i, says - 1 : end - 1] = WORD if len(answer) == 2 else 1.0
                 kinds[i, says - 1 : end - 1] = kind
                 at = end
+        targets = np.roll(ids, -1, 1)
+        shapes = np.isin(targets, [self.encode(" " + shape)[0] for shape in SHAPES])
+        weights[np.isin(kinds, LISTS) & shapes] = self.shape_weight
         seen, same = segments[:, None] == 0, segments[:, :, None] == segments[:, None]
         mask = np.tril(np.ones((length, length), dtype=bool))[None] & (seen | same)
         batch = {
-            "ids": ids, "mask": mask, "positions": positions, "targets": np.roll(ids, -1, 1), "weights": weights,
+            "ids": ids, "mask": mask, "positions": positions, "targets": targets, "weights": weights,
             "segments": segments,
         }  # fmt: skip
         return {name: torch.from_numpy(value) for name, value in batch.items()}, kinds

@@ -5,8 +5,8 @@ Tower and decoder are frozen.
 1. The Q-Former and its queries start as tiny-instructblip's. The projection starts as that of
    tiny-instructblip too, followed by the linear map from its decoder's words to SmolLM2's.
 2. Q-Former, queries and projection are trained on captions and answers, as `bundled_smol` says.
-3. Then again, on more captions of several objects: one-word answers are learned first, and which
-   color belongs to which shape last.
+3. Then again, on more captions of several objects, whose shapes weigh more: one-word answers are
+   learned first, and which color belongs to which shape last.
 
 As in every InstructBLIP, the queries stand before the text, and the prompt has no template. The
 Q-Former reads the prompt too: each prompt has queries of its own.
@@ -130,8 +130,9 @@ def stage(args) -> None:
     texts = InstructBlipTexts(reads.tokenizer, reads.qformer_tokenizer)
     module = SmolInstructBlip(full)
     train("smol-instructblip-words", module, texts, reads.image_processor, args, args.steps or 1600, 1e-3)
+    texts.shape_weight = 5.0
     train(
-        "smol-instructblip", module, texts, reads.image_processor, args, args.steps or 1600, 1e-3,
+        "smol-instructblip", module, texts, reads.image_processor, args, args.steps or 2000, 5e-4,
         objects=SEVERAL, captions=3, questions=2,
     )  # fmt: skip
     save(full, reads, args.out / "smol-instructblip")

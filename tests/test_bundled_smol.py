@@ -167,6 +167,19 @@ def test_no_loss_on_the_picture_nor_on_the_prompts(kind):
     torch.testing.assert_close(loss, (each * weights).sum() / weights.sum())
 
 
+def test_shapes_of_captions_can_weigh_more(kind, monkeypatch):
+    """Of captions alone: an answer may be a shape too."""
+    row = [("list", "Describe the scene.", "a red ring and a blue heart."), ("shape", "What is red?", "ring")]
+    plain, _ = kind.texts.pack([row])
+    monkeypatch.setattr(kind.texts, "shape_weight", 5.0)
+    batch, kinds = kind.texts.pack([row])
+    moved = batch["weights"] != plain["weights"]
+    assert batch["weights"][moved].tolist() == [5, 5]
+    ids = [kind.answer_ids(" " + word if isinstance(kind, OfLlava) else word)[0] for word in ("ring", "heart")]
+    assert batch["targets"][moved].tolist() == ids
+    assert set(kinds[moved.numpy()]) == {"list"}
+
+
 def test_tower_and_decoder_are_not_trained(kind):
     batch, *_ = packed(kind)
     kind.module(**batch).backward()
