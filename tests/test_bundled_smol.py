@@ -169,7 +169,7 @@ def test_no_loss_on_the_picture_nor_on_the_prompts(kind):
 
 def test_shapes_of_captions_can_weigh_more(kind, monkeypatch):
     """Of captions alone: an answer may be a shape too."""
-    row = [("list", "Describe the scene.", "a red ring and a blue heart."), ("shape", "What is red?", "ring")]
+    row = [("list", "Describe the scene.", "a brown ring and a blue heart."), ("shape", "What is brown?", "ring")]
     plain, _ = kind.texts.pack([row])
     monkeypatch.setattr(kind.texts, "shape_weight", 5.0)
     batch, kinds = kind.texts.pack([row])
