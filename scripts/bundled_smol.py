@@ -70,8 +70,8 @@ class Texts:
     """
 
     shape_weight = 1.0
-    """Loss weight of the shapes in captions. After the first color, only the shape shows whether the
-    model knows which belongs to which."""
+    """Loss weight of the shapes in captions. After the first color, only the shape shows whether
+    the model knows which belongs to which."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast):
         self.tokenizer, self.cache = tokenizer, {}

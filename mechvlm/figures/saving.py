@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from mechvlm.figures.settings import settings
 from mechvlm.figures.style import style
 
-FORMATS = ("png", "svg", "pdf")
+FIGURE_FORMATS = ("png", "svg", "pdf")
 """The files of each figure of a report."""
 
 
@@ -35,9 +35,9 @@ def save(figure: Figure, path: Path) -> None:
 
 
 def save_formats(figure: Figure, folder: Path, name: str) -> None:
-    """Write the figure in all `FORMATS`, with the layout of the PNG."""
+    """Write the figure in all `FIGURE_FORMATS`, with the layout of the PNG."""
     with laid_out(figure):
-        for suffix in FORMATS:
+        for suffix in FIGURE_FORMATS:
             save(figure, folder / f"{name}.{suffix}")
 
 
@@ -60,7 +60,7 @@ def laid_out(figure: Figure) -> Iterator[None]:
 
 
 def save_each(figures: Iterable[tuple[str, Figure]], folder: Path) -> None:
-    """Write each figure in all `FORMATS`, in this process or one beside it.
+    """Write each figure in all `FIGURE_FORMATS`, in this process or one beside it.
 
     The other one begins before the first figure is asked for, so they may be drawn meanwhile. It
     gets the first one, and another whenever it has none; so the first should be the one that takes
@@ -118,7 +118,7 @@ def _was_saved(process: subprocess.Popen, figure: Figure, folder: Path, name: st
 
 
 def serve(orders: BinaryIO, replies: BinaryIO) -> None:
-    """Save figures as they come in, and answer each with None or its error, until there are no more."""
+    """Save figures as they come in, until there are no more; answer each with None or its error."""
     while True:
         try:
             own, figure, folder, name = pickle.load(orders)

@@ -22,7 +22,7 @@ EXCESS_COLUMNS = [
     "exceeds",
 ]  # fmt: skip
 MIN_EXCESS = 0.25
-"""Smallest excess that counts, as a share of the range of the control's mean curve that has the widest.
+"""Smallest excess that counts, as a share of the widest range of a control's mean curve.
 `scripts/simulate_phases.py`: STATED"""
 
 

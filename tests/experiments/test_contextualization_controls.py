@@ -225,7 +225,7 @@ def test_a_sure_and_small_excess_is_none():
 
 @pytest.mark.parametrize(("height", "exceeds"), [(1.9, True), (2.1, False)])
 def test_an_excess_counts_beside_what_the_decoders_curves_do_elsewhere(height, exceeds):
-    """The first rise is half, and the control rises far from it: a quarter of that must be exceeded."""
+    """The first rise is half. The control rises elsewhere: a quarter of that must be exceeded."""
     result = made(OWN, [np.where(np.arange(17) < 14, 0, height)], noise=0.001)
     rise = result.excess.iloc[0]
     assert rise.excess == pytest.approx(0.5, abs=0.01)

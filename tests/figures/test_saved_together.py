@@ -42,12 +42,12 @@ def test_each_file_is_drawn_once_and_the_png_is_that_of_the_figure_alone(tmp_pat
         engine = figure.get_layout_engine()
         draws.clear()
         saving.save_formats(figure, tmp_path, "figure")
-        assert len(draws) == len(saving.FORMATS)
+        assert len(draws) == len(saving.FIGURE_FORMATS)
         assert figure.get_layout_engine() is engine
         assert isinstance(engine, ConstrainedLayoutEngine)
         assert figure.dpi == alone.dpi
         CaptionedFigure(alone, "").save(tmp_path / "alone.png")
-    assert {path.name for path in tmp_path.iterdir()} == {*(f"figure.{s}" for s in saving.FORMATS), "alone.png"}
+    assert {path.name for path in tmp_path.iterdir()} == {*(f"figure.{s}" for s in saving.FIGURE_FORMATS), "alone.png"}
     assert (tmp_path / "figure.png").read_bytes() == (tmp_path / "alone.png").read_bytes()
 
 
@@ -59,11 +59,11 @@ def test_files_are_the_same_from_either_process(tmp_path, draws, own):
         figures = {name: drawn() for name in names}
         draws.clear()
         saving.save_each(figures.items(), tmp_path / "new" / "figures")
-        assert len(draws) == 2 * len(saving.FORMATS)
+        assert len(draws) == 2 * len(saving.FIGURE_FORMATS)
         for name in names:
             saving.save_formats(drawn(), tmp_path, name)
     for name in names:
-        for suffix in saving.FORMATS:
+        for suffix in saving.FIGURE_FORMATS:
             file = f"{name}.{suffix}"
             assert (tmp_path / "new" / "figures" / file).read_bytes() == (tmp_path / file).read_bytes(), file
 
@@ -74,7 +74,7 @@ def test_all_are_saved_where_the_other_process_cannot_run(tmp_path, monkeypatch,
     popen = subprocess.Popen
     monkeypatch.setattr(subprocess, "Popen", lambda _, **settings: popen([sys.executable, "-c", program], **settings))
     saving.save_each([("first", drawn()), ("second", drawn())], tmp_path)
-    assert len(list(tmp_path.iterdir())) == 2 * len(saving.FORMATS)
+    assert len(list(tmp_path.iterdir())) == 2 * len(saving.FIGURE_FORMATS)
 
 
 def test_an_error_of_the_other_process_is_raised(tmp_path):
@@ -106,4 +106,4 @@ def test_figures_are_served_until_there_are_no_more(tmp_path):
     assert pickle.load(replies) is None
     assert isinstance(pickle.load(replies), FileNotFoundError)
     assert replies.read() == b""
-    assert len(list(tmp_path.iterdir())) == len(saving.FORMATS)
+    assert len(list(tmp_path.iterdir())) == len(saving.FIGURE_FORMATS)

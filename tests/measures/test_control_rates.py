@@ -25,7 +25,7 @@ def test_phases_on_top_of_the_decoders_own_curve_are_found_and_its_own_are_not()
 @pytest.mark.long
 @pytest.mark.parametrize("ripple", [0.05, 0.1])
 def test_false_alarms_of_the_controls(ripple):
-    """Where the image is one more control, at most 5 % of the studies have a segment beyond them."""
+    """The image is one more control: at most 5 % of the studies have a segment beyond them."""
     segments, studies, pattern = simulate_phases.controlled_rates(0, ripple, 60, seed=3)
     assert segments <= studies <= 0.05
     assert pattern == 0

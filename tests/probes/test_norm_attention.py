@@ -3,9 +3,12 @@
 They are formed one by one from Hugging Face's eager weights.
 """
 
+from typing import ClassVar
+
 import nnsight
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import mechvlm as mv
@@ -140,6 +143,55 @@ def test_half_precision_is_summed_in_float32(dtype, n_src):
     got = norm_attention_sum(alpha, value_gram(v, w_o))
     assert got.dtype == torch.float32
     torch.testing.assert_close(got.double(), wanted, rtol=1e-5, atol=0)
+
+
+class TensorFloat32(TorchDispatchMode):
+    """Products as a GPU takes them in TF32: factors rounded to 10 bits, sums in float32."""
+
+    products: ClassVar[dict[str, slice]] = {
+        "mm": slice(0, 2), "bmm": slice(0, 2), "addmm": slice(1, 3), "baddbmm": slice(1, 3),
+    }  # fmt: skip
+
+    def __init__(self):
+        super().__init__()
+        self.n_products = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        factors = self.products.get(func._schema.name.removeprefix("aten::").rstrip("_"))
+        if factors is not None:
+            self.n_products += 1
+            args = (*args[: factors.start], *map(self.rounded, args[factors]), *args[factors.stop :])
+        return func(*args, **(kwargs or {}))
+
+    @staticmethod
+    def rounded(x):
+        """To the nearest, ties to even."""
+        bits = x.contiguous().view(torch.int32)
+        return ((bits + 0xFFF + ((bits >> 13) & 1)) & ~0x1FFF).view(torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("n_src", [20, 200], ids=["by vectors", "by weights"])
+def test_tf32_costs_a_thousandth_of_what_the_heads_write(dtype, n_src):
+    torch.manual_seed(0)
+    v, w_o = torch.randn(1, 4, n_src, 16).to(dtype), torch.randn(64, 64).to(dtype)
+    f = torch.einsum("bhse,dhe->bshd", v.double(), w_o.double().view(64, 4, 16))
+    alpha = torch.rand(1, 4, 3, n_src)
+    wanted = torch.einsum("bhts,bshd->btsd", alpha.double(), f).norm(dim=-1)
+    written = torch.einsum("bhts,bsh->bts", alpha.double(), f.norm(dim=-1))
+    with torch.no_grad(), TensorFloat32() as mode:
+        off = (norm_attention_sum(alpha, value_gram(v, w_o)) - wanted).abs() / written
+    assert mode.n_products >= 3, "the products of values, of vectors, and of weights"
+    assert 1e-5 < off.max() < 1e-3
+
+
+def test_half_precision_is_exact_in_tf32():
+    """So of its products only those of the vectors round."""
+    for dtype in (torch.bfloat16, torch.float16):
+        x = torch.randn(1000).to(dtype).float()
+        assert torch.equal(TensorFloat32.rounded(x), x)
+    x = torch.tensor([1 + 2.0**-11, 1 + 3 * 2.0**-11, 1 + 2.0**-11 + 2.0**-20, -1 - 2.0**-10])
+    assert TensorFloat32.rounded(x).tolist() == [1, 1 + 2.0**-9, 1 + 2.0**-10, -1 - 2.0**-10]
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 8])

@@ -11,7 +11,7 @@ import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from mechvlm import bundled
-from mechvlm.figures.saving import FORMATS
+from mechvlm.figures.saving import FIGURE_FORMATS
 from mechvlm.study.record import StudyRecord
 from mechvlm.study.report.findings import facts, findings
 from mechvlm.study.report.pairs import pair_section
@@ -65,7 +65,7 @@ def render(
         has_word_share=any(pd.notna(row["word_share"]) for row in rows),
         sections=[(name, FIGURE_TITLES[name], sentences.get(name, "")) for name in sections],
         figures={name: figure(name) for name in sections if name in captions},
-        formats=FORMATS,
+        formats=FIGURE_FORMATS,
         pairs=pair_section(study),
         phases=[_phases(study, model) for model in study.models],
         gallery=_gallery(study, views),
