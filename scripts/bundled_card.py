@@ -92,8 +92,15 @@ tokens to words. The decoder's layers were never trained on images.
     "smol-instructblip": """\
 1. Q-Former and queries start as tiny-instructblip's. The projection starts as tiny-instructblip's too, followed by the
    linear map from the words of its decoder to SmolLM2's.
-2. Captions and answers pass their loss through the frozen decoder to Q-Former, queries and projection. **The loss is on
-   the answers' tokens alone: never on a query's position.**
+2. Captions and answers pass their loss through the frozen decoder to Q-Former, queries and projection: 1600 steps of 4
+   scenes, each with a caption and four questions. **The loss is on the answers' tokens alone: never on a query's
+   position.**
+3. The same for 2000 steps more, with three captions a scene, two questions, and more scenes of several objects. In these
+   captions a shape weighs five times as much as any other word: after the first color, only the shape shows whether the
+   model knows which belongs to which.
+
+Forward and backward run in bfloat16. One and a half hours on one core with AVX-512 in bfloat16. Step 2 was resumed: its
+first 400 steps followed a schedule of 2600. The script has not been run in one piece: another run gives other weights.
 
 The decoder's layers were never trained on images.
 """,
