@@ -7,7 +7,7 @@ a package of its own: their folders hold all but its weights, and `path` puts bo
 from pathlib import Path
 
 NAMES = ("tiny-llava", "tiny-instructblip")
-WITH_SMOLLM2 = ("smol-llava",)
+WITH_SMOLLM2 = ("smol-llava", "smol-instructblip")
 ALL = NAMES + WITH_SMOLLM2
 
 
