@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import mechvlm as mv
+from helpers.forwards import forward
 from mechvlm import bundled
 from mechvlm.datasets.scenes import sample_scenes
 from mechvlm.datasets.swaps import attribute_swaps
@@ -97,17 +98,42 @@ def test_the_image_reaches_the_question_early_and_the_last_position_late(vlm, co
     flow = mv.information_flow(vlm, inputs, answers, window=5, flows=["image -> question", "image -> last"])
     assert flow.p.mean() > 0.8
     to_question, to_last = flow.change.mean(-1)
-    early, late = slice(0, vlm.n_layers // 3), slice(vlm.n_layers // 2, None)
+    # A window of the first three layers may hold the sink, where the image stands first (below).
+    early, late = slice(3, vlm.n_layers // 3), slice(vlm.n_layers // 2, None)
     assert to_question[early].min() < -30
     assert to_question[early].min() < to_question[late].min() - 20
     assert to_last[late].min() < -30
     assert to_last[late].min() < to_last[early].min() - 20
 
 
-def test_its_own_patches_carry_an_object(vlm, colors):
+def test_where_the_image_stands_first_the_first_layers_rest_on_it(vlm, colors):
+    """The last position of smol-instructblip needs some query there; the first one is enough.
+
+    With all of them closed to it the answer is lost. smol-llava has its template's opening for that.
+    """
+    _, inputs, _ = colors
+    for i in range(3):
+        own = inputs[i : i + 1]
+        image, last = own.token_maps[0].image.tolist(), own.token_maps[0].last
+
+        def logits(closed=(), own=own, last=last):
+            return forward(vlm, own, lambda: closed and mv.knock_out(vlm, src=closed, dst=last, layers=range(3)))[0, -1]
+
+        answer = int(logits().argmax())
+        kept, lost = (logits(closed).softmax(-1)[answer] for closed in (image[1:], image))
+        assert kept > 0.8
+        assert lost > 0.8 if image[0] else lost < 0.2
+
+
+def test_what_carries_an_object(vlm, colors):
+    """Its own patches, against random ones.
+
+    Of queries, which have no place, those of the highest norm: not those that read most of it.
+    """
     scenes, inputs, answers = colors
     ablation = mv.object_ablation(vlm, inputs, [s.objects[0].box() for s in scenes], answers, margins=(1,), draws=3)
     assert ablation.correct.float().mean() > 0.8
-    own, random = (ablation.p_ablated[ablation.conditions.index(name), 0].mean() for name in ("own", "random"))
-    assert own < 0.5
-    assert random > own + 0.3
+    carrier = "own" if vlm.name == "smol-llava" else "highest norm"
+    without, random = (ablation.p_ablated[ablation.conditions.index(name), 0].mean() for name in (carrier, "random"))
+    assert without < 0.5
+    assert random > without + 0.3
