@@ -109,7 +109,7 @@ def test_the_image_reaches_the_question_early_and_the_last_position_late(vlm, co
 def test_where_the_image_stands_first_the_first_layers_rest_on_it(vlm, colors):
     """The last position of smol-instructblip needs some query there; the first one is enough.
 
-    With all of them closed to it the answer is lost. smol-llava has its template's opening for that.
+    With all of them closed the answer is lost. smol-llava has its template's opening for that.
     """
     _, inputs, _ = colors
     for i in range(3):
