@@ -74,7 +74,7 @@ def save_each(figures: Iterable[tuple[str, Figure]], folder: Path) -> None:
     with ThreadPoolExecutor(1, "mechvlm-figures") as asking, _process() as process:
         elsewhere: list[tuple[str, Figure, Future[bool]]] = []
         for name, figure in figures:
-            if all(saved.done() for _, _, saved in elsewhere):
+            if process is not None and all(saved.done() for _, _, saved in elsewhere):
                 elsewhere.append((name, figure, asking.submit(_was_saved, process, figure, folder, name)))
             else:
                 save_formats(figure, folder, name)
@@ -84,15 +84,19 @@ def save_each(figures: Iterable[tuple[str, Figure]], folder: Path) -> None:
 
 
 @contextmanager
-def _process() -> Iterator[subprocess.Popen]:
-    """The process beside, until the end of the block.
+def _process() -> Iterator[subprocess.Popen | None]:
+    """The process beside, until the end of the block; None where none can be started.
 
     It is out of reach of Ctrl-C in a terminal: that ends this process, which ends the other.
     """
-    process = subprocess.Popen(
-        [sys.executable, "-m", __name__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )  # fmt: skip
+    try:
+        process = subprocess.Popen(
+            [sys.executable, "-m", __name__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )  # fmt: skip
+    except OSError:
+        yield None
+        return
     try:
         yield process
     finally:
@@ -101,7 +105,10 @@ def _process() -> Iterator[subprocess.Popen]:
 
 
 def _was_saved(process: subprocess.Popen, figure: Figure, folder: Path, name: str) -> bool:
-    """Have the process save the figure, and raise its error. False if the process is gone."""
+    """Have the process save the figure, and raise its error. False if the process is gone.
+
+    One that answers anything else is ended: it must not write while this process does.
+    """
     assert process.stdin is not None
     assert process.stdout is not None
     own = dict.copy(mpl.rcParams)  # asked in any other way, it would choose a backend
@@ -110,7 +117,9 @@ def _was_saved(process: subprocess.Popen, figure: Figure, folder: Path, name: st
         process.stdin.write(pickle.dumps((own, figure, folder, name)))
         process.stdin.flush()
         error = pickle.load(process.stdout)
-    except (BrokenPipeError, EOFError):
+    except (BrokenPipeError, EOFError, pickle.UnpicklingError):
+        process.kill()
+        process.wait()
         return False
     if error is not None:
         raise error

@@ -68,11 +68,20 @@ def test_files_are_the_same_from_either_process(tmp_path, draws, own):
             assert (tmp_path / "new" / "figures" / file).read_bytes() == (tmp_path / file).read_bytes(), file
 
 
-@pytest.mark.parametrize("program", ["import sys; sys.exit(1)", "import sys, pickle; pickle.load(sys.stdin.buffer)"])
+@pytest.mark.parametrize(
+    "program",
+    ["import sys; sys.exit(1)", "import sys, pickle; pickle.load(sys.stdin.buffer)", "print('hello'); input()"],
+)
 def test_all_are_saved_where_the_other_process_cannot_run(tmp_path, monkeypatch, program):
-    """It ends at once, or after it was asked."""
+    """It ends at once, or after it was asked, or says something else."""
     popen = subprocess.Popen
     monkeypatch.setattr(subprocess, "Popen", lambda _, **settings: popen([sys.executable, "-c", program], **settings))
+    saving.save_each([("first", drawn()), ("second", drawn())], tmp_path)
+    assert len(list(tmp_path.iterdir())) == 2 * len(saving.FIGURE_FORMATS)
+
+
+def test_all_are_saved_where_no_process_can_be_started(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "no python"))
     saving.save_each([("first", drawn()), ("second", drawn())], tmp_path)
     assert len(list(tmp_path.iterdir())) == 2 * len(saving.FIGURE_FORMATS)
 
