@@ -53,13 +53,13 @@ def test_each_file_is_drawn_once_and_the_png_is_that_of_the_figure_alone(tmp_pat
 
 @pytest.mark.parametrize("own", [{}, {"figure.autolayout": True, "pdf.compression": 0}])
 def test_files_are_the_same_from_either_process(tmp_path, draws, own):
-    """The other process is still starting when the second and third are drawn."""
+    """The other process has the first, and perhaps the third, if it is done by then."""
     names = ("first", "second", "third")
     with mpl.rc_context(own):
         figures = {name: drawn() for name in names}
         draws.clear()
         saving.save_each(figures.items(), tmp_path / "new" / "figures")
-        assert len(draws) == 2 * len(saving.FIGURE_FORMATS)
+        assert len(draws) in (len(saving.FIGURE_FORMATS), 2 * len(saving.FIGURE_FORMATS))
         for name in names:
             saving.save_formats(drawn(), tmp_path, name)
     for name in names:
